@@ -1,0 +1,34 @@
+# `make demo` and `make test` do all the set-up: a virtual environment, then the package with everything they need.
+# An environment takes about 6 GB; `make demo VENV=/some/where/venv` puts it elsewhere, or uses one that is there.
+PYTHON ?= python3
+VENV ?= .venv
+RUN := $(abspath $(VENV))/bin
+INSTALLED := $(VENV)/.com_lightning-$(shell cksum pyproject.toml | cut -d' ' -f1)
+
+.PHONY: demo test test-all lint bench clean
+
+demo: $(INSTALLED)
+	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
+
+test: lint
+	$(RUN)/python -m pytest -n 2 -m "not slow"
+
+test-all: lint
+	$(RUN)/python -m pytest -n 2
+
+lint: $(INSTALLED)
+	$(RUN)/ruff check .
+	$(RUN)/ruff format --check .
+	$(RUN)/mypy
+
+bench: $(INSTALLED)
+	$(RUN)/python benchmarks/lockstep.py
+
+$(INSTALLED): pyproject.toml
+	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	$(RUN)/python -m pip install --quiet --editable ".[dev]"
+	rm -f $(VENV)/.com_lightning-*
+	touch $@
+
+clean:
+	rm -rf .venv outputs build dist *.egg-info

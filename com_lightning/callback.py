@@ -1,0 +1,189 @@
+"""The merge as a Lightning callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Dict, List, Optional
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from tqdm.auto import tqdm
+
+from com_lightning.core.chain import LayerRecord
+from com_lightning.core.sharing import named_tensors
+from com_lightning.datamodule import MergeDataModule
+from com_lightning.evaluation import single_device_trainer, validate_tasks
+from com_lightning.experts import ExpertSource, MergeError
+from com_lightning.merger import MergePlan, average_shared, execute, load_into, make_plan, with_shared
+from com_lightning.methods import ChainOfMerges, MergingMethod
+from com_lightning.report import MergeReport
+from com_lightning.results import output_problems, save_results
+
+
+class ChainOfMergesCallback(Callback):
+    """Merges experts at the start of ``trainer.validate``, then validates every task with its merged module.
+
+    Works with any ``Trainer`` and any LightningModule that can be validated: the calibration forward is the module's
+    own ``calibration_step(batch)`` if it has one, else its ``validation_step``, with ``log`` muted, run on copies whose
+    metrics nobody sees. Padding is left out by the batch's ``attention_mask``, or by ``calibration_mask(batch)`` of the
+    module: a boolean mask over positions.
+
+    Parameters with one name and shape in the model and all experts are *shared* and merged, the others (a head with its
+    own number of classes) are *private* and stay with their task. The module given to ``trainer.validate`` becomes the
+    merged model of the first task, and Lightning's own validation pass is that of the first task.
+
+    Args:
+        experts: task -> its expert: a Lightning checkpoint (rebuilt by the model's class from its hyperparameters), a
+            state dict or safetensors file, or a LightningModule or state dict in memory. Relative paths are relative to
+            the working directory. Files are loaded with ``weights_only=True``.
+        method: the merging rule; :class:`~com_lightning.ChainOfMerges` by default.
+        private: patterns of parameters that stay with their task (``"head"``, ``"*.classifier.*"``), all others being
+            shared. By default those are private that differ in name or shape.
+        metric: the logged metric that tables show; by default the first one that is not a loss.
+        baselines: also validate the experts and their plain average, to compare with.
+        output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
+        overwrite: replace an existing ``output_dir``.
+
+    Attributes:
+        report: the :class:`~com_lightning.MergeReport`, once merged.
+        modules: task -> its merged module, once merged. Their shared parameters are the same tensors.
+
+    Raises:
+        MergeError: before any calibration batch is read, with all problems at once.
+
+    Example::
+
+        tasks = MergeDataModule({"mnist": MNISTData(), "digits": DigitsData()})
+        merger = ChainOfMergesCallback(experts={"mnist": "mnist.ckpt", "digits": "digits.ckpt"})
+        L.Trainer(callbacks=[merger]).validate(model, datamodule=tasks)
+        print(merger.report)
+    """
+
+    def __init__(
+        self,
+        experts: Dict[str, ExpertSource],
+        method: Optional[MergingMethod] = None,
+        private: Optional[List[str]] = None,
+        metric: Optional[str] = None,
+        baselines: bool = True,
+        output_dir: Optional[str] = None,
+        overwrite: bool = False,
+    ) -> None:
+        self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
+        self.baselines, self.output_dir, self.overwrite = baselines, output_dir, overwrite
+        self.report = MergeReport()
+        self.modules: dict[str, LightningModule] = {}
+        self.files: dict[str, str] = {}
+        """Further files for the result folder, name -> text."""
+        self._plan: MergePlan | None = None
+
+    @property
+    def merged(self) -> bool:
+        """Whether the merge has been done."""
+        return bool(self.modules)
+
+    def plan(self, model: LightningModule, data: MergeDataModule) -> MergePlan:
+        """Load the experts and check everything, before any data is read. ``data`` must be set up."""
+        problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
+        self._plan = make_plan(model, self.experts, data, self.method, self.private, problems)
+        return self._plan
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
+        assert self._plan is not None, "nothing has been merged yet"
+        shared = self._plan.parameters.shared
+        save_results(Path(folder), self.modules, shared, self.report, overwrite, self.files)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "validate" or self.merged:
+            return
+        if trainer.world_size > 1:
+            raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if not isinstance(data, MergeDataModule):
+            raise MergeError(["the trainer needs the tasks' data: trainer.validate(model, datamodule=MergeDataModule(...))"])
+        plan = self._plan or self.plan(pl_module, data)
+        first, expert = next(iter(plan.experts.items()))
+        ours = {name: tuple(t.shape) for name, t, _ in named_tensors(pl_module)}
+        theirs = {name: tuple(t.shape) for name, t, _ in named_tensors(expert)}
+        if differing := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
+            name = differing[0]
+            raise MergeError(
+                [
+                    f"the model given to trainer.validate becomes the merged model of task '{first}', but does not fit: "
+                    f"{name} is {ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module "
+                    "built like that expert"
+                ]
+            )
+        for warning in plan.parameters.warnings:
+            rank_zero_warn(warning)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.merged or self._plan is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        with (
+            torch.inference_mode(False),
+            tqdm(total=len(self._plan.layers), desc="merging", disable=_quiet(trainer), leave=False) as bar,
+        ):
+            step = 0
+
+            def on_layer(record: LayerRecord) -> None:
+                nonlocal step
+                bar.set_postfix_str(record.name)
+                bar.update()
+                _log_layer(trainer, record, step)
+                step += 1
+
+            self.modules, self.report = execute(self._plan, trainer, data, on_layer)
+            load_into(pl_module, next(iter(self.modules.values())))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.merged or self._plan is None or self.report.metrics:
+            return
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        evaluator = single_device_trainer(trainer)
+        with torch.inference_mode(False):
+            sets = {"merged": self.modules}
+            if self.baselines:
+                mean = average_shared(self._plan)
+                average = {task: with_shared(expert, mean) for task, expert in self._plan.experts.items()}
+                sets = {"expert": self._plan.experts, "average": average, **sets}
+            for kind, modules in sets.items():
+                hidden = _quiet(trainer)
+                metrics = validate_tasks(evaluator, modules, data, f"validating {kind}", hidden)
+                self.report.metrics[kind] = metrics
+            self.report.metric = self.metric or self.report.first_metric()
+            _log_tasks(trainer, self.report)
+            for module in self.modules.values():
+                for name, tensor, is_parameter in named_tensors(module):
+                    tensor.requires_grad_(is_parameter and tensor.is_floating_point())
+            if self.output_dir:
+                self.save(self.output_dir, self.overwrite)
+                rank_zero_info(f"The merged model is in {self.output_dir}.")
+
+
+def _quiet(trainer: Trainer) -> bool:
+    return trainer.progress_bar_callback is None
+
+
+def _log_layer(trainer: Trainer, record: LayerRecord, step: int) -> None:
+    values = {"residual": record.residual, "condition": record.condition, "seconds": record.seconds}
+    values.update({f"shift/{task}": value for task, value in record.distance.items()})
+    values.update({f"cosine/{task}": value for task, value in record.cosine.items()})
+    known = {f"merge/{name}": value for name, value in values.items() if value is not None}
+    for logger in trainer.loggers:
+        logger.log_metrics(known, step=step)
+
+
+def _log_tasks(trainer: Trainer, report: MergeReport) -> None:
+    values = dict(report.metrics["merged"].items())
+    named = {f"{task}/{metric}": value for task, metrics in values.items() for metric, value in metrics.items()}
+    for task in values:
+        if (ratio := report.normalized("merged", task)) is not None:
+            named[f"{task}/normalized_{report.metric}"] = ratio
+    for logger in trainer.loggers:
+        logger.log_metrics(named, step=trainer.global_step)
+        logger.save()

@@ -1,0 +1,61 @@
+"""The command line: Lightning's own, with ``merge``."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.cli import ArgsType, LightningCLI
+
+from com_lightning.experts import MergeError
+from com_lightning.trainer import MergeTrainer
+
+
+class MergeCLI(LightningCLI):
+    """``LightningCLI`` with the subcommands ``fit``, ``merge``, ``validate`` and ``test``.
+
+    Model and data are any LightningModule and LightningDataModule, named by ``class_path``; a project of one model can
+    fix its class: ``MergeCLI(MyModule)``.
+    """
+
+    def __init__(self, model_class: Any = LightningModule, datamodule_class: Any = LightningDataModule, **kwargs: Any):
+        defaults = {
+            "trainer_class": MergeTrainer,
+            "subclass_mode_model": model_class is LightningModule,
+            "subclass_mode_data": datamodule_class is LightningDataModule,
+            "save_config_kwargs": {"overwrite": True},
+            "auto_configure_optimizers": False,
+        }
+        super().__init__(model_class, datamodule_class, **{**defaults, **kwargs})
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {
+            "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
+            "merge": {"model", "datamodule", "files"},
+            "validate": {"model", "dataloaders", "datamodule"},
+            "test": {"model", "dataloaders", "datamodule"},
+        }
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        if self.subcommand != "fit":  # a merge keeps its configuration with its result
+            self.save_config_callback = None
+        return super().instantiate_trainer(**kwargs)
+
+    def merge(self, **kwargs: Any) -> None:
+        """Run the merge, and keep the resolved configuration with its result."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["merge"]
+        self.trainer.merge(**kwargs, files={"config.yaml": yaml.safe_dump(config, sort_keys=False)})
+
+
+def main(args: ArgsType = None) -> None:
+    """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
+    if os.getcwd() not in sys.path:  # the user's project is found as `python -m` finds it
+        sys.path.insert(0, os.getcwd())
+    try:
+        MergeCLI(args=args)
+    except MergeError as error:
+        sys.exit(f"com-lightning: {error}")

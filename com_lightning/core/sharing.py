@@ -1,0 +1,98 @@
+"""Which tensors the merged model consists of, and copies of a module that hold given tensors."""
+
+from __future__ import annotations
+
+import collections
+import copy
+import functools
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+# Copied with the module, because a forward may change them; everything else (tokenizer, trainer, config, ...) is shared.
+_COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.MethodType, functools.partial)
+
+
+def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
+    """A copy of ``module`` with its own submodules, state and hooks, but without copying parameters or buffers.
+
+    Args:
+        module: the module to copy. Ties between parameters are kept.
+        tensors: ``id`` of a parameter or buffer of ``module`` -> the tensor that takes its place in the copy. Those
+            not named are the very tensors of ``module``.
+
+    Example::
+
+        >>> net, weight = nn.Linear(2, 2), nn.Parameter(torch.zeros(2, 2))
+        >>> twin = copy_module(net, {id(net.weight): weight})
+        >>> twin.weight is weight, twin.bias is net.bias
+        (True, True)
+    """
+    memo: dict[int, object] = {}
+    for child in module.modules():
+        for value in vars(child).values():
+            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+            for part in (value, *items):
+                if not isinstance(part, _COPIED):
+                    memo[id(part)] = part
+        for tensor in (*child._parameters.values(), *child._buffers.values()):
+            if tensor is not None:
+                memo[id(tensor)] = tensor if tensors is None else tensors.get(id(tensor), tensor)
+    return copy.deepcopy(module, memo)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
+    """All parameters and buffers as (name, tensor, whether it is a parameter); tied ones under each of their names."""
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        yield name, parameter, True
+    for name, buffer in module.named_buffers(remove_duplicate=False):
+        yield name, buffer, False
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """Name of each parameter or buffer -> the first name of the same tensor (its own, where it is not tied).
+
+    Example::
+
+        >>> net = nn.ModuleDict({"embed": nn.Embedding(3, 2), "head": nn.Linear(2, 3, bias=False)})
+        >>> net["head"].weight = net["embed"].weight
+        >>> tied_names(net)
+        {'embed.weight': 'embed.weight', 'head.weight': 'embed.weight'}
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(tensor), name) for name, tensor, _ in named_tensors(module)}
+
+
+def matches_any(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name matches one of the patterns.
+
+    A pattern is a shell pattern (``"head.*"``, ``"*.classifier.weight"``) or the name of a module or parameter.
+
+    Example::
+
+        >>> matches_any("head.weight", ["head"]), matches_any("header.weight", ["head"])
+        (True, False)
+    """
+    return any(fnmatchcase(name, p) or name == p or name.startswith(p + ".") for p in patterns)
+
+
+def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
+    """The (weighted) average, summed in float64 and returned in the first tensor's dtype and on its device.
+
+    Args:
+        tensors: tensors of one shape.
+        weights: one weight per tensor; they are normalised to a sum of one. ``None``: uniform.
+
+    Example::
+
+        >>> average([torch.zeros(2), torch.ones(2)], [1, 3])
+        tensor([0.7500, 0.7500])
+    """
+    weights = [1.0] * len(tensors) if weights is None else weights
+    total = torch.zeros_like(tensors[0], dtype=torch.float64, requires_grad=False)
+    for tensor, weight in zip(tensors, weights):
+        total.add_(tensor.detach().to(total.device, torch.float64), alpha=weight)
+    return (total / sum(weights)).to(tensors[0].dtype)

@@ -1,0 +1,146 @@
+"""Second-order statistics of the inputs of one layer, gathered for one task.
+
+Only sums are kept, so they can be added up over batches in any order, and over processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Shift:
+    """How far the merged model's inputs of a layer are from the expert's: the covariate shift on arrival.
+
+    Attributes:
+        distance, energy: sums over rows of ``||x̂ - x||²`` and ``||x||²``.
+        cosine: sum over rows of the cosine between ``x̂`` and ``x``.
+        rows: number of rows summed.
+    """
+
+    distance: Tensor | float = 0.0
+    energy: Tensor | float = 0.0
+    cosine: Tensor | float = 0.0
+    rows: int = 0
+
+    def update(self, merged: Tensor, expert: Tensor, gap: Tensor) -> None:
+        """Add rows: ``merged``, ``expert`` and their difference ``expert - merged``, each ``(n, features)``."""
+        self.distance = self.distance + gap.square().sum()
+        self.energy = self.energy + expert.square().sum()
+        self.cosine = self.cosine + torch.cosine_similarity(merged, expert, dim=1).sum()
+        self.rows += len(merged)
+
+    @property
+    def relative_distance(self) -> float:
+        """``||x̂ - x|| / ||x||`` over all rows."""
+        return (float(self.distance) / max(float(self.energy), 1e-30)) ** 0.5
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over rows of the cosine between ``x̂`` and ``x``."""
+        return float(self.cosine) / max(self.rows, 1)
+
+
+@dataclass
+class InputStatistics:
+    """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, for one task.
+
+    With ``x̂`` the input in the model merged so far, ``x`` that in the expert, a trailing 1 where the layer has a bias
+    (``k = f + 1``, else ``k = f``), and the row weight ``s = 1 / ||x̂||²`` (bias entry included) or 1:
+
+    Attributes:
+        multiply: whether the drift is multiplied by the expert's weight while it is gathered, which costs less where a
+            layer has far fewer outputs than inputs, but cannot be shared with another layer of the same input.
+        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``.
+        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``. ``None``: no expert rows were seen.
+        rows: number of rows summed.
+
+    Gathered in float32, or float64 if the rows are, with autocast off.
+
+    Complexity: ``g f k`` multiply-adds a row for each of the two, or ``2 g o f`` for a drift already multiplied.
+
+    Example::
+
+        >>> statistics = InputStatistics(bias=False, normalize=False)
+        >>> statistics.update(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]))
+        >>> statistics.gram
+        tensor([[[10.,  2.],
+                 [ 2.,  4.]]])
+    """
+
+    bias: bool
+    normalize: bool
+    multiply: bool = False
+    gram: Tensor | None = None
+    drift: Tensor | None = None
+    rows: int = 0
+    shift: Shift = field(default_factory=Shift)
+
+    def update(self, merged: Tensor, expert: Tensor | None = None, weight: Tensor | None = None) -> None:
+        """Add rows.
+
+        Args:
+            merged: ``x̂``, ``(n, g, f)``.
+            expert: ``x`` of the same shape, row for row; ``None`` leaves the drift alone.
+            weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
+        """
+        merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
+        n, groups, features = merged.shape
+        root = merged.new_ones(n)
+        if self.normalize:
+            # The row that enters the regression has unit length, its bias entry included; an empty row counts nothing.
+            norm = (merged.square().sum((1, 2)) + float(self.bias)).sqrt()
+            root = torch.where(norm > 0, 1.0 / norm, 0.0)
+        scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
+        self.gram = _add_product(self.gram, scaled, scaled)
+        self.rows += n
+        if expert is None:
+            return
+        expert = expert.to(merged.dtype)
+        gap = expert - merged
+        self.shift.update(merged.flatten(1), expert.flatten(1), gap.flatten(1))
+        if self.multiply:
+            assert weight is not None
+            gap = torch.einsum("ngf,gof->ngo", gap, weight[..., :features].to(gap.dtype))
+        self.drift = _add_product(self.drift, gap * root[:, None, None], scaled)
+
+    def mean_gram(self) -> Tensor:
+        """``G_i = gram / rows``, ``(g, k, k)``."""
+        assert self.gram is not None, "no rows were added"
+        return self.gram / max(self.rows, 1)
+
+    def mean_drift(self, weight: Tensor) -> Tensor | None:
+        """``D_i``: the drift multiplied by the expert's weight ``(g, o, k)`` and divided by the number of rows."""
+        if self.drift is None:
+            return None
+        if self.multiply:
+            return self.drift / max(self.rows, 1)
+        features = self.drift.shape[1]
+        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift) / max(self.rows, 1)
+
+
+def _appended(rows: Tensor, root: Tensor) -> Tensor:
+    """``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, f + 1)``."""
+    n, groups, features = rows.shape
+    scaled = rows.new_empty(n, groups, features + 1)
+    torch.mul(rows, root[:, None, None], out=scaled[..., :features])
+    scaled[..., features] = root[:, None]
+    return scaled
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    """``total + leftᵀ right`` for each group, in place: ``(n, g, a)``, ``(n, g, b)`` -> ``(g, a, b)``."""
+    if total is None:
+        total = left.new_zeros(left.shape[1], left.shape[2], right.shape[2])
+    if left.shape[1] == 1:
+        total[0].addmm_(left[:, 0].T, right[:, 0])
+    elif left.shape[2] * right.shape[2] <= 4:  # one or two inputs a group, as in normalisations
+        for a in range(left.shape[2]):
+            for b in range(right.shape[2]):
+                total[:, a, b] += (left[:, :, a] * right[:, :, b]).sum(0)
+    else:
+        total.baddbmm_(left.permute(1, 2, 0), right.permute(1, 0, 2))
+    return total

@@ -1,0 +1,283 @@
+"""The data of all tasks, and the calibration samples drawn from them."""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Dict, Literal, Optional
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch.utils.data import DataLoader, IterableDataset, Subset
+
+TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+
+class TaskLoaders(LightningDataModule):
+    """A task given by its loaders.
+
+    Args:
+        val: validated, and calibrated on by default.
+        train: calibrated on with ``source="train"``.
+    """
+
+    def __init__(self, val: Any, train: Any = None) -> None:
+        super().__init__()
+        self._val, self._train = val, train
+
+    def val_dataloader(self) -> Any:
+        return self._val
+
+    def train_dataloader(self) -> Any:
+        return self._train
+
+
+@dataclass
+class CalibrationSample:
+    """The calibration data of one task.
+
+    Attributes:
+        batches: ``(batch, dataloader_idx)`` on the host, as the task's own collate function makes them.
+        samples: number of samples in them.
+        overlap: how many of them are validated too; ``None`` where that cannot be known.
+    """
+
+    batches: list[tuple[Any, int]]
+    samples: int
+    overlap: Optional[int]
+
+
+class MergeDataModule(LightningDataModule):
+    """The datamodules of all tasks, as they are.
+
+    Each task is validated through its own datamodule. Calibration data are a seeded random sample of a task's loader,
+    in fresh loaders with its dataset and collate function, so that the loaders to be validated are left alone.
+
+    Note:
+        Given to ``trainer.validate``, it stands for its first task; :meth:`task` gives each of them.
+
+    Args:
+        tasks: task name -> its datamodule (:class:`TaskLoaders` where there are only loaders).
+        samples: calibration samples per task.
+        source: the loader they come from. ``"train"`` data fit the experts better than they should, but are never
+            validated.
+        holdout: validate on samples that were not calibrated on only (with ``source="val"``).
+        seed: of the sample; the same one gives the same samples whatever ran before.
+        batch_size: of calibration batches; the loader's own by default. It does not change the result.
+
+    Example::
+
+        >>> loader = DataLoader(torch.arange(10.0), batch_size=4)
+        >>> tasks = MergeDataModule({"a": TaskLoaders(val=loader)}, samples=3, holdout=True)
+        >>> tasks.setup("validate")
+        >>> sample = tasks.calibration("a")
+        >>> sample.samples, sample.overlap, sum(len(b) for b in tasks.task("a").val_dataloader())
+        (3, 0, 7)
+    """
+
+    def __init__(
+        self,
+        tasks: Dict[str, LightningDataModule],
+        samples: int = 256,
+        source: Literal["val", "train"] = "val",
+        holdout: bool = False,
+        seed: int = 0,
+        batch_size: Optional[int] = None,
+    ) -> None:
+        super().__init__()
+        self.tasks, self.samples, self.source, self.holdout = tasks, samples, source, holdout
+        self.seed, self.batch_size = seed, batch_size
+        self._prepared = False
+        self._set_up: set[str] = set()
+
+    def prepare_data(self) -> None:
+        if not self._prepared:
+            for data in self.tasks.values():
+                data.prepare_data()
+        self._prepared = True
+
+    def setup(self, stage: str) -> None:
+        needed = [stage, "fit"] if stage == "validate" and self.source == "train" else [stage]
+        for each in needed:
+            if each not in self._set_up:
+                for data in self.tasks.values():
+                    data.trainer = self.trainer
+                    data.setup(each)
+                self._set_up.add(each)
+
+    def teardown(self, stage: str) -> None:
+        for data in self.tasks.values():
+            data.teardown(stage)
+        self._set_up.clear()
+
+    def task(self, name: str) -> LightningDataModule:
+        """One task's data for ``trainer.validate``: its own datamodule, or without what was held out for calibration."""
+        return _Task(self, name)
+
+    def val_dataloader(self) -> Any:
+        return self.task(next(iter(self.tasks))).val_dataloader()
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings and the loaders, each as one sentence. To be called after :meth:`setup`."""
+        found = []
+        if not self.tasks:
+            found.append("data.tasks: no task is given")
+        if self.samples < 1:
+            found.append(f"data.samples: must be 1 or more, got {self.samples}")
+        if self.batch_size is not None and self.batch_size < 1:
+            found.append(f"data.batch_size: must be 1 or more, got {self.batch_size}")
+        if self.holdout and self.source == "train":
+            found.append("data.holdout: there is nothing to hold out of validation when calibrating on train data")
+        for name in self.tasks:
+            try:
+                loaders = {split: self._loaders(name, split) for split in {"val", self.source}}
+            except Exception as error:
+                found.append(f"task '{name}': its datamodule gives no loader ({type(error).__name__}: {error})")
+                continue
+            for split, parts in loaders.items():
+                sizes = [_population(loader) for loader in parts]
+                if not parts or all(size is not None and not size for size in sizes):
+                    found.append(f"task '{name}': its {split} loader is empty")
+                elif self.holdout and None in sizes:
+                    found.append(f"task '{name}': samples of an iterable dataset cannot be held out; use source: train")
+                elif self.holdout and sum(len(s or ()) for s in sizes) <= self.samples:
+                    total = sum(len(s or ()) for s in sizes)
+                    found.append(
+                        f"task '{name}': all {total} samples would be held out for calibration; lower data.samples"
+                    )
+        return found
+
+    def calibration(self, name: str, limit_batches: int | float | None = None) -> CalibrationSample:
+        """Draw and load the calibration data of a task.
+
+        Args:
+            name: of the task.
+            limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
+        """
+        batches: list[tuple[Any, int]] = []
+        samples, overlap = 0, 0 if self.source == "val" else None
+        for index, (loader, chosen) in enumerate(zip(self._loaders(name, self.source), self._chosen(name))):
+            size = self.batch_size or getattr(loader, "batch_size", None) or 1
+            limit = _limit(limit_batches, loader)
+            if chosen is None:
+                part = list(_reservoir(loader, self.samples, limit, self._generator(name)))
+                overlap = None
+            else:
+                chosen = chosen if limit is None else chosen[: limit * size]
+                part = list(_subset(loader, chosen, size))
+                if overlap is not None and not self.holdout:
+                    population = _population(loader) or []
+                    validated = population if limit is None else population[: limit * (loader.batch_size or size)]
+                    overlap += len(set(chosen) & set(validated))
+            batches += [(batch, index) for batch in part]
+            samples += sum(extract_batch_size(batch) for batch in part) if chosen is None else len(chosen)
+        return CalibrationSample(batches, samples, overlap if self.source == "val" else 0)
+
+    def _loaders(self, name: str, split: str) -> list[Any]:
+        loader = getattr(self.tasks[name], f"{split}_dataloader")()
+        if loader is None:
+            return []
+        return list(loader) if isinstance(loader, (list, tuple)) else [loader]
+
+    def _generator(self, name: str) -> torch.Generator:
+        return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+
+    def _chosen(self, name: str) -> list[list[int] | None]:
+        """For each loader of a task the dataset indices to calibrate on; ``None`` where a dataset has no indices."""
+        populations = [_population(loader) for loader in self._loaders(name, self.source)]
+        pairs = [(number, index) for number, population in enumerate(populations) for index in population or ()]
+        order = torch.randperm(len(pairs), generator=self._generator(name))[: self.samples].tolist()
+        chosen: list[list[int] | None] = [None if population is None else [] for population in populations]
+        for position in order:
+            number, index = pairs[position]
+            part = chosen[number]
+            assert part is not None
+            part.append(index)
+        return chosen
+
+    def _validation_loaders(self, name: str) -> Any:
+        if not self.holdout:
+            return self.tasks[name].val_dataloader()
+        loaders, rest = self._loaders(name, "val"), []
+        for loader, chosen in zip(loaders, self._chosen(name)):
+            held_out = set(chosen or ())
+            remaining = [index for index in _population(loader) or () if index not in held_out]
+            rest.append(_subset(loader, remaining, loader.batch_size or 1))
+        return rest[0] if len(rest) == 1 else rest
+
+
+class _Task(LightningDataModule):
+    """One task of a :class:`MergeDataModule`, with the transfer hooks that the task's own datamodule overrides."""
+
+    def __init__(self, tasks: MergeDataModule, name: str) -> None:
+        super().__init__()
+        self._tasks, self._name = tasks, name
+        for hook in TRANSFER_HOOKS:
+            # Only those overridden: Lightning falls back on the module's own for the others.
+            if is_overridden(hook, tasks.tasks[name]):
+                setattr(self, hook, getattr(tasks.tasks[name], hook))
+
+    def prepare_data(self) -> None:
+        self._tasks.prepare_data()
+
+    def setup(self, stage: str) -> None:
+        self._tasks.setup(stage)
+
+    def val_dataloader(self) -> Any:
+        return self._tasks._validation_loaders(self._name)
+
+    def test_dataloader(self) -> Any:
+        return self._tasks.tasks[self._name].test_dataloader()
+
+
+def _population(loader: Any) -> list[int] | None:
+    """The dataset indices that a loader goes through, without reading data; ``None`` if it has no indices."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+        return None if not hasattr(loader, "__len__") or len(loader) else []
+    with torch.random.fork_rng(devices=[]):  # a random sampler draws from the global state
+        if type(loader.batch_sampler) is torch.utils.data.BatchSampler:
+            indices = [int(index) for index in loader.sampler]
+        else:
+            indices = [int(index) for batch in loader.batch_sampler for index in batch]
+    sequential = isinstance(loader.sampler, torch.utils.data.SequentialSampler)
+    return indices if sequential else sorted(set(indices))
+
+
+def _subset(loader: DataLoader[Any], indices: list[int], batch_size: int) -> DataLoader[Any]:
+    """A fresh loader over part of a loader's dataset, in the given order."""
+    return DataLoader(
+        Subset(loader.dataset, indices),
+        batch_size=batch_size,
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+    )
+
+
+def _reservoir(loader: Iterable[Any], samples: int, limit: int | None, generator: torch.Generator) -> Iterator[Any]:
+    """A uniform random sample of a stream's batches, about ``samples`` samples of them."""
+    kept: list[Any] = []
+    size = 0
+    for number, batch in enumerate(loader):
+        if limit is not None and number >= limit:
+            break
+        size = size or max(math.ceil(samples / max(extract_batch_size(batch), 1)), 1)
+        if len(kept) < size:
+            kept.append(batch)
+        elif (place := int(torch.randint(number + 1, (), generator=generator))) < size:
+            kept[place] = batch
+    yield from kept
+
+
+def _limit(limit_batches: int | float | None, loader: Any) -> int | None:
+    """A trainer's limit as a number of batches; ``None``: all."""
+    if limit_batches is None or limit_batches == 1.0 and isinstance(limit_batches, float):
+        return None
+    if isinstance(limit_batches, int):
+        return limit_batches
+    return max(int(limit_batches * len(loader)), 1)

@@ -1,0 +1,81 @@
+"""Validation of every task with its own module, through ``trainer.validate``, on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from tqdm.auto import tqdm
+
+from com_lightning.datamodule import MergeDataModule
+
+
+def single_device_trainer(trainer: Trainer) -> Trainer:
+    """A trainer with the accelerator, precision and limits of another, on its device alone, that logs nowhere.
+
+    Metrics of one device are exact: nothing is padded or averaged over ranks.
+    """
+    device = trainer.strategy.root_device
+    return Trainer(
+        accelerator=device.type,
+        devices=[device.index] if device.index is not None else 1,
+        precision=trainer.precision,  # type: ignore[arg-type]
+        limit_val_batches=trainer.limit_val_batches,
+        limit_test_batches=trainer.limit_test_batches,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=trainer.default_root_dir,
+    )
+
+
+def validate_tasks(
+    trainer: Trainer,
+    modules: Mapping[str, LightningModule],
+    tasks: MergeDataModule,
+    description: str,
+    quiet: bool = False,
+    stage: str = "validate",
+) -> dict[str, dict[str, float]]:
+    """Validate each task with its module.
+
+    Args:
+        trainer: a single-device trainer, see :func:`single_device_trainer`.
+        modules: task -> module.
+        tasks: the data.
+        description: of the progress bar.
+        quiet: whether to show none.
+        stage: ``"validate"`` or ``"test"``.
+
+    Returns:
+        Task -> metric -> value, whatever the module's ``validation_step`` logs.
+    """
+    results: dict[str, dict[str, float]] = {}
+    # Modules moved or converted under the inference mode of an outer trainer could never be trained again.
+    with torch.inference_mode(False), quiet_lightning():
+        for task, module in tqdm(modules.items(), desc=description, leave=False, disable=quiet):
+            run = trainer.validate if stage == "validate" else trainer.test
+            logged = run(module, datamodule=tasks.task(task), verbose=False)
+            merged: dict[str, Any] = {}
+            for part in logged:  # one per loader, where a task has several
+                merged.update(part)
+            results[task] = {metric: float(value) for metric, value in merged.items()}
+    return results
+
+
+class quiet_lightning:
+    """Lightning's notes on available devices and the like are said once by the outer trainer, not once per task."""
+
+    def __enter__(self) -> None:
+        import logging
+
+        self._logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+        self._level = self._logger.level
+        self._logger.setLevel(logging.WARNING)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)

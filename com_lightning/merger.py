@@ -1,0 +1,327 @@
+"""From experts and data to merged modules: the plan, checked before any data is read, and its execution."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from com_lightning.core.chain import LayerRecord, Task, candidates
+from com_lightning.core.layers import layer_type
+from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
+from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
+from com_lightning.methods import MergeJob, MergingMethod
+from com_lightning.report import MergeReport, table
+
+
+@dataclass
+class MergePlan:
+    """What is about to be merged, checked.
+
+    Attributes:
+        experts: task -> its module, in the order of the datamodule's tasks.
+        method: the rule.
+        parameters: shared and private names.
+        layers: name of each layer to be solved -> its type.
+    """
+
+    experts: dict[str, LightningModule]
+    method: MergingMethod
+    parameters: Parameters
+    layers: dict[str, str]
+
+    def averaged(self) -> dict[str, str]:
+        """Name of each shared parameter that is averaged -> why."""
+        expert = next(iter(self.experts.values()))
+        solved = {name for layer in self.layers for name in _own(expert, layer)}
+        ties = tied_names(expert)
+        solved |= {name for name in self.parameters.shared if any(ties[name] == ties[s] for s in solved)}
+        parameters = {name for name, _, is_parameter in named_tensors(expert) if is_parameter}
+        return {
+            name: f"no closed form for {type(expert.get_submodule(name.rpartition('.')[0])).__name__}"
+            for name in self.parameters.shared
+            if name in parameters and name not in solved
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes needed at least: the experts, the merged model, the statistics and solution of the largest layer."""
+        sizes = [_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
+        expert = next(iter(self.experts.values()))
+        largest = 0
+        for name in self.layers if self.method.needs_data else ():
+            layer = expert.get_submodule(name)
+            kind = layer_type(layer)
+            assert kind is not None
+            groups, outputs, inputs = kind.to_matrix(layer, _present(layer)).shape
+            gram, weight = groups * inputs**2, groups * outputs * inputs
+            largest = max(largest, len(sizes) * (2 * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
+        return {"experts": sum(sizes), "merged model": max(sizes), "largest layer": largest}
+
+    def __str__(self) -> str:
+        expert = next(iter(self.experts.values()))
+        counts: dict[str, list[int]] = {}
+        for name, kind in self.layers.items():
+            entry = counts.setdefault(kind, [0, 0])
+            entry[0] += 1
+            entry[1] += sum(p.numel() for p in _present(expert.get_submodule(name)).values())
+        rows = [["what", "layers", "values"]]
+        rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
+        tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}
+        averaged = self.averaged()
+        rows += [[f"averaged: {name} ({why})", "", f"{tensors[name].numel():,}"] for name, why in averaged.items()]
+        for task, names in self.parameters.private.items():
+            own = {name: tensor for name, tensor, _ in named_tensors(self.experts[task])}
+            total = sum(own[name].numel() for name in names)
+            rows.append([f"private to {task}: {', '.join(names) or 'nothing'}", "", f"{total:,}"])
+        memory = self.memory()
+        told = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
+        return (
+            f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {describe(self.method)['class']}.\n\n"
+            f"{table(rows)}\n\nMemory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({told}); the activations of the "
+            "calibration data come on top."
+            + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
+        )
+
+
+def make_plan(
+    model: LightningModule,
+    sources: Mapping[str, ExpertSource],
+    data: MergeDataModule,
+    method: MergingMethod,
+    private: Sequence[str] | None = None,
+    problems: Sequence[str] = (),
+) -> MergePlan:
+    """Load the experts and check everything that can be checked before data is read.
+
+    Args:
+        model: a module of the experts' class.
+        sources: task -> where its expert comes from.
+        data: of the same tasks, set up.
+        method: the rule.
+        private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
+        problems: found elsewhere, to be reported with the others.
+
+    Raises:
+        MergeError: with all problems at once.
+    """
+    found = list(problems)
+    if unknown := [task for task in sources if task not in data.tasks]:
+        found.append(f"experts: {', '.join(unknown)} has no data; data.tasks has {', '.join(data.tasks)}")
+    if missing := [task for task in data.tasks if task not in sources]:
+        found.append(f"data.tasks: {', '.join(missing)} has no expert; experts has {', '.join(sources) or 'none'}")
+    for task in sources:
+        if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task):
+            found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
+    found += method.problems(list(data.tasks)) + data.problems()
+    experts: dict[str, LightningModule] = {}
+    for task in [task for task in data.tasks if task in sources] + [task for task in sources if task not in data.tasks]:
+        try:
+            experts[task] = load_expert(task, sources[task], model)
+        except MergeError as error:
+            found += error.problems
+    parameters = Parameters()
+    if experts:
+        try:
+            parameters = sort_parameters(model, experts, private)
+        except MergeError as error:
+            found += error.problems
+    if found:
+        raise MergeError(found)
+    shared = set(parameters.shared)
+    layers = {name: kind.name for expert in experts.values() for name, kind in candidates(expert, shared).items()}
+    return MergePlan(experts, method, parameters, layers if method.needs_data else {})
+
+
+def execute(
+    plan: MergePlan, trainer: Trainer, data: MergeDataModule, on_layer: Callable[[LayerRecord], None]
+) -> tuple[dict[str, LightningModule], MergeReport]:
+    """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
+
+    Must not run in inference mode: the tensors made here are to be trained again.
+    """
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    samples: dict[str, CalibrationSample] = {}
+    tasks = []
+    for name, expert in plan.experts.items():
+        trainer.precision_plugin.convert_module(expert)
+        expert.to(device)
+        expert.trainer = trainer
+        batches: list[_Batch] = []
+        if plan.method.needs_data:
+            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+            samples[name] = data.calibration(name, limit)
+            batches = [_on_device(b, i, expert, data.tasks[name], trainer) for b, i in samples[name].batches]
+        tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep))
+    merged = average_shared(plan, plan.method.weights(list(plan.experts)))
+    records = plan.method.merge(MergeJob(tasks, merged, on_layer))
+    modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
+    report = MergeReport(
+        method=describe(plan.method),
+        tasks=list(plan.experts),
+        layers=records,
+        samples={name: sample.samples for name, sample in samples.items()},
+        overlap={name: sample.overlap for name, sample in samples.items()},
+        warnings=list(plan.parameters.warnings),
+        seconds=time.perf_counter() - start,
+        peak_memory=_peak_memory(device),
+        seed=data.seed,
+        versions=_versions(),
+    )
+    report.parameters, report.sizes = _account(plan, records)
+    return modules, report
+
+
+def average_shared(plan: MergePlan, weights: Sequence[float] | None = None) -> dict[str, Tensor]:
+    """The average of each shared parameter and floating-point buffer, one tensor for all names of a tied one."""
+    states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
+    ties = tied_names(next(iter(plan.experts.values())))
+    result: dict[str, Tensor] = {}
+    for name in plan.parameters.shared:
+        tensors = [state[name] for state in states]
+        if ties[name] in result:
+            result[name] = result[ties[name]]
+        elif tensors[0].is_floating_point():
+            value = average(tensors, weights)
+            result[name] = nn.Parameter(value, False) if isinstance(tensors[0], nn.Parameter) else value
+    return result
+
+
+def with_shared(expert: LightningModule, shared: Mapping[str, Tensor]) -> LightningModule:
+    """A copy of an expert that holds the given shared tensors; its private ones are those of the expert."""
+    tensors = {id(tensor): shared[name] for name, tensor, _ in named_tensors(expert) if name in shared}
+    module = copy_module(expert, tensors)
+    assert isinstance(module, LightningModule)
+    return module
+
+
+@torch.no_grad()
+def load_into(model: LightningModule, module: LightningModule) -> None:
+    """Copy all parameters and buffers of ``module`` into ``model``, in place."""
+    values = {name: tensor for name, tensor, _ in named_tensors(module)}
+    for name, tensor, _ in named_tensors(model):
+        tensor.copy_(values[name])
+
+
+def describe(method: MergingMethod) -> dict[str, Any]:
+    """Class and settings of a method, in plain values."""
+    settings = {name: value for name, value in vars(method).items() if name != "rule"}
+    rule = getattr(method, "rule", None)
+    return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
+
+
+@dataclass
+class _Batch:
+    """A calibration batch on the device."""
+
+    content: Any
+    dataloader_idx: int
+    keep: Tensor | None
+
+
+def _on_device(
+    batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer
+) -> _Batch:
+    """Lightning's own steps from the loader to ``validation_step``, with the hooks of whoever overrides them."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
+    batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
+    keep = None
+    if hasattr(expert, "calibration_mask"):
+        keep = expert.calibration_mask(batch)
+    elif isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
+        mask = batch["attention_mask"]
+        keep = mask if mask.dim() == 2 else None
+    return _Batch(batch, index, None if keep is None else keep.bool())
+
+
+@dataclass
+class _CalibrationStep:
+    """Runs a module's own ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
+
+    trainer: Trainer
+
+    def __call__(self, module: nn.Module, batch: _Batch, index: int) -> None:
+        assert isinstance(module, LightningModule)
+        module.trainer = self.trainer
+        for name in ("log", "log_dict"):
+            object.__setattr__(module, name, lambda *args, **kwargs: None)
+        # Two forwards run on each batch, and a step may take things out of it.
+        content = apply_to_collection(batch.content, Tensor, lambda tensor: tensor)
+        with self.trainer.precision_plugin.forward_context():
+            if hasattr(module, "calibration_step"):
+                module.calibration_step(content)
+                return
+            # Lightning's own way to tell what a step takes.
+            arguments = [content]
+            if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
+                arguments.append(index)
+            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", min_args=3):
+                arguments.append(batch.dataloader_idx)
+            module.validation_step(*arguments)
+
+
+def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str, str], dict[str, int]]:
+    """What became of each parameter and buffer, and how many values that is."""
+    expert = next(iter(plan.experts.values()))
+    ties, solved = tied_names(expert), {name for record in records for name in record.parameters}
+    solved |= {name for name, first in ties.items() if any(ties[s] == first for s in solved)}
+    reasons = {name: "never called in a calibration forward" for layer in plan.layers for name in _own(expert, layer)}
+    reasons.update({n: r.note for r in records if r.note for n in _own(expert, r.name)})
+    reasons.update(plan.averaged() if plan.layers else {})
+    account: dict[str, str] = {}
+    sizes = {"solved": 0, "averaged": 0, "private": 0, "buffer": 0}
+    for name, tensor, is_parameter in named_tensors(expert):
+        if name not in plan.parameters.shared:
+            continue
+        kind = "solved" if name in solved else "averaged" if is_parameter else "buffer"
+        account[name] = f"averaged: {reasons[name]}" if kind == "averaged" and name in reasons else kind
+        sizes[kind] += tensor.numel() if ties[name] == name else 0
+    for task, names in plan.parameters.private.items():
+        own = {name: tensor for name, tensor, _ in named_tensors(plan.experts[task])}
+        account.update(dict.fromkeys(names, "private"))
+        sizes["private"] += sum(own[name].numel() for name in names)
+    return account, sizes
+
+
+def _own(module: nn.Module, layer: str) -> list[str]:
+    return [f"{layer}.{name}" if layer else name for name in _present(module.get_submodule(layer))]
+
+
+def _present(layer: nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in layer._parameters.items() if p is not None}
+
+
+def _bytes(tensors: Any) -> int:
+    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("com_lightning", "torch", "lightning", "torchmetrics", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

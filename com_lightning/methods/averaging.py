@@ -1,0 +1,19 @@
+"""Rules that need no data."""
+
+from __future__ import annotations
+
+from com_lightning.core.chain import LayerRecord
+from com_lightning.methods.base import MergeJob, MergingMethod
+
+
+class Average(MergingMethod):
+    """The (weighted) average of the experts' parameters: model soups without selection (arXiv 2203.05482, section 2).
+
+    Args:
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    needs_data = False
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        return []  # a job starts from the average

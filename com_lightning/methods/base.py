@@ -1,0 +1,73 @@
+"""What every merging rule is given and gives back."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Dict, Optional
+
+from torch import Tensor
+
+from com_lightning.core.chain import LayerRecord, Task
+
+
+@dataclass
+class MergeJob:
+    """The experts to merge and the place for the result.
+
+    Attributes:
+        tasks: the experts and their calibration data (no batches where the method needs no data).
+        merged: full name of each shared parameter or buffer -> tensor for its merged value, which holds the average of
+            the experts, weighted by the method's task importance, when the method gets it.
+        on_layer: to be called with each finished layer.
+    """
+
+    tasks: Sequence[Task]
+    merged: Mapping[str, Tensor]
+    on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
+
+
+class MergingMethod(ABC):
+    """A rule that merges experts into one set of shared parameters.
+
+    Args:
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    needs_data: bool = True
+    """Whether the method reads calibration batches."""
+
+    def __init__(self, importance: Optional[Dict[str, float]] = None) -> None:
+        self.importance = importance
+
+    @abstractmethod
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        """Write the merged values into ``job.merged``; return what happened at each layer, in order."""
+
+    def weights(self, tasks: Sequence[str]) -> list[float]:
+        """Task importance, in the order of ``tasks``, with a sum of one.
+
+        Example::
+
+            >>> from com_lightning import Average
+            >>> Average(importance={"a": 3, "b": 1}).weights(["b", "a"])
+            [0.25, 0.75]
+        """
+        if self.importance is None:
+            return [1.0 / len(tasks)] * len(tasks)
+        total = sum(self.importance[task] for task in tasks)
+        return [self.importance[task] / total for task in tasks]
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        """What is wrong with the method's settings for these tasks, each as one sentence."""
+        if self.importance is None:
+            return []
+        found = []
+        if missing := [task for task in tasks if task not in self.importance]:
+            found.append(f"importance: no weight for {', '.join(missing)}; give every task one, 0 leaves a task out")
+        if unknown := [task for task in self.importance if task not in tasks]:
+            found.append(f"importance: {', '.join(unknown)} is no task; the tasks are {', '.join(tasks)}")
+        if any(w < 0 for w in self.importance.values()) or sum(self.importance.values()) <= 0:
+            found.append(f"importance: weights must not be negative, and not all zero; got {self.importance}")
+        return found

@@ -1,0 +1,71 @@
+"""Rules in closed form, from the statistics of each layer's inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Dict, Literal, Optional
+
+from com_lightning.core.chain import LayerRecord, Rule, merge_layers
+from com_lightning.methods.base import MergeJob, MergingMethod
+
+
+class _ClosedForm(MergingMethod):
+    rule: Rule
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        weights = self.weights([task.name for task in job.tasks])
+        return merge_layers(job.tasks, job.merged, weights, self.rule, job.on_layer)
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = super().problems(tasks)
+        if not self.rule.ridge >= 0:
+            found.append(f"ridge: must be 0 or more, got {self.rule.ridge}")
+        return found
+
+
+class ChainOfMerges(_ClosedForm):
+    """Chain of Merges: layers are merged in closed form, in execution order, on the activations of the model merged so far.
+
+    Each layer ``W`` minimises ``sum_i a_i / N_i sum_n s_n || W x̂_n - t_n ||² + l || W - W̄ ||²``, where ``x̂`` is the
+    layer's input in the model merged so far, ``t`` the target, ``s = 1 / ||x̂||²`` the cosine normalisation, ``a_i``
+    the importance of task i and ``W̄`` the average of the experts. The idea is that of Buzzega et al., "Rethinking
+    Layer-wise Model Merging through Chain of Merges", arXiv 2508.21421 (abstract); the equations are ours, and so is the
+    bias, which is solved jointly and counts in ``||x̂||`` as a further input that is always 1.
+
+    Args:
+        target: ``"expert"``: ``t = W_i x``, the expert's output on the expert's own input (two-sided): layers also
+            correct what earlier merges have shifted. ``"merged"``: ``t = W_i x̂`` (one-sided): half the forwards.
+        normalize: count each row by its direction rather than its size (cosine normalisation, ``s`` above).
+        importance: task -> its weight, relative to the others; uniform by default.
+        ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix.
+    """
+
+    def __init__(
+        self,
+        target: Literal["expert", "merged"] = "expert",
+        normalize: bool = True,
+        importance: Optional[Dict[str, float]] = None,
+        ridge: float = 0.01,
+    ) -> None:
+        super().__init__(importance)
+        self.rule = Rule("merged", target, normalize, ridge)
+
+
+class RegMean(_ClosedForm):
+    """RegMean: every layer is merged on its own, on the experts' activations.
+
+    Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, section 3.2. We
+    regularise with a ridge towards the average, where the paper scales off-diagonal entries, and solve every layer that
+    has a closed form, not only linear ones.
+
+    Args:
+        normalize: count each row by its direction rather than its size; the paper does not.
+        importance: task -> its weight, relative to the others; uniform by default.
+        ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+    """
+
+    def __init__(
+        self, normalize: bool = False, importance: Optional[Dict[str, float]] = None, ridge: float = 0.01
+    ) -> None:
+        super().__init__(importance)
+        self.rule = Rule("expert", "merged", normalize, ridge)

@@ -1,0 +1,49 @@
+"""One picture of a merge: the tasks before and after, and the covariate shift from layer to layer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from com_lightning.report import MergeReport
+
+
+def save_figure(report: MergeReport, path: Path) -> bool:
+    """Draw a report; returns whether a picture was made (not without matplotlib, nor where there is nothing to show)."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return False
+    kinds = [kind for kind in ("expert", "average", "merged") if kind in report.metrics]
+    shifts = {task: [layer.distance.get(task) for layer in report.layers] for task in report.tasks}
+    with_shift = any(value is not None for values in shifts.values() for value in values)
+    if not kinds and not with_shift:
+        return False
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, int(bool(kinds)) + int(with_shift), squeeze=False)[0]
+    if kinds:
+        axes = panels[0]
+        width = 0.8 / len(kinds)
+        colors = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
+        for number, kind in enumerate(kinds):
+            heights = [report.metrics[kind].get(task, {}).get(report.metric or "", 0.0) for task in report.tasks]
+            places = [position + (number - (len(kinds) - 1) / 2) * width for position in range(len(report.tasks))]
+            label = kind if kind != "merged" else f"merged ({report.method.get('class')})"
+            axes.bar(places, heights, width, label=label, color=colors[kind])
+        axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=20, ha="right")
+        axes.set_ylabel(report.metric or "")
+        axes.set_title("each task before and after the merge")
+        axes.legend(loc="lower right", framealpha=0.9)
+    if with_shift:
+        axes = panels[-1]
+        for task, values in shifts.items():
+            places = [number for number, value in enumerate(values) if value is not None]
+            axes.plot(places, [values[p] for p in places], marker=".", linewidth=1, label=task)
+        axes.set_xlabel("layer, in the order of merging")
+        axes.set_ylabel("relative distance to the expert's input")
+        axes.set_title("covariate shift on arrival")
+        axes.set_ylim(bottom=0)
+        axes.legend()
+    figure.savefig(path, dpi=130)
+    return True

@@ -1,0 +1,196 @@
+"""What a merge did, for people (table, Markdown) and for programs (JSON)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from com_lightning.core.chain import LayerRecord
+
+Metrics = Mapping[str, float]
+
+
+@dataclass
+class MergeReport:
+    """All that is known of a merge.
+
+    Attributes:
+        method: class and settings of the merging rule.
+        tasks: their names, in order.
+        metric: the metric that tables show.
+        metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, as ``trainer.validate`` returned it.
+        layers: what happened at each layer, in the order of merging.
+        parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``, ``"buffer"``.
+        sizes: the same kinds -> number of values; private ones are summed over tasks.
+        samples: task -> calibration samples used.
+        overlap: task -> how many of them are among those validated; ``None`` where that cannot be known.
+        warnings: what was odd.
+        seconds: of the merge, without validation.
+        peak_memory: bytes: of the process on a CPU, allocated on the device otherwise.
+        seed, versions: of the calibration sample, of the packages.
+    """
+
+    method: dict[str, Any] = field(default_factory=dict)
+    tasks: list[str] = field(default_factory=list)
+    metric: str | None = None
+    metrics: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    layers: list[LayerRecord] = field(default_factory=list)
+    parameters: dict[str, str] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    samples: dict[str, int] = field(default_factory=dict)
+    overlap: dict[str, int | None] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_memory: int = 0
+    seed: int | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def normalized(self, kind: str, task: str, metric: str | None = None) -> float | None:
+        """``kind``'s metric of a task divided by its expert's, e.g. ``normalized("merged", "mnist")``."""
+        metric = metric or self.metric or ""
+        value = self.metrics.get(kind, {}).get(task, {}).get(metric)
+        expert = self.metrics.get("expert", {}).get(task, {}).get(metric)
+        return value / expert if value is not None and expert else None
+
+    def mean_normalized(self, kind: str) -> float | None:
+        """Mean over tasks of :meth:`normalized`; ``None`` unless every task has a value."""
+        values = [self.normalized(kind, task) for task in self.tasks]
+        known = [value for value in values if value is not None]
+        return sum(known) / len(known) if known and len(known) == len(values) else None
+
+    def first_metric(self) -> str | None:
+        """The first metric of the merged model that is not a loss; the first one where all are."""
+        names = list(next(iter(self.metrics.get("merged", {}).values()), {}))
+        return next((name for name in names if "loss" not in name), names[0] if names else None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, in plain values; NaN and infinity become ``None``, so that any JSON reader takes it."""
+        normalized = {
+            kind: {task: {m: self.normalized(kind, task, m) for m in values} for task, values in tasks.items()}
+            for kind, tasks in self.metrics.items()
+        }
+        summary = {kind: self.mean_normalized(kind) for kind in self.metrics}
+        plain: dict[str, Any] = _finite({**asdict(self), "normalized": normalized, "mean_normalized": summary})
+        return plain
+
+    def to_json(self) -> str:
+        """:meth:`to_dict` as JSON text."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def task_table(self) -> str:
+        """The result at a glance: per task the expert, the average and the merged model."""
+        kinds = [kind for kind in ("expert", "average", "merged") if kind in self.metrics]
+        rows = [["task", *kinds, *(f"{kind} / expert" for kind in kinds if kind != "expert")]]
+        for task in self.tasks:
+            values = [self.metrics[kind].get(task, {}).get(self.metric or "") for kind in kinds]
+            ratios = [self.normalized(kind, task) for kind in kinds if kind != "expert"]
+            rows.append([task, *map(_number, values), *map(_percent, ratios)])
+        means = [_mean([self.metrics[k].get(t, {}).get(self.metric or "") for t in self.tasks]) for k in kinds]
+        ratios = [self.mean_normalized(kind) for kind in kinds if kind != "expert"]
+        rows.append(["mean", *map(_number, means), *map(_percent, ratios)])
+        return table(rows)
+
+    def layer_table(self) -> str:
+        """Per layer the covariate shift on arrival, the residual of the fit, and its conditioning."""
+        rows = [["layer", "type", "shift", "cosine", "residual", "condition", "seconds", "note"]]
+        for layer in self.layers:
+            note = layer.note or (f"inputs of {layer.shared_with}" if layer.shared_with else "")
+            if layer.unpaired:
+                note = f"{note}; " * bool(note) + f"{layer.unpaired} calls one-sided"
+            shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))
+            numbers = [shift, cosine, layer.residual, layer.condition]
+            rows.append([layer.name or "(root)", layer.kind, *map(_number, numbers), f"{layer.seconds:.2f}", note])
+        return table(rows)
+
+    def summary(self) -> str:
+        """Two lines on data and cost."""
+        samples = sorted(set(self.samples.values()))
+        told = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}" if samples else "no"
+        overlaps = list(self.overlap.values())
+        if any(overlap is None for overlap in overlaps):
+            both = "how many of them are validated too is not known"
+        else:
+            both = f"{sum(o or 0 for o in overlaps)} of them in all are among those validated"
+        parts = ", ".join(f"{count:,} {kind}" for kind, count in self.sizes.items() if count)
+        return (
+            f"{self.method.get('class', 'merge')}: {told} calibration samples per task ({both}); "
+            f"{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
+            f"Values: {parts}."
+        )
+
+    def __str__(self) -> str:
+        shown = f"{self.metric}\n\n{self.task_table()}\n" if self.metrics else ""
+        return f"{shown}\n{self.summary()}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
+
+    def to_markdown(self) -> str:
+        """The whole report as Markdown."""
+        settings = ", ".join(f"{name}={value}" for name, value in self.method.items() if name != "class")
+        unsolved = [[name, what] for name, what in self.parameters.items() if what.startswith("averaged")]
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        parts = [
+            f"# Merge of {len(self.tasks)} experts with {self.method.get('class')}",
+            f"Settings: {settings}." if settings else "",
+            f"## Metrics\n\n`{self.metric}`\n\n{self.task_table()}" if self.metrics else "",
+            self.summary(),
+            "\n".join(f"- **Warning**: {warning}" for warning in self.warnings),
+            "## Layers\n\nShift and cosine compare a layer's inputs in the merged model with those in the experts on "
+            "arrival (relative distance; mean over tasks); the residual is the relative squared error of its output "
+            f"after the merge; the condition is a lower bound.\n\n{self.layer_table()}"
+            if self.layers
+            else "",
+            "## Averaged parameters\n\n" + table([["parameter", "why"], *unsolved]) if unsolved else "",
+            f"Calibration seed {self.seed}; {versions}.",
+        ]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns, as Markdown: the first row is the head, and numbers stand to the right.
+
+    Example::
+
+        >>> print(table([["task", "value"], ["a", "0.5"], ["b", "-"]]))
+        | task | value |
+        | :--- | ----: |
+        | a    |   0.5 |
+        | b    |     - |
+    """
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    body = rows[1:]
+    left = [any(row[c] and row[c][0] not in "0123456789-." for row in body) or not body for c in range(len(widths))]
+    lines = [_line(rows[0], widths, left)]
+    lines.append(_line([":" + "-" * (w - 1) if l else "-" * (w - 1) + ":" for w, l in zip(widths, left)], widths, left))
+    return "\n".join([*lines, *(_line(row, widths, left) for row in body)])
+
+
+def _line(row: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:
+    cells = [cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left)]
+    return f"| {' | '.join(cells)} |"
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.3g}" if abs(value) >= 1e4 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(part) for part in value]
+    return value

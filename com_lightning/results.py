@@ -1,0 +1,115 @@
+"""The folder that a merge leaves behind, written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from safetensors.torch import save_file
+
+from com_lightning.core.sharing import named_tensors, tied_names
+from com_lightning.evaluation import quiet_lightning
+from com_lightning.experts import MergeError
+from com_lightning.plots import save_figure
+from com_lightning.report import MergeReport
+
+
+def output_problems(folder: Path, overwrite: bool) -> list[str]:
+    """Why a result could not be written to ``folder``, found out before the merge."""
+    if folder.exists() and not overwrite:
+        return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent):
+            pass
+    except OSError as error:
+        return [f"output_dir: {folder.parent} cannot be written to ({error.strerror})"]
+    return []
+
+
+def save_results(
+    folder: Path,
+    modules: Mapping[str, LightningModule],
+    shared: list[str],
+    report: MergeReport,
+    overwrite: bool = False,
+    files: Mapping[str, str] | None = None,
+) -> None:
+    """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
+    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``.
+
+    Args:
+        folder: where to. All is written beside it under a temporary name first.
+        modules: task -> merged module.
+        shared: names of the shared parameters and buffers.
+        report: of the merge.
+        overwrite: whether an existing folder is replaced.
+        files: further files, name -> text.
+
+    Raises:
+        MergeError: if the folder exists and is not to be overwritten, or cannot be written.
+    """
+    if problems := output_problems(folder, overwrite):
+        raise MergeError(problems)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        module = next(iter(modules.values()))
+        ties = tied_names(module)
+        tensors = {n: t for n, t, _ in named_tensors(module) if n in set(shared) and ties[n] == n}
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / "merged.safetensors")
+        for task, merged in modules.items():
+            _save_checkpoint(merged, temporary / f"{task}.ckpt")
+        texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
+        for name, text in texts.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        save_figure(report, temporary / "report.png")
+        temporary.chmod(0o755)  # a temporary folder is private to its owner
+        if folder.exists():
+            replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+            os.replace(folder, replaced / "old")
+            os.replace(temporary, folder)
+            shutil.rmtree(replaced)
+        else:
+            os.replace(temporary, folder)
+    except OSError as error:
+        raise MergeError([f"output_dir: {folder} could not be written ({error}); nothing was left there"]) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict[str, LightningModule]:
+    """Task -> merged module, from a result folder.
+
+    Raises:
+        MergeError: naming the tasks that the folder has no readable checkpoint for.
+    """
+    modules, problems = {}, []
+    for task in tasks:
+        path = folder / f"{task}.ckpt"
+        if not path.is_file():
+            known = sorted(p.stem for p in folder.glob("*.ckpt")) if folder.is_dir() else []
+            problems.append(f"{path}: no such file; {folder} has results for {', '.join(known) or 'no task'}")
+            continue
+        try:
+            modules[task] = type(model).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            problems.append(f"{path}: {type(model).__name__} cannot be loaded from it ({error})")
+    if problems:
+        raise MergeError(problems)
+    return modules
+
+
+def _save_checkpoint(module: LightningModule, path: Path) -> None:
+    """As ``trainer.save_checkpoint`` writes it: hyperparameters and weights, no optimizer."""
+    outer = module._trainer
+    with quiet_lightning(), torch.inference_mode(False):
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+        trainer.strategy.connect(module)
+        module.trainer = trainer
+        trainer.save_checkpoint(path, weights_only=True)
+    module._trainer = outer

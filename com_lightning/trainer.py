@@ -1,0 +1,154 @@
+"""A trainer that can merge, and validate what was merged: what the command line runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+
+from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.datamodule import MergeDataModule
+from com_lightning.evaluation import single_device_trainer, validate_tasks
+from com_lightning.experts import MergeError
+from com_lightning.methods import MergingMethod
+from com_lightning.report import MergeReport
+from com_lightning.results import load_results
+
+
+class MergeTrainer(Trainer):
+    """A ``Trainer`` with :meth:`merge`, for the command line. In Python the callback is all that is needed."""
+
+    def merge(
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule,
+        experts: Dict[str, str],
+        method: Optional[MergingMethod] = None,
+        private: Optional[List[str]] = None,
+        metric: Optional[str] = None,
+        baselines: bool = True,
+        output_dir: str = "outputs/merge",
+        overwrite: bool = False,
+        dry_run: bool = False,
+        files: Optional[Dict[str, str]] = None,
+    ) -> MergeReport:
+        """Merge experts into one model, save it, and validate every task.
+
+        Args:
+            model: a module of the experts' class; it is not changed.
+            datamodule: a MergeDataModule, the data of all tasks.
+            experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file. Relative paths are
+                relative to the working directory.
+            method: the merging rule; ChainOfMerges by default.
+            private: patterns of parameters that stay with their task ("head", "*.classifier.*"), all others being
+                shared. By default those are private that differ in name or shape.
+            metric: the logged metric that tables show; by default the first one that is not a loss.
+            baselines: also validate the experts and their plain average, to compare with.
+            output_dir: folder for the merged weights, one Lightning checkpoint per task, and the report.
+            overwrite: replace an existing output_dir.
+            dry_run: only check everything and print what would be merged.
+            files: further files for the folder, name -> text.
+
+        Returns:
+            The report, which is also printed.
+
+        Raises:
+            MergeError: with all problems at once, before any calibration batch is read.
+        """
+        data = _tasks(datamodule)
+        sources: Dict[str, Any] = dict(experts)
+        merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
+        merger.files = files or {}
+        data.trainer = self
+        data.prepare_data()
+        data.setup("validate")
+        plan = merger.plan(model, data)
+        if dry_run:
+            print(plan)
+            return merger.report
+        self.callbacks.append(merger)  # type: ignore[attr-defined]
+        try:
+            self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
+        finally:
+            self.callbacks.remove(merger)  # type: ignore[attr-defined]
+        if merger.merged:  # not where limit_val_batches=0 leaves nothing to run
+            print(f"\n{merger.report}\n\nWritten to {output_dir}.")
+        return merger.report
+
+    def validate(
+        self,
+        model: Optional[LightningModule] = None,
+        dataloaders: Any = None,
+        ckpt_path: Optional[str] = None,
+        verbose: bool = True,
+        datamodule: Optional[LightningDataModule] = None,
+        weights_only: Optional[bool] = None,
+        merged: Optional[str] = None,
+    ) -> Any:
+        """Validate a model, or with ``merged`` the result of a merge on every task.
+
+        Args:
+            model: the model; with ``merged``, any module of the class that was merged.
+            dataloaders: as for ``Trainer.validate``.
+            ckpt_path: as for ``Trainer.validate``.
+            verbose: print the result.
+            datamodule: the data; with ``merged``, a MergeDataModule.
+            weights_only: as for ``Trainer.validate``.
+            merged: folder that a merge has written (its output_dir).
+
+        Returns:
+            As ``Trainer.validate``; with ``merged`` one dictionary of metrics per task.
+        """
+        if merged is None:
+            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate_merged(model, datamodule, merged, verbose, "validate")
+
+    def test(
+        self,
+        model: Optional[LightningModule] = None,
+        dataloaders: Any = None,
+        ckpt_path: Optional[str] = None,
+        verbose: bool = True,
+        datamodule: Optional[LightningDataModule] = None,
+        weights_only: Optional[bool] = None,
+        merged: Optional[str] = None,
+    ) -> Any:
+        """Test a model, or with ``merged`` the result of a merge on every task.
+
+        Args:
+            model: the model; with ``merged``, any module of the class that was merged.
+            dataloaders: as for ``Trainer.test``.
+            ckpt_path: as for ``Trainer.test``.
+            verbose: print the result.
+            datamodule: the data; with ``merged``, a MergeDataModule.
+            weights_only: as for ``Trainer.test``.
+            merged: folder that a merge has written (its output_dir).
+
+        Returns:
+            As ``Trainer.test``; with ``merged`` one dictionary of metrics per task.
+        """
+        if merged is None:
+            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return self._evaluate_merged(model, datamodule, merged, verbose, "test")
+
+    def _evaluate_merged(
+        self, model: Any, datamodule: Any, folder: str, verbose: bool, stage: str
+    ) -> list[dict[str, float]]:
+        data = _tasks(datamodule)
+        modules = load_results(Path(folder), model, list(data.tasks))
+        report = MergeReport(tasks=list(modules))
+        quiet = self.progress_bar_callback is None
+        report.metrics["merged"] = validate_tasks(single_device_trainer(self), modules, data, "merged", quiet, stage)
+        report.metric = report.first_metric()
+        if verbose:
+            print(f"\n{report.metric}\n\n{report.task_table()}")
+        return list(report.metrics["merged"].values())
+
+
+def _tasks(datamodule: Any) -> MergeDataModule:
+    if not isinstance(datamodule, MergeDataModule):
+        kind = type(datamodule).__name__
+        raise MergeError([f"data: must be a com_lightning.MergeDataModule, which holds every task's data; got {kind}"])
+    return datamodule
