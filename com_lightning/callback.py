@@ -8,13 +8,13 @@ from typing import Dict, List, Optional
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
 from com_lightning.core.chain import LayerRecord
 from com_lightning.core.sharing import named_tensors
 from com_lightning.datamodule import MergeDataModule
-from com_lightning.evaluation import single_device_trainer, validate_tasks
+from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
 from com_lightning.experts import ExpertSource, MergeError
 from com_lightning.merger import MergePlan, average_shared, execute, load_into, make_plan, with_shared
 from com_lightning.methods import ChainOfMerges, MergingMethod
@@ -103,7 +103,9 @@ class ChainOfMergesCallback(Callback):
             raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, MergeDataModule):
-            raise MergeError(["the trainer needs the tasks' data: trainer.validate(model, datamodule=MergeDataModule(...))"])
+            raise MergeError(
+                ["the tasks' data are missing: use trainer.validate(model, datamodule=MergeDataModule(...))"]
+            )
         plan = self._plan or self.plan(pl_module, data)
         first, expert = next(iter(plan.experts.items()))
         ours = {name: tuple(t.shape) for name, t, _ in named_tensors(pl_module)}
@@ -112,9 +114,9 @@ class ChainOfMergesCallback(Callback):
             name = differing[0]
             raise MergeError(
                 [
-                    f"the model given to trainer.validate becomes the merged model of task '{first}', but does not fit: "
-                    f"{name} is {ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module "
-                    "built like that expert"
+                    f"the model given to trainer.validate becomes the merged model of task '{first}', but does not "
+                    f"fit: {name} is {ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a "
+                    "module built like that expert"
                 ]
             )
         for warning in plan.parameters.warnings:
@@ -144,7 +146,8 @@ class ChainOfMergesCallback(Callback):
         if not self.merged or self._plan is None or self.report.metrics:
             return
         data = trainer.datamodule  # type: ignore[attr-defined]
-        evaluator = single_device_trainer(trainer)
+        with quiet_lightning():
+            evaluator = single_device_trainer(trainer)
         with torch.inference_mode(False):
             sets = {"merged": self.modules}
             if self.baselines:
@@ -152,13 +155,12 @@ class ChainOfMergesCallback(Callback):
                 average = {task: with_shared(expert, mean) for task, expert in self._plan.experts.items()}
                 sets = {"expert": self._plan.experts, "average": average, **sets}
             for kind, modules in sets.items():
-                hidden = _quiet(trainer)
-                metrics = validate_tasks(evaluator, modules, data, f"validating {kind}", hidden)
-                self.report.metrics[kind] = metrics
+                description, quiet = f"validating {kind}", _quiet(trainer)
+                self.report.metrics[kind] = validate_tasks(evaluator, modules, data, description, quiet)
             self.report.metric = self.metric or self.report.first_metric()
             _log_tasks(trainer, self.report)
             for module in self.modules.values():
-                for name, tensor, is_parameter in named_tensors(module):
+                for _, tensor, is_parameter in named_tensors(module):
                     tensor.requires_grad_(is_parameter and tensor.is_floating_point())
             if self.output_dir:
                 self.save(self.output_dir, self.overwrite)

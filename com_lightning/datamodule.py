@@ -23,17 +23,21 @@ class TaskLoaders(LightningDataModule):
     Args:
         val: validated, and calibrated on by default.
         train: calibrated on with ``source="train"``.
+        test: tested.
     """
 
-    def __init__(self, val: Any, train: Any = None) -> None:
+    def __init__(self, val: Any, train: Any = None, test: Any = None) -> None:
         super().__init__()
-        self._val, self._train = val, train
+        self._val, self._train, self._test = val, train, test
 
     def val_dataloader(self) -> Any:
         return self._val
 
     def train_dataloader(self) -> Any:
         return self._train
+
+    def test_dataloader(self) -> Any:
+        return self._test
 
 
 @dataclass
@@ -115,7 +119,7 @@ class MergeDataModule(LightningDataModule):
         self._set_up.clear()
 
     def task(self, name: str) -> LightningDataModule:
-        """One task's data for ``trainer.validate``: its own datamodule, or without what was held out for calibration."""
+        """One task's data for ``trainer.validate``, without what is held out for calibration."""
         return _Task(self, name)
 
     def val_dataloader(self) -> Any:
@@ -236,7 +240,8 @@ class _Task(LightningDataModule):
 
 def _population(loader: Any) -> list[int] | None:
     """The dataset indices that a loader goes through, without reading data; ``None`` if it has no indices."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
+    indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
+    if not indexed or loader.batch_sampler is None:
         return None if not hasattr(loader, "__len__") or len(loader) else []
     with torch.random.fork_rng(devices=[]):  # a random sampler draws from the global state
         if type(loader.batch_sampler) is torch.utils.data.BatchSampler:
@@ -276,7 +281,7 @@ def _reservoir(loader: Iterable[Any], samples: int, limit: int | None, generator
 
 def _limit(limit_batches: int | float | None, loader: Any) -> int | None:
     """A trainer's limit as a number of batches; ``None``: all."""
-    if limit_batches is None or limit_batches == 1.0 and isinstance(limit_batches, float):
+    if limit_batches is None or (limit_batches == 1.0 and isinstance(limit_batches, float)):
         return None
     if isinstance(limit_batches, int):
         return limit_batches

@@ -21,7 +21,7 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
     return Trainer(
         accelerator=device.type,
         devices=[device.index] if device.index is not None else 1,
-        precision=trainer.precision,  # type: ignore[arg-type]
+        precision=trainer.precision,
         limit_val_batches=trainer.limit_val_batches,
         limit_test_batches=trainer.limit_test_batches,
         logger=False,

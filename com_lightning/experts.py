@@ -1,4 +1,4 @@
-"""Experts: reading them safely, telling shared parameters from private ones, and every check before any data is read."""
+"""Experts: reading them safely, and telling shared parameters from private ones."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def sort_parameters(
     for name in names:
         shapes = {who: shape.get(name) for who, shape in everyone.items()}
         same = len(set(shapes.values())) == 1
-        if private is None and same or private is not None and not matches_any(name, private):
+        if same if private is None else not matches_any(name, private):
             result.shared.append(name)
             if not same:
                 told = "; ".join(f"{who} {'lacks it' if s is None else tuple(s)}" for who, s in shapes.items())
@@ -123,14 +123,18 @@ def sort_parameters(
                     result.private[task].append(name)
     for pattern in private or ():
         if not any(matches_any(name, [pattern]) for name in names):
-            problems.append(f"private: '{pattern}' matches no parameter; they are called like {', '.join(list(names)[:4])}")
+            problems.append(f"private: '{pattern}' matches no parameter; there are {_some(list(names))}")
     if not problems and not any(candidates(expert, set(result.shared)) for expert in experts.values()):
-        problems.append("the experts share no layer that can be merged: no parameter has one name and shape in all of them")
+        problems.append(
+            "the experts share no layer that can be merged: none has parameters of one name and shape in all"
+        )
     ties = {task: {n: t for n, t in tied_names(e).items() if n in result.shared} for task, e in experts.items()}
     reference_task, reference = next(iter(ties.items()))
     for task, tie in ties.items():
         if differing := [n for n in reference if n in tie and tie[n] != reference[n]]:
-            problems.append(f"{differing[0]} is tied to another parameter in only one of '{reference_task}' and '{task}'")
+            problems.append(
+                f"{differing[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both"
+            )
     if problems:
         raise MergeError(problems)
     result.warnings += _kinship(model, experts, result.shared)
@@ -141,7 +145,7 @@ def _kinship(model: LightningModule, experts: Mapping[str, LightningModule], sha
     """Warn of experts that seem not to descend from one base: fine-tuning hardly turns a weight matrix, and two
     trainings from scratch end at right angles. Judged by the cosine between each expert and the mean of the others."""
     matrices = [n for n, t, is_parameter in named_tensors(model) if n in set(shared) and is_parameter and t.dim() > 1]
-    states = {task: dict((n, t) for n, t, _ in named_tensors(expert)) for task, expert in experts.items()}
+    states = {task: {n: t for n, t, _ in named_tensors(expert)} for task, expert in experts.items()}
     products = {task: torch.zeros(3, dtype=torch.float64) for task in experts}
     for name in matrices:
         values = {task: state[name].detach().flatten().float() for task, state in states.items()}
@@ -155,7 +159,7 @@ def _kinship(model: LightningModule, experts: Mapping[str, LightningModule], sha
         if len(experts) > 1 and matrices and cosine < 0.2:
             warnings.append(
                 f"expert '{task}' seems not to be fine-tuned from the same base as the others: the cosine between its "
-                f"weight matrices and the mean of the others' is {cosine:.2f}, where fine-tuned siblings are mostly above 0.9"
+                f"weight matrices and the mean of the others' is {cosine:.2f}; fine-tuned siblings are mostly above 0.9"
             )
     return warnings
 
@@ -178,9 +182,7 @@ def _from_file(name: str, path: Path, model: LightningModule) -> LightningModule
     return expert
 
 
-def _filled(
-    module: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True
-) -> LightningModule:
+def _filled(module: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
     own = module.state_dict()
     problems = []
     if missing := sorted(own.keys() - state.keys()):

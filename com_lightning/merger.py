@@ -88,9 +88,9 @@ class MergePlan:
         memory = self.memory()
         told = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
         return (
-            f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {describe(self.method)['class']}.\n\n"
-            f"{table(rows)}\n\nMemory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({told}); the activations of the "
-            "calibration data come on top."
+            f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
+            f"{table(rows)}\n\nMemory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({told}); the activations of "
+            "the calibration data come on top."
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
 
@@ -233,16 +233,14 @@ class _Batch:
     keep: Tensor | None
 
 
-def _on_device(
-    batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer
-) -> _Batch:
+def _on_device(batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer) -> _Batch:
     """Lightning's own steps from the loader to ``validation_step``, with the hooks of whoever overrides them."""
     batch = trainer.precision_plugin.convert_input(batch)
     before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
     batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
     keep = None
-    if hasattr(expert, "calibration_mask"):
-        keep = expert.calibration_mask(batch)
+    if callable(calibration_mask := getattr(expert, "calibration_mask", None)):
+        keep = calibration_mask(batch)
     elif isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
         mask = batch["attention_mask"]
         keep = mask if mask.dim() == 2 else None
@@ -263,8 +261,8 @@ class _CalibrationStep:
         # Two forwards run on each batch, and a step may take things out of it.
         content = apply_to_collection(batch.content, Tensor, lambda tensor: tensor)
         with self.trainer.precision_plugin.forward_context():
-            if hasattr(module, "calibration_step"):
-                module.calibration_step(content)
+            if callable(calibration_step := getattr(module, "calibration_step", None)):
+                calibration_step(content)
                 return
             # Lightning's own way to tell what a step takes.
             arguments = [content]

@@ -8,7 +8,7 @@ from com_lightning.report import MergeReport
 
 
 def save_figure(report: MergeReport, path: Path) -> bool:
-    """Draw a report; returns whether a picture was made (not without matplotlib, nor where there is nothing to show)."""
+    """Draw a report. Returns whether there was matplotlib, and anything to draw."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -38,8 +38,8 @@ def save_figure(report: MergeReport, path: Path) -> bool:
     if with_shift:
         axes = panels[-1]
         for task, values in shifts.items():
-            places = [number for number, value in enumerate(values) if value is not None]
-            axes.plot(places, [values[p] for p in places], marker=".", linewidth=1, label=task)
+            known = [(number, value) for number, value in enumerate(values) if value is not None]
+            axes.plot([n for n, _ in known], [value for _, value in known], marker=".", linewidth=1, label=task)
         axes.set_xlabel("layer, in the order of merging")
         axes.set_ylabel("relative distance to the expert's input")
         axes.set_title("covariate shift on arrival")

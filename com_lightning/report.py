@@ -21,7 +21,7 @@ class MergeReport:
         method: class and settings of the merging rule.
         tasks: their names, in order.
         metric: the metric that tables show.
-        metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, as ``trainer.validate`` returned it.
+        metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, from ``trainer.validate``.
         layers: what happened at each layer, in the order of merging.
         parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``, ``"buffer"``.
         sizes: the same kinds -> number of values; private ones are summed over tasks.
@@ -160,9 +160,9 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     body = rows[1:]
-    left = [any(row[c] and row[c][0] not in "0123456789-." for row in body) or not body for c in range(len(widths))]
-    lines = [_line(rows[0], widths, left)]
-    lines.append(_line([":" + "-" * (w - 1) if l else "-" * (w - 1) + ":" for w, l in zip(widths, left)], widths, left))
+    left = [not any(row[c][:1] in {*"0123456789-."} for row in body if row[c]) for c in range(len(widths))]
+    rule = [":" + "-" * (w - 1) if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left)]
+    lines = [_line(rows[0], widths, left), _line(rule, widths, left)]
     return "\n".join([*lines, *(_line(row, widths, left) for row in body)])
 
 

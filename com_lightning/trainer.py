@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
@@ -81,7 +81,7 @@ class MergeTrainer(Trainer):
         self,
         model: Optional[LightningModule] = None,
         dataloaders: Any = None,
-        ckpt_path: Optional[str] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
         verbose: bool = True,
         datamodule: Optional[LightningDataModule] = None,
         weights_only: Optional[bool] = None,
@@ -109,7 +109,7 @@ class MergeTrainer(Trainer):
         self,
         model: Optional[LightningModule] = None,
         dataloaders: Any = None,
-        ckpt_path: Optional[str] = None,
+        ckpt_path: Optional[Union[str, Path]] = None,
         verbose: bool = True,
         datamodule: Optional[LightningDataModule] = None,
         weights_only: Optional[bool] = None,

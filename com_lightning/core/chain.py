@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import LayerType, kept, layer_type
 from com_lightning.core.lockstep import Arrival, Forward, lockstep
-from com_lightning.core.sharing import copy_module, tied_names
+from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import Factor, factorize, residual, solve
 from com_lightning.core.statistics import InputStatistics
 
@@ -119,8 +119,8 @@ def merge_layers(
         on_layer: called with each finished layer.
 
     Returns:
-        The layers that were reached, in the order of merging. A tied weight is merged at the first layer that uses it; a
-        layer that is called several times in one forward is merged from its first call.
+        The layers that were reached, in the order of merging. A tied weight is merged at the first layer that uses it;
+        a layer that is called several times in one forward is merged from its first call.
     """
     return _Chain(tasks, merged, importance, rule, on_layer).run()
 
@@ -196,8 +196,7 @@ class _Chain:
     def _forwards(self) -> list[Forward]:
         forwards: list[Forward] = []
         for number, task in enumerate(self.tasks):
-            ours = {id(t): self.merged[n] for n, t in task.expert.state_dict(keep_vars=True).items() if n in self.merged}
-            ours.update({id(t): self.merged[n] for n, t in task.expert.named_buffers() if n in self.merged})
+            ours = {id(t): self.merged[n] for n, t, _ in named_tensors(task.expert) if n in self.merged}
             for index, batch in enumerate(task.batches):
                 for stream in self.rule.streams:
                     module = copy_module(task.expert, ours if stream == "merged" else None)
@@ -376,5 +375,4 @@ class _OutputError:
         self.energy = energy if self.energy is None else self.energy + energy
 
     def relative(self) -> float:
-        assert self.error is not None and self.energy is not None
-        return float(self.error) / max(float(self.energy), 1e-30)
+        return 0.0 if self.error is None else float(self.error) / max(float(self.energy or 0.0), 1e-30)

@@ -166,7 +166,7 @@ class Convolution(LayerType):
         order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
         patches = patches.permute(order)
         per_image = max(patches[0].numel(), 1)
-        for part in patches.split(max(MAX_ROW_ELEMENTS // per_image, 1)):
+        for part in torch.split(patches, max(MAX_ROW_ELEMENTS // per_image, 1)):
             yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
 
     def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
@@ -230,8 +230,8 @@ class PerChannel(LayerType):
     """A scale, and perhaps an offset, per channel: LayerNorm, RMSNorm and their many relatives.
 
     Recognised by what it computes, not by its class: a module without children whose one or two parameters are vectors
-    of one length, and whose output is ``scale_c * z_c + offset_c`` where ``z`` does not depend on them. ``z`` is found by
-    running the layer with other parameters; a layer that stores ``scale - 1`` (Gemma's RMSNorm) comes out right.
+    of one length, and whose output is ``scale_c * z_c + offset_c`` where ``z`` does not depend on them. ``z`` is found
+    by running the layer with other parameters; a layer that stores ``scale - 1`` (Gemma's RMSNorm) comes out right.
     Each channel is a group with one input.
     """
 
@@ -383,9 +383,7 @@ def kept(keep: Tensor | None, lead: torch.Size) -> Tensor | None:
     return None
 
 
-def _cast(
-    dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _cast(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The same arguments with floating-point tensors in ``dtype``."""
 
     def cast(value: Any) -> Any:

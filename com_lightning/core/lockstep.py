@@ -235,4 +235,5 @@ class _Ambient:
 
 
 def _accelerator() -> str | None:
-    return "cuda" if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    started = torch.cuda.is_available() and torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return "cuda" if started else None

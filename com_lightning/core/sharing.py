@@ -12,7 +12,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-# Copied with the module, because a forward may change them; everything else (tokenizer, trainer, config, ...) is shared.
+# Copied with the module, because a forward may change them; all else (tokenizer, trainer, config, ...) is shared.
 _COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.MethodType, functools.partial)
 
 

@@ -5,6 +5,7 @@ Only sums are kept, so they can be added up over batches in any order, and over 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -36,7 +37,7 @@ class Shift:
     @property
     def relative_distance(self) -> float:
         """``||x̂ - x|| / ||x||`` over all rows."""
-        return (float(self.distance) / max(float(self.energy), 1e-30)) ** 0.5
+        return math.sqrt(float(self.distance) / max(float(self.energy), 1e-30))
 
     @property
     def mean_cosine(self) -> float:
@@ -88,15 +89,15 @@ class InputStatistics:
             weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
         """
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
-        n, groups, features = merged.shape
-        root = merged.new_ones(n)
+        features = merged.shape[2]
+        root = merged.new_ones(len(merged))
         if self.normalize:
             # The row that enters the regression has unit length, its bias entry included; an empty row counts nothing.
             norm = (merged.square().sum((1, 2)) + float(self.bias)).sqrt()
             root = torch.where(norm > 0, 1.0 / norm, 0.0)
         scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
         self.gram = _add_product(self.gram, scaled, scaled)
-        self.rows += n
+        self.rows += len(merged)
         if expert is None:
             return
         expert = expert.to(merged.dtype)
