@@ -1,13 +1,20 @@
 """Merge fine-tuned checkpoints into one model with PyTorch Lightning, by Chain of Merges (arXiv 2508.21421)."""
 
-from com_lightning.callback import ChainOfMergesCallback
-from com_lightning.cli import MergeCLI
-from com_lightning.datamodule import MergeDataModule, TaskLoaders
-from com_lightning.experts import MergeError
-from com_lightning.methods import Average, ChainOfMerges, MergingMethod, RegMean
-from com_lightning.report import MergeReport
-from com_lightning.trainer import MergeTrainer
+from __future__ import annotations
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from com_lightning.callback import ChainOfMergesCallback
+    from com_lightning.cli import MergeCLI
+    from com_lightning.datamodule import MergeDataModule, TaskLoaders
+    from com_lightning.experts import MergeError
+    from com_lightning.methods import Average, ChainOfMerges, MergingMethod, RegMean
+    from com_lightning.report import MergeReport
+    from com_lightning.trainer import MergeTrainer
+
+__version__ = "0.1.0"
 __all__ = [
     "Average",
     "ChainOfMerges",
@@ -21,4 +28,27 @@ __all__ = [
     "RegMean",
     "TaskLoaders",
 ]
-__version__ = "0.1.0"
+# Imported when first asked for, so that `com_lightning.core` needs nothing but torch.
+_HOMES = {
+    "Average": "methods",
+    "ChainOfMerges": "methods",
+    "ChainOfMergesCallback": "callback",
+    "MergeCLI": "cli",
+    "MergeDataModule": "datamodule",
+    "MergeError": "experts",
+    "MergeReport": "report",
+    "MergeTrainer": "trainer",
+    "MergingMethod": "methods",
+    "RegMean": "methods",
+    "TaskLoaders": "datamodule",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'com_lightning' has no attribute '{name}'")
+    return getattr(import_module(f"com_lightning.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

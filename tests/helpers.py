@@ -104,7 +104,8 @@ def quiet_trainer(**kwargs: Any) -> Trainer:
 
 def relative(actual: Tensor, expected: Tensor) -> float:
     """Largest difference, relative to the largest value expected."""
-    return float((actual.double() - expected.double()).abs().amax() / expected.double().abs().amax().clamp_min(1e-30))
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().amax() / expected.abs().amax().clamp_min(1e-30))
 
 
 def built(make: Callable[[], nn.Module], count: int = 2, scale: float = 0.3) -> list[nn.Module]:

@@ -1,0 +1,132 @@
+"""Layer types: rows times weight is what the layer computes, and the weight goes back into the layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.pytorch_utils import Conv1D
+
+from com_lightning.core import layers
+from com_lightning.core.layers import Embedding, PerChannel, kept, layer_type
+from com_lightning.core.statistics import InputStatistics
+from tests.helpers import perturb, relative
+
+CASES: dict[str, tuple[nn.Module, Tensor]] = {
+    "linear": (nn.Linear(4, 3), torch.randn(2, 5, 4)),
+    "linear-no-bias": (nn.Linear(4, 3, bias=False), torch.randn(7, 4)),
+    "gpt2-conv1d": (Conv1D(3, 4), torch.randn(2, 5, 4)),
+    "conv2d": (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 7, 8)),
+    "conv2d-patches": (nn.Conv2d(1, 4, 2, stride=2, bias=False), torch.randn(2, 1, 8, 8)),
+    "conv2d-grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), torch.randn(2, 4, 7, 7)),
+    "conv2d-depthwise": (nn.Conv2d(4, 4, (3, 1), groups=4, padding="same", dilation=2), torch.randn(2, 4, 7, 7)),
+    "conv2d-reflect": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), torch.randn(2, 2, 5, 5)),
+    "conv1d": (nn.Conv1d(2, 3, 3, padding=2), torch.randn(2, 2, 9)),
+    "conv3d": (nn.Conv3d(2, 3, 2), torch.randn(2, 2, 4, 4, 4)),
+    "layer-norm": (nn.LayerNorm(6), torch.randn(2, 5, 6)),
+    "layer-norm-2d": (nn.LayerNorm((3, 2)), torch.randn(4, 3, 2)),
+    "layer-norm-no-bias": (nn.LayerNorm(6, bias=False), torch.randn(2, 5, 6)),
+    "rms-norm": (nn.RMSNorm(6), torch.randn(2, 5, 6)),
+    "llama-rms-norm": (LlamaRMSNorm(6), torch.randn(2, 5, 6)),
+    "gemma-rms-norm": (GemmaRMSNorm(6), torch.randn(2, 5, 6)),
+    "group-norm": (nn.GroupNorm(2, 6), torch.randn(2, 6, 5, 6)),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_times_weight_is_the_output(case: str) -> None:
+    module, x = CASES[case]
+    perturb(module.eval(), 0.5, seed=1)
+    kind = layer_type(module)
+    assert kind is not None
+    assert kind.refuses(module, (x,), {}) is None
+    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in kind.rows(module, (x,), {})])
+    weight = kind.to_matrix(module, dict(module.named_parameters()))
+    if case == "gemma-rms-norm":
+        weight = weight + 1  # it stores its scale less one; `gather` knows
+    if kind.has_bias(module):
+        rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
+    predicted = torch.einsum("ngk,gok->ngo", rows, weight).flatten(1)
+    output = module(x)
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)):
+        output = output.movedim(1, -1)
+    assert relative(predicted, output.reshape(predicted.shape)) < 1e-5
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_weight_goes_back_into_the_layer(case: str) -> None:
+    module, _ = CASES[case]
+    perturb(module, 0.5, seed=2)
+    kind = layer_type(module)
+    assert kind is not None
+    own = dict(module.named_parameters())
+    back = kind.from_matrix(module, kind.to_matrix(module, own).double())
+    assert back.keys() == own.keys()
+    assert all(torch.equal(back[name].float(), own[name]) for name in own)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, x = CASES[case]
+    kind = layer_type(module)
+    assert kind is not None
+    whole = torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})])
+    monkeypatch.setattr(layers, "MAX_ROW_ELEMENTS", 1)
+    assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
+
+
+@pytest.mark.parametrize("padding", [False, True])
+def test_embedding_counts_equal_one_hot_rows(padding: bool) -> None:
+    torch.manual_seed(0)
+    table, ids, kind = nn.Embedding(9, 4, padding_idx=0), torch.randint(0, 9, (3, 5)), Embedding()
+    keep = torch.rand(3, 5) > 0.4 if padding else None
+    counted, dense = InputStatistics(False, True), InputStatistics(False, True)
+    kind.gather(table, counted, ((ids,), {}), None, table.weight[..., None], keep)
+    layers.LayerType.gather(kind, table, dense, ((ids,), {}), None, table.weight[..., None], keep)
+    assert counted.gram is not None
+    assert dense.gram is not None
+    assert counted.rows == dense.rows
+    torch.testing.assert_close(counted.gram, dense.gram)
+
+
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 1
+
+
+class Gate(nn.Module):
+    """Two vectors like a normalisation's, that enter otherwise."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x * self.weight) + self.bias
+
+
+@pytest.mark.parametrize("module", [Shifted(2, 2), nn.LSTM(2, 2), nn.Bilinear(2, 2, 2), nn.PReLU()])
+def test_layers_that_are_no_such_regression_are_not_taken_for_one(module: nn.Module) -> None:
+    kind = layer_type(module)
+    assert kind is None or kind.refuses(module, (torch.randn(3, 2),), {})
+
+
+def test_a_scale_that_is_no_scale_is_refused_when_it_is_seen() -> None:
+    gate = Gate()
+    perturb(gate, 1.0, seed=0)
+    assert isinstance(layer_type(gate), PerChannel)
+    assert "scale" in str(PerChannel().refuses(gate, (torch.randn(3, 4),), {}))
+
+
+@pytest.mark.parametrize(
+    ("lead", "expected"),
+    [((2, 3), 3), ((6,), 3), ((1, 3), 2), ((3,), 2), ((2,), None), ((2, 4), None)],
+)
+def test_where_a_padding_mask_applies(lead: Any, expected: int | None) -> None:
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    index = kept(mask, torch.Size(lead))
+    assert (None if index is None else int(index.sum())) == expected

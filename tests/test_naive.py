@@ -1,0 +1,159 @@
+"""The lockstep against the naive chain, which runs every forward again for every layer: same weights, fewer forwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel, ViTConfig, ViTModel
+
+from benchmarks.naive import naive_chain
+from com_lightning.core.chain import LayerRecord, Rule, Task, merge_layers
+from com_lightning.core.sharing import average, named_tensors
+from tests.helpers import built, relative
+
+IMPORTANCE = (0.4, 0.6)
+RULES = {"chain": Rule(), "one-sided": Rule(target="merged"), "layer by layer": Rule(inputs="expert")}
+Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], Rule], list[LayerRecord]]
+
+
+def vit(blocks: int = 2) -> nn.Module:
+    config = ViTConfig(
+        hidden_size=16,
+        num_hidden_layers=blocks,
+        num_attention_heads=2,
+        intermediate_size=32,
+        image_size=8,
+        patch_size=4,
+    )
+    module: nn.Module = ViTModel(config)
+    return module
+
+
+def bert() -> nn.Module:
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=12,
+    )
+    module: nn.Module = BertModel(config)
+    return module
+
+
+def cnn() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 3, padding=1),
+        nn.BatchNorm2d(6),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(6, 8, 3, groups=2),
+        nn.BatchNorm2d(8),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, 5),
+    )
+
+
+def image_tasks(make: Callable[[], nn.Module]) -> list[Task]:
+    """Two experts, two batches of images each."""
+    torch.manual_seed(1)
+    tasks = [Task(str(n), expert, [torch.randn(4, 3, 8, 8) for _ in range(2)]) for n, expert in enumerate(built(make))]
+    for task in tasks:  # so that normalising does something
+        for module in task.expert.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                assert module.running_mean is not None
+                assert module.running_var is not None
+                module.running_mean.normal_()
+                module.running_var.uniform_(0.5, 2.0)
+    return tasks
+
+
+def text_tasks() -> list[Task]:
+    """Two experts, two padded batches of token ids each."""
+    torch.manual_seed(1)
+    batches = []
+    for lengths in ([7, 4, 2], [5, 7, 3], [6, 6, 1], [2, 7, 7]):
+        mask = (torch.arange(7) < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": torch.randint(1, 20, mask.shape) * mask, "attention_mask": mask})
+
+    def call(module: nn.Module, batch: Any, index: int) -> object:
+        return module(**batch)
+
+    def keep(batch: Any) -> Tensor:
+        mask: Tensor = batch["attention_mask"].bool()
+        return mask
+
+    experts = built(bert)
+    return [Task(str(n), expert, batches[2 * n : 2 * n + 2], call, keep) for n, expert in enumerate(experts)]
+
+
+def averaged(tasks: Sequence[Task]) -> dict[str, Tensor]:
+    """The average of the experts, as ``merge_layers`` takes it."""
+    tensors = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in tasks]
+    return {name: average([each[name] for each in tensors], IMPORTANCE) for name in tensors[0]}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize(
+    "make_tasks",
+    [lambda: image_tasks(vit), text_tasks, lambda: image_tasks(cnn)],
+    ids=["vit", "bert", "cnn"],
+)
+def test_the_lockstep_merges_as_the_naive_chain(make_tasks: Callable[[], list[Task]], rule: Rule) -> None:
+    tasks = make_tasks()
+    start, merged, expected = averaged(tasks), averaged(tasks), averaged(tasks)
+    records = merge_layers(tasks, merged, IMPORTANCE, rule)
+    reference = naive_chain(tasks, expected, IMPORTANCE, rule)
+    assert [(r.name, r.parameters, r.note) for r in records] == [(r.name, r.parameters, r.note) for r in reference]
+    solved = {name for record in records for name in record.parameters}
+    assert len(records) > 4
+    # Both would agree on weights that nothing was written to.
+    assert max(relative(merged[name], start[name]) for name in solved) > 1e-2
+    for name in expected:
+        assert relative(merged[name], expected[name]) <= 1e-5, name
+
+
+def counted(blocks: int, run: Run) -> tuple[Counter[str], Counter[str], int]:
+    """Merge a ViT: starts of forwards, blocks entered (both by stream) and number of layers merged."""
+    tasks = image_tasks(lambda: vit(blocks))
+    merged = averaged(tasks)
+    ours = {id(tensor) for tensor in merged.values()}
+    starts: Counter[str] = Counter()
+    entered: Counter[str] = Counter()
+
+    def count(counter: Counter[str]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            counter["merged" if id(next(module.parameters())) in ours else "expert"] += 1
+
+        return hook
+
+    for task in tasks:  # hooks go along into the copies that the forwards run
+        task.expert.register_forward_pre_hook(count(starts))
+        for block in task.expert.get_submodule("layers").children():
+            block.register_forward_pre_hook(count(entered))
+    return starts, entered, len(run(tasks, merged, IMPORTANCE, Rule()))
+
+
+@pytest.mark.parametrize("blocks", [2, 6, 12])
+def test_the_lockstep_runs_each_forward_once_whatever_the_depth(blocks: int) -> None:
+    starts, entered, layers = counted(blocks, merge_layers)
+    assert layers == 8 * blocks + 3  # patch embedding, last normalisation and pooler
+    assert starts == {"merged": 4, "expert": 4}  # 2 tasks with 2 batches each
+    assert entered == {"merged": 4 * blocks, "expert": 4 * blocks}
+
+
+@pytest.mark.parametrize("blocks", [2, 6])
+def test_the_naive_chain_runs_each_forward_for_every_layer(blocks: int) -> None:
+    starts, entered, layers = counted(blocks, naive_chain)
+    assert starts == {"merged": 4 * layers, "expert": 4 * layers}
+    # The eight layers of each block are reached through the blocks before it, the last two through all.
+    passed = sum(8 * block for block in range(1, blocks + 1)) + 2 * blocks
+    assert entered == {"merged": 4 * passed, "expert": 4 * passed}
