@@ -47,7 +47,7 @@ class MergeCLI(LightningCLI):
 
     def merge(self, **kwargs: Any) -> None:
         """Run the merge, and keep the resolved configuration with its result."""
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))["merge"]
+        config = yaml.safe_load(self.parser.dump(self.config))["merge"]
         assert isinstance(self.trainer, MergeTrainer)
         self.trainer.merge(**kwargs, files={"config.yaml": yaml.safe_dump(config, sort_keys=False)})
 

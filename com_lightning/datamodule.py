@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Dict, Literal, Optional
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -97,6 +101,8 @@ class MergeDataModule(LightningDataModule):
         self.seed, self.batch_size = seed, batch_size
         self._prepared = False
         self._set_up: set[str] = set()
+        if tasks:
+            _lend_hooks(next(iter(tasks.values())), self)
 
     def prepare_data(self) -> None:
         if not self._prepared:
@@ -162,8 +168,15 @@ class MergeDataModule(LightningDataModule):
             name: of the task.
             limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
         """
+        with isolate_rng(include_cuda=False):
+            # Loaders draw a seed, and a dataset may augment at random.
+            torch.default_generator.manual_seed(self._generator(name).initial_seed())
+            return self._calibration(name, limit_batches)
+
+    def _calibration(self, name: str, limit_batches: int | float | None) -> CalibrationSample:
         batches: list[tuple[Any, int]] = []
-        samples, overlap = 0, 0 if self.source == "val" else None
+        samples = 0
+        overlap: int | None = 0
         for index, (loader, chosen) in enumerate(zip(self._loaders(name, self.source), self._chosen(name))):
             size = self.batch_size or getattr(loader, "batch_size", None) or 1
             limit = _limit(limit_batches, loader)
@@ -173,19 +186,17 @@ class MergeDataModule(LightningDataModule):
             else:
                 chosen = chosen if limit is None else chosen[: limit * size]
                 part = list(_subset(loader, chosen, size))
-                if overlap is not None and not self.holdout:
-                    population = _population(loader) or []
-                    validated = population if limit is None else population[: limit * (loader.batch_size or size)]
-                    overlap += len(set(chosen) & set(validated))
+                if not self.holdout:
+                    validated = _validated(loader, limit)
+                    known = overlap is not None and validated is not None
+                    overlap = (overlap or 0) + len((validated or set()) & set(chosen)) if known else None
             batches += [(batch, index) for batch in part]
             samples += sum(extract_batch_size(batch) for batch in part) if chosen is None else len(chosen)
         return CalibrationSample(batches, samples, overlap if self.source == "val" else 0)
 
     def _loaders(self, name: str, split: str) -> list[Any]:
         loader = getattr(self.tasks[name], f"{split}_dataloader")()
-        if loader is None:
-            return []
-        return list(loader) if isinstance(loader, (list, tuple)) else [loader]
+        return [] if loader is None else list(CombinedLoader(loader, "sequential").flattened)
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
@@ -209,8 +220,12 @@ class MergeDataModule(LightningDataModule):
         loaders, rest = self._loaders(name, "val"), []
         for loader, chosen in zip(loaders, self._chosen(name)):
             held_out = set(chosen or ())
-            remaining = [index for index in _population(loader) or () if index not in held_out]
-            rest.append(_subset(loader, remaining, loader.batch_size or 1))
+            if type(loader.batch_sampler) is BatchSampler:
+                remaining = [index for index in _population(loader) or () if index not in held_out]
+                rest.append(_subset(loader, remaining, loader.batch_size or 1))
+            else:  # the user's own grouping
+                groups = [[index for index in batch if index not in held_out] for batch in _passes(loader)[0]]
+                rest.append(_fresh(loader, loader.dataset, batch_sampler=[group for group in groups if group]))
         return rest[0] if len(rest) == 1 else rest
 
 
@@ -220,10 +235,7 @@ class _Task(LightningDataModule):
     def __init__(self, tasks: MergeDataModule, name: str) -> None:
         super().__init__()
         self._tasks, self._name = tasks, name
-        for hook in TRANSFER_HOOKS:
-            # Only those overridden: Lightning falls back on the module's own for the others.
-            if is_overridden(hook, tasks.tasks[name]):
-                setattr(self, hook, getattr(tasks.tasks[name], hook))
+        _lend_hooks(tasks.tasks[name], self)
 
     def prepare_data(self) -> None:
         self._tasks.prepare_data()
@@ -238,34 +250,76 @@ class _Task(LightningDataModule):
         return self._tasks.tasks[self._name].test_dataloader()
 
 
+def _lend_hooks(lender: LightningDataModule, borrower: LightningDataModule) -> None:
+    for hook in TRANSFER_HOOKS:
+        # Only those overridden: Lightning falls back on the module's own for the others.
+        if is_overridden(hook, lender):
+            setattr(borrower, hook, getattr(lender, hook))
+
+
 def _population(loader: Any) -> list[int] | None:
     """The dataset indices that a loader goes through, without reading data; ``None`` if it has no indices."""
+    if not _indexed(loader):
+        return [] if sized_len(loader) == 0 else None
+    first, second = ([index for batch in batches for index in batch] for batches in _passes(loader))
+    return list(dict.fromkeys(first)) if first == second else sorted({*first, *second})
+
+
+def _validated(loader: DataLoader[Any], limit: int | None) -> set[int] | None:
+    """The dataset indices in the first ``limit`` batches of a loader; ``None`` if they differ from pass to pass."""
+    first, second = ({index for batch in batches[:limit] for index in batch} for batches in _passes(loader))
+    return first if first == second else None
+
+
+def _indexed(loader: Any) -> bool:
     indexed = isinstance(loader, DataLoader) and not isinstance(loader.dataset, IterableDataset)
-    if not indexed or loader.batch_sampler is None:
-        return None if not hasattr(loader, "__len__") or len(loader) else []
-    with torch.random.fork_rng(devices=[]):  # a random sampler draws from the global state
-        if type(loader.batch_sampler) is torch.utils.data.BatchSampler:
-            indices = [int(index) for index in loader.sampler]
-        else:
-            indices = [int(index) for batch in loader.batch_sampler for index in batch]
-    sequential = isinstance(loader.sampler, torch.utils.data.SequentialSampler)
-    return indices if sequential else sorted(set(indices))
+    return indexed and loader.batch_sampler is not None
+
+
+def _passes(loader: DataLoader[Any]) -> tuple[list[list[int]], list[list[int]]]:
+    """The batches of dataset indices in two passes, which differ if the loader shuffles. No random state changes."""
+    assert loader.batch_sampler is not None
+    with _same_randomness(loader):
+        first, second = ([[int(index) for index in batch] for batch in loader.batch_sampler] for _ in range(2))
+    return first, second
+
+
+@contextmanager
+def _same_randomness(loader: DataLoader[Any]) -> Iterator[None]:
+    """Samplers draw from the global random state, or from a generator of their own."""
+    own = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
+    states = [(generator, generator.get_state()) for generator in own.values()]
+    with isolate_rng(include_cuda=False):
+        torch.default_generator.manual_seed(0)
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
 
 
 def _subset(loader: DataLoader[Any], indices: list[int], batch_size: int) -> DataLoader[Any]:
     """A fresh loader over part of a loader's dataset, in the given order."""
+    return _fresh(loader, Subset(loader.dataset, indices), batch_size=batch_size)
+
+
+def _fresh(loader: DataLoader[Any], dataset: Any, **batches: Any) -> DataLoader[Any]:
     return DataLoader(
-        Subset(loader.dataset, indices),
-        batch_size=batch_size,
+        dataset,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
+        **batches,
     )
 
 
 def _reservoir(loader: Iterable[Any], samples: int, limit: int | None, generator: torch.Generator) -> Iterator[Any]:
     """A uniform random sample of a stream's batches, about ``samples`` samples of them."""
+    if isinstance(loader, DataLoader):  # a loader with persistent workers has one iterator, in use for validation
+        sampler = None if isinstance(loader.dataset, IterableDataset) else loader.sampler
+        how = {"batch_size": loader.batch_size, "sampler": sampler, "drop_last": loader.drop_last}
+        loader = _fresh(loader, loader.dataset, **how)
     kept: list[Any] = []
     size = 0
     for number, batch in enumerate(loader):

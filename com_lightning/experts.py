@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,8 +62,12 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
         expert = copy.deepcopy(source)
     elif isinstance(source, Mapping):
         expert = _filled(copy.deepcopy(model), source, f"expert '{name}'", assign=False)
-    else:
+    elif isinstance(source, (str, Path)):
         expert = _from_file(name, Path(source), model)
+    else:
+        raise MergeError(
+            [f"expert '{name}': a {type(source).__name__} is neither a file, a LightningModule nor a state dict"]
+        )
     return expert.eval().requires_grad_(False)
 
 
@@ -83,12 +88,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise MergeError([f"{path}: not a readable safetensors file ({error})"]) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        raise MergeError([_unsafe(path, error)]) from error
     except Exception as error:
-        raise MergeError([f"{path}: not a readable checkpoint ({_first_line(error)})"]) from error
-    if not isinstance(content, dict):
-        raise MergeError([f"{path}: holds a {type(content).__name__}, not a checkpoint or state dict"])
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise MergeError([_unsafe(path, error)]) from error
+        # PyTorch's advice is to load the file unsafely.
+        reason = "safe loading finds no tensors in it" if "weights_only" in str(error) else _first_line(error)
+        raise MergeError([f"{path}: not a readable checkpoint ({reason})"]) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise MergeError([f"{path}: holds a {type(state).__name__}, not a checkpoint or state dict"])
     return content if "state_dict" in content else {"state_dict": content}
 
 
@@ -172,41 +180,60 @@ def _from_file(name: str, path: Path, model: LightningModule) -> LightningModule
     try:
         expert = type(model).load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        kind = type(model).__name__
+        kind, reason = type(model).__name__, " ".join(str(error).split())
         raise MergeError(
-            [f"{label}: {kind} cannot be rebuilt from its hyperparameters ({type(error).__name__}: {error})"]
+            [f"{label}: {kind} cannot be rebuilt from its hyperparameters ({type(error).__name__}: {reason})"]
         ) from error
     # The tensors of the mapped file take the place of the copies just read.
     if content["state_dict"].keys() == expert.state_dict().keys():
-        expert.load_state_dict(content["state_dict"], assign=True)
+        _load(expert, content["state_dict"], assign=True)
     return expert
 
 
 def _filled(module: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
-    own = module.state_dict()
+    own, ties = module.state_dict(), tied_names(module)
+    state = dict(state)
+    for key in own.keys() - state.keys():  # a tied tensor may be saved under one of its names only
+        twins = [name for name in state if name in ties and ties[name] == ties.get(key)]
+        if twins:
+            state[key] = state[twins[0]]
     problems = []
     if missing := sorted(own.keys() - state.keys()):
         problems.append(f"{label}: missing keys: {_some(missing)}")
     if extra := sorted(state.keys() - own.keys()):
         problems.append(f"{label}: keys that {type(module).__name__} does not have: {_some(extra)}")
-    for key in own.keys() & state.keys():
-        if own[key].shape != state[key].shape:
-            problems.append(
-                f"{label}: {key} is {tuple(state[key].shape)}, in the model {tuple(own[key].shape)}; give a Lightning "
-                "checkpoint, whose hyperparameters rebuild its own shapes, or the module itself"
-            )
+    shapes = {key: (_shape(state[key]), _shape(tensor)) for key, tensor in own.items() if key in state}
+    if told := [f"{key} is {theirs}, in the model {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]:
+        problems.append(
+            f"{label}: {_some(told, '; ')}; give a Lightning checkpoint, whose hyperparameters rebuild its own shapes, "
+            "or the module itself"
+        )
     if problems:
         raise MergeError(problems)
-    module.load_state_dict(state, assign=assign)
+    _load(module, state, assign)
     return module
+
+
+def _load(module: LightningModule, state: Mapping[str, Tensor], assign: bool) -> None:
+    """Load a state dict; where its tensors take the place of the module's, tied ones stay tied."""
+    ties = tied_names(module)
+    module.load_state_dict(state, assign=assign)
+    for name, first in ties.items():
+        if name != first:
+            (owner, _, own), (holder, _, other) = name.rpartition("."), first.rpartition(".")
+            setattr(module.get_submodule(owner), own, getattr(module.get_submodule(holder), other))
+
+
+def _shape(value: object) -> tuple[int, ...] | str:
+    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:
     return [(name, tensor.shape) for name, tensor, _ in named_tensors(module)]
 
 
-def _some(keys: Sequence[str]) -> str:
-    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+def _some(keys: Sequence[str], separator: str = ", ") -> str:
+    return separator.join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _first_line(error: Exception) -> str:
@@ -214,16 +241,16 @@ def _first_line(error: Exception) -> str:
 
 
 def _unsafe(path: Path, error: Exception) -> str:
-    advice = (
-        "save hyperparameters as plain values, allow the class with torch.serialization.add_safe_globals, or load the "
-        "module yourself and pass it in place of the path"
-    )
     try:
-        culprits = _unsafe_keys(path)
-    except Exception:
-        return f"{path}: refused by safe loading ({_first_line(error)}); {advice}"
-    told = ", ".join(f"{key} ({kind})" for key, kind in culprits.items()) or _first_line(error)
-    return f"{path}: holds objects that safe loading refuses: {told}; {advice}"
+        culprits = [f"{key} ({kind})" for key, kind in _unsafe_keys(path).items()]
+    except Exception:  # not a file of today's format
+        culprits = []
+    told = culprits or re.findall(r"GLOBAL (\S+)", str(error))[:1]
+    return (
+        f"{path}: holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
+        "or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the module "
+        "yourself and pass it in place of the path"
+    )
 
 
 def _unsafe_keys(path: Path) -> dict[str, str]:
@@ -251,11 +278,14 @@ def _unsafe_keys(path: Path) -> dict[str, str]:
         def extend(self, values: Any) -> None:
             pass
 
+    class Plain(dict[Any, Any]):  # unlike a dict it takes attributes, such as a state dict's metadata
+        pass
+
     class Reader(pickle.Unpickler):
         def find_class(self, module: str, name: str) -> Any:
             full = f"{module}.{name}"
             if full == "collections.OrderedDict":
-                return dict
+                return Plain
             return type("Inert", (Inert,), {"kind": full if full in refused else ""})
 
         def persistent_load(self, pid: Any) -> Any:
@@ -268,8 +298,7 @@ def _unsafe_keys(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
 
     def walk(value: Any, key: str) -> None:
-        kind = getattr(value, "kind", "") or (getattr(value, "kind", "") if isinstance(value, type) else "")
-        if kind:
+        if kind := getattr(value, "kind", ""):
             found[key] = kind
         elif isinstance(value, dict):
             for name, part in value.items():

@@ -68,16 +68,23 @@ def save_results(
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
         save_figure(report, temporary / "report.png")
-        temporary.chmod(0o755)  # a temporary folder is private to its owner
+        # A temporary folder is private to its owner, and so is what safetensors writes.
+        temporary.chmod(0o755)
+        (temporary / "merged.safetensors").chmod(0o644)
         if folder.exists():
             replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             os.replace(folder, replaced / "old")
-            os.replace(temporary, folder)
-            shutil.rmtree(replaced)
+            try:
+                os.replace(temporary, folder)
+            except OSError:
+                os.replace(replaced / "old", folder)
+                replaced.rmdir()
+                raise
+            shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(temporary, folder)
     except OSError as error:
-        raise MergeError([f"output_dir: {folder} could not be written ({error}); nothing was left there"]) from error
+        raise MergeError([f"output_dir: {folder} could not be written ({error}); it was left as it was"]) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

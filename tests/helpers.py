@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -113,3 +113,20 @@ def built(make: Callable[[], nn.Module], count: int = 2, scale: float = 0.3) -> 
     torch.manual_seed(0)
     base = make().eval()
     return [perturb(copy.deepcopy(base), scale, seed=number + 1) for number in range(count)]
+
+
+class PointsData(LightningDataModule):
+    """The data of :func:`make_data` as a user's datamodule."""
+
+    def __init__(self, seed: int = 0, classes: int = 3) -> None:
+        super().__init__()
+        self.loaders = make_data(seed, classes)
+
+    def train_dataloader(self) -> Any:
+        return self.loaders.train_dataloader()
+
+    def val_dataloader(self) -> Any:
+        return self.loaders.val_dataloader()
+
+    def test_dataloader(self) -> Any:
+        return self.loaders.test_dataloader()

@@ -1,4 +1,4 @@
-"""The lockstep against the naive chain, which runs every forward again for every layer: same weights, fewer forwards."""
+"""The lockstep against the naive chain, which runs all forwards again for every layer: same weights, fewer forwards."""
 
 from __future__ import annotations
 
@@ -150,7 +150,7 @@ def test_the_lockstep_runs_each_forward_once_whatever_the_depth(blocks: int) -> 
     assert entered == {"merged": 4 * blocks, "expert": 4 * blocks}
 
 
-@pytest.mark.parametrize("blocks", [2, 6])
+@pytest.mark.parametrize("blocks", [2, 4])
 def test_the_naive_chain_runs_each_forward_for_every_layer(blocks: int) -> None:
     starts, entered, layers = counted(blocks, naive_chain)
     assert starts == {"merged": 4 * layers, "expert": 4 * layers}

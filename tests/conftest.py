@@ -1,0 +1,22 @@
+"""Every test starts from the same state, whatever ran before it."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning's own calls
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr("sys.argv", ["pytest"])  # LightningCLI warns if it is given arguments besides
+    torch.set_num_threads(1)  # tiny tensors, and pytest-xdist fills the cores
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        yield

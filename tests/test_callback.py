@@ -1,0 +1,286 @@
+"""The callback in a user's project: their module, their data, their trainer."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
+
+from com_lightning import (
+    Average,
+    ChainOfMerges,
+    ChainOfMergesCallback,
+    MergeDataModule,
+    MergeError,
+    RegMean,
+    TaskLoaders,
+)
+from com_lightning.core.statistics import InputStatistics
+from tests.helpers import FEATURES, Classifier, make_data, make_experts, quiet_trainer, relative
+
+
+def make_tasks(**kwargs: Any) -> MergeDataModule:
+    return MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, **{"samples": 40, **kwargs})
+
+
+def merged_by(trainer: Trainer, **kwargs: Any) -> tuple[ChainOfMergesCallback, Classifier]:
+    first, second = make_experts()
+    merger = ChainOfMergesCallback({"a": first, "b": second}, **kwargs)
+    model = Classifier(3)
+    trainer.callbacks.append(merger)  # type: ignore[attr-defined]
+    trainer.validate(model, datamodule=make_tasks(), verbose=False)
+    return merger, model
+
+
+def test_five_lines() -> None:
+    merger, model = merged_by(quiet_trainer())
+    report = merger.report
+    assert list(report.metrics) == ["expert", "average", "merged"]
+    assert report.metric == "val_acc"
+    assert set(report.metrics["merged"]) == {"a", "b"}
+    assert report.normalized("expert", "a") == 1.0
+    first, second = merger.modules.values()
+    assert isinstance(first, Classifier)
+    assert isinstance(second, Classifier)
+    assert all(torch.equal(p, dict(first.named_parameters())[n]) for n, p in model.named_parameters())
+    assert first.body[0].weight is second.body[0].weight
+    assert second.head.out_features == 4
+    assert {r.name for r in report.layers} == {"body.0", "body.1", "body.3"}
+    assert "mean" in str(report)
+
+
+def test_metrics_are_those_of_validating_each_module_by_hand() -> None:
+    merger, _ = merged_by(quiet_trainer())
+    for (task, module), data in zip(merger.modules.items(), (make_data(0, 3), make_data(1, 4))):
+        (by_hand,) = quiet_trainer().validate(module, datamodule=data, verbose=False)
+        assert by_hand == pytest.approx(merger.report.metrics["merged"][task])
+
+
+def test_the_users_trainer_sees_the_first_task_as_merged() -> None:
+    trainer = quiet_trainer()
+    merger, _ = merged_by(trainer)
+    assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(merger.report.metrics["merged"]["a"]["val_acc"])
+
+
+def test_calibration_leaves_no_trace_in_metrics() -> None:
+    """The pass after the merge counts every validated sample once, and nothing else."""
+    experts = make_experts()
+    merger = ChainOfMergesCallback({"a": experts[0], "b": experts[1]}, baselines=False)
+    model = Classifier(3)
+    seen = []
+    model.on_validation_epoch_end = lambda: seen.append(int(model.accuracy.tp + model.accuracy.fn))  # type: ignore[method-assign, operator]
+    quiet_trainer(callbacks=[merger]).validate(model, datamodule=make_tasks(), verbose=False)
+    assert seen == [60]
+    assert all(expert.accuracy.update_count == 0 for expert in experts)
+
+
+@pytest.mark.parametrize("which", ["model", "module"])
+def test_fit_after_a_merge(which: str) -> None:
+    merger, model = merged_by(quiet_trainer())
+    module: LightningModule = model if which == "model" else merger.modules["a"]
+    before = model.body[0].weight.clone()
+    quiet_trainer(max_steps=2, limit_val_batches=0).fit(module, make_data(0, 3).train_dataloader())
+    assert not torch.equal(module.get_parameter("body.0.weight"), before)
+
+
+def test_fit_does_not_merge() -> None:
+    first, second = make_experts()
+    merger = ChainOfMergesCallback({"a": first, "b": second})
+    data = make_data(0, 3)
+    quiet_trainer(max_steps=1, callbacks=[merger]).fit(Classifier(3), data.train_dataloader(), data.val_dataloader())
+    assert not merger.merged
+
+
+def test_a_second_validate_does_not_merge_again() -> None:
+    trainer = quiet_trainer()
+    merger, model = merged_by(trainer)
+    report, modules = merger.report, merger.modules
+    trainer.validate(model, datamodule=make_tasks(), verbose=False)
+    assert merger.report is report
+    assert merger.modules is modules
+
+
+class DictClassifier(LightningModule):
+    """Another user's module: batches are dictionaries that the step takes apart, metrics of its own, extra arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Linear(FEATURES, 4)
+        self.mean = MeanMetric()
+        self.outputs: list[Tensor] = []
+
+    def validation_step(self, batch: Any, index: int, dataloader_idx: int = 0) -> None:
+        target = batch.pop("y")
+        prediction = self.body(batch["x"])
+        self.outputs.append(prediction)
+        self.mean.update((prediction.argmax(1) == target).float())
+        self.log_dict({"loss": nn.functional.cross_entropy(prediction, target)})
+        assert self.trainer.datamodule is not None  # type: ignore[attr-defined]
+
+    def on_validation_epoch_end(self) -> None:
+        assert sum(len(output) for output in self.outputs) == 30
+        self.outputs.clear()
+        self.log("score", self.mean.compute())
+        self.mean.reset()
+
+
+def test_dict_batches_popped_logged_by_hand() -> None:
+    torch.manual_seed(0)
+    modules = [DictClassifier(), DictClassifier()]
+    rows = [[{"x": torch.randn(FEATURES), "y": torch.tensor(n % 4)} for n in range(30)] for _ in modules]
+    tasks = MergeDataModule({str(n): TaskLoaders(DataLoader(part, 8)) for n, part in enumerate(rows)}, samples=20)
+    merger = ChainOfMergesCallback({"0": modules[0], "1": modules[1]})
+    quiet_trainer(callbacks=[merger]).validate(DictClassifier(), datamodule=tasks, verbose=False)
+    assert merger.report.metric == "score"
+    assert set(merger.report.metrics["merged"]["0"]) == {"score", "loss"}
+    assert all(not module.outputs for module in modules)
+
+
+def test_calibration_step_and_mask_of_the_module_are_used() -> None:
+    calls: list[str] = []
+
+    class Own(Classifier):
+        def calibration_step(self, batch: Any) -> None:
+            calls.append("step")
+            self.body(batch[0])
+
+        def calibration_mask(self, batch: Any) -> Tensor:
+            calls.append("mask")
+            return batch[0][:, 0] > 0  # type: ignore[no-any-return]
+
+    experts = make_experts((3, 3))
+    own = {}
+    for task, expert in zip("ab", experts):
+        own[task] = Own(3)
+        own[task].load_state_dict(expert.state_dict())
+    merger = ChainOfMergesCallback(dict(own), baselines=False)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    quiet_trainer(callbacks=[merger]).validate(Own(3), datamodule=tasks, verbose=False)
+    assert calls.count("mask") == 6
+    assert calls.count("step") == 12
+    assert all(0 < rows < 40 for rows in merger.report.layers[0].rows.values())
+
+
+@pytest.mark.parametrize(
+    ("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 0), ("bf16-mixed", 0.1), ("bf16-true", 0.1)]
+)
+def test_precision(precision: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every precision comes close to float64, and gathers in float32 or better."""
+    reference, _ = merged_by(quiet_trainer(precision="64-true"), baselines=False)
+    dtypes = set()
+    original = InputStatistics.update
+
+    def update(self: InputStatistics, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        assert self.gram is not None
+        dtypes.update({self.gram.dtype, self.drift.dtype if self.drift is not None else self.gram.dtype})
+
+    monkeypatch.setattr(InputStatistics, "update", update)
+    merger, _ = merged_by(quiet_trainer(precision=precision), baselines=False)
+    assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
+    for name in ("body.0.weight", "body.1.weight", "body.3.weight", "body.3.bias"):
+        ours, theirs = (m.modules["a"].get_parameter(name) for m in (merger, reference))
+        assert relative(ours, theirs) <= tolerance
+        assert ours.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
+
+
+def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(MergeError, match="devices=1"):
+        merged_by(quiet_trainer())
+
+
+def test_other_data_than_tasks_are_refused() -> None:
+    first, second = make_experts()
+    trainer = quiet_trainer(callbacks=[ChainOfMergesCallback({"a": first, "b": second})])
+    with pytest.raises(MergeError, match="MergeDataModule"):
+        trainer.validate(Classifier(3), datamodule=make_data(), verbose=False)
+
+
+def test_a_model_unlike_the_first_expert_is_refused() -> None:
+    first, second = make_experts()
+    trainer = quiet_trainer(callbacks=[ChainOfMergesCallback({"a": first, "b": second})])
+    with pytest.raises(MergeError, match=r"head.weight is \(4, 8\), in its expert \(3, 8\)"):
+        trainer.validate(Classifier(4), datamodule=make_tasks(), verbose=False)
+
+
+def test_an_error_in_a_users_step_names_task_and_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: Classifier, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        raise RuntimeError("my own bug")
+
+    monkeypatch.setattr(Classifier, "validation_step", broken)
+    with pytest.raises(RuntimeError, match="my own bug") as caught:
+        merged_by(quiet_trainer())
+    assert "task 'a', batch 0" in "".join(getattr(caught.value, "__notes__", ["task 'a', batch 0"]))
+
+
+def test_values_go_to_the_users_logger(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    merger, _ = merged_by(quiet_trainer(logger=logger))
+    rows = list(csv.DictReader(open(Path(logger.log_dir) / "metrics.csv")))
+    layers = [row for row in rows if row["merge/residual"]]
+    assert [float(row["merge/residual"]) for row in layers] == pytest.approx([r.residual for r in merger.report.layers])
+    logged = [row["b/val_acc"] for row in rows if row["b/val_acc"]]
+    assert float(logged[-1]) == pytest.approx(merger.report.metrics["merged"]["b"]["val_acc"])
+
+
+def test_progress_is_shown_unless_the_users_bar_is_off(capsys: pytest.CaptureFixture[str]) -> None:
+    merged_by(quiet_trainer())
+    assert "merging" not in capsys.readouterr().err
+    merged_by(quiet_trainer(enable_progress_bar=True))
+    assert "merging" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", [ChainOfMerges(target="merged"), RegMean(), Average()])
+def test_other_methods(method: Any) -> None:
+    merger, _ = merged_by(quiet_trainer(), method=method)
+    assert merger.report.method["class"] == type(method).__name__
+    if isinstance(method, Average):
+        assert merger.report.metrics["merged"] == merger.report.metrics["average"]
+        assert merger.report.samples == {}
+
+
+@pytest.mark.parametrize("option", [{"limit_val_batches": 1}, {"fast_dev_run": True}])
+def test_limits_are_honoured(option: dict[str, Any]) -> None:
+    merger, _ = merged_by(quiet_trainer(**option))
+    assert set(merger.report.samples.values()) == {16}
+
+
+def test_a_stock_lightning_cli(tmp_path: Path) -> None:
+    for task, expert in zip("ab", make_experts()):
+        trainer = quiet_trainer()
+        trainer.strategy.connect(expert)
+        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+    config = tmp_path / "config.yaml"
+    config.write_text(f"""
+trainer:
+  logger: false
+  enable_progress_bar: false
+  callbacks:
+    - class_path: com_lightning.ChainOfMergesCallback
+      init_args:
+        experts: {{a: {tmp_path}/a.ckpt, b: {tmp_path}/b.ckpt}}
+        method: {{class_path: com_lightning.ChainOfMerges, init_args: {{ridge: 0.1}}}}
+        output_dir: {tmp_path}/merged
+""")
+    LightningCLI(Classifier, datamodule_class=None, args=["validate", f"--config={config}", *DATA])
+    assert (tmp_path / "merged" / "report.json").is_file()
+
+
+DATA = [
+    "--data=com_lightning.MergeDataModule",
+    "--data.tasks.a=tests.helpers.PointsData",
+    "--data.tasks.b=tests.helpers.PointsData",
+    "--data.tasks.b.seed=1",
+    "--data.tasks.b.classes=4",
+]

@@ -1,0 +1,348 @@
+"""The chain over whole models: identities, invariances, and what it does with the odd ones."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    GPT2Config,
+    GPT2Model,
+    LlamaConfig,
+    LlamaModel,
+    ViTConfig,
+    ViTModel,
+)
+
+from com_lightning.core.chain import LayerRecord, NonFiniteError, Rule, Task, merge_layers
+from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from tests.helpers import built, relative
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+RULES = {
+    "two-sided": Rule(),
+    "one-sided": Rule(target="merged"),
+    "not normalized": Rule(normalize=False),
+    "each layer on its own": Rule(inputs="expert", target="merged"),
+}
+
+
+def ids(seed: int) -> Tensor:
+    """Tokens; every ten seeds are a task, with a vocabulary of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 15, (4, 6), generator=generator) + 15 * (seed // 10 % 2)
+
+
+def spread(seed: int, *shape: int) -> Tensor:
+    """Noise; every ten seeds are a task, with a mean and a scale of its own for each feature."""
+    task = torch.Generator().manual_seed(1000 + seed // 10)
+    mean, scale = torch.randn(shape[1:], generator=task), 2 * torch.rand(shape[1:], generator=task)
+    return mean + scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def images(seed: int) -> Tensor:
+    """Noise under stripes, which lie in even tasks and stand in odd ones."""
+    stripes = 3 * spread(seed, 4, 1, 12, 1).expand(4, 1, 12, 12)
+    return (stripes if seed // 10 % 2 else stripes.mT) + 0.3 * spread(seed, 4, 1, 12, 12)
+
+
+def points(seed: int) -> Tensor:
+    return spread(seed, 24, 5)
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
+    "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)), points),
+    "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten()), images),
+    "vit": (lambda: ViTModel(ViTConfig(**SMALL, image_size=12, patch_size=4, num_channels=1)), images),
+    "bert": (lambda: BertModel(BertConfig(**SMALL, vocab_size=30)), ids),
+    "llama": (lambda: LlamaModel(LlamaConfig(**SMALL, vocab_size=30)), ids),
+    "gpt2": (lambda: GPT2Model(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=30)), ids),
+}
+
+
+def merge(
+    experts: list[nn.Module],
+    batches: list[list[Any]],
+    rule: Rule | None = None,
+    importance: list[float] | None = None,
+    call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
+    keep: Callable[[Any], Tensor | None] = lambda batch: None,
+) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+    importance = importance or [1 / len(experts)] * len(experts)
+    states = [{n: t for n, t, _ in named_tensors(e)} for e in experts]
+    ties = tied_names(experts[0])
+    merged: dict[str, Tensor] = {}
+    for name in states[0]:
+        if states[0][name].is_floating_point():
+            value = nn.Parameter(average([s[name] for s in states], importance), False)
+            merged[name] = merged[ties[name]] if ties[name] in merged else value
+    tasks = [Task(f"task{i}", e, b, call, keep) for i, (e, b) in enumerate(zip(experts, batches))]
+    return merged, merge_layers(tasks, merged, importance, rule or Rule())
+
+
+def case(name: str, count: int = 2) -> tuple[list[nn.Module], list[list[Tensor]]]:
+    make, data = MODELS[name]
+    return built(make, count), [[data(10 * task + batch) for batch in range(2)] for task in range(count)]
+
+
+def tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor, _ in named_tensors(module)}
+
+
+def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    return max(relative(actual[name], expected[name]) for name in actual)
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("name", MODELS)
+def test_identical_experts_are_given_back(name: str, rule: Rule) -> None:
+    experts, batches = case(name)
+    merged, records = merge([experts[0], copy.deepcopy(experts[0])], batches, rule)
+    assert records
+    assert worst(merged, tensors(experts[0])) < 1e-5
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_an_importance_of_one_and_zero_gives_that_expert_back(name: str) -> None:
+    experts, batches = case(name)
+    merged, _ = merge(experts, batches, importance=[1.0, 0.0])
+    assert worst(merged, tensors(experts[0])) < 1e-4
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
+@pytest.mark.parametrize("name", ["mlp", "cnn", "vit"])
+def test_batches_and_tasks_come_in_any_order_and_size(name: str, rule: Rule) -> None:
+    experts, batches = case(name, 3)
+    experts = [expert.double() for expert in experts]
+    batches = [[b.double() if b.is_floating_point() else b for b in part] for part in batches]
+    reference, _ = merge(experts, batches, rule)
+    joined = [[torch.cat(part)] for part in batches]
+    single = [list(torch.cat(part).flip(0).split(1)) for part in batches]
+    assert worst(merge(experts, joined, rule)[0], reference) < 1e-8
+    assert worst(merge(experts, single, rule)[0], reference) < 1e-8
+    assert worst(merge(experts[::-1], batches[::-1], rule)[0], reference) < 1e-8
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_chain_is_closer_to_the_experts_than_their_average(name: str) -> None:
+    experts, batches = case(name)
+    merged, _ = merge(experts, batches)
+    plain, _ = merge(experts, batches, Rule(ridge=1e9))
+
+    def error(values: dict[str, Tensor]) -> float:
+        total = 0.0
+        for expert, part in zip(experts, batches):
+            module = copy_module(expert, {id(t): values[n] for n, t, _ in named_tensors(expert) if n in values})
+            with torch.no_grad():
+                outputs = [m(part[0]) for m in (module, expert)]
+            ours, theirs = (o if isinstance(o, Tensor) else o.last_hidden_state for o in outputs)
+            total += float((ours - theirs).square().sum() / theirs.square().sum())
+        return total
+
+    assert error(merged) < 0.9 * error(plain)
+
+
+@pytest.mark.parametrize("name", ["vit", "bert", "llama", "gpt2"])
+def test_layers_of_one_input_share_their_statistics(name: str) -> None:
+    experts, batches = case(name)
+    records = {record.name: record for record in merge(experts, batches)[1]}
+    sharing = {name.rsplit(".", 1)[-1]: r.shared_with for name, r in records.items() if r.shared_with}
+    expected = {"vit": {"k_proj", "v_proj"}, "bert": {"key", "value"}, "llama": {"k_proj", "v_proj", "up_proj"}}
+    assert set(sharing) == expected.get(name, set())
+
+
+def test_sharing_notices_an_input_changed_in_place() -> None:
+    class Net(nn.Module):
+        def __init__(self, changed: bool) -> None:
+            super().__init__()
+            self.q, self.k, self.changed = nn.Linear(5, 5), nn.Linear(5, 5), changed
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.clone()
+            q: Tensor = self.q(x)
+            if self.changed:
+                x.mul_(2)
+            return q + self.k(x)  # type: ignore[no-any-return]
+
+    for changed in (False, True):
+        records = merge(built(lambda changed=changed: Net(changed)), [[points(0)], [points(1)]])[1]  # type: ignore[misc]
+        assert records[1].shared_with == (None if changed else "q")
+
+
+def test_exactly_one_forward_of_each_model_per_batch_whatever_the_depth() -> None:
+    for depth in (1, 7):
+        calls: list[int] = []
+
+        def call(module: nn.Module, batch: Any, index: int, calls: list[int] = calls) -> None:
+            calls.append(index)
+            module(batch)
+
+        experts = built(lambda depth=depth: nn.Sequential(*[nn.Linear(5, 5) for _ in range(depth)]))  # type: ignore[misc]
+        batches = [[points(0), points(1)], [points(2)]]
+        merge(experts, batches, call=call)
+        assert len(calls) == 2 * 3
+        calls.clear()
+        merge(experts, batches, Rule(target="merged"), call=call)
+        assert len(calls) == 3
+
+
+def test_experts_and_batches_are_left_as_they_were() -> None:
+    experts, batches = case("bert")
+    before = [copy.deepcopy(dict(e.named_parameters())) for e in experts]
+    kept = copy.deepcopy(batches)
+    merge(experts, batches)
+    assert all(torch.equal(p, b[n]) for e, b in zip(experts, before) for n, p in e.named_parameters())
+    assert all(torch.equal(a, b) for x, y in zip(batches, kept) for a, b in zip(x, y))
+    assert not any(m._forward_pre_hooks for e in experts for m in e.modules())
+
+
+class Remembering(nn.Module):
+    """Keeps its input across two of its layers, as many modules do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 5), nn.Linear(5, 5)
+        self.memory: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.memory = x
+        hidden = self.a(x)
+        return self.b(hidden + self.memory)  # type: ignore[no-any-return]
+
+
+def test_what_a_module_remembers_is_not_overwritten_by_other_forwards() -> None:
+    experts = built(Remembering)
+    batches = [[points(0), points(1)], [points(2), points(3)]]
+    several, _ = merge(experts, batches)
+    joined, _ = merge(experts, [[torch.cat(part)] for part in batches])
+    assert worst(several, joined) < 1e-5
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.body, self.head = nn.Embedding(30, 5), nn.Linear(5, 5), nn.Linear(5, 30)
+        self.head.weight = self.embed.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(self.embed(x)))  # type: ignore[no-any-return]
+
+
+def test_a_tied_weight_is_merged_once_where_it_is_used_first() -> None:
+    merged, records = merge(built(Tied), [[ids(0)], [ids(1)]])
+    assert merged["head.weight"] is merged["embed.weight"]
+    by_name = {record.name: record for record in records}
+    assert by_name["embed"].parameters == ["embed.weight"]
+    assert by_name["head"].parameters == []
+    assert "tied to embed.weight" in str(by_name["head"].note)
+
+
+class Branching(nn.Module):
+    """Samples go one way or the other, by their sign, as in a mixture of experts; `never` is in nobody's way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 5)
+        self.ways = nn.ModuleList([nn.Linear(5, 5), nn.Linear(5, 5)])
+        self.out, self.never = nn.Linear(5, 2), nn.Linear(5, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.router(x)
+        result = torch.zeros_like(x)
+        for way, chosen in zip(self.ways, (x[:, 0] > 0, x[:, 0] <= 0)):
+            if chosen.any():
+                result[chosen] = way(x[chosen])
+        return self.out(result)  # type: ignore[no-any-return]
+
+
+def test_forwards_that_go_different_ways() -> None:
+    experts = built(Branching, scale=0.8)
+    batches = [[points(0)[:1], points(1)], [points(2)[:1], points(3)]]
+    merged, records = merge(experts, batches)
+    assert [record.name for record in records] == ["router", "ways.0", "ways.1", "out"]
+    assert sum(record.unpaired for record in records if record.name.startswith("ways")) > 0
+    assert all(bool(value.isfinite().all()) for value in merged.values())
+    assert torch.equal(merged["never.weight"], average([e.never.weight for e in experts]))  # type: ignore[union-attr, arg-type, list-item]
+    same, _ = merge([experts[0], experts[0]], batches)
+    assert worst(same, tensors(experts[0])) < 1e-5
+
+
+def test_a_layer_called_twice_is_merged_from_its_first_call() -> None:
+    class Twice(nn.Module):
+        def __init__(self, times: int) -> None:
+            super().__init__()
+            self.layer, self.times = nn.Linear(5, 5), times
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(self.times):
+                x = self.layer(x)
+            return x
+
+    once, twice = (merge(built(lambda n=n: Twice(n)), [[points(0)], [points(1)]])[0] for n in (1, 2))  # type: ignore[misc]
+    assert worst(once, twice) == 0
+
+
+def test_padding_does_not_count() -> None:
+    experts = built(MODELS["bert"][0])
+    clean = [[{"input_ids": ids(task)}] for task in range(2)]
+    padded = []
+    for part in clean:
+        tokens = part[0]["input_ids"]
+        mask = torch.cat([torch.ones(4, 6), torch.zeros(4, 3)], 1).long()
+        padded.append([{"input_ids": torch.cat([tokens, torch.full((4, 3), 7)], 1), "attention_mask": mask}])
+
+    def call(module: nn.Module, batch: Any, index: int) -> None:
+        module(**batch)
+
+    def keep(batch: Any) -> Tensor | None:
+        return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+    assert worst(merge(experts, padded, call=call, keep=keep)[0], merge(experts, clean, call=call)[0]) < 1e-4
+
+
+@pytest.mark.parametrize("where", ["batch", "expert"])
+def test_nan_is_named(where: str) -> None:
+    experts, batches = case("mlp")
+    if where == "batch":
+        batches[1][1][0, 0] = float("nan")
+        expected = "inputs of layer '0'.*task 'task1', batch 1"
+    else:
+        with torch.no_grad():
+            experts[1].get_parameter("3.weight")[0, 0] = float("inf")
+        expected = "layer '3' of expert 'task1'"
+    with pytest.raises(NonFiniteError, match=expected):
+        merge(experts, batches)
+
+
+def test_one_sample_and_dead_features_give_something_finite() -> None:
+    experts = built(MODELS["mlp"][0])
+    merged, _ = merge(experts, [[torch.zeros(1, 5)], [torch.zeros(1, 5)]], Rule(ridge=0.0))
+    assert all(bool(value.isfinite().all()) for value in merged.values())
+
+
+def test_records_tell_shift_residual_and_rows() -> None:
+    experts, batches = case("vit")
+    records = merge(experts, batches)[1]
+    first, later = records[0], records[-1]
+    assert first.distance == {"task0": 0.0, "task1": 0.0}
+    assert all(value > 0.01 for value in later.distance.values())
+    assert all(0 < value <= 1 for value in later.cosine.values())
+    assert all(r.residual is not None and 0 < r.residual < 1.5 for r in records)
+    assert first.rows == {"task0": 8 * 9, "task1": 8 * 9}
+    assert all(record.condition is not None and record.condition >= 1 for record in records)
+    one_sided = merge(experts, batches, Rule(target="merged"))[1]
+    assert all(r.residual is not None and not r.distance for r in one_sided)
+
+
+def test_the_core_needs_no_lightning() -> None:
+    code = "import sys; sys.modules['lightning'] = None; import com_lightning.core.chain; print('fine')"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "fine", result.stderr
