@@ -8,10 +8,21 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from com_lightning.experts import MergeError
 from com_lightning.trainer import MergeTrainer
+
+
+class _Parser(LightningArgumentParser):
+    """Lets the flags of a subcommand be given without a value: ``--dry_run``."""
+
+    def add_method_arguments(self, *args: Any, **kwargs: Any) -> Any:
+        added = super().add_method_arguments(*args, **kwargs)
+        for action in self._actions:
+            if action.dest in added and action.default is False:
+                action.nargs, action.const = "?", True
+        return added
 
 
 class MergeCLI(LightningCLI):
@@ -24,6 +35,7 @@ class MergeCLI(LightningCLI):
     def __init__(self, model_class: Any = LightningModule, datamodule_class: Any = LightningDataModule, **kwargs: Any):
         defaults = {
             "trainer_class": MergeTrainer,
+            "parser_class": _Parser,
             "subclass_mode_model": model_class is LightningModule,
             "subclass_mode_data": datamodule_class is LightningDataModule,
             "save_config_kwargs": {"overwrite": True},

@@ -142,9 +142,10 @@ class MergeDataModule(LightningDataModule):
             found.append(f"data.batch_size: must be 1 or more, got {self.batch_size}")
         if self.holdout and self.source == "train":
             found.append("data.holdout: there is nothing to hold out of validation when calibrating on train data")
+        holdout = self.holdout and self.source == "val"
         for name in self.tasks:
             try:
-                loaders = {split: self._loaders(name, split) for split in {"val", self.source}}
+                loaders = {split: self._loaders(name, split) for split in dict.fromkeys(["val", self.source])}
             except Exception as error:
                 found.append(f"task '{name}': its datamodule gives no loader ({type(error).__name__}: {error})")
                 continue
@@ -152,9 +153,9 @@ class MergeDataModule(LightningDataModule):
                 sizes = [_population(loader) for loader in parts]
                 if not parts or all(size is not None and not size for size in sizes):
                     found.append(f"task '{name}': its {split} loader is empty")
-                elif self.holdout and None in sizes:
+                elif holdout and None in sizes:
                     found.append(f"task '{name}': samples of an iterable dataset cannot be held out; use source: train")
-                elif self.holdout and sum(len(s or ()) for s in sizes) <= self.samples:
+                elif holdout and sum(len(s or ()) for s in sizes) <= self.samples:
                     total = sum(len(s or ()) for s in sizes)
                     found.append(
                         f"task '{name}': all {total} samples would be held out for calibration; lower data.samples"

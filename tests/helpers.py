@@ -59,9 +59,7 @@ def make_data(seed: int = 0, classes: int = 3, count: int = 60, batch_size: int 
     y = (x @ torch.randn(FEATURES, classes, generator=generator)).argmax(1)
     dataset = TensorDataset(x, y)
     train = DataLoader(dataset, batch_size, shuffle=True)
-    return TaskLoaders(
-        val=DataLoader(dataset, batch_size), train=train, test=DataLoader(dataset, batch_size)
-    )
+    return TaskLoaders(val=DataLoader(dataset, batch_size), train=train, test=DataLoader(dataset, batch_size))
 
 
 def make_experts(classes: Sequence[int] = (3, 4), scale: float = 0.3) -> list[Classifier]:

@@ -74,7 +74,7 @@ def test_print_config_gives_a_file_that_runs(
 def test_dry_run_reads_and_writes_nothing(
     experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--dry_run=true"])
+    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--dry_run"])
     out = capsys.readouterr().out
     assert "solved: linear" in out
     assert "private to b: head.weight, head.bias" in out
@@ -87,7 +87,13 @@ def test_all_problems_at_once_and_no_traceback(experts: list[str], tmp_path: Pat
     with pytest.raises(SystemExit) as caught:
         main(["merge", *arguments, f"--output_dir={tmp_path}"])
     message = str(caught.value)
-    for part in ("nowhere.ckpt: no such file", "neither.ckpt: no such file", "c has no data", "b has no expert", "exists"):
+    for part in (
+        "nowhere.ckpt: no such file",
+        "neither.ckpt: no such file",
+        "c has no data",
+        "b has no expert",
+        "exists",
+    ):
         assert part in message
 
 

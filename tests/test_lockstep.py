@@ -171,17 +171,15 @@ def test_an_exception_ends_all_and_surfaces_as_itself(error: BaseException) -> N
             raise error
 
     closed: list[bool] = []
+    net, other = Net(between), Net()
 
     def guarded() -> None:
-        net = Net()
-        forwards[2].module = net
         try:
-            net(torch.ones(1, 2))
+            other(torch.ones(1, 2))
         finally:
             closed.append(True)
 
-    net = Net(between)
-    forwards = [*passes(2, net), Forward(Net(), guarded)]
+    forwards = [*passes(2, net), Forward(other, guarded)]
     threads = threading.active_count()
     with pytest.raises(type(error)) as caught:
         list(lockstep(forwards, LAYERS))
@@ -205,9 +203,13 @@ def test_ctrl_c_in_the_middle_of_a_forward() -> None:
 def test_an_exception_in_the_consumer_ends_the_forwards() -> None:
     net = Net()
     steps = lockstep(passes(3, net), LAYERS)
-    with pytest.raises(Broken):
+
+    def consume() -> None:
         for _ in steps:
             raise Broken
+
+    with pytest.raises(Broken):
+        consume()
     steps.close()  # type: ignore[attr-defined]
     assert living() == 0
     assert not net.a._forward_pre_hooks
