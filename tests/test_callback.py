@@ -114,7 +114,7 @@ def test_a_second_validate_does_not_merge_again() -> None:
 
 
 class DictClassifier(LightningModule):
-    """Another user's module: batches are dictionaries that the step takes apart, metrics of its own, extra arguments."""
+    """Another user's module: the step takes dictionary batches apart, and keeps metrics of its own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ def test_an_error_in_a_users_step_names_task_and_batch(monkeypatch: pytest.Monke
 def test_values_go_to_the_users_logger(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     merger, _ = merged_by(quiet_trainer(logger=logger))
-    rows = list(csv.DictReader(open(Path(logger.log_dir) / "metrics.csv")))
+    rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
     layers = [row for row in rows if row["merge/residual"]]
     assert [float(row["merge/residual"]) for row in layers] == pytest.approx([r.residual for r in merger.report.layers])
     logged = [row["b/val_acc"] for row in rows if row["b/val_acc"]]
