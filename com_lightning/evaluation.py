@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -67,15 +69,13 @@ def validate_tasks(
     return results
 
 
-class quiet_lightning:
+@contextmanager
+def quiet_lightning() -> Iterator[None]:
     """Lightning's notes on available devices and the like are said once by the outer trainer, not once per task."""
-
-    def __enter__(self) -> None:
-        import logging
-
-        self._logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-        self._level = self._logger.level
-        self._logger.setLevel(logging.WARNING)
-
-    def __exit__(self, *_: object) -> None:
-        self._logger.setLevel(self._level)
+    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -83,13 +83,14 @@ class MergeReport:
     def task_table(self) -> str:
         """The result at a glance: per task the expert, the average and the merged model."""
         kinds = [kind for kind in ("expert", "average", "merged") if kind in self.metrics]
-        rows = [["task", *kinds, *(f"{kind} / expert" for kind in kinds if kind != "expert")]]
+        ratio_kinds = [kind for kind in kinds if kind != "expert" and "expert" in kinds]
+        rows = [["task", *kinds, *(f"{kind} / expert" for kind in ratio_kinds)]]
         for task in self.tasks:
             values = [self.metrics[kind].get(task, {}).get(self.metric or "") for kind in kinds]
-            ratios = [self.normalized(kind, task) for kind in kinds if kind != "expert"]
+            ratios = [self.normalized(kind, task) for kind in ratio_kinds]
             rows.append([task, *map(_number, values), *map(_percent, ratios)])
         means = [_mean([self.metrics[k].get(t, {}).get(self.metric or "") for t in self.tasks]) for k in kinds]
-        ratios = [self.mean_normalized(kind) for kind in kinds if kind != "expert"]
+        ratios = [self.mean_normalized(kind) for kind in ratio_kinds]
         rows.append(["mean", *map(_number, means), *map(_percent, ratios)])
         return table(rows)
 
@@ -108,15 +109,16 @@ class MergeReport:
     def summary(self) -> str:
         """Two lines on data and cost."""
         samples = sorted(set(self.samples.values()))
-        told = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}" if samples else "no"
+        told = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}" if samples else ""
         overlaps = list(self.overlap.values())
         if any(overlap is None for overlap in overlaps):
             both = "how many of them are validated too is not known"
         else:
             both = f"{sum(o or 0 for o in overlaps)} of them in all are among those validated"
+        data = f"{told} calibration samples per task ({both})" if told else "no calibration data"
         parts = ", ".join(f"{count:,} {kind}" for kind, count in self.sizes.items() if count)
         return (
-            f"{self.method.get('class', 'merge')}: {told} calibration samples per task ({both}); "
+            f"{self.method.get('class', 'merge')}: {data}; "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
             f"Values: {parts}."
         )
