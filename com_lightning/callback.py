@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import List, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -63,7 +64,7 @@ class ChainOfMergesCallback(Callback):
 
     def __init__(
         self,
-        experts: Dict[str, ExpertSource],
+        experts: Mapping[str, ExpertSource],
         method: Optional[MergingMethod] = None,
         private: Optional[List[str]] = None,
         metric: Optional[str] = None,
@@ -84,10 +85,16 @@ class ChainOfMergesCallback(Callback):
         """Whether the merge has been done."""
         return bool(self.modules)
 
-    def plan(self, model: LightningModule, data: MergeDataModule) -> MergePlan:
-        """Load the experts and check everything, before any data is read. ``data`` must be set up."""
+    def plan(self, model: LightningModule, data: MergeDataModule, becomes_first: bool = True) -> MergePlan:
+        """Load the experts and check everything, before any data is read. ``data`` must be set up.
+
+        Args:
+            model: a module of the experts' class.
+            data: the tasks' data.
+            becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
+        """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
-        self._plan = make_plan(model, self.experts, data, self.method, self.private, problems)
+        self._plan = make_plan(model, self.experts, data, self.method, self.private, problems, becomes_first)
         return self._plan
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -107,18 +114,6 @@ class ChainOfMergesCallback(Callback):
                 ["the tasks' data are missing: use trainer.validate(model, datamodule=MergeDataModule(...))"]
             )
         plan = self._plan or self.plan(pl_module, data)
-        first, expert = next(iter(plan.experts.items()))
-        ours = {name: tuple(t.shape) for name, t, _ in named_tensors(pl_module)}
-        theirs = {name: tuple(t.shape) for name, t, _ in named_tensors(expert)}
-        if differing := [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]:
-            name = differing[0]
-            raise MergeError(
-                [
-                    f"the model given to trainer.validate becomes the merged model of task '{first}', but does not "
-                    f"fit: {name} is {ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a "
-                    "module built like that expert"
-                ]
-            )
         for warning in plan.parameters.warnings:
             rank_zero_warn(warning)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Dict, Literal, Optional
+from typing import Any, Literal, Optional
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -89,7 +89,7 @@ class MergeDataModule(LightningDataModule):
 
     def __init__(
         self,
-        tasks: Dict[str, LightningDataModule],
+        tasks: Mapping[str, LightningDataModule],
         samples: int = 256,
         source: Literal["val", "train"] = "val",
         holdout: bool = False,

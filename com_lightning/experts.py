@@ -114,7 +114,8 @@ def sort_parameters(
     Raises:
         MergeError: a name or shape differs and no pattern covers it; a pattern that matches nothing; nothing is shared.
     """
-    result, problems = Parameters(private={task: [] for task in experts}), []
+    result, problems = Parameters(private={task: [] for task in experts}), list[str]()
+    differing: list[str] = []
     everyone = {"model": dict(_shapes(model)), **{task: dict(_shapes(e)) for task, e in experts.items()}}
     names = {name: None for shapes in everyone.values() for name in shapes}
     for name in names:
@@ -124,25 +125,28 @@ def sort_parameters(
             result.shared.append(name)
             if not same:
                 told = "; ".join(f"{who} {'lacks it' if s is None else tuple(s)}" for who, s in shapes.items())
-                problems.append(f"{name} differs: {told}. Name it in `private`, or bring experts of one architecture")
+                differing.append(f"{name}: {told}")
         else:
             for task in experts:
                 if shapes[task] is not None:
                     result.private[task].append(name)
+    if differing:
+        problems.append(
+            f"parameters differ: {_some(differing, '. ')}. Name them in `private`, or bring experts of one architecture"
+        )
     for pattern in private or ():
         if not any(matches_any(name, [pattern]) for name in names):
             problems.append(f"private: '{pattern}' matches no parameter; there are {_some(list(names))}")
     if not problems and not any(candidates(expert, set(result.shared)) for expert in experts.values()):
         problems.append(
-            "the experts share no layer that can be merged: none has parameters of one name and shape in all"
+            "no layer can be merged: none has all its parameters shared, with one name and shape in the model and all "
+            "experts"
         )
     ties = {task: {n: t for n, t in tied_names(e).items() if n in result.shared} for task, e in experts.items()}
     reference_task, reference = next(iter(ties.items()))
     for task, tie in ties.items():
-        if differing := [n for n in reference if n in tie and tie[n] != reference[n]]:
-            problems.append(
-                f"{differing[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both"
-            )
+        if torn := [n for n in reference if n in tie and tie[n] != reference[n]]:
+            problems.append(f"{torn[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both")
     if problems:
         raise MergeError(problems)
     result.warnings += _kinship(model, experts, result.shared)

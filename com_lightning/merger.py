@@ -102,6 +102,7 @@ def make_plan(
     method: MergingMethod,
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
+    becomes_first: bool = False,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
 
@@ -112,6 +113,7 @@ def make_plan(
         method: the rule.
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
+        becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
 
     Raises:
         MergeError: with all problems at once.
@@ -137,6 +139,8 @@ def make_plan(
             parameters = sort_parameters(model, experts, private)
         except MergeError as error:
             found += error.problems
+        if becomes_first:
+            found += _unlike(model, *next(iter(experts.items())))
     if found:
         raise MergeError(found)
     shared = set(parameters.shared)
@@ -271,6 +275,17 @@ class _CalibrationStep:
             if is_param_in_hook_signature(module.validation_step, "dataloader_idx", min_args=3):
                 arguments.append(batch.dataloader_idx)
             module.validation_step(*arguments)
+
+
+def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[str]:
+    ours = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
+    theirs = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(expert)}
+    differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return [
+        f"the model given to trainer.validate becomes the merged model of task '{task}', but does not fit: {name} is "
+        f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like that one"
+        for name in differing[:1]
+    ]
 
 
 def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str, str], dict[str, int]]:

@@ -23,6 +23,8 @@ def output_problems(folder: Path, overwrite: bool) -> list[str]:
     """Why a result could not be written to ``folder``, found out before the merge."""
     if folder.exists() and not overwrite:
         return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
+        return [f"output_dir: {folder} is not the result of a merge, and is not overwritten; name another"]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent):
@@ -83,7 +85,7 @@ def save_results(
             shutil.rmtree(replaced, ignore_errors=True)
         else:
             os.replace(temporary, folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise MergeError([f"output_dir: {folder} could not be written ({error}); it was left as it was"]) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -115,7 +117,7 @@ def _save_checkpoint(module: LightningModule, path: Path) -> None:
     """As ``trainer.save_checkpoint`` writes it: hyperparameters and weights, no optimizer."""
     outer = module._trainer
     with quiet_lightning(), torch.inference_mode(False):
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False, barebones=False)
+        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         trainer.strategy.connect(module)
         module.trainer = trainer
         trainer.save_checkpoint(path, weights_only=True)

@@ -64,7 +64,7 @@ class MergeTrainer(Trainer):
         data.trainer = self
         data.prepare_data()
         data.setup("validate")
-        plan = merger.plan(model, data)
+        plan = merger.plan(model, data, becomes_first=False)
         if dry_run:
             print(plan)
             return merger.report

@@ -19,7 +19,7 @@ from tests.helpers import perturb, relative
 CASES: dict[str, tuple[nn.Module, Tensor]] = {
     "linear": (nn.Linear(4, 3), torch.randn(2, 5, 4)),
     "linear-no-bias": (nn.Linear(4, 3, bias=False), torch.randn(7, 4)),
-    "gpt2-conv1d": (Conv1D(3, 4), torch.randn(2, 5, 4)),
+    "gpt2-conv1d": (Conv1D(3, 4), torch.randn(2, 5, 4)),  # type: ignore[no-untyped-call]
     "conv2d": (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 7, 8)),
     "conv2d-patches": (nn.Conv2d(1, 4, 2, stride=2, bias=False), torch.randn(2, 1, 8, 8)),
     "conv2d-grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), torch.randn(2, 4, 7, 7)),

@@ -57,8 +57,8 @@ def test_what_is_written_at_a_layer_is_what_the_forwards_compute_with() -> None:
     with torch.no_grad():
         for layer, _ in lockstep(forwards, LAYERS):
             module = net.get_submodule(layer)
-            module.weight.copy_(2 * torch.eye(2))  # type: ignore[operator, union-attr]
-            module.bias.zero_()  # type: ignore[operator, union-attr]
+            module.weight.copy_(2 * torch.eye(2))  # type: ignore[operator]
+            module.bias.zero_()  # type: ignore[operator]
     assert torch.equal(torch.cat(outputs), torch.full((2, 2), 8.0))
 
 

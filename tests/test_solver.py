@@ -33,7 +33,8 @@ def brute_force(
     assert isinstance(gram, Tensor)
     root = (ridge * gram.diagonal().mean()).sqrt()
     identity = torch.eye(len(gram)).double()
-    return torch.linalg.lstsq(torch.cat([*rows, root * identity]), torch.cat([*targets, root * mean.T])).solution.T
+    solved: Tensor = torch.linalg.lstsq(torch.cat([*rows, root * identity]), torch.cat([*targets, root * mean.T]))[0]
+    return solved.T
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -49,7 +50,7 @@ def test_equals_brute_force(normalize: bool, bias: bool, two_sided: bool, multip
     statistics = []
     for x_hat, x, weight in zip(merged, expert, weights):
         entry = InputStatistics(bias, normalize, multiply)
-        for a, b in zip(x_hat[:, None].split(7), x[:, None].split(7)):
+        for a, b in zip(torch.split(x_hat[:, None], 7), torch.split(x[:, None], 7)):
             entry.update(a, b if two_sided else None, weight[None])
         statistics.append(entry)
     grams = [entry.mean_gram() for entry in statistics]

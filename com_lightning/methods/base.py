@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -68,6 +69,6 @@ class MergingMethod(ABC):
             found.append(f"importance: no weight for {', '.join(missing)}; give every task one, 0 leaves a task out")
         if unknown := [task for task in self.importance if task not in tasks]:
             found.append(f"importance: {', '.join(unknown)} is no task; the tasks are {', '.join(tasks)}")
-        if any(w < 0 for w in self.importance.values()) or sum(self.importance.values()) <= 0:
-            found.append(f"importance: weights must not be negative, and not all zero; got {self.importance}")
+        if not (all(0 <= w < math.inf for w in self.importance.values()) and sum(self.importance.values()) > 0):
+            found.append(f"importance: weights must be finite, not negative, and not all 0; got {self.importance}")
         return found

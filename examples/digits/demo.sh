@@ -3,6 +3,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 configs=configs/digits
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the model is too small to gain from more
 mkdir -p outputs/digits
 
 step() { printf '\n== %s (%s s since the start)\n' "$1" "$SECONDS"; }

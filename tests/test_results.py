@@ -1,0 +1,530 @@
+"""What a merge leaves behind: the folder, its files, and the report."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from safetensors.torch import load_file
+from torch import nn
+
+import com_lightning.results
+from com_lightning import (
+    Average,
+    ChainOfMergesCallback,
+    MergeDataModule,
+    MergeError,
+    MergeReport,
+    MergingMethod,
+    TaskLoaders,
+)
+from com_lightning.core.sharing import named_tensors, tied_names
+from com_lightning.experts import ExpertSource
+from com_lightning.report import table
+from com_lightning.results import load_results, output_problems, save_results
+from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
+
+FILES = {"a.ckpt", "b.ckpt", "merged.safetensors", "report.json", "report.md", "report.png"}
+
+
+class WithBuffers(Classifier):
+    """Batch normalisation: floating-point and integer buffers; a second head that one expert only has."""
+
+    def __init__(self, classes: int = 3, extra: bool = False) -> None:
+        super().__init__(classes)
+        self.save_hyperparameters()
+        self.body.append(nn.BatchNorm1d(8))
+        self.scale = nn.Parameter(torch.ones(8))
+        if extra:
+            self.extra = nn.Linear(8, 2)
+
+    def forward(self, x: Any) -> Any:
+        return self.head(self.body(x) * self.scale)
+
+
+class TiedClassifier(Classifier):
+    """The head is the last layer of the body."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.save_hyperparameters()
+        self.head.weight = self.body.get_submodule("3").weight  # type: ignore[assignment]
+
+
+def make_tasks() -> MergeDataModule:
+    return MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, samples=24)
+
+
+def merge(
+    output_dir: Path | None = None,
+    experts: Mapping[str, ExpertSource] | None = None,
+    model: LightningModule | None = None,
+    tasks: MergeDataModule | None = None,
+    **kwargs: Any,
+) -> ChainOfMergesCallback:
+    """Merge through ``trainer.validate``."""
+    experts = experts or dict(zip("ab", make_experts((3, 4))))
+    folder = None if output_dir is None else str(output_dir)
+    callback = ChainOfMergesCallback(dict(experts), output_dir=folder, **kwargs)
+    trainer = quiet_trainer(callbacks=[callback])
+    trainer.validate(model or Classifier(), datamodule=tasks or make_tasks(), verbose=False)
+    return callback
+
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> tuple[ChainOfMergesCallback, Path]:
+    """A merge and the folder it left; not to be changed."""
+    folder = tmp_path_factory.mktemp("results") / "new" / "merged"
+    return merge(folder), folder
+
+
+Result = tuple[ChainOfMergesCallback, Path]
+
+
+# The folder
+
+
+def test_the_files(result: Result) -> None:
+    callback, folder = result
+    assert {path.name for path in folder.iterdir()} == FILES
+    assert [path.name for path in folder.parent.iterdir()] == ["merged"]
+    assert (folder / "report.md").read_text() == callback.report.to_markdown()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_others_may_read_the_files(result: Result) -> None:
+    for path in (result[1], *result[1].iterdir()):
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_the_safetensors_file_holds_the_shared_tensors(result: Result) -> None:
+    callback, folder = result
+    tensors = load_file(folder / "merged.safetensors")
+    shared = [n for n, what in callback.report.parameters.items() if what != "private"]
+    assert sorted(tensors) == sorted(shared)
+    for module in callback.modules.values():
+        values = {name: tensor for name, tensor, _ in named_tensors(module)}
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(tensor, values[name].detach(), rtol=0, atol=0)
+
+
+def test_checkpoints_are_what_was_validated(result: Result, tmp_path: Path) -> None:
+    """In a fresh process, by ``load_from_checkpoint`` and by ``trainer.validate(ckpt_path=...)``."""
+    callback, folder = result
+    script = """
+import json, sys
+from tests.helpers import Classifier, make_data, quiet_trainer
+found = {}
+for task, classes, seed in (("a", 3, 0), ("b", 4, 1)):
+    path = f"{sys.argv[1]}/{task}.ckpt"
+    module, data = Classifier.load_from_checkpoint(path, weights_only=True), make_data(seed, classes)
+    loaded = quiet_trainer().validate(module, datamodule=data, verbose=False)
+    by_path = quiet_trainer().validate(Classifier(classes), datamodule=data, ckpt_path=path, verbose=False,
+                                       weights_only=True)
+    found[task] = [loaded[0], by_path[0], module.hparams.classes, all(p.requires_grad for p in module.parameters())]
+print("FOUND" + json.dumps(found))
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], env=environment, cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.split("FOUND")[1])
+    for task, classes in (("a", 3), ("b", 4)):
+        loaded, by_path, hparam, trainable = found[task]
+        assert loaded == by_path == callback.report.metrics["merged"][task]
+        assert hparam == classes
+        assert trainable
+
+
+def test_results_are_loaded_again(result: Result) -> None:
+    callback, folder = result
+    modules = load_results(folder, Classifier(), ["a", "b"])
+    for task, module in callback.modules.items():
+        torch.testing.assert_close(modules[task].state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+def test_results_can_be_merged_again(result: Result) -> None:
+    """What is written is a source: merging a merge changes next to nothing, as its experts are the same."""
+    callback, folder = result
+    again = merge(experts={task: str(folder / f"{task}.ckpt") for task in "ab"})
+    for task, module in callback.modules.items():
+        torch.testing.assert_close(again.modules[task].state_dict(), module.state_dict(), rtol=1e-3, atol=1e-4)
+
+
+def test_results_that_are_missing(result: Result, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match=r"no such file; .* has results for a, b") as caught:
+        load_results(result[1], Classifier(), ["a", "x", "y"])
+    assert len(caught.value.problems) == 2
+    (tmp_path / "a.ckpt").write_bytes(b"nothing")
+    with pytest.raises(MergeError, match="Classifier cannot be loaded from it") as caught:
+        load_results(tmp_path, Classifier(), ["a", "x"])
+    assert len(caught.value.problems) == 2
+    with pytest.raises(MergeError, match="has results for no task"):
+        load_results(tmp_path / "none", Classifier(), ["a"])
+
+
+def test_saving_later_gives_the_same(result: Result, tmp_path: Path) -> None:
+    callback, folder = result
+    callback.save(tmp_path / "later")
+    assert {path.name for path in (tmp_path / "later").iterdir()} == FILES
+    assert (tmp_path / "later" / "report.json").read_text() == (folder / "report.json").read_text()
+
+
+def test_further_files(result: Result, tmp_path: Path) -> None:
+    callback, _ = result
+    shared = ["body.0.weight"]
+    save_results(tmp_path / "x", callback.modules, shared, callback.report, files={"config.yaml": "seed: ü\n"})
+    assert (tmp_path / "x" / "config.yaml").read_text(encoding="utf-8") == "seed: ü\n"
+    assert list(load_file(tmp_path / "x" / "merged.safetensors")) == shared
+
+
+def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
+    """Safetensors refuses shared memory; the checkpoints keep both names."""
+    base = TiedClassifier()
+    state = base.state_dict()
+    experts: dict[str, LightningModule] = {}
+    for number, task in enumerate("ab"):
+        experts[task] = TiedClassifier()
+        experts[task].load_state_dict(state)
+        perturb(experts[task], 0.2, seed=number)
+    tasks = MergeDataModule({"a": make_data(0, 8), "b": make_data(1, 8)}, samples=24)
+    callback = merge(tmp_path / "out", experts, TiedClassifier(), tasks)
+    tensors = load_file(tmp_path / "out" / "merged.safetensors")
+    assert "body.3.weight" in tensors
+    assert "head.weight" not in tensors
+    for task, module in load_results(tmp_path / "out", TiedClassifier(), ["a", "b"]).items():
+        assert tied_names(module)["head.weight"] == "body.3.weight"
+        torch.testing.assert_close(module.state_dict(), callback.modules[task].state_dict(), rtol=0, atol=0)
+    files = {task: str(tmp_path / "out" / f"{task}.ckpt") for task in "ab"}
+    again = merge(experts=files, model=TiedClassifier(), tasks=tasks)
+    assert tied_names(again.modules["a"])["head.weight"] == "body.3.weight"
+    source: Any = str(tmp_path / "out" / "merged.safetensors")
+    merge(experts={"a": source, "b": source}, model=TiedClassifier(), tasks=tasks)
+
+
+# Whole or not at all
+
+
+def fail(*args: Any, **kwargs: Any) -> Any:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("function", ["save_figure", "save_file", "_save_checkpoint"])
+@pytest.mark.parametrize("existing", [False, True])
+def test_a_failure_leaves_nothing(
+    function: str, existing: bool, result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither at the target nor beside it; what is to be overwritten is left as it was."""
+    callback, _ = result
+    folder = tmp_path / "out"
+    if existing:
+        folder.mkdir()
+        (folder / "report.json").write_text("old")
+    monkeypatch.setattr(com_lightning.results, function, fail)
+    with pytest.raises(MergeError, match=r"could not be written .*No space left"):
+        callback.save(folder, overwrite=existing)
+    assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
+    if existing:
+        assert [path.name for path in folder.iterdir()] == ["report.json"]
+
+
+def test_an_error_in_the_middle_leaves_nothing(result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(com_lightning.results, "save_figure", stop)
+    with pytest.raises(KeyboardInterrupt):
+        result[0].save(tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_of_the_last_step_restores_the_old_folder(
+    result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, replace = tmp_path / "out", os.replace
+    folder.mkdir()
+    (folder / "report.json").write_text("old")
+
+    def fail_once(source: Any, target: Any) -> None:
+        if (Path(source) / "merged.safetensors").exists():
+            fail()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(MergeError, match="could not be written"):
+        result[0].save(folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (folder / "report.json").read_text() == "old"
+
+
+def test_a_folder_that_is_no_result_is_never_overwritten(result: Result, tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(MergeError, match="is not the result of a merge"):
+        result[0].save(tmp_path, overwrite=True)
+    assert (tmp_path / "thesis.tex").exists()
+
+
+def test_an_old_folder_is_replaced_whole(result: Result, tmp_path: Path) -> None:
+    callback, folder = result
+    shutil.copytree(folder, tmp_path / "out")
+    (tmp_path / "out" / "removed.ckpt").touch()
+    with pytest.raises(MergeError, match="exists already; remove it, name another, or set overwrite"):
+        callback.save(tmp_path / "out")
+    assert (tmp_path / "out" / "removed.ckpt").exists()
+    callback.save(tmp_path / "out", overwrite=True)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == FILES
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_merge_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through the whole callback, into a folder that is to be overwritten."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / "report.json").write_text("old")
+    monkeypatch.setattr(com_lightning.results, "save_figure", fail)
+    with pytest.raises(MergeError, match="could not be written"):
+        merge(folder, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in folder.iterdir()] == ["report.json"]
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_is_read_only(tmp_path: Path) -> None:
+    tmp_path.chmod(0o555)
+    try:
+        assert output_problems(tmp_path / "out", False)[0].endswith("cannot be written to (Permission denied)")
+    finally:
+        tmp_path.chmod(0o755)
+
+
+def test_a_parent_that_cannot_be_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Known before the merge, not after it."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    with pytest.raises(MergeError) as caught:
+        merge(tmp_path / "out", experts={"a": Classifier()})
+    assert f"output_dir: {tmp_path} cannot be written to (Permission denied)" in caught.value.problems
+
+
+def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert output_problems(tmp_path / "file" / "out", False)[0].startswith(f"output_dir: {tmp_path / 'file'} cannot")
+
+
+def test_checking_the_target_leaves_nothing(tmp_path: Path) -> None:
+    assert output_problems(tmp_path / "out", False) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# The report
+
+
+def strict_json(text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def test_the_json_holds_the_whole_report(result: Result) -> None:
+    callback, folder = result
+    report = callback.report
+    content = strict_json((folder / "report.json").read_text())
+    assert {name: content[name] for name in asdict(report)} == json.loads(json.dumps(asdict(report)))
+    assert content["metrics"] == report.metrics
+    assert set(content["metrics"]) == {"expert", "average", "merged"}
+    assert content["normalized"]["merged"]["b"]["val_acc"] == report.normalized("merged", "b", "val_acc")
+    assert content["mean_normalized"]["expert"] == 1.0
+    assert content["samples"] == {"a": 24, "b": 24}
+    assert torch.__version__.startswith(content["versions"]["torch"])
+    assert [layer["name"] for layer in content["layers"]] == ["body.0", "body.1", "body.3"]
+
+
+def test_the_markdown_holds_the_tables(result: Result) -> None:
+    report, text = result[0].report, (result[1] / "report.md").read_text()
+    assert report.task_table() in text
+    assert report.layer_table() in text
+    for task in "ab":
+        row = next(line for line in text.splitlines() if line.startswith(f"| {task} "))
+        for kind in ("expert", "average", "merged"):
+            assert f"{report.metrics[kind][task]['val_acc']:.4f}" in row
+    assert "`val_acc`" in text
+    assert "target=expert" in text
+    assert f"seed {report.seed}" in text
+
+
+def test_every_parameter_is_accounted_for() -> None:
+    torch.manual_seed(0)
+    base = WithBuffers(3)
+    experts: dict[str, Any] = {"a": WithBuffers(3), "b": WithBuffers(4, extra=True)}
+    for number, expert in enumerate(experts.values()):
+        shared = {n: t for n, t in base.state_dict().items() if not n.startswith("head")}
+        expert.load_state_dict(shared, strict=False)
+        perturb(expert, 0.2, seed=number)
+    report = merge(experts=experts, model=WithBuffers(3)).report
+    names = {name for expert in experts.values() for name, _, _ in named_tensors(expert)}
+    assert set(report.parameters) == names
+    solved = {f"body.{layer}.{kind}" for layer in (0, 1, 3) for kind in ("weight", "bias")}
+    private = {f"{head}.{kind}" for head in ("head", "extra") for kind in ("weight", "bias")}
+    buffers = {f"body.5.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
+    for name, what in report.parameters.items():
+        kind = what.split(":")[0]
+        if name in private:
+            assert kind == "private", name
+        elif name in buffers:
+            assert kind == "buffer", name
+        elif name in solved:
+            assert kind == "solved", name
+        else:
+            assert kind in ("solved", "averaged"), name
+            assert kind == "solved" or len(what) > len("averaged: "), name
+    assert report.parameters["scale"].startswith("averaged: ")
+    assert sum(report.sizes.values()) == (
+        sum(t.numel() for e in experts.values() for n, t, _ in named_tensors(e) if n in private)
+        + sum(t.numel() for n, t, _ in named_tensors(experts["a"]) if n not in private)
+    )
+    assert "scale" in report.to_markdown()
+
+
+@pytest.mark.parametrize("method", [Average(), Average(importance={"a": 3.0, "b": 1.0})])
+def test_a_method_without_data(method: MergingMethod, tmp_path: Path) -> None:
+    class Counted(TaskLoaders):
+        def train_dataloader(self) -> Any:
+            raise AssertionError("no calibration data are needed")
+
+    data = {"a": make_data(0), "b": make_data(1, 4)}
+    tasks = MergeDataModule({name: Counted(val=task.val_dataloader()) for name, task in data.items()})
+    callback = merge(tmp_path / "out", method=method, tasks=tasks)
+    report = callback.report
+    assert report.layers == []
+    assert report.samples == {}
+    assert set(report.parameters.values()) == {"averaged", "private"}
+    assert report.method["class"] == "Average"
+    assert "Average: no calibration data; " in report.summary()
+    experts = make_experts((3, 4))
+    weights = method.weights(["a", "b"])
+    expected = sum(w * e.body.state_dict()["0.weight"] for w, e in zip(weights, experts))
+    torch.testing.assert_close(callback.modules["b"].state_dict()["body.0.weight"], expected)
+    strict_json((tmp_path / "out" / "report.json").read_text())
+
+
+def example(**kwargs: Any) -> MergeReport:
+    values: dict[str, Any] = {
+        "tasks": ["a", "b"],
+        "metric": "acc",
+        "metrics": {
+            "expert": {"a": {"acc": 0.8, "loss": 0.5}, "b": {"acc": 0.5, "loss": 0.25}},
+            "merged": {"a": {"acc": 0.6, "loss": 1.0}, "b": {"acc": 0.5, "loss": 0.5}},
+        },
+    }
+    return MergeReport(**{**values, **kwargs})
+
+
+def test_normalized_metrics() -> None:
+    report = example()
+    assert report.normalized("merged", "a") == pytest.approx(0.75)
+    assert report.normalized("merged", "a", "loss") == pytest.approx(2.0)
+    assert report.normalized("expert", "a") == 1.0
+    assert report.mean_normalized("merged") == pytest.approx(0.875)
+
+
+@pytest.mark.parametrize(
+    ("kind", "task", "metric"),
+    [("average", "a", None), ("merged", "c", None), ("merged", "a", "f1"), ("merged", "zero", None)],
+)
+def test_normalized_metrics_that_do_not_exist(kind: str, task: str, metric: str | None) -> None:
+    report = example()
+    report.metrics["expert"]["zero"] = {"acc": 0.0}
+    report.metrics["merged"]["zero"] = {"acc": 0.5}
+    assert report.normalized(kind, task, metric) is None
+    assert example(tasks=["a", "b", "c"]).mean_normalized("merged") is None
+    assert example(tasks=[]).mean_normalized("merged") is None
+
+
+def test_a_merge_without_baselines_shows_its_own_metrics(tmp_path: Path) -> None:
+    report = merge(tmp_path / "out", baselines=False).report
+    assert set(report.metrics) == {"merged"}
+    assert report.metric == "val_acc"
+    assert report.normalized("merged", "a") is None
+    assert f"{report.metrics['merged']['a']['val_acc']:.4f}" in report.task_table()
+    assert "expert" not in report.task_table()
+    assert strict_json(report.to_json())["mean_normalized"] == {"merged": None}
+
+
+def test_numbers_that_json_lacks_become_null() -> None:
+    report = example(seconds=math.inf)
+    report.metrics["merged"]["a"]["acc"] = math.nan
+    report.metrics["expert"]["b"]["acc"] = -math.inf
+    content = strict_json(report.to_json())
+    assert content["metrics"]["merged"]["a"] == {"acc": None, "loss": 1.0}
+    assert content["metrics"]["expert"]["b"]["acc"] is None
+    assert content["normalized"]["merged"]["a"]["acc"] is None
+    assert content["seconds"] is None
+    assert "nan" in report.task_table()  # and people are told
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"), [(["val_loss", "acc", "f1"], "acc"), (["val_loss", "loss"], "val_loss"), ([], None)]
+)
+def test_the_metric_that_is_shown(names: list[str], expected: str | None) -> None:
+    assert MergeReport(metrics={"merged": {"a": dict.fromkeys(names, 0.5)}}).first_metric() == expected
+    assert MergeReport().first_metric() is None
+
+
+def test_the_metric_can_be_chosen() -> None:
+    report = merge(metric="val_loss").report
+    assert report.metric == "val_loss"
+    assert f"{report.metrics['merged']['a']['val_loss']:.4f}" in report.task_table()
+
+
+def test_the_columns_of_a_table_are_aligned() -> None:
+    rows = [["task", "value", "note"], ["a", "0.5", ""], ["long name", "-", "text"], ["b", "1e+05", ""]]
+    lines = table(rows).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert len({tuple(i for i, c in enumerate(line) if c == "|") for line in lines}) == 1
+    assert lines[1].replace("-", "") == "| : | : | : |"
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in (lines[0], *lines[2:])] == rows
+    assert lines[2].startswith("| a  ")
+    assert lines[2].split("|")[2].endswith(" 0.5 ")
+
+
+def test_a_table_without_rows() -> None:
+    assert table([["task", "value"]]) == "| task | value |\n| :--- | :---- |"
+
+
+def test_reports_of_nothing_can_be_shown() -> None:
+    assert strict_json(MergeReport().to_json())["tasks"] == []
+    assert MergeReport().to_markdown().startswith("# Merge of 0 experts")
+    assert "calibration" in str(MergeReport())
+
+
+def test_metrics_of_a_task_with_nan(tmp_path: Path) -> None:
+    """A metric that is NaN does not stand in the way of the result."""
+
+    class Undefined(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("undefined", (self(batch[0]) * math.nan).sum())
+
+    experts: dict[str, Any] = {"a": Undefined(), "b": Undefined()}
+    experts["b"].load_state_dict(experts["a"].state_dict())
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=8)
+    merge(tmp_path / "out", experts, Undefined(), tasks)
+    content = strict_json((tmp_path / "out" / "report.json").read_text())
+    assert content["metrics"]["merged"]["a"] == {"undefined": None}
