@@ -34,7 +34,8 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=20, ha="right")
         axes.set_ylabel(report.metric or "")
         axes.set_title("each task before and after the merge")
-        axes.legend(loc="lower right", framealpha=0.9)
+        axes.margins(y=0.2)  # room for the legend above the bars
+        axes.legend(loc="upper center", ncols=len(kinds), frameon=False)
     if with_shift:
         axes = panels[-1]
         for task, values in shifts.items():
@@ -43,6 +44,7 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         axes.set_xlabel("layer, in the order of merging")
         axes.set_ylabel("relative distance to the expert's input")
         axes.set_title("covariate shift on arrival")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.legend()
     figure.savefig(path, dpi=130)

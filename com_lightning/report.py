@@ -130,7 +130,8 @@ class MergeReport:
     def to_markdown(self) -> str:
         """The whole report as Markdown."""
         settings = ", ".join(f"{name}={value}" for name, value in self.method.items() if name != "class")
-        unsolved = [[name, what] for name, what in self.parameters.items() if what.startswith("averaged")]
+        averaged = [(name, what.split(": ", 1)[1:]) for name, what in self.parameters.items() if "averaged" in what]
+        unsolved = [[name, *(why or [""])] for name, why in averaged]
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         parts = [
             f"# Merge of {len(self.tasks)} experts with {self.method.get('class')}",

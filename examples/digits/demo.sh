@@ -16,9 +16,6 @@ for task in mnist mnist-rotated mnist-rolled digits digits-rotated; do
     com-lightning fit --config $configs/expert.yaml --data.task "$task" --trainer.callbacks.init_args.filename "$task"
 done
 
-step "what would be merged"
-com-lightning merge --config $configs/tasks.yaml --config $configs/merge.yaml --overwrite --dry_run
-
 step "merge, without retraining"
 com-lightning merge --config $configs/tasks.yaml --config $configs/merge.yaml --overwrite
 
