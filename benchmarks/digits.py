@@ -41,13 +41,13 @@ CONFIGS = Path("configs/digits")
 
 def train(folder: Path, tasks: list[str], seed: int) -> None:
     """A base and an expert for each task, as the demo trains them."""
-    quiet = [f"--seed_everything={seed}", "--trainer.enable_progress_bar=false", f"{CALLBACK}.dirpath={folder}"]
+    common = [f"--seed_everything={seed}", f"{CALLBACK}.dirpath={folder}"]
     if not (folder / "base.ckpt").exists():
-        com_lightning(["fit", f"--config={CONFIGS / 'base.yaml'}", *quiet])
+        com_lightning(["fit", f"--config={CONFIGS / 'base.yaml'}", *common])
     for task in tasks:
         if not (folder / f"{task}.ckpt").exists():
             which = [f"--data.task={task}", f"--model.base={folder / 'base.ckpt'}", f"{CALLBACK}.filename={task}"]
-            com_lightning(["fit", f"--config={CONFIGS / 'expert.yaml'}", *which, *quiet])
+            com_lightning(["fit", f"--config={CONFIGS / 'expert.yaml'}", *which, *common])
 
 
 CALLBACK = "--trainer.callbacks.init_args"  # of the last callback, the ModelCheckpoint

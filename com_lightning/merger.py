@@ -17,8 +17,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from com_lightning.core.chain import LayerRecord, Task, candidates
-from com_lightning.core.layers import layer_type
+from com_lightning.core.chain import Candidate, LayerRecord, Task, candidates
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
@@ -34,18 +33,18 @@ class MergePlan:
         experts: task -> its module, in the order of the datamodule's tasks.
         method: the rule.
         parameters: shared and private names.
-        layers: name of each layer to be solved -> its type.
+        layers: the layers to be solved, by name.
     """
 
     experts: dict[str, LightningModule]
     method: MergingMethod
     parameters: Parameters
-    layers: dict[str, str]
+    layers: dict[str, Candidate]
 
     def averaged(self) -> dict[str, str]:
         """Name of each shared parameter that is averaged -> why."""
         expert = next(iter(self.experts.values()))
-        solved = {name for layer in self.layers for name in _own(expert, layer)}
+        solved = {name for layer in self.layers.values() for name in layer.parameters.values()}
         ties = tied_names(expert)
         solved |= {name for name in self.parameters.shared if any(ties[name] == ties[s] for s in solved)}
         parameters = {name for name, _, is_parameter in named_tensors(expert) if is_parameter}
@@ -58,13 +57,9 @@ class MergePlan:
     def memory(self) -> dict[str, int]:
         """Bytes needed at least: the experts, the merged model, the statistics and solution of the largest layer."""
         sizes = [_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
-        expert = next(iter(self.experts.values()))
         largest = 0
-        for name in self.layers if self.method.needs_data else ():
-            layer = expert.get_submodule(name)
-            kind = layer_type(layer)
-            assert kind is not None
-            groups, outputs, inputs = kind.to_matrix(layer, _present(layer)).shape
+        for layer in self.layers.values():
+            groups, outputs, inputs = layer.kind.to_matrix(layer.module, layer.module).shape
             gram, weight = groups * inputs**2, groups * outputs * inputs
             largest = max(largest, len(sizes) * (2 * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
         return {"experts": sum(sizes), "merged model": max(sizes), "largest layer": largest}
@@ -72,10 +67,10 @@ class MergePlan:
     def __str__(self) -> str:
         expert = next(iter(self.experts.values()))
         counts: dict[str, list[int]] = {}
-        for name, kind in self.layers.items():
-            entry = counts.setdefault(kind, [0, 0])
+        for layer in self.layers.values():
+            entry = counts.setdefault(layer.kind.name, [0, 0])
             entry[0] += 1
-            entry[1] += sum(p.numel() for p in _present(expert.get_submodule(name)).values())
+            entry[1] += sum(p.numel() for p in layer.module.parameters(recurse=False))
         rows = [["what", "layers", "values"]]
         rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
         tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}
@@ -144,7 +139,7 @@ def make_plan(
     if found:
         raise MergeError(found)
     shared = set(parameters.shared)
-    layers = {name: kind.name for expert in experts.values() for name, kind in candidates(expert, shared).items()}
+    layers = {name: layer for expert in experts.values() for name, layer in candidates(expert, shared).items()}
     return MergePlan(experts, method, parameters, layers if method.needs_data else {})
 
 
@@ -293,8 +288,9 @@ def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str,
     expert = next(iter(plan.experts.values()))
     ties, solved = tied_names(expert), {name for record in records for name in record.parameters}
     solved |= {name for name, first in ties.items() if any(ties[s] == first for s in solved)}
-    reasons = {name: "never called in a calibration forward" for layer in plan.layers for name in _own(expert, layer)}
-    reasons.update({n: r.note for r in records if r.note for n in _own(expert, r.name)})
+    layers = {name: list(layer.parameters.values()) for name, layer in plan.layers.items()}
+    reasons = {name: "never called in a calibration forward" for names in layers.values() for name in names}
+    reasons.update({name: record.note for record in records if record.note for name in layers[record.name]})
     reasons.update(plan.averaged() if plan.layers else {})
     account: dict[str, str] = {}
     sizes = {"solved": 0, "averaged": 0, "private": 0, "buffer": 0}
@@ -309,14 +305,6 @@ def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str,
         account.update(dict.fromkeys(names, "private"))
         sizes["private"] += sum(own[name].numel() for name in names)
     return account, sizes
-
-
-def _own(module: nn.Module, layer: str) -> list[str]:
-    return [f"{layer}.{name}" if layer else name for name in _present(module.get_submodule(layer))]
-
-
-def _present(layer: nn.Module) -> dict[str, Tensor]:
-    return {name: p for name, p in layer._parameters.items() if p is not None}
 
 
 def _bytes(tensors: Any) -> int:

@@ -54,6 +54,21 @@ def images(seed: int) -> Tensor:
     return (stripes if seed // 10 % 2 else stripes.mT) + 0.3 * spread(seed, 4, 1, 12, 12)
 
 
+def images_as_rows(seed: int) -> Tensor:
+    return images(seed)[:, 0]
+
+
+def normalised(*layers: nn.Module) -> nn.Module:
+    """Layers whose running statistics are those of some data."""
+    module = nn.Sequential(*layers)
+    for layer in module:
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.momentum = None
+    with torch.no_grad():
+        module(images(0))
+    return module.eval()
+
+
 def points(seed: int) -> Tensor:
     return spread(seed, 24, 5)
 
@@ -61,6 +76,14 @@ def points(seed: int) -> Tensor:
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)), points),
     "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten()), images),
+    "batch-norm": (
+        lambda: normalised(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, 2)),
+        images,
+    ),
+    "attention": (
+        lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2),
+        images_as_rows,
+    ),
     "vit": (lambda: ViTModel(ViTConfig(**SMALL, image_size=12, patch_size=4, num_channels=1)), images),
     "bert": (lambda: BertModel(BertConfig(**SMALL, vocab_size=30)), ids),
     "llama": (lambda: LlamaModel(LlamaConfig(**SMALL, vocab_size=30)), ids),

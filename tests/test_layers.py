@@ -27,6 +27,12 @@ CASES: dict[str, tuple[nn.Module, Tensor]] = {
     "conv2d-reflect": (nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), torch.randn(2, 2, 5, 5)),
     "conv1d": (nn.Conv1d(2, 3, 3, padding=2), torch.randn(2, 2, 9)),
     "conv3d": (nn.Conv3d(2, 3, 2), torch.randn(2, 2, 4, 4, 4)),
+    "transposed": (nn.ConvTranspose2d(3, 4, 3, stride=2, padding=1, output_padding=1), torch.randn(2, 3, 5, 4)),
+    "transposed-grouped": (nn.ConvTranspose1d(4, 6, 4, stride=3, groups=2, dilation=2), torch.randn(2, 4, 5)),
+    "transposed-cropped": (nn.ConvTranspose2d(2, 2, 2, padding=2, bias=False), torch.randn(2, 2, 6, 6)),
+    "batch-norm": (nn.BatchNorm2d(6), torch.randn(4, 6, 5, 6)),
+    "batch-norm-rows": (nn.BatchNorm1d(6), torch.randn(4, 6)),
+    "instance-norm": (nn.InstanceNorm2d(6, affine=True), torch.randn(4, 6, 5, 6)),
     "layer-norm": (nn.LayerNorm(6), torch.randn(2, 5, 6)),
     "layer-norm-2d": (nn.LayerNorm((3, 2)), torch.randn(4, 3, 2)),
     "layer-norm-no-bias": (nn.LayerNorm(6, bias=False), torch.randn(2, 5, 6)),
@@ -45,14 +51,14 @@ def test_rows_times_weight_is_the_output(case: str) -> None:
     assert kind is not None
     assert kind.refuses(module, (x,), {}) is None
     rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in kind.rows(module, (x,), {})])
-    weight = kind.to_matrix(module, dict(module.named_parameters()))
+    weight = kind.to_matrix(module, module).float()
     if case == "gemma-rms-norm":
         weight = weight + 1  # it stores its scale less one; `gather` knows
     if kind.has_bias(module):
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
     predicted = torch.einsum("ngk,gok->ngo", rows, weight).flatten(1)
     output = module(x)
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm)):
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)):
         output = output.movedim(1, -1)
     assert relative(predicted, output.reshape(predicted.shape)) < 1e-5
 
@@ -64,7 +70,7 @@ def test_the_weight_goes_back_into_the_layer(case: str) -> None:
     kind = layer_type(module)
     assert kind is not None
     own = dict(module.named_parameters())
-    back = kind.from_matrix(module, kind.to_matrix(module, own).double())
+    back = kind.from_matrix(module, kind.to_matrix(module, module).double())
     assert back.keys() == own.keys()
     assert all(torch.equal(back[name].float(), own[name]) for name in own)
 

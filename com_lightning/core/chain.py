@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from com_lightning.core.attention import split_attention
 from com_lightning.core.layers import LayerType, kept, layer_type
 from com_lightning.core.lockstep import Arrival, Forward, lockstep
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
@@ -125,15 +127,36 @@ def merge_layers(
     return _Chain(tasks, merged, importance, rule, on_layer).run()
 
 
-def candidates(module: nn.Module, shared: Mapping[str, object] | set[str]) -> dict[str, LayerType]:
-    """Name of each layer of ``module`` that has a closed form and whose parameters are all shared -> its type."""
+@dataclass(frozen=True)
+class Candidate:
+    """A layer that has a closed form.
+
+    Attributes:
+        kind: its type.
+        module: the layer, of one expert.
+        parameters: own name of each parameter -> its full name in the user's module.
+    """
+
+    kind: LayerType
+    module: nn.Module
+    parameters: dict[str, str]
+
+
+def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
+    """Name of each layer of ``module`` that has a closed form and whose parameters are all shared.
+
+    Layers of an ``nn.MultiheadAttention`` are named as :func:`~com_lightning.core.attention.split_attention` does.
+    """
+    module = copy_module(module)
+    parts = split_attention(module)
     found = {}
     for name, layer in module.named_modules():
-        own = [f"{name}.{p}" if name else p for p, value in layer._parameters.items() if value is not None]
-        if own and all(p in shared for p in own):
+        own = {p: f"{name}.{p}" if name else p for p, value in layer._parameters.items() if value is not None}
+        own = {p: parts[full][0] if full in parts else full for p, full in own.items()}
+        if own and all(full in shared for full in own.values()):
             kind = layer_type(layer)
             if kind is not None:
-                found[name] = kind
+                found[name] = Candidate(kind, layer, own)
     return found
 
 
@@ -172,11 +195,19 @@ class _Chain:
         rule: Rule,
         on_layer: Callable[[LayerRecord], None],
     ) -> None:
-        self.tasks, self.merged, self.importance, self.rule, self.on_layer = tasks, merged, importance, rule, on_layer
-        self.kinds: dict[str, LayerType] = {}
+        self.tasks, self.importance, self.rule, self.on_layer = tasks, importance, rule, on_layer
+        self.candidates: dict[str, Candidate] = {}
+        self.merged = dict(merged)
+        self.experts: list[nn.Module] = []
         for task in tasks:
-            self.kinds.update(candidates(task.expert, merged))
-        self.tied = tied_names(tasks[0].expert)
+            self.candidates.update(candidates(task.expert, merged))
+            expert = copy_module(task.expert)
+            for name, (whole, rows) in split_attention(expert).items():
+                if whole in merged:  # a view, so that what is written here is written there
+                    self.merged.setdefault(name, nn.Parameter(merged[whole].detach()[rows], requires_grad=False))
+            self.experts.append(expert)
+        self.reference = self._copy(0, "merged")
+        self.tied = tied_names(self.reference)
         self.solved: set[str] = set()
         self.inputs: _Inputs | None = None
         self.outputs = _OutputError()
@@ -184,8 +215,8 @@ class _Chain:
     def run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad():
-            for layer, arrivals in lockstep(self._forwards(), list(self.kinds)):
+        with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
+            for layer, arrivals in lockstep(self._forwards(), list(self.candidates)):
                 self._finish(records)
                 start = time.perf_counter()
                 records.append(self._merge(layer, arrivals))
@@ -193,13 +224,18 @@ class _Chain:
             self._finish(records)
         return records
 
+    def _copy(self, task: int, stream: Stream) -> nn.Module:
+        """The model that a task's forward runs, with module objects of its own."""
+        expert = self.experts[task]
+        ours = {id(t): self.merged[n] for n, t, _ in named_tensors(expert) if n in self.merged}
+        return copy_module(expert, ours if stream == "merged" else None)
+
     def _forwards(self) -> list[Forward]:
         forwards: list[Forward] = []
         for number, task in enumerate(self.tasks):
-            ours = {id(t): self.merged[n] for n, t, _ in named_tensors(task.expert) if n in self.merged}
             for index, batch in enumerate(task.batches):
                 for stream in self.rule.streams:
-                    module = copy_module(task.expert, ours if stream == "merged" else None)
+                    module = self._copy(number, stream)
                     forwards.append(
                         _CalibrationForward(
                             module=module,
@@ -233,8 +269,9 @@ class _Chain:
         self.outputs = _OutputError()
 
     def _merge(self, layer: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        kind, module = self.kinds[layer], arrivals[0].forward.module.get_submodule(layer)
-        names = {p: f"{layer}.{p}" if layer else p for p, v in module._parameters.items() if v is not None}
+        candidate, module = self.candidates[layer], self.reference.get_submodule(layer)
+        kind = candidate.kind
+        names = {p: f"{layer}.{p}" if layer else p for p in candidate.parameters}
         record = LayerRecord(layer, kind.name)
         tied = [p for p in names.values() if self.tied[p] in self.solved]
         if tied:
@@ -245,7 +282,7 @@ class _Chain:
             record.note = kind.refuses(module, arrivals[0].args, arrivals[0].kwargs)
             if record.note:
                 return record
-            weights = [kind.to_matrix(module, self._own_parameters(task.expert, layer)) for task in self.tasks]
+            weights = [kind.to_matrix(expert.get_submodule(layer), module) for expert in self.experts]
             inputs = self._statistics(layer, kind, module, arrivals, weights)
             grams = [s.mean_gram() for s in inputs.statistics]
             if inputs.factor is None:
@@ -255,7 +292,7 @@ class _Chain:
         for own, value in kind.from_matrix(module, solution).items():
             self.merged[names[own]].copy_(value)
             self.solved.add(self.tied[names[own]])
-        record.parameters = list(names.values())
+        record.parameters = list(candidate.parameters.values())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer else None
         record.unpaired = inputs.unpaired
@@ -267,10 +304,6 @@ class _Chain:
         if len(self.rule.streams) < 2:
             record.residual = residual(grams, weights, solution, self.importance)
         return record
-
-    @staticmethod
-    def _own_parameters(expert: nn.Module, layer: str) -> dict[str, Tensor]:
-        return {name: p for name, p in expert.get_submodule(layer)._parameters.items() if p is not None}
 
     def _statistics(
         self, layer: str, kind: LayerType, module: nn.Module, arrivals: Sequence[Arrival], weights: Sequence[Tensor]
@@ -333,6 +366,17 @@ class _Chain:
         for task, entry in zip(self.tasks, statistics):
             if entry.drift is not None and not bool(torch.isfinite(entry.drift).all()):
                 raise NonFiniteError(f"the inputs of layer '{layer}' in expert '{task.name}' hold NaN or infinity")
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """``nn.TransformerEncoderLayer`` may run as one fused function, in which nothing can pause."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @dataclass

@@ -42,8 +42,11 @@ class LayerType(ABC):
         """
 
     @abstractmethod
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        """Own parameters of a layer -> weight ``(g, o, k)``, the bias last."""
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        """Parameters of an expert's ``layer`` -> weight ``(g, o, k)``, the bias last, for the rows of ``like``.
+
+        ``like`` is the merged model's layer, whose rows may depend on buffers of its own.
+        """
 
     @abstractmethod
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
@@ -77,7 +80,7 @@ class LayerType(ABC):
         """Add one call to the statistics of a task.
 
         Args:
-            module: the layer (its parameters are not read).
+            module: the merged model's layer (its parameters are not read).
             statistics: those of the task at this layer.
             merged, expert: arguments of the call in the merged model and in the expert, if that one is to be used.
             weight: the expert's, ``(g, o, k)``.
@@ -109,8 +112,8 @@ class Linear(LayerType):
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield first(args, kwargs).unsqueeze(-2), True
 
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        return with_bias(parameters["weight"].detach()[None], parameters.get("bias"))
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return with_bias(_own(layer, "weight")[None], layer._parameters["bias"])
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         if not self.has_bias(module):
@@ -128,8 +131,8 @@ class TransposedLinear(Linear):
         kinds = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
         return "transformers.pytorch_utils.Conv1D" in kinds
 
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        return with_bias(parameters["weight"].detach().T[None], parameters.get("bias"))
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return with_bias(_own(layer, "weight").T[None], layer._parameters.get("bias"))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         solved = super().from_matrix(module, weight)
@@ -140,48 +143,86 @@ class Convolution(LayerType):
     """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches."""
 
     name = "convolution"
+    types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matches(self, module: nn.Module) -> bool:
-        plain = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        known = isinstance(module, plain) and type(module).forward in [kind.forward for kind in plain]
+        known = isinstance(module, self.types) and type(module).forward in [kind.forward for kind in self.types]
         return known and set(module._parameters) == {"weight", "bias"}
 
     def key(self, module: nn.Module) -> Hashable:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(module, nn.modules.conv._ConvNd)
         shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
-        return (*super().key(module), *shape, module.padding_mode)  # type: ignore[misc]
+        return (*super().key(module), *shape, module.output_padding, module.padding_mode)  # type: ignore[misc]
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(module, nn.modules.conv._ConvNd)
         image, dims = first(args, kwargs), len(module.kernel_size)
         if image.dim() == dims + 1:  # without a batch dimension
             image = image[None]
-        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-        image = F.pad(image, module._reversed_padding_repeated_twice, mode=mode)
-        window = zip(module.kernel_size, module.stride, module.dilation)
-        patches = image
-        for dim, (size, stride, dilation) in enumerate(window, start=2):
+        patches, strides = self._padded(module, image)
+        for dim, (size, stride, dilation) in enumerate(zip(module.kernel_size, strides, module.dilation), start=2):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         # (batch, channels, *positions, *kernel) -> (batch, *positions, groups, channels / groups * kernel)
-        order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
-        patches = patches.permute(order)
+        patches = patches.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
         per_image = max(patches[0].numel(), 1)
         for part in torch.split(patches, max(MAX_ROW_ELEMENTS // per_image, 1)):
             yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
 
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-        weight, bias = parameters["weight"].detach(), parameters.get("bias")
-        weight = weight.reshape(module.groups, weight.shape[0] // module.groups, -1)
-        return with_bias(weight, bias)
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        weight = _own(layer, "weight").reshape(layer.groups, layer.out_channels // layer.groups, -1)
+        return with_bias(weight, layer.bias)
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-        assert isinstance(module, (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+        assert isinstance(module, nn.modules.conv._ConvNd)
         solved = {}
         if self.has_bias(module):
             weight, bias = weight[..., :-1], weight[..., -1]
             solved["bias"] = bias.reshape(-1)
         return {"weight": weight.reshape(module.weight.shape), **solved}
+
+    def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The image that the kernel slides over, and its stride."""
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(image, module._reversed_padding_repeated_twice, mode=mode), module.stride
+
+
+class TransposedConvolution(Convolution):
+    """``nn.ConvTranspose1d/2d/3d``: a convolution with stride one over the image with zeros between its pixels."""
+
+    name = "transposed convolution"
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return "it was called with an output_size" if len(args) + len(kwargs) > 1 else None
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        kernel = tuple(range(3, 3 + len(layer.kernel_size)))
+        weight = _own(layer, "weight").reshape(layer.groups, -1, layer.out_channels // layer.groups, *layer.kernel_size)
+        weight = weight.flip(kernel).transpose(1, 2)
+        return with_bias(weight.flatten(2), layer.bias)
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        features = weight[..., :-1] if self.has_bias(module) else weight
+        inputs = module.in_channels // module.groups
+        kernel = features.reshape(*features.shape[:2], inputs, *module.kernel_size).transpose(1, 2)
+        kernel = kernel.flip(tuple(range(3, kernel.dim()))).flatten(0, 1)
+        return {"weight": kernel, **({"bias": weight[..., -1].reshape(-1)} if self.has_bias(module) else {})}
+
+    def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        spread = [(size - 1) * stride + 1 for size, stride in zip(image.shape[2:], module.stride)]
+        stuffed = image.new_zeros(*image.shape[:2], *spread)
+        between = [slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride)]
+        stuffed[tuple(between)] = image
+        margins: list[int] = []
+        shape = zip(module.kernel_size, module.dilation, module.padding, module.output_padding)
+        for size, dilation, padding, extra in shape:
+            assert isinstance(padding, int)
+            margin = dilation * (size - 1) - padding
+            margins = [margin, margin + extra, *margins]
+        return F.pad(stuffed, margins), (1,) * len(module.stride)
 
 
 class Embedding(LayerType):
@@ -200,8 +241,8 @@ class Embedding(LayerType):
         one_hot = F.one_hot(first(args, kwargs).long(), module.num_embeddings)
         yield one_hot.unsqueeze(-1).to(torch.float32), True
 
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        return parameters["weight"].detach()[:, :, None]
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return _own(layer, "weight")[:, :, None]
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight[:, :, 0]}
@@ -280,9 +321,8 @@ class PerChannel(LayerType):
             return None
         return "its output is not a scale and an offset per channel"
 
-    def to_matrix(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> Tensor:
-        names = self._names(module) or ()
-        columns = [parameters[name].detach().flatten() for name in names]
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        columns = [_own(layer, name).flatten() for name in self._names(layer) or ()]
         return torch.stack(columns, dim=-1)[:, None, :]
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
@@ -334,7 +374,43 @@ class PerChannel(LayerType):
         return self._channels_last(module, at_one - at_zero), bool(at_zero.count_nonzero())
 
 
-LAYER_TYPES: tuple[LayerType, ...] = (Linear(), TransposedLinear(), Convolution(), Embedding(), PerChannel())
+class BatchNorm(PerChannel):
+    """``nn.BatchNorm1d/2d/3d`` in eval mode.
+
+    The merged layer normalises by the average of the experts' running statistics; every expert's scale and offset are
+    first put in those terms, so that the solved ones make up for whatever these statistics are.
+    """
+
+    name = "batch normalisation"
+
+    def matches(self, module: nn.Module) -> bool:
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        return batch_norm and super().matches(module)
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        assert isinstance(like, nn.modules.batchnorm._BatchNorm)
+        own_mean, own_scale = self._statistics(layer)
+        mean, scale = self._statistics(like)
+        ratio = _own(layer, "weight").double() / own_scale
+        return torch.stack([ratio * scale, layer.bias.double() + ratio * (mean - own_mean)], -1)[:, None, :]
+
+    @staticmethod
+    def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        return layer.running_mean.double(), (layer.running_var.double() + layer.eps).sqrt()
+
+
+LAYER_TYPES: tuple[LayerType, ...] = (
+    Linear(),
+    TransposedLinear(),
+    Convolution(),
+    TransposedConvolution(),
+    Embedding(),
+    BatchNorm(),
+    PerChannel(),
+)
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
@@ -353,6 +429,12 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     value = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(value, Tensor)
     return value
+
+
+def _own(layer: nn.Module, name: str) -> Tensor:
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    return parameter.detach()
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,0 +1,118 @@
+"""``nn.MultiheadAttention`` taken apart into its linear maps.
+
+It projects queries, keys and values by function calls on packed weights: no module is called, so nothing can pause
+there. :func:`split_attention` gives such a module four linear layers on the same storage and a forward that calls them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def split_attention(module: nn.Module) -> dict[str, tuple[str, slice]]:
+    """Take every ``nn.MultiheadAttention`` in ``module`` apart, in place.
+
+    Args:
+        module: a copy whose module objects nobody else uses; its tensors are shared, not copied.
+
+    Returns:
+        Full name of each new parameter -> name of the one it is a part of, and which rows of it.
+
+    Example::
+
+        >>> layers = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2)})
+        >>> parts = split_attention(layers)
+        >>> parts["attention.k_proj.weight"]
+        ('attention.in_proj_weight', slice(4, 8, None))
+    """
+    parts: dict[str, tuple[str, slice]] = {}
+    for name, attention in module.named_modules():
+        if type(attention).forward is not nn.MultiheadAttention.forward:
+            continue
+        assert isinstance(attention, nn.MultiheadAttention)
+        prefix = f"{name}." if name else ""
+        packed = attention._parameters.get("in_proj_weight")
+        width = attention.embed_dim
+        for number, letter in enumerate("qkv"):
+            rows = slice(number * width, (number + 1) * width)
+            separate = f"{letter}_proj_weight"
+            weight = packed[rows] if packed is not None else attention._parameters[separate]
+            assert weight is not None
+            bias = attention.in_proj_bias
+            linear = _linear(weight, None if bias is None else bias[rows])
+            target = ("in_proj_weight", rows) if packed is not None else (separate, slice(None))
+            parts[f"{prefix}{letter}_proj.weight"] = (f"{prefix}{target[0]}", target[1])
+            if bias is not None:
+                parts[f"{prefix}{letter}_proj.bias"] = (f"{prefix}in_proj_bias", rows)
+            attention._modules[f"{letter}_proj"] = linear
+        for gone in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            attention._parameters[gone] = None
+        attention.__class__ = _SplitAttention
+    return parts
+
+
+class _SplitAttention(nn.MultiheadAttention):
+    """The same attention, by calls of ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, in eval mode."""
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        batched = query.dim() == 3
+        if not (batched and self.batch_first):
+            # Batch first, as a padding mask has it; one tensor stays one tensor, so that its statistics are shared.
+            once = {id(t): t.transpose(0, 1) if batched else t[None] for t in (query, key, value)}
+            query, key, value = once[id(query)], once[id(key)], once[id(value)]
+            if not batched and key_padding_mask is not None:
+                key_padding_mask = key_padding_mask[None]
+        modules = self._modules
+        q, k, v = (modules[f"{n}_proj"](t) for n, t in zip("qkv", (query, key, value)))  # type: ignore[misc]
+        samples, length, width = q.shape
+        if self.bias_k is not None and self.bias_v is not None:
+            k, v = (torch.cat([t, b.expand(samples, 1, -1)], 1) for t, b in ((k, self.bias_k), (v, self.bias_v)))
+        if self.add_zero_attn:
+            k, v = (torch.cat([t, t.new_zeros(samples, 1, width)], 1) for t in (k, v))
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        scores = (q @ k.transpose(-2, -1)) / math.sqrt(width // self.num_heads)
+        extra = k.shape[-2] - key.shape[1]  # positions that no mask knows
+        if attn_mask is not None:
+            mask = _additive(attn_mask, extra, scores.dtype)
+            scores = scores + (mask.view(samples, self.num_heads, length, -1) if mask.dim() == 3 else mask)
+        if key_padding_mask is not None:
+            scores = scores + _additive(key_padding_mask, extra, scores.dtype)[:, None, None, :]
+        weights = scores.softmax(-1)
+        output: Tensor = self.out_proj((weights @ v).transpose(1, 2).flatten(-2))
+        if batched and not self.batch_first:
+            output = output.transpose(0, 1)
+        elif not batched:
+            output, weights = output[0], weights[0]
+        if not need_weights:
+            return output, None
+        return output, weights.mean(-3) if average_attn_weights else weights
+
+
+def _additive(mask: Tensor, extra: int, dtype: torch.dtype) -> Tensor:
+    """A mask to be added to the scores; true entries of a boolean one are left out. ``extra`` positions are open."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
+    return nn.functional.pad(mask.to(dtype), (0, extra))
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A linear layer on the storage of given tensors."""
+    linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
+    linear.out_features, linear.in_features = weight.shape
+    linear.weight = nn.Parameter(weight.detach(), requires_grad=False)
+    if bias is not None:
+        linear.bias = nn.Parameter(bias.detach(), requires_grad=False)
+    return linear.eval()
