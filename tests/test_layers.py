@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.pytorch_utils import Conv1D
 
-from com_lightning.core import layers
-from com_lightning.core.layers import Embedding, PerChannel, kept, layer_type
+from com_lightning.core.layers import Embedding, LayerType, PerChannel, convolution, kept, layer_type
 from com_lightning.core.statistics import InputStatistics
 from tests.helpers import perturb, relative
 
@@ -81,8 +81,36 @@ def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyP
     kind = layer_type(module)
     assert kind is not None
     whole = torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})])
-    monkeypatch.setattr(layers, "MAX_ROW_ELEMENTS", 1)
+    monkeypatch.setattr(convolution, "MAX_ROW_ELEMENTS", 1)
     assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
+
+
+def positions() -> nn.Module:
+    module: nn.Module = BartLearnedPositionalEmbedding(7, 4)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("module", "seen"),
+    [(GemmaTextScaledWordEmbedding(9, 4, 0, 3.0), [1, 2, 5]), (positions(), [2, 3, 4])],
+    ids=["scaled", "offset"],
+)
+def test_embeddings_of_other_kinds_are_counted_where_they_look(module: nn.Module, seen: list[int]) -> None:
+    kind, ids = layer_type(module), torch.tensor([[1, 5, 2]])
+    assert isinstance(kind, Embedding)
+    assert kind.refuses(module, (ids,), {}) is None
+    entry = InputStatistics(False, True)
+    kind.gather(module, entry, ((ids,), {}), None, kind.to_matrix(module, module), None)
+    assert entry.gram is not None
+    assert entry.gram.flatten().nonzero().flatten().tolist() == seen
+
+
+def test_an_embedding_that_adds_something_is_refused() -> None:
+    class Added(nn.Embedding):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) + torch.arange(4)
+
+    assert "rows of its table" in str(Embedding().refuses(Added(9, 4), (torch.tensor([1, 2]),), {}))
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -92,7 +120,7 @@ def test_embedding_counts_equal_one_hot_rows(padding: bool) -> None:
     keep = torch.rand(3, 5) > 0.4 if padding else None
     counted, dense = InputStatistics(False, True), InputStatistics(False, True)
     kind.gather(table, counted, ((ids,), {}), None, table.weight[..., None], keep)
-    layers.LayerType.gather(kind, table, dense, ((ids,), {}), None, table.weight[..., None], keep)
+    LayerType.gather(kind, table, dense, ((ids,), {}), None, table.weight[..., None], keep)
     assert counted.gram is not None
     assert dense.gram is not None
     assert counted.rows == dense.rows

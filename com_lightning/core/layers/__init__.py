@@ -1,0 +1,39 @@
+"""Every layer as a linear regression.
+
+A layer type says how its input becomes rows ``(n, g, f)`` (``g`` independent groups of ``f`` inputs) and how its
+parameters become a weight ``(g, o, k)``, ``k = f + 1`` with a bias. Statistics and solver know nothing else about it.
+A new layer type is one class in this package and one entry in :data:`LAYER_TYPES`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from com_lightning.core.layers.base import LayerType, kept
+from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
+from com_lightning.core.layers.embedding import Embedding
+from com_lightning.core.layers.linear import Linear, TransposedLinear
+from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
+
+__all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type"]
+
+LAYER_TYPES: tuple[LayerType, ...] = (
+    Linear(),
+    TransposedLinear(),
+    Convolution(),
+    TransposedConvolution(),
+    Embedding(),
+    BatchNorm(),
+    PerChannel(),
+)
+
+
+def layer_type(module: nn.Module) -> LayerType | None:
+    """The type of a layer, or ``None`` where no closed form is known.
+
+    Example::
+
+        >>> layer_type(nn.Linear(2, 2)).name, layer_type(nn.LSTM(2, 2))
+        ('linear', None)
+    """
+    return next((kind for kind in LAYER_TYPES if kind.matches(module)), None)

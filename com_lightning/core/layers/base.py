@@ -1,0 +1,137 @@
+"""What a layer type is, and what all of them use."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Size, Tensor, nn
+
+from com_lightning.core.statistics import InputStatistics
+
+
+class LayerType(ABC):
+    """One type of layer as a regression of its output on its input."""
+
+    name: str
+    """How the report calls it."""
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether ``module`` is of this type, judged before any data is seen."""
+
+    @abstractmethod
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        """The arguments of one call as regression rows.
+
+        Yields:
+            ``(rows, tokens)``: rows of shape ``(*lead, g, f)`` and whether their leading dimensions are positions that
+            a padding mask applies to.
+        """
+
+    @abstractmethod
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        """Parameters of an expert's ``layer`` -> weight ``(g, o, k)``, the bias last, for the rows of ``like``.
+
+        ``like`` is the merged model's layer, whose rows may depend on buffers of its own.
+        """
+
+    @abstractmethod
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        """The inverse of :meth:`to_matrix`."""
+
+    def has_bias(self, module: nn.Module) -> bool:
+        """Whether rows get a trailing 1."""
+        return getattr(module, "bias", None) is not None
+
+    def key(self, module: nn.Module) -> Hashable:
+        """Two layers with one key make the same rows of the same input (q, k and v share their statistics)."""
+        return (type(self), self.has_bias(module))
+
+    def multiply(self, weight: Tensor) -> bool:
+        """Whether to multiply the drift by the weight ``(g, o, k)`` while gathering, see :class:`InputStatistics`."""
+        return 2 * weight.shape[1] < weight.shape[2]
+
+    def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        """Why this call is no such regression after all; ``None`` if it is."""
+        return None
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: tuple[tuple[Any, ...], dict[str, Any]],
+        expert: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        weight: Tensor,
+        keep: Tensor | None,
+    ) -> bool:
+        """Add one call to the statistics of a task.
+
+        Args:
+            module: the merged model's layer (its parameters are not read).
+            statistics: those of the task at this layer.
+            merged, expert: arguments of the call in the merged model and in the expert, if that one is to be used.
+            weight: the expert's, ``(g, o, k)``.
+            keep: boolean mask over positions, ``True`` where data is; ``None``: everywhere.
+
+        Returns:
+            Whether the expert's rows were used; they are not where their shape differs (inputs routed otherwise).
+        """
+        others = iter(()) if expert is None else self.rows(module, *expert)
+        paired = expert is not None
+        for rows, tokens in self.rows(module, *merged):
+            other = next(others, (None, tokens))[0]
+            if other is not None and other.shape != rows.shape:
+                other = None
+            paired = paired and other is not None
+            index = kept(keep, rows.shape[:-2]) if tokens else None
+            statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight)
+        return paired
+
+
+def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The input of a layer that was called with these arguments."""
+    value = args[0] if args else next(iter(kwargs.values()))
+    assert isinstance(value, Tensor)
+    return value
+
+
+def own_parameter(layer: nn.Module, name: str) -> Tensor:
+    parameter = layer._parameters[name]
+    assert parameter is not None
+    return parameter.detach()
+
+
+def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``(g, o, f)`` and ``(g * o,)`` -> ``(g, o, f + 1)``."""
+    if bias is None:
+        return weight
+    return torch.cat([weight, bias.detach().reshape(*weight.shape[:2], 1)], dim=2)
+
+
+def kept(keep: Tensor | None, lead: Size) -> Tensor | None:
+    """Flat mask of the rows to use, where a padding mask applies to the leading dimensions ``lead`` of a layer's input.
+
+    It applies where it has the same shape, flattened or not; a single row of positions (position ids) is used where any
+    sample has data. Anything else (one row per sample, say) is no sequence of tokens, and all of it is used.
+
+    Example::
+
+        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> kept(mask, torch.Size([1, 3])), kept(mask, Size([2]))
+        (tensor([ True,  True, False]), None)
+    """
+    if keep is None:
+        return None
+    if lead == keep.shape or lead == (keep.numel(),):
+        return keep.flatten()
+    if keep.dim() == 2 and lead in {(1, keep.shape[1]), (keep.shape[1],)}:
+        return keep.any(0)
+    return None
+
+
+def _flat(rows: Tensor, index: Tensor | None) -> Tensor:
+    rows = rows.reshape(-1, *rows.shape[-2:])
+    return rows if index is None else rows[index]

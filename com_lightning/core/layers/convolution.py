@@ -1,0 +1,103 @@
+"""Convolutions: rows are unfolded patches."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_lightning.core.layers.base import LayerType, first, own_parameter, with_bias
+
+# Rows are made in pieces of at most this many numbers (256 MiB in float32).
+MAX_ROW_ELEMENTS = 2**26
+
+
+class Convolution(LayerType):
+    """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches."""
+
+    name = "convolution"
+    types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+    def matches(self, module: nn.Module) -> bool:
+        known = isinstance(module, self.types) and type(module).forward in [kind.forward for kind in self.types]
+        return known and set(module._parameters) == {"weight", "bias"}
+
+    def key(self, module: nn.Module) -> Hashable:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        shape = (module.kernel_size, module.stride, module.padding, module.dilation, module.groups)
+        return (*super().key(module), *shape, module.output_padding, module.padding_mode)  # type: ignore[misc]
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        image, dims = first(args, kwargs), len(module.kernel_size)
+        if image.dim() == dims + 1:  # without a batch dimension
+            image = image[None]
+        patches, strides = self._padded(module, image)
+        for dim, (size, stride, dilation) in enumerate(zip(module.kernel_size, strides, module.dilation), start=2):
+            patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
+        # (batch, channels, *positions, *kernel) -> (batch, *positions, groups, channels / groups * kernel)
+        patches = patches.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
+        per_image = max(patches[0].numel(), 1)
+        for part in torch.split(patches, max(MAX_ROW_ELEMENTS // per_image, 1)):
+            yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        weight = own_parameter(layer, "weight").reshape(layer.groups, layer.out_channels // layer.groups, -1)
+        return with_bias(weight, layer.bias)
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        solved = {}
+        if self.has_bias(module):
+            weight, bias = weight[..., :-1], weight[..., -1]
+            solved["bias"] = bias.reshape(-1)
+        return {"weight": weight.reshape(module.weight.shape), **solved}
+
+    def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        """The image that the kernel slides over, and its stride."""
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        return F.pad(image, module._reversed_padding_repeated_twice, mode=mode), module.stride
+
+
+class TransposedConvolution(Convolution):
+    """``nn.ConvTranspose1d/2d/3d``: a convolution with stride one over the image with zeros between its pixels."""
+
+    name = "transposed convolution"
+    types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+    def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        return "it was called with an output_size" if len(args) + len(kwargs) > 1 else None
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        assert isinstance(layer, nn.modules.conv._ConvNd)
+        kernel = tuple(range(3, 3 + len(layer.kernel_size)))
+        weight = own_parameter(layer, "weight").reshape(
+            layer.groups, -1, layer.out_channels // layer.groups, *layer.kernel_size
+        )
+        weight = weight.flip(kernel).transpose(1, 2)
+        return with_bias(weight.flatten(2), layer.bias)
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        features = weight[..., :-1] if self.has_bias(module) else weight
+        inputs = module.in_channels // module.groups
+        kernel = features.reshape(*features.shape[:2], inputs, *module.kernel_size).transpose(1, 2)
+        kernel = kernel.flip(tuple(range(3, kernel.dim()))).flatten(0, 1)
+        return {"weight": kernel, **({"bias": weight[..., -1].reshape(-1)} if self.has_bias(module) else {})}
+
+    def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+        spread = [(size - 1) * stride + 1 for size, stride in zip(image.shape[2:], module.stride)]
+        stuffed = image.new_zeros(*image.shape[:2], *spread)
+        between = [slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride)]
+        stuffed[tuple(between)] = image
+        margins: list[int] = []
+        shape = zip(module.kernel_size, module.dilation, module.padding, module.output_padding)
+        for size, dilation, padding, extra in shape:
+            assert isinstance(padding, int)
+            margin = dilation * (size - 1) - padding
+            margins = [margin, margin + extra, *margins]
+        return F.pad(stuffed, margins), (1,) * len(module.stride)
