@@ -26,6 +26,7 @@ bench: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): some minutes, about 6 GB"
 	$(RUN)/python -m pip install --quiet --editable ".[dev]"
 	rm -f $(VENV)/.com_lightning-*
 	touch $@

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import List, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger, Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
@@ -46,6 +47,7 @@ class ChainOfMergesCallback(Callback):
         baselines: also validate the experts and their plain average, to compare with.
         output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
+        verbose: print the report at the end, for where there is no line of code to print it.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -71,9 +73,13 @@ class ChainOfMergesCallback(Callback):
         baselines: bool = True,
         output_dir: Optional[str] = None,
         overwrite: bool = False,
+        verbose: bool = False,
     ) -> None:
+        if not isinstance(experts, Mapping):
+            raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
+        private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.baselines, self.output_dir, self.overwrite = baselines, output_dir, overwrite
+        self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
         self.files: dict[str, str] = {}
@@ -99,11 +105,14 @@ class ChainOfMergesCallback(Callback):
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
-        assert self._plan is not None, "nothing has been merged yet"
+        if self._plan is None or not self.merged:
+            raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
         shared = self._plan.parameters.shared
         save_results(Path(folder), self.modules, shared, self.report, overwrite, self.files)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":
+            rank_zero_warn("ChainOfMergesCallback merges in trainer.validate; in trainer.fit it does nothing")
         if stage != "validate" or self.merged:
             return
         if trainer.world_size > 1:
@@ -131,10 +140,14 @@ class ChainOfMergesCallback(Callback):
                 nonlocal step
                 bar.set_postfix_str(record.name)
                 bar.update()
-                _log_layer(trainer, record, step)
+                _log_layer(loggers, record, step)
                 step += 1
 
-            self.modules, self.report = execute(self._plan, trainer, data, on_layer)
+            loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
+            try:
+                self.modules, self.report = execute(self._plan, trainer, data, on_layer)
+            finally:
+                trainer.loggers = loggers
             load_into(pl_module, next(iter(self.modules.values())))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -152,26 +165,29 @@ class ChainOfMergesCallback(Callback):
             for kind, modules in sets.items():
                 description, quiet = f"validating {kind}", _quiet(trainer)
                 self.report.metrics[kind] = validate_tasks(evaluator, modules, data, description, quiet)
-            self.report.metric = self.metric or self.report.first_metric()
+            self.report.choose_metric(self.metric)
             _log_tasks(trainer, self.report)
             for module in self.modules.values():
+                module.train()  # as `load_from_checkpoint` gives it
                 for _, tensor, is_parameter in named_tensors(module):
                     tensor.requires_grad_(is_parameter and tensor.is_floating_point())
             if self.output_dir:
                 self.save(self.output_dir, self.overwrite)
                 rank_zero_info(f"The merged model is in {self.output_dir}.")
+            if self.verbose:
+                print(f"\n{self.report}")
 
 
 def _quiet(trainer: Trainer) -> bool:
     return trainer.progress_bar_callback is None
 
 
-def _log_layer(trainer: Trainer, record: LayerRecord, step: int) -> None:
+def _log_layer(loggers: Sequence[Logger], record: LayerRecord, step: int) -> None:
     values = {"residual": record.residual, "condition": record.condition, "seconds": record.seconds}
     values.update({f"shift/{task}": value for task, value in record.distance.items()})
     values.update({f"cosine/{task}": value for task, value in record.cosine.items()})
     known = {f"merge/{name}": value for name, value in values.items() if value is not None}
-    for logger in trainer.loggers:
+    for logger in loggers:
         logger.log_metrics(known, step=step)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from typing import Any
 
 import yaml
+from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import MergeError
 from com_lightning.trainer import MergeTrainer
 
@@ -52,6 +55,12 @@ class MergeCLI(LightningCLI):
             "test": {"model", "dataloaders", "datamodule"},
         }
 
+    def before_instantiate_classes(self) -> None:
+        # LightningCLI gives every datamodule below `data` the hyperparameters of `data` itself; those of the tasks are
+        # to keep their own, and MergeDataModule saves none.
+        if isinstance(data := self._get(self.config, "data"), Namespace) and _is_merge_data(data.get("class_path")):
+            self.parser.add_instantiator(_plainly, LightningDataModule, subclasses=True, prepend=True)
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand != "fit":  # a merge keeps its configuration with its result
             self.save_config_callback = None
@@ -62,6 +71,16 @@ class MergeCLI(LightningCLI):
         config = yaml.safe_load(self.parser.dump(self.config))["merge"]
         assert isinstance(self.trainer, MergeTrainer)
         self.trainer.merge(**kwargs, files={"config.yaml": yaml.safe_dump(config, sort_keys=False)})
+
+
+def _is_merge_data(class_path: str | None) -> bool:
+    module, _, name = (class_path or "").rpartition(".")
+    kind = getattr(import_module(module), name, None) if module else None
+    return isinstance(kind, type) and issubclass(kind, MergeDataModule)
+
+
+def _plainly(class_type: type, *args: Any, **kwargs: Any) -> Any:
+    return class_type(*args, **kwargs)
 
 
 def main(args: ArgsType = None) -> None:

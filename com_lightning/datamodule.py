@@ -97,6 +97,17 @@ class MergeDataModule(LightningDataModule):
         batch_size: Optional[int] = None,
     ) -> None:
         super().__init__()
+        for name, data in tasks.items():
+            if not isinstance(data, LightningDataModule):
+                raise TypeError(
+                    f"task '{name}': a {type(data).__name__} is no LightningDataModule; loaders are given as "
+                    "TaskLoaders(val=loader)"
+                )
+            if str(data.hparams.get("_class_path", "")).endswith("MergeDataModule"):
+                raise TypeError(
+                    f"task '{name}': LightningCLI gave its datamodule the hyperparameters of MergeDataModule in place "
+                    "of its own; use com_lightning.MergeCLI, which does not"
+                )
         self.tasks, self.samples, self.source, self.holdout = tasks, samples, source, holdout
         self.seed, self.batch_size = seed, batch_size
         self._prepared = False
@@ -131,11 +142,19 @@ class MergeDataModule(LightningDataModule):
     def val_dataloader(self) -> Any:
         return self.task(next(iter(self.tasks))).val_dataloader()
 
+    def test_dataloader(self) -> Any:
+        return self.task(next(iter(self.tasks))).test_dataloader()
+
+    def train_dataloader(self) -> Any:
+        raise TypeError("a MergeDataModule holds tasks to merge; fit each expert with its own datamodule")
+
     def problems(self) -> list[str]:
         """What is wrong with the settings and the loaders, each as one sentence. To be called after :meth:`setup`."""
         found = []
         if not self.tasks:
             found.append("data.tasks: no task is given")
+        if self.source not in ("val", "train"):
+            return [*found, f"data.source: must be 'val' or 'train', got '{self.source}'"]
         if self.samples < 1:
             found.append(f"data.samples: must be 1 or more, got {self.samples}")
         if self.batch_size is not None and self.batch_size < 1:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
 from com_lightning.datamodule import MergeDataModule
@@ -26,7 +27,7 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
         precision=trainer.precision,
         limit_val_batches=trainer.limit_val_batches,
         limit_test_batches=trainer.limit_test_batches,
-        logger=False,
+        logger=DummyLogger(),  # modules may use `self.logger` in their steps
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -28,7 +28,7 @@ class MergeError(ValueError):
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
         count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"cannot merge, {count}:\n" + "\n".join(f"  {n}. {p}" for n, p in enumerate(problems, 1)))
+        super().__init__(f"{count}:\n" + "\n".join(f"  {n}. {p}" for n, p in enumerate(problems, 1)))
 
 
 @dataclass
@@ -118,14 +118,13 @@ def sort_parameters(
     differing: list[str] = []
     everyone = {"model": dict(_shapes(model)), **{task: dict(_shapes(e)) for task, e in experts.items()}}
     names = {name: None for shapes in everyone.values() for name in shapes}
-    for name in names:
-        shapes = {who: shape.get(name) for who, shape in everyone.items()}
+    every = {name: {who: shape.get(name) for who, shape in everyone.items()} for name in names}
+    for name, shapes in every.items():
         same = len(set(shapes.values())) == 1
         if same if private is None else not matches_any(name, private):
             result.shared.append(name)
             if not same:
-                told = "; ".join(f"{who} {'lacks it' if s is None else tuple(s)}" for who, s in shapes.items())
-                differing.append(f"{name}: {told}")
+                differing.append(f"{name}: {_told(shapes)}")
         else:
             for task in experts:
                 if shapes[task] is not None:
@@ -138,9 +137,10 @@ def sort_parameters(
         if not any(matches_any(name, [pattern]) for name in names):
             problems.append(f"private: '{pattern}' matches no parameter; there are {_some(list(names))}")
     if not problems and not any(candidates(expert, set(result.shared)) for expert in experts.values()):
+        told = [f"{n}: {_told(s)}" for n, s in every.items() if len(set(s.values())) > 1]
         problems.append(
             "no layer can be merged: none has all its parameters shared, with one name and shape in the model and all "
-            "experts"
+            f"experts. {_some(told, '. ', 3)}"
         )
     ties = {task: {n: t for n, t in tied_names(e).items() if n in result.shared} for task, e in experts.items()}
     reference_task, reference = next(iter(ties.items()))
@@ -149,6 +149,11 @@ def sort_parameters(
             problems.append(f"{torn[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both")
     if problems:
         raise MergeError(problems)
+    if private is None and len(experts) > 1 and not any(result.private.values()):
+        result.warnings.append(
+            "every parameter is shared, heads included; if classes differ between tasks, name the head in `private` "
+            "(an empty list says that they do not)"
+        )
     result.warnings += _kinship(model, experts, result.shared)
     return result
 
@@ -236,8 +241,12 @@ def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:
     return [(name, tensor.shape) for name, tensor, _ in named_tensors(module)]
 
 
-def _some(keys: Sequence[str], separator: str = ", ") -> str:
-    return separator.join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
+def _some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def _told(shapes: Mapping[str, torch.Size | None]) -> str:
+    return "; ".join(f"{who} {'lacks it' if shape is None else tuple(shape)}" for who, shape in shapes.items())
 
 
 def _first_line(error: Exception) -> str:

@@ -115,9 +115,9 @@ def make_plan(
     """
     found = list(problems)
     if unknown := [task for task in sources if task not in data.tasks]:
-        found.append(f"experts: {', '.join(unknown)} has no data; data.tasks has {', '.join(data.tasks)}")
+        found.append(f"experts: no data for {', '.join(unknown)}; data.tasks has {', '.join(data.tasks)}")
     if missing := [task for task in data.tasks if task not in sources]:
-        found.append(f"data.tasks: {', '.join(missing)} has no expert; experts has {', '.join(sources) or 'none'}")
+        found.append(f"data.tasks: no expert for {', '.join(missing)}; experts has {', '.join(sources) or 'none'}")
     for task in sources:
         if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task):
             found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
@@ -263,6 +263,8 @@ class _CalibrationStep:
             if callable(calibration_step := getattr(module, "calibration_step", None)):
                 calibration_step(content)
                 return
+            module.on_validation_start()
+            module.on_validation_epoch_start()
             # Lightning's own way to tell what a step takes.
             arguments = [content]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):

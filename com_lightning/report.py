@@ -61,10 +61,13 @@ class MergeReport:
         known = [value for value in values if value is not None]
         return sum(known) / len(known) if known and len(known) == len(values) else None
 
-    def first_metric(self) -> str | None:
-        """The first metric of the merged model that is not a loss; the first one where all are."""
+    def choose_metric(self, name: str | None = None) -> None:
+        """Set the metric that tables show: ``name``, or else the first logged one that is not a loss."""
         names = list(next(iter(self.metrics.get("merged", {}).values()), {}))
-        return next((name for name in names if "loss" not in name), names[0] if names else None)
+        if name is not None and name not in names:
+            self.warnings.append(f"metric '{name}' was not logged; logged are {', '.join(names) or 'none'}")
+            name = None
+        self.metric = name or next((n for n in names if "loss" not in n), names[0] if names else None)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, in plain values; NaN and infinity become ``None``, so that any JSON reader takes it."""
@@ -117,6 +120,9 @@ class MergeReport:
             both = f"{sum(o or 0 for o in overlaps)} of them in all are among those validated"
         data = f"{told} calibration samples per task ({both})" if told else "no calibration data"
         parts = ", ".join(f"{count:,} {kind}" for kind, count in self.sizes.items() if count)
+        private = [name for name, kind in self.parameters.items() if kind == "private"]
+        if private:
+            parts += f" ({', '.join(private[:4])}{', ...' if len(private) > 4 else ''})"
         return (
             f"{self.method.get('class', 'merge')}: {data}; "
             f"{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
@@ -124,6 +130,8 @@ class MergeReport:
         )
 
     def __str__(self) -> str:
+        if not self.tasks:
+            return "Nothing has been merged yet."
         shown = f"{self.metric}\n\n{self.task_table()}\n" if self.metrics else ""
         return f"{shown}\n{self.summary()}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Union
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.datamodule import MergeDataModule
@@ -102,6 +103,9 @@ class MergeTrainer(Trainer):
             As ``Trainer.validate``; with ``merged`` one dictionary of metrics per task.
         """
         if merged is None:
+            merges = any(isinstance(callback, ChainOfMergesCallback) for callback in self.callbacks)  # type: ignore[attr-defined]
+            if isinstance(datamodule, MergeDataModule) and not merges:
+                rank_zero_warn("only the first task is validated; to validate a merge on every task, give `merged`")
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
         return self._evaluate_merged(model, datamodule, merged, verbose, "validate")
 
@@ -141,7 +145,7 @@ class MergeTrainer(Trainer):
         report = MergeReport(tasks=list(modules))
         quiet = self.progress_bar_callback is None
         report.metrics["merged"] = validate_tasks(single_device_trainer(self), modules, data, "merged", quiet, stage)
-        report.metric = report.first_metric()
+        report.choose_metric()
         if verbose:
             print(f"\n{report.metric}\n\n{report.task_table()}")
         return list(report.metrics["merged"].values())

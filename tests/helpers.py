@@ -128,3 +128,15 @@ class PointsData(LightningDataModule):
 
     def test_dataloader(self) -> Any:
         return self.loaders.test_dataloader()
+
+
+class SavedPointsData(PointsData):
+    """One that reads its own hyperparameters, and says what they are."""
+
+    def __init__(self, seed: int = 0, classes: int = 3) -> None:
+        super().__init__(seed, classes)
+        self.save_hyperparameters()
+
+    def setup(self, stage: str) -> None:
+        print(dict(self.hparams))
+        assert (self.hparams["seed"], self.hparams["classes"]) in {(0, 3), (1, 4)}

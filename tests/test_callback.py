@@ -10,7 +10,8 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
@@ -100,8 +101,14 @@ def test_fit_does_not_merge() -> None:
     first, second = make_experts()
     merger = ChainOfMergesCallback({"a": first, "b": second})
     data = make_data(0, 3)
-    quiet_trainer(max_steps=1, callbacks=[merger]).fit(Classifier(3), data.train_dataloader(), data.val_dataloader())
+    with pytest.warns(UserWarning, match="merges in trainer.validate"):
+        quiet_trainer(max_steps=1, callbacks=[merger]).fit(
+            Classifier(3), data.train_dataloader(), data.val_dataloader()
+        )
     assert not merger.merged
+    assert str(merger.report) == "Nothing has been merged yet."
+    with pytest.raises(RuntimeError, match="nothing has been merged yet"):
+        merger.save("nowhere")
 
 
 def test_a_second_validate_does_not_merge_again() -> None:
@@ -148,6 +155,32 @@ def test_dict_batches_popped_logged_by_hand() -> None:
     assert merger.report.metric == "score"
     assert set(merger.report.metrics["merged"]["0"]) == {"score", "loss"}
     assert all(not module.outputs for module in modules)
+
+
+class Elaborate(Classifier):
+    """Uses what Lightning offers: its own logger, hooks before the steps, the trainer."""
+
+    def on_validation_epoch_start(self) -> None:
+        self.seen: list[int] = []
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.seen.append(len(batch[0]))
+        self.logger.experiment.add_scalar("rows", len(batch[0]))  # type: ignore[union-attr]
+        super().validation_step(batch, batch_idx)
+        assert self.trainer.validating
+
+
+@pytest.mark.parametrize("logger", [False, True])
+def test_modules_that_use_logger_hooks_and_trainer(logger: bool, tmp_path: Path) -> None:
+    experts: dict[str, Any] = {}
+    for task, expert in zip("ab", make_experts((3, 3))):
+        experts[task] = Elaborate(3)
+        experts[task].load_state_dict(expert.state_dict())
+    merger = ChainOfMergesCallback(experts)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    used = TensorBoardLogger(tmp_path) if logger else DummyLogger()
+    quiet_trainer(callbacks=[merger], logger=used).validate(Elaborate(3), datamodule=tasks, verbose=False)
+    assert set(merger.report.metrics["merged"]) == {"a", "b"}
 
 
 def test_calibration_step_and_mask_of_the_module_are_used() -> None:
@@ -261,7 +294,7 @@ def test_limits_are_honoured(option: dict[str, Any]) -> None:
     assert set(merger.report.samples.values()) == {16}
 
 
-def test_a_stock_lightning_cli(tmp_path: Path) -> None:
+def test_a_stock_lightning_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task, expert in zip("ab", make_experts()):
         trainer = quiet_trainer()
         trainer.strategy.connect(expert)
@@ -277,9 +310,20 @@ trainer:
         experts: {{a: {tmp_path}/a.ckpt, b: {tmp_path}/b.ckpt}}
         method: {{class_path: com_lightning.ChainOfMerges, init_args: {{ridge: 0.1}}}}
         output_dir: {tmp_path}/merged
+        verbose: true
 """)
     LightningCLI(Classifier, save_config_callback=None, args=["validate", f"--config={config}", *DATA])
     assert (tmp_path / "merged" / "report.json").is_file()
+    assert "| mean |" in capsys.readouterr().out
+
+
+def test_arguments_of_a_wrong_type_are_told() -> None:
+    with pytest.raises(TypeError, match="must be a mapping"):
+        ChainOfMergesCallback(["a.ckpt"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="TaskLoaders"):
+        MergeDataModule({"a": make_data().val_dataloader()})
+    with pytest.raises(TypeError, match="fit each expert"):
+        make_tasks().train_dataloader()
 
 
 DATA = [

@@ -52,6 +52,20 @@ def test_merge_then_validate_and_test(experts: list[str], tmp_path: Path, capsys
     assert "test_acc" in capsys.readouterr().out
 
 
+def test_datamodules_of_tasks_keep_their_own_hyperparameters(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningCLI would give them those of the MergeDataModule around them."""
+    data = [argument.replace("PointsData", "SavedPointsData") for argument in DATA]
+    main(["merge", *MODEL, *data, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}"])
+    assert "'classes': 4" in capsys.readouterr().out
+
+
+def test_validating_tasks_without_a_merge_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="only the first task is validated"):
+        main(["validate", *MODEL, *DATA, *QUIET])
+
+
 def test_the_resolved_config_runs_again_and_gives_the_same(experts: list[str], tmp_path: Path) -> None:
     main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'one'}", "--method=RegMean"])
     main(["merge", f"--config={tmp_path / 'one' / 'config.yaml'}", f"--output_dir={tmp_path / 'two'}"])
@@ -90,8 +104,8 @@ def test_all_problems_at_once_and_no_traceback(experts: list[str], tmp_path: Pat
     for part in (
         "nowhere.ckpt: no such file",
         "neither.ckpt: no such file",
-        "c has no data",
-        "b has no expert",
+        "no data for c",
+        "no expert for b",
         "exists",
     ):
         assert part in message

@@ -436,8 +436,8 @@ def test_hyperparameters_of_other_shapes_than_the_weights(pair: dict[str, Classi
 @pytest.mark.parametrize(
     ("experts", "tasks", "told"),
     [
-        (("a", "b", "c"), ("a", "b"), "experts: c has no data; data.tasks has a, b"),
-        (("a", "b"), ("a", "b", "c"), "data.tasks: c has no expert; experts has a, b"),
+        (("a", "b", "c"), ("a", "b"), "experts: no data for c; data.tasks has a, b"),
+        (("a", "b"), ("a", "b", "c"), "data.tasks: no expert for c; experts has a, b"),
         (("a", "../x"), ("a", "../x"), "experts: '../x' cannot name a file"),
         (("a", "x/y"), ("a", "x/y"), "experts: 'x/y' cannot name a file"),
         (("a", ".."), ("a", ".."), "experts: '..' cannot name a file"),
@@ -451,7 +451,7 @@ def test_task_names(experts: tuple[str, ...], tasks: tuple[str, ...], told: str)
 
 
 def test_no_experts() -> None:
-    assert any("has no expert; experts has none" in p for p in problems({}))
+    assert any("; experts has none" in p for p in problems({}))
 
 
 @pytest.mark.parametrize(
@@ -526,7 +526,7 @@ def test_all_problems_are_told_at_once(pair: dict[str, Classifier], tmp_path: Pa
     )
     expected = [
         "output_dir:",
-        "data.tasks: d has no expert",
+        "data.tasks: no expert for d",
         "experts: 'x/y' cannot name",
         "importance: no weight for b",
         "ridge:",
@@ -539,7 +539,7 @@ def test_all_problems_are_told_at_once(pair: dict[str, Classifier], tmp_path: Pa
     assert len(found) == len(expected), found
     for told in expected:
         assert any(told in problem for problem in found), told
-    assert str(MergeError(found)).startswith("cannot merge, 10 problems:\n  1. ")
+    assert str(MergeError(found)).startswith("10 problems:\n  1. ")
 
 
 # Shared and private
@@ -574,7 +574,7 @@ def test_unrelated_experts_are_warned_of() -> None:
     torch.manual_seed(0)
     experts = {"a": Classifier(), "b": Classifier()}
     with pytest.warns(UserWarning, match="seems not to be fine-tuned from the same base"):
-        callback = merge(experts)
+        callback = merge(experts, private=[])
     assert len(callback.report.warnings) == 2
     for task, warning in zip(TASKS, callback.report.warnings):
         assert warning.startswith(f"expert '{task}'")
@@ -582,11 +582,18 @@ def test_unrelated_experts_are_warned_of() -> None:
     assert "Warning" in str(callback.report)
 
 
+def test_heads_of_equal_shape_are_asked_about() -> None:
+    experts = dict(zip(TASKS, make_experts((3, 3))))
+    assert "heads included" in " ".join(sort_parameters(Classifier(), experts, None).warnings)
+    for private in ([], ["head"]):
+        assert not sort_parameters(Classifier(), experts, private).warnings
+
+
 def test_the_odd_one_out_is_warned_of() -> None:
     torch.manual_seed(7)
     siblings = make_experts((3, 3, 3))
     experts = {**dict(zip("abc", siblings)), "odd": perturb(Classifier(), 1.0, seed=5)}
-    warned = sort_parameters(Classifier(), experts, None).warnings  # type: ignore[arg-type]
+    warned = sort_parameters(Classifier(), experts, []).warnings  # type: ignore[arg-type]
     assert len(warned) == 1
     assert "'odd'" in warned[0]
 

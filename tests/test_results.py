@@ -484,8 +484,12 @@ def test_numbers_that_json_lacks_become_null() -> None:
     ("names", "expected"), [(["val_loss", "acc", "f1"], "acc"), (["val_loss", "loss"], "val_loss"), ([], None)]
 )
 def test_the_metric_that_is_shown(names: list[str], expected: str | None) -> None:
-    assert MergeReport(metrics={"merged": {"a": dict.fromkeys(names, 0.5)}}).first_metric() == expected
-    assert MergeReport().first_metric() is None
+    report = MergeReport(metrics={"merged": {"a": dict.fromkeys(names, 0.5)}})
+    report.choose_metric()
+    assert report.metric == expected
+    report.choose_metric("f2")
+    assert report.metric == expected
+    assert "'f2' was not logged" in report.warnings[0]
 
 
 def test_the_metric_can_be_chosen() -> None:
@@ -512,7 +516,7 @@ def test_a_table_without_rows() -> None:
 def test_reports_of_nothing_can_be_shown() -> None:
     assert strict_json(MergeReport().to_json())["tasks"] == []
     assert MergeReport().to_markdown().startswith("# Merge of 0 experts")
-    assert "calibration" in str(MergeReport())
+    assert str(MergeReport()) == "Nothing has been merged yet."
 
 
 def test_metrics_of_a_task_with_nan(tmp_path: Path) -> None:
