@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.models.convnext import LayerNorm2d
 from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -33,6 +35,7 @@ CASES: dict[str, tuple[nn.Module, Tensor]] = {
     "batch-norm": (nn.BatchNorm2d(6), torch.randn(4, 6, 5, 6)),
     "batch-norm-rows": (nn.BatchNorm1d(6), torch.randn(4, 6)),
     "instance-norm": (nn.InstanceNorm2d(6, affine=True), torch.randn(4, 6, 5, 6)),
+    "layer-norm-of-images": (LayerNorm2d(6), torch.randn(2, 6, 5, 6)),
     "layer-norm": (nn.LayerNorm(6), torch.randn(2, 5, 6)),
     "layer-norm-2d": (nn.LayerNorm((3, 2)), torch.randn(4, 3, 2)),
     "layer-norm-no-bias": (nn.LayerNorm(6, bias=False), torch.randn(2, 5, 6)),
@@ -58,7 +61,7 @@ def test_rows_times_weight_is_the_output(case: str) -> None:
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
     predicted = torch.einsum("ngk,gok->ngo", rows, weight).flatten(1)
     output = module(x)
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.GroupNorm, nn.modules.batchnorm._NormBase, LayerNorm2d)):
         output = output.movedim(1, -1)
     assert relative(predicted, output.reshape(predicted.shape)) < 1e-5
 
@@ -154,6 +157,31 @@ def test_a_scale_that_is_no_scale_is_refused_when_it_is_seen() -> None:
     perturb(gate, 1.0, seed=0)
     assert isinstance(layer_type(gate), PerChannel)
     assert "scale" in str(PerChannel().refuses(gate, (torch.randn(3, 4),), {}))
+
+
+def test_a_router_that_gives_several_tensors_is_refused() -> None:
+    class Router(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return (x * self.weight).max(-1)
+
+    assert "its output is a" in str(PerChannel().refuses(Router(), (torch.randn(3, 4),), {}))
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(4), nn.LayerNorm(4), nn.Linear(4, 2)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_layers_give_rows_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
+    module = copy.deepcopy(module).eval().to(dtype)
+    kind, x = layer_type(module), torch.randn(3, 4).to(dtype)
+    assert kind is not None
+    assert kind.refuses(module, (x,), {}) is None
+    entry = InputStatistics(kind.has_bias(module), True, kind.multiply(kind.to_matrix(module, module)))
+    kind.gather(module, entry, ((x,), {}), ((x,), {}), kind.to_matrix(module, module), None)
+    assert entry.gram is not None
+    assert entry.gram.dtype == torch.float32
 
 
 @pytest.mark.parametrize(

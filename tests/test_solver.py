@@ -26,7 +26,8 @@ def brute_force(
     for x_hat, x, weight, share in zip(merged, expert, weights, importance):
         ones = [torch.ones(len(x), 1).double()] if bias else []
         inputs, teacher = torch.cat([x_hat, *ones], 1), torch.cat([x, *ones], 1)
-        scale = (share / len(x)) ** 0.5 / (inputs.norm(dim=1, keepdim=True) if normalize else 1.0)
+        norms = torch.maximum(inputs.norm(dim=1, keepdim=True), teacher.norm(dim=1, keepdim=True))
+        scale = (share / len(x)) ** 0.5 / (norms if normalize else 1.0)
         rows.append(inputs * scale)
         targets.append(teacher @ weight.T * scale)
     gram = sum(r.T @ r for r in rows)
@@ -58,6 +59,19 @@ def test_equals_brute_force(normalize: bool, bias: bool, two_sided: bool, multip
     solution = solve(factorize(grams, importance, 0.01), grams, drifts, [w[None] for w in weights], importance)
     expected = brute_force(merged, expert, weights, importance, 0.01, normalize, bias)
     torch.testing.assert_close(solution[0], expected, rtol=1e-9, atol=1e-11)
+
+
+def test_a_row_that_the_merged_model_has_lost_does_not_rule_the_fit() -> None:
+    torch.manual_seed(0)
+    expert = torch.randn(50, 1, 4).double()
+    merged = expert + 0.1 * torch.randn_like(expert)
+    merged[0] *= 1e-3
+    weight = torch.randn(1, 2, 4).double()
+    entry = InputStatistics(bias=False, normalize=True)
+    entry.update(merged, expert)
+    grams = [entry.mean_gram()]
+    solution = solve(factorize(grams, [1.0], 0.0), grams, [entry.mean_drift(weight)], [weight], [1.0])
+    assert float((solution - weight).norm() / weight.norm()) < 0.2
 
 
 def test_groups_are_solved_on_their_own() -> None:

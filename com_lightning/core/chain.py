@@ -50,7 +50,8 @@ class Rule:
             merged on its own (RegMean).
         target: ``"expert"`` distils the expert's output on the expert's own input, which also corrects the drift of the
             merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
-        normalize: count each row by its direction, not its size (cosine normalisation).
+        normalize: count each row by its direction, not its size (cosine normalisation), see
+            :class:`~com_lightning.core.statistics.InputStatistics`.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
     """
 
@@ -208,7 +209,9 @@ class _Chain:
             self.experts.append(expert)
         self.reference = self._copy(0, "merged")
         self.tied = tied_names(self.reference)
-        self.solved: set[str] = set()
+        # A tied tensor may be solved where it is first used, and only there: what was computed with it is not undone.
+        owners = {name: name.rpartition(".")[0] for name in self.tied}
+        self.used = {first for name, first in self.tied.items() if owners[name] not in self.candidates}
         self.inputs: _Inputs | None = None
         self.outputs = _OutputError()
 
@@ -273,9 +276,13 @@ class _Chain:
         kind = candidate.kind
         names = {p: f"{layer}.{p}" if layer else p for p in candidate.parameters}
         record = LayerRecord(layer, kind.name)
-        tied = [p for p in names.values() if self.tied[p] in self.solved]
+        tied = [p for p in names.values() if self.tied[p] in self.used]
+        self.used.update(self.tied[p] for p in names.values())
         if tied:
-            record.note = f"{tied[0]} is tied to {self.tied[tied[0]]}, which an earlier layer merged"
+            record.note = f"{tied[0]} is tied to {self.tied[tied[0]]}, which is used before or elsewhere"
+            return record
+        if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
+            record.note = "it is called without a tensor"
             return record
         device = next(module.parameters()).device.type
         with torch.autocast(device, enabled=False):
@@ -291,7 +298,6 @@ class _Chain:
             solution = solve(inputs.factor, grams, drifts, weights, self.importance)
         for own, value in kind.from_matrix(module, solution).items():
             self.merged[names[own]].copy_(value)
-            self.solved.add(self.tied[names[own]])
         record.parameters = list(candidate.parameters.values())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer else None

@@ -50,7 +50,8 @@ class InputStatistics:
     """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, for one task.
 
     With ``x̂`` the input in the model merged so far, ``x`` that in the expert, a trailing 1 where the layer has a bias
-    (``k = f + 1``, else ``k = f``), and the row weight ``s = 1 / ||x̂||²`` (bias entry included) or 1:
+    (``k = f + 1``, else ``k = f``), and the row weight ``s``, which is 1 or, with ``normalize``, one over the larger of
+    ``||x̂||²`` and ``||x||²`` (bias entry included; ``x̂`` alone where no expert's rows are given):
 
     Attributes:
         multiply: whether the drift is multiplied by the expert's weight while it is gathered, which costs less where a
@@ -89,18 +90,21 @@ class InputStatistics:
             weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
         """
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
+        expert = None if expert is None else expert.to(merged.dtype)
         features = merged.shape[2]
         root = merged.new_ones(len(merged))
         if self.normalize:
             # The row that enters the regression has unit length, its bias entry included; an empty row counts nothing.
-            norm = (merged.square().sum((1, 2)) + float(self.bias)).sqrt()
+            # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
+            square = merged.square().sum((1, 2))
+            square = square if expert is None else torch.maximum(square, expert.square().sum((1, 2)))
+            norm = (square + float(self.bias)).sqrt()
             root = torch.where(norm > 0, 1.0 / norm, 0.0)
         scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
         self.gram = _add_product(self.gram, scaled, scaled)
         self.rows += len(merged)
         if expert is None:
             return
-        expert = expert.to(merged.dtype)
         gap = expert - merged
         self.shift.update(merged.flatten(1), expert.flatten(1), gap.flatten(1))
         if self.multiply:

@@ -27,10 +27,12 @@ class ChainOfMerges(_ClosedForm):
     """Chain of Merges: layer by layer, in closed form, on the activations of the model merged so far.
 
     Each layer ``W`` minimises ``sum_i a_i / N_i sum_n s_n || W x̂_n - t_n ||² + l || W - W̄ ||²``, where ``x̂`` is the
-    layer's input in the model merged so far, ``t`` the target, ``s = 1 / ||x̂||²`` the cosine normalisation, ``a_i``
-    the importance of task i and ``W̄`` the average of the experts. The idea is that of Buzzega et al., "Rethinking
-    Layer-wise Model Merging through Chain of Merges", arXiv 2508.21421 (abstract); the equations are ours, and so is
-    the bias, which is solved jointly and counts in ``||x̂||`` as a further input that is always 1.
+    layer's input in the model merged so far, ``t`` the target, ``s`` the cosine normalisation, ``a_i`` the importance
+    of task i and ``W̄`` the average of the experts. The idea is that of Buzzega et al., "Rethinking Layer-wise Model
+    Merging through Chain of Merges", arXiv 2508.21421 (abstract); the equations are ours. So are the bias, which is
+    solved jointly and counts in the norms as a further input that is always 1, and the choice of the larger of
+    ``||x̂||²`` and ``||x||²`` for ``1 / s``: with ``||x̂||²`` alone, rows that the merged model has nearly lost rule the
+    fit.
 
     Args:
         target: ``"expert"``: ``t = W_i x``, the expert's output on the expert's own input (two-sided): layers also

@@ -55,14 +55,19 @@ class PerChannel(LayerType):
         return super().gather(module, statistics, merged, expert, weight, keep)
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        dtype = torch.promote_types(first(args, kwargs).dtype, torch.float32)
+        args, kwargs = _cast(dtype, args, kwargs)
+        parameters = {name: p.detach().to(dtype) for name, p in self._present(module).items()}
+        output = self._run(module, parameters, args, kwargs)
+        if not isinstance(output, Tensor):
+            return f"its output is a {type(output).__name__}"
         z, one_too_small = self._response(module, args, kwargs)
         channels = self._shape(module).numel()
         if z.shape[-1] != channels:
             return f"its output has {z.shape[-1]} channels, its parameters have {channels}"
-        parameters = {name: p.detach().to(z.dtype) for name, p in self._present(module).items()}
         scale, *offset = (p.flatten() for p in parameters.values())
         expected = z * (scale + float(one_too_small)) + (offset[0] if offset else 0.0)
-        actual = self._channels_last(module, self._run(module, parameters, *_cast(z.dtype, args, kwargs)))
+        actual = self._channels_last(module, output, args, kwargs)
         if bool((actual - expected).abs().amax() <= 1e-4 * expected.abs().amax() + 1e-30):
             return None
         return "its output is not a scale and an offset per channel"
@@ -94,20 +99,34 @@ class PerChannel(LayerType):
 
     def _run(
         self, module: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Tensor:
+    ) -> Any:
+        """The layer's output with other parameters, in their precision."""
+        dtype = next(iter(parameters.values())).dtype
         probe = copy.copy(module)
         probe._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
-        output = probe.forward(*args, **kwargs)
-        assert isinstance(output, Tensor)
-        return output
+        probe._buffers = _cast(dtype, (), module._buffers)[1]
+        return probe.forward(*args, **kwargs)
 
-    def _channels_last(self, module: nn.Module, output: Tensor) -> Tensor:
+    def _channels_last(
+        self, module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
         """The layer's output as ``(*lead, channels)``."""
-        second = isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase))
         shape = self._shape(module)
-        if second or (output.shape[-len(shape) :] != shape and output.dim() > 2 and output.shape[1:2] == shape):
-            return output.movedim(1, -1)
-        return output.flatten(-len(shape))
+        last = output.shape[-len(shape) :] == shape
+        second = len(shape) == 1 and output.dim() > 2 and output.shape[1:2] == shape
+        if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+            last, second = False, True
+        if last and second:  # an image as wide as it has channels: see where the first channel's scale is felt
+            zero = {name: torch.zeros_like(p, dtype=output.dtype) for name, p in self._present(module).items()}
+            scale = next(iter(zero))
+            one = {
+                **zero,
+                scale: torch.zeros_like(zero[scale]).index_fill(0, torch.tensor([0], device=output.device), 1),
+            }
+            felt = self._run(module, one, args, kwargs) - self._run(module, zero, args, kwargs)
+            second = not bool(felt[:, 1:].any())
+            last = not second
+        return output.movedim(1, -1) if second and not last else output.flatten(-len(shape))
 
     def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
         """``z`` as ``(*lead, channels)`` in float32 or better, and whether the stored scale is one too small."""
@@ -117,7 +136,8 @@ class PerChannel(LayerType):
         scale = next(iter(zero))
         at_zero = self._run(module, zero, args, kwargs)
         at_one = self._run(module, {**zero, scale: torch.ones_like(zero[scale])}, args, kwargs)
-        return self._channels_last(module, at_one - at_zero), bool(at_zero.count_nonzero())
+        z = self._channels_last(module, at_one - at_zero, args, kwargs)
+        return z, bool(at_zero.count_nonzero())
 
 
 class BatchNorm(PerChannel):

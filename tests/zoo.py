@@ -1,0 +1,545 @@
+"""Small versions of well-known architectures, and how much of each is solved in closed form.
+
+``python -m tests.zoo`` prints the table of :func:`share_table`.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers as hf
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torchvision import models as vision
+from torchvision.models.convnext import CNBlockConfig
+from torchvision.models.efficientnet import MBConvConfig
+from torchvision.models.regnet import BlockParams
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from com_lightning.core.chain import LayerRecord, Rule, Task, candidates, merge_layers
+from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from tests.helpers import perturb
+
+Inputs = dict[str, Tensor]
+Merge = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], Rule], list[LayerRecord]]
+
+CLASSES, VOCABULARY = 10, 40
+
+
+def images(name: str, size: int, count: int = 4, channels: int = 3) -> Callable[[int], Inputs]:
+    """Smooth noise; every ten seeds are a task, with colours and stripes of its own."""
+
+    def batch(seed: int) -> Inputs:
+        task = torch.Generator().manual_seed(1000 + seed // 10)
+        generator = torch.Generator().manual_seed(seed)
+        colour = torch.randn(1, channels, 1, 1, generator=task)
+        stripes = torch.randn(count, 1, size, 1, generator=generator).expand(-1, channels, -1, size)
+        noise = torch.randn(count, channels, size, size, generator=generator)
+        return {name: colour + (stripes if seed // 10 % 2 else stripes.mT) + 0.5 * noise}
+
+    return batch
+
+
+def ids(*names: str, count: int = 4, length: int = 8) -> Callable[[int], Inputs]:
+    """Tokens from 3 upwards; every ten seeds are a task, with a vocabulary of its own that overlaps the others'."""
+
+    def batch(seed: int) -> Inputs:
+        generator = torch.Generator().manual_seed(seed)
+        low = 3 + 12 * (seed // 10 % 2)
+        return {name: torch.randint(low, low + 24, (count, length), generator=generator) for name in names}
+
+    return batch
+
+
+def signals(name: str, *shape: int) -> Callable[[int], Inputs]:
+    """Noise; every ten seeds are a task, with a mean and a scale of its own for each feature."""
+
+    def batch(seed: int) -> Inputs:
+        task, generator = torch.Generator().manual_seed(1000 + seed // 10), torch.Generator().manual_seed(seed)
+        mean, scale = (torch.randn(shape[1:], generator=task) for _ in range(2))
+        return {name: mean + scale.abs() * torch.randn(shape, generator=generator)}
+
+    return batch
+
+
+def several(*batches: Callable[[int], Inputs]) -> Callable[[int], Inputs]:
+    return lambda seed: {name: value for batch in batches for name, value in batch(seed).items()}
+
+
+class NarrowResNet(ResNet):  # type: ignore[misc]
+    """torchvision's ResNet with an eighth of the channels after the stem."""
+
+    def __init__(self, block: type[BasicBlock | Bottleneck], layers: list[int], **kwargs: Any) -> None:
+        super().__init__(block, layers, CLASSES, **kwargs)
+        self.fc = nn.Linear(64 * block.expansion, CLASSES)
+
+    def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
+        return super()._make_layer(block, planes // 8, blocks, stride, dilate)  # type: ignore[no-any-return]
+
+
+class UNet(nn.Module):
+    """Two levels, batch normalisation, transposed convolutions, skips by concatenation."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.enter, self.down = self._block(3, width), self._block(width, 2 * width)
+        self.bottom = self._block(2 * width, 4 * width)
+        self.lift = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
+        self.up = self._block(4 * width, 2 * width)
+        self.rise = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
+        self.leave = self._block(2 * width, width)
+        self.out = nn.Conv2d(width, 2, 1)
+
+    @staticmethod
+    def _block(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        fine = self.enter(x)
+        coarse = self.down(nn.functional.max_pool2d(fine, 2))
+        deep = self.lift(self.bottom(nn.functional.max_pool2d(coarse, 2)))
+        deep = self.rise(self.up(torch.cat([deep, coarse], 1)))
+        return self.out(self.leave(torch.cat([deep, fine], 1)))  # type: ignore[no-any-return]
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 12)
+        self.lstm = nn.LSTM(12, 16, num_layers=2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(self.embed(x))[0])  # type: ignore[no-any-return]
+
+
+class Encoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(VOCABULARY, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 2)
+        self.head = nn.Linear(16, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.embed(x)))  # type: ignore[no-any-return]
+
+
+def _efficientnet() -> nn.Module:
+    table = [(1, 3, 1, 8, 4, 1), (6, 3, 2, 4, 6, 2), (6, 5, 2, 6, 8, 2), (6, 5, 1, 8, 12, 1), (6, 3, 2, 12, 16, 1)]
+    return vision.EfficientNet(  # type: ignore[no-any-return]
+        [MBConvConfig(*row) for row in table], 0.2, num_classes=CLASSES, last_channel=64
+    )
+
+
+def _convnext() -> nn.Module:
+    widths = [(8, 16, 1), (16, 24, 1), (24, 32, 2), (32, None, 1)]
+    return vision.ConvNeXt([CNBlockConfig(*w) for w in widths], 0.1, num_classes=CLASSES)  # type: ignore[no-any-return]
+
+
+def _regnet() -> nn.Module:
+    params = BlockParams.from_init_params(depth=6, w_0=8, w_a=5.0, w_m=2.1, group_width=4, se_ratio=0.25)
+    return vision.RegNet(params, CLASSES, stem_width=8)  # type: ignore[no-any-return]
+
+
+def _swin() -> nn.Module:
+    return vision.SwinTransformer([4, 4], 8, [2, 2], [2, 4], [4, 4], num_classes=CLASSES)  # type: ignore[no-any-return]
+
+
+def _maxvit() -> nn.Module:
+    return vision.MaxVit((32, 32), 8, 2, [8, 16], [1, 1], 4, 0.1, num_classes=CLASSES)  # type: ignore[no-any-return]
+
+
+SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+WORDS: dict[str, Any] = {**SMALL, "vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+BERT: dict[str, Any] = {**WORDS, "max_position_embeddings": 16}
+CAUSAL: dict[str, Any] = {**WORDS, "max_position_embeddings": 16, "num_key_value_heads": 1}
+SIGHT: dict[str, Any] = {**SMALL, "image_size": 16, "patch_size": 4}
+
+
+def transformer(name: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    """A class and a configuration of transformers."""
+    return lambda: getattr(hf, name)(getattr(hf, config)(**kwargs))
+
+
+def _both(model: str, kind: str) -> Callable[[], nn.Module]:
+    text = {**BERT, "projection_dim": 16}
+    return lambda: getattr(hf, model)(
+        getattr(hf, f"{kind}Config")(text_config=text, vision_config={**SIGHT, "projection_dim": 16}, projection_dim=16)
+    )
+
+
+_seq2seq = ids("input_ids", "decoder_input_ids")
+_pair = several(images("pixel_values", 16), ids("input_ids"))
+_whisper: dict[str, Any] = {
+    **{key: WORDS[key] for key in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")},
+    **{"num_mel_bins": 8, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2},
+    **{"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_source_positions": 8},
+    **{"max_target_positions": 16, "decoder_start_token_id": 1, "suppress_tokens": [], "begin_suppress_tokens": []},
+}
+_bart: dict[str, Any] = {
+    **{"vocab_size": VOCABULARY, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2},
+    **{"decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32, "max_position_embeddings": 16},
+    "scale_embedding": True,
+}
+
+ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
+    # torchvision
+    "resnet18": (lambda: NarrowResNet(BasicBlock, [2, 2, 2, 2]), images("x", 32)),
+    "resnext50_32x4d": (
+        lambda: NarrowResNet(Bottleneck, [3, 4, 6, 3], groups=4, width_per_group=16),
+        images("x", 32),
+    ),
+    "mobilenet_v3_small": (
+        lambda: vision.MobileNetV3(*_mobilenet(), num_classes=CLASSES),
+        images("x", 32),
+    ),
+    "efficientnet_b0": (_efficientnet, images("x", 32)),
+    "convnext_tiny": (_convnext, images("x", 32)),
+    "vit_b_16": (lambda: vision.VisionTransformer(16, 4, 2, 2, 16, 32, num_classes=CLASSES), images("x", 16)),
+    "swin_t": (_swin, images("x", 32)),
+    "regnet_y_400mf": (_regnet, images("x", 32)),
+    "densenet121": (
+        lambda: vision.DenseNet(4, (3, 4, 6, 4), 8, 2, num_classes=CLASSES),
+        images("x", 32),
+    ),
+    "maxvit_t": (_maxvit, images("x", 32)),
+    # transformers: text
+    "BERT": (transformer("BertForMaskedLM", "BertConfig", **BERT), ids("input_ids")),
+    "RoBERTa": (transformer("RobertaForMaskedLM", "RobertaConfig", **BERT), ids("input_ids")),
+    "DistilBERT": (
+        transformer(
+            "DistilBertForMaskedLM",
+            "DistilBertConfig",
+            **{"vocab_size": VOCABULARY, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+            max_position_embeddings=16,
+        ),
+        ids("input_ids"),
+    ),
+    "DeBERTa-v2": (
+        transformer(
+            "DebertaV2ForMaskedLM",
+            "DebertaV2Config",
+            **BERT,
+            **{"relative_attention": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm"},
+            **{"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+        ),
+        ids("input_ids"),
+    ),
+    "ALBERT": (transformer("AlbertForMaskedLM", "AlbertConfig", **BERT, embedding_size=12), ids("input_ids")),
+    "T5": (
+        transformer(
+            "T5ForConditionalGeneration",
+            "T5Config",
+            **{"vocab_size": VOCABULARY, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+            **{"feed_forward_proj": "gated-gelu", "relative_attention_num_buckets": 8},
+            relative_attention_max_distance=8,
+        ),
+        _seq2seq,
+    ),
+    "BART": (transformer("BartForConditionalGeneration", "BartConfig", **_bart), _seq2seq),
+    "GPT-2": (
+        transformer("GPT2LMHeadModel", "GPT2Config", n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=16),
+        ids("input_ids"),
+    ),
+    "GPT-NeoX": (transformer("GPTNeoXForCausalLM", "GPTNeoXConfig", **BERT), ids("input_ids")),
+    "Llama": (transformer("LlamaForCausalLM", "LlamaConfig", **CAUSAL), ids("input_ids")),
+    "Mistral": (transformer("MistralForCausalLM", "MistralConfig", **CAUSAL, sliding_window=4), ids("input_ids")),
+    "Qwen3": (transformer("Qwen3ForCausalLM", "Qwen3Config", **CAUSAL, head_dim=8), ids("input_ids")),
+    "Gemma": (transformer("GemmaForCausalLM", "GemmaConfig", **CAUSAL, head_dim=8), ids("input_ids")),
+    "Gemma 3": (
+        transformer("Gemma3ForCausalLM", "Gemma3TextConfig", **CAUSAL, head_dim=8, sliding_window=4),
+        ids("input_ids"),
+    ),
+    "Phi": (transformer("PhiForCausalLM", "PhiConfig", **BERT), ids("input_ids")),
+    "Mixtral": (
+        transformer(
+            "MixtralForCausalLM",
+            "MixtralConfig",
+            **CAUSAL,
+            **{"num_local_experts": 4, "num_experts_per_tok": 2},
+        ),
+        ids("input_ids"),
+    ),
+    "Mamba": (
+        transformer(
+            "MambaForCausalLM",
+            "MambaConfig",
+            **{"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        ),
+        ids("input_ids"),
+    ),
+    # transformers: images, sound, and pairs
+    "CLIP vision": (
+        transformer("CLIPVisionModelWithProjection", "CLIPVisionConfig", **SIGHT, projection_dim=8),
+        images("pixel_values", 16),
+    ),
+    "CLIP text": (
+        transformer("CLIPTextModelWithProjection", "CLIPTextConfig", **BERT, projection_dim=8),
+        ids("input_ids"),
+    ),
+    "CLIP": (_both("CLIPModel", "CLIP"), _pair),
+    "SigLIP": (_both("SiglipModel", "Siglip"), several(images("pixel_values", 16), ids("input_ids", length=16))),
+    "ViT": (transformer("ViTForImageClassification", "ViTConfig", **SIGHT), images("pixel_values", 16)),
+    "DINOv2": (
+        transformer(
+            "Dinov2ForImageClassification",
+            "Dinov2Config",
+            **{key: value for key, value in SIGHT.items() if key != "intermediate_size"},
+            mlp_ratio=2,
+        ),
+        images("pixel_values", 16),
+    ),
+    "Swin": (
+        transformer(
+            "SwinForImageClassification",
+            "SwinConfig",
+            **{"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 4]},
+            **{"window_size": 4, "mlp_ratio": 2.0},
+        ),
+        images("pixel_values", 32),
+    ),
+    "Whisper": (
+        transformer("WhisperForConditionalGeneration", "WhisperConfig", **_whisper),
+        several(signals("input_features", 4, 8, 16), ids("decoder_input_ids")),
+    ),
+    "Wav2Vec2": (
+        transformer(
+            "Wav2Vec2ForCTC",
+            "Wav2Vec2Config",
+            **WORDS,
+            **{"conv_dim": (8, 8, 8), "conv_kernel": (10, 3, 3), "conv_stride": (5, 2, 2)},
+            **{"num_conv_pos_embeddings": 4, "num_conv_pos_embedding_groups": 2},
+        ),
+        signals("input_values", 4, 400),
+    ),
+    # torch
+    "TransformerEncoder": (Encoder, ids("x")),
+    "LSTM": (Recurrent, ids("x")),
+    "U-Net": (UNet, images("x", 16)),
+}
+
+
+def _mobilenet() -> tuple[Any, int]:
+    setting, last = vision.mobilenetv3._mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.25)
+    return setting, last // 4
+
+
+def run(module: nn.Module, inputs: Inputs, index: int = 0) -> object:
+    """The forward of a model of the zoo."""
+    return module(**inputs)
+
+
+@torch.no_grad()
+def output(module: nn.Module, inputs: Inputs) -> Tensor:
+    """What a model of the zoo is for, as one tensor."""
+    result = run(module, inputs)
+    if isinstance(result, Tensor):
+        return result
+    assert isinstance(result, Mapping)
+    parts = [result[key] for key in ("logits", "image_embeds", "text_embeds") if result.get(key) is not None]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def make_experts(name: str, count: int = 2, scale: float = 0.25) -> tuple[list[nn.Module], list[list[Inputs]]]:
+    """``count`` perturbed copies of a model of the zoo, each with two calibration batches of its own task.
+
+    Weights are drawn so large that a tiny model does something, and running statistics are those of the task's data.
+    """
+    make, batch = ZOO[name]
+    batches = [[batch(10 * task + number) for number in range(2)] for task in range(count)]
+    torch.manual_seed(0)
+    base = make().eval()
+    with torch.no_grad():
+        for parameter in base.parameters():
+            if parameter.dim() > 1:
+                fan = parameter[0].numel() if parameter.dim() == 4 else parameter.shape[-1]
+                if float(parameter.std()) < fan**-0.5:
+                    parameter.normal_(0.0, fan**-0.5)
+    experts = []
+    for task in range(count):
+        expert = perturb(copy.deepcopy(base), scale, seed=task + 1)
+        _measure(expert, batches[task])
+        experts.append(expert)
+    return experts, batches
+
+
+@torch.no_grad()
+def _measure(module: nn.Module, batches: Sequence[Inputs]) -> None:
+    """Set the running statistics of batch normalisations to those of some data."""
+    layers = [layer for layer in module.modules() if isinstance(layer, _BatchNorm)]
+    if not layers:
+        return
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    for inputs in batches:
+        run(module, inputs)
+    for layer in layers:
+        layer.momentum = 0.1
+        layer.eval()
+
+
+def averages(experts: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The average of the experts, as ``merge_layers`` takes it: one tensor for all names of a tied one."""
+    states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
+    ties = tied_names(experts[0])
+    result: dict[str, Tensor] = {}
+    for name, _, is_parameter in named_tensors(experts[0]):
+        if ties[name] in result:
+            result[name] = result[ties[name]]
+        elif states[0][name].is_floating_point():
+            value = average([state[name] for state in states])
+            result[name] = nn.Parameter(value, False) if is_parameter else value
+    return result
+
+
+@dataclass
+class Merged:
+    """A merge of a model of the zoo, and what it was made from."""
+
+    experts: list[nn.Module]
+    batches: list[list[Inputs]]
+    values: dict[str, Tensor]
+    records: list[LayerRecord]
+    seconds: float
+
+    def error(self, values: Mapping[str, Tensor]) -> float:
+        """Relative squared error of the outputs on the calibration data, of a model that holds ``values``."""
+        errors = []
+        for expert, part in zip(self.experts, self.batches):
+            module = with_values(expert, values)
+            pairs = [(output(module, inputs), output(expert, inputs)) for inputs in part]
+            gap = sum(float((ours - theirs).square().sum()) for ours, theirs in pairs)
+            errors.append(gap / sum(float(theirs.square().sum()) for _, theirs in pairs))
+        return sum(errors) / len(errors)
+
+
+def with_values(expert: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of an expert that holds the given tensors."""
+    return copy_module(expert, {id(t): values[name] for name, t, _ in named_tensors(expert) if name in values})
+
+
+def merge(
+    experts: list[nn.Module], batches: list[list[Inputs]], using: Merge = merge_layers, rule: Rule | None = None
+) -> Merged:
+    """Merge with equal importance."""
+    values = averages(experts)
+    tasks = [Task(f"task{n}", e, b, run) for n, (e, b) in enumerate(zip(experts, batches))]
+    start = time.perf_counter()
+    records = using(tasks, values, [1 / len(experts)] * len(experts), rule or Rule())
+    return Merged(experts, batches, values, records, time.perf_counter() - start)
+
+
+def account(merged: Merged) -> dict[str, str]:
+    """Name of each parameter and buffer -> ``"solved"``, ``"buffer"`` or why it was averaged.
+
+    Whether a layer was called, and whether a parameter has any influence on the outputs, is found out by another
+    forward with gradients rather than believed.
+    """
+    expert = merged.experts[0]
+    ties = tied_names(expert)
+    solved = {ties[name] for record in merged.records for name in record.parameters}
+    notes = {record.name: record.note for record in merged.records if record.note}
+    found = candidates(expert, merged.values)
+    called, used = _influence(expert, merged.batches[0])
+    result = {}
+    for name, tensor, is_parameter in named_tensors(expert):
+        owner = name.rpartition(".")[0]
+        kind = type(expert.get_submodule(owner)).__name__
+        if not is_parameter:
+            result[name] = "buffer"
+        elif ties[name] in solved:
+            result[name] = "solved"
+        elif id(tensor) not in used:
+            result[name] = "not used by the forward"
+        elif owner in notes:
+            result[name] = f"{kind}: {notes[owner]}"
+        elif owner not in found:
+            result[name] = f"{kind}.{name.rpartition('.')[2]}: no closed form"
+        elif owner not in called:
+            result[name] = f"{kind}: its weight is used, but it is never called"
+        else:
+            result[name] = f"{kind}: MISSED, though it is called"
+    return result
+
+
+def _influence(expert: nn.Module, batches: Sequence[Inputs]) -> tuple[set[str], set[int]]:
+    """Names of the modules that are called, and ``id`` of each parameter that has a gradient."""
+    module, called = copy.deepcopy(expert).requires_grad_(), set[str]()
+    for name, child in module.named_modules():
+        child.register_forward_pre_hook(lambda *_, name=name: called.add(name), with_kwargs=True)
+    result = run(module, batches[0])
+    parts = [result] if isinstance(result, Tensor) else list(vars(result).values())
+    loss = sum(p.double().square().sum() for p in parts if isinstance(p, Tensor) and p.requires_grad)
+    assert isinstance(loss, Tensor)
+    loss.backward()  # type: ignore[no-untyped-call]
+    originals = {name: tensor for name, tensor, _ in named_tensors(expert)}
+    used = {id(originals[n]) for n, p, is_parameter in named_tensors(module) if is_parameter and p.grad is not None}
+    return called, used
+
+
+@dataclass
+class Share:
+    """A row of :func:`share_table`.
+
+    Attributes:
+        name: of the architecture.
+        parameters: number of parameters that influence the output.
+        share: of them that was solved in closed form.
+        rest: why the others were averaged -> their share.
+    """
+
+    name: str
+    parameters: int
+    share: float
+    rest: dict[str, float]
+
+    def __str__(self) -> str:
+        rest = "; ".join(f"{reason} ({share:.2%})" for reason, share in self.rest.items())
+        return f"| {self.name} | {self.parameters:,} | {self.share:.2%} | {rest} |"
+
+
+def shares(name: str, merged: Merged) -> Share:
+    """What became of the parameters that influence the output."""
+    expert, sizes = merged.experts[0], dict[str, int]()
+    ties = tied_names(expert)
+    tensors = {own: tensor for own, tensor, _ in named_tensors(expert)}
+    for own, what in account(merged).items():
+        if ties[own] == own and what not in ("buffer", "not used by the forward"):
+            what = re.sub(r"\b(\w+\.)*\d+\.[\w.]+", "…", what)  # names of layers, which differ from block to block
+            sizes[what] = sizes.get(what, 0) + tensors[own].numel()
+    total, solved = sum(sizes.values()), sizes.pop("solved", 0)
+    rest = {what: size / total for what, size in sorted(sizes.items(), key=lambda item: -item[1])}
+    return Share(name, total, solved / total, rest)
+
+
+def share_table(names: Sequence[str] = ()) -> list[Share]:
+    """One row per architecture, each from an actual merge of two experts; nothing is solved where that fails."""
+    rows = []
+    for name in names or ZOO:
+        experts, batches = make_experts(name)
+        try:
+            rows.append(shares(name, merge(experts, batches)))
+        except Exception as error:
+            total = sum(parameter.numel() for parameter in experts[0].parameters())
+            rows.append(Share(name, total, 0.0, {f"THE MERGE FAILS: {type(error).__name__} {error}".rstrip(): 1.0}))
+    return rows
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print("| Architecture | parameters | solved in closed form | averaged |\n|---|---:|---:|---|")
+    for architecture in sys.argv[1:] or ZOO:
+        print(*share_table([architecture]), flush=True)
