@@ -115,8 +115,7 @@ class ChainOfMergesCallback(Callback):
             rank_zero_warn("ChainOfMergesCallback merges in trainer.validate; in trainer.fit it does nothing")
         if stage != "validate" or self.merged:
             return
-        if trainer.world_size > 1:
-            raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
+        require_one_process(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, MergeDataModule):
             raise MergeError(
@@ -176,6 +175,12 @@ class ChainOfMergesCallback(Callback):
                 rank_zero_info(f"The merged model is in {self.output_dir}.")
             if self.verbose:
                 print(f"\n{self.report}")
+
+
+def require_one_process(trainer: Trainer) -> None:
+    """Refuse a trainer of several processes, whose shares of the data would be merged wrongly."""
+    if trainer.world_size > 1:
+        raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
 
 
 def _quiet(trainer: Trainer) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Union
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.callback import ChainOfMergesCallback, require_one_process
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
@@ -58,6 +58,7 @@ class MergeTrainer(Trainer):
         Raises:
             MergeError: with all problems at once, before any calibration batch is read.
         """
+        require_one_process(self)
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)

@@ -61,6 +61,12 @@ def test_datamodules_of_tasks_keep_their_own_hyperparameters(
     assert "'classes': 4" in capsys.readouterr().out
 
 
+def test_several_processes_are_refused_before_they_start(experts: list[str], tmp_path: Path) -> None:
+    several = ["--trainer.devices=2", "--trainer.strategy=ddp"]
+    with pytest.raises(SystemExit, match="devices=1"):
+        main(["merge", *MODEL, *DATA, *QUIET, *several, *experts, f"--output_dir={tmp_path / 'merged'}"])
+
+
 def test_validating_tasks_without_a_merge_is_warned_of() -> None:
     with pytest.warns(UserWarning, match="only the first task is validated"):
         main(["validate", *MODEL, *DATA, *QUIET])
@@ -150,7 +156,6 @@ def _with_outputs_in(folder: Path, config: Path) -> Path:
     return copy
 
 
-@pytest.mark.slow
 def test_the_demo_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`fit` of the base and of each expert for a few steps, `merge`, `validate`: the demo in small."""
     monkeypatch.chdir(ROOT)
