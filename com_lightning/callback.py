@@ -85,6 +85,7 @@ class ChainOfMergesCallback(Callback):
         self.files: dict[str, str] = {}
         """Further files for the result folder, name -> text."""
         self._plan: MergePlan | None = None
+        self._shared: list[str] = []
 
     @property
     def merged(self) -> bool:
@@ -105,10 +106,9 @@ class ChainOfMergesCallback(Callback):
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
-        if self._plan is None or not self.merged:
+        if not self.merged:
             raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
-        shared = self._plan.parameters.shared
-        save_results(Path(folder), self.modules, shared, self.report, overwrite, self.files)
+        save_results(Path(folder), self.modules, self._shared, self.report, overwrite, self.files)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -152,29 +152,41 @@ class ChainOfMergesCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        with torch.inference_mode(False):
+            self._validate(trainer, self._plan, trainer.datamodule)  # type: ignore[attr-defined]
+            self._finish(self._plan)
+        if self.verbose:
+            print(f"\n{self.report}")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.merged and self._plan is not None:  # whatever a validation raised, the merge is not lost
+            with torch.inference_mode(False):
+                self._finish(self._plan)
+
+    def _finish(self, plan: MergePlan) -> None:
+        """Leave modules as ``load_from_checkpoint`` gives them, let go of the experts, and write the result."""
+        for module in self.modules.values():
+            module.train()
+            for _, tensor, is_parameter in named_tensors(module):
+                tensor.requires_grad_(is_parameter and tensor.is_floating_point())
+        self._shared, self._plan = plan.parameters.shared, None
+        if self.output_dir:
+            self.save(self.output_dir, self.overwrite)
+            rank_zero_info(f"The merged model is in {self.output_dir}.")
+
+    def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule) -> None:
         with quiet_lightning():
             evaluator = single_device_trainer(trainer)
-        with torch.inference_mode(False):
-            sets = {"merged": self.modules}
-            if self.baselines:
-                mean = average_shared(self._plan)
-                average = {task: with_shared(expert, mean) for task, expert in self._plan.experts.items()}
-                sets = {"expert": self._plan.experts, "average": average, **sets}
-            for kind, modules in sets.items():
-                description, quiet = f"validating {kind}", _quiet(trainer)
-                self.report.metrics[kind] = validate_tasks(evaluator, modules, data, description, quiet)
-            self.report.choose_metric(self.metric)
-            _log_tasks(trainer, self.report)
-            for module in self.modules.values():
-                module.train()  # as `load_from_checkpoint` gives it
-                for _, tensor, is_parameter in named_tensors(module):
-                    tensor.requires_grad_(is_parameter and tensor.is_floating_point())
-            if self.output_dir:
-                self.save(self.output_dir, self.overwrite)
-                rank_zero_info(f"The merged model is in {self.output_dir}.")
-            if self.verbose:
-                print(f"\n{self.report}")
+        sets = {"merged": self.modules}
+        if self.baselines:
+            mean = average_shared(plan)
+            average = {task: with_shared(expert, mean) for task, expert in plan.experts.items()}
+            sets = {"expert": plan.experts, "average": average, **sets}
+        for kind, modules in sets.items():
+            description, quiet = f"validating {kind}", _quiet(trainer)
+            self.report.metrics[kind] = validate_tasks(evaluator, modules, data, description, quiet)
+        self.report.choose_metric(self.metric)
+        _log_tasks(trainer, self.report)
 
 
 def require_one_process(trainer: Trainer) -> None:
@@ -197,7 +209,7 @@ def _log_layer(loggers: Sequence[Logger], record: LayerRecord, step: int) -> Non
 
 
 def _log_tasks(trainer: Trainer, report: MergeReport) -> None:
-    values = dict(report.metrics["merged"].items())
+    values = report.metrics["merged"]
     named = {f"{task}/{metric}": value for task, metrics in values.items() for metric, value in metrics.items()}
     for task in values:
         if (ratio := report.normalized("merged", task)) is not None:

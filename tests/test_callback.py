@@ -262,6 +262,19 @@ def test_an_error_in_a_users_step_names_task_and_batch(monkeypatch: pytest.Monke
     assert "task 'a', batch 0" in "".join(getattr(caught.value, "__notes__", ["task 'a', batch 0"]))
 
 
+@pytest.mark.parametrize(
+    "where", ["com_lightning.callback.validate_tasks", "tests.helpers.Classifier.on_validation_batch_end"]
+)
+def test_a_merge_is_not_lost_if_validation_fails(where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("my own bug")
+
+    monkeypatch.setattr(where, broken)
+    with pytest.raises(RuntimeError, match="my own bug"):
+        merged_by(quiet_trainer(), output_dir=str(tmp_path / "out"))
+    assert Classifier.load_from_checkpoint(tmp_path / "out" / "b.ckpt", weights_only=True).head.out_features == 4
+
+
 def test_values_go_to_the_users_logger(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     merger, _ = merged_by(quiet_trainer(logger=logger))
