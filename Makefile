@@ -22,7 +22,8 @@ lint: $(INSTALLED)
 	$(RUN)/mypy
 
 bench: $(INSTALLED)
-	$(RUN)/python benchmarks/lockstep.py
+	$(RUN)/python -m benchmarks.lockstep
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
 
 $(INSTALLED): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)
