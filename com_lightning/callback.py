@@ -115,7 +115,7 @@ class ChainOfMergesCallback(Callback):
             rank_zero_warn("ChainOfMergesCallback merges in trainer.validate; in trainer.fit it does nothing")
         if stage != "validate" or self.merged:
             return
-        require_one_process(trainer)
+        require_one_device(trainer)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, MergeDataModule):
             raise MergeError(
@@ -145,6 +145,9 @@ class ChainOfMergesCallback(Callback):
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             try:
                 self.modules, self.report = execute(self._plan, trainer, data, on_layer)
+            except BaseException:
+                self._plan = None  # its experts have been moved and converted already
+                raise
             finally:
                 trainer.loggers = loggers
             load_into(pl_module, next(iter(self.modules.values())))
@@ -165,11 +168,16 @@ class ChainOfMergesCallback(Callback):
 
     def _finish(self, plan: MergePlan) -> None:
         """Leave modules as ``load_from_checkpoint`` gives them, let go of the experts, and write the result."""
+        shared = set(plan.parameters.shared)
         for module in self.modules.values():
             module.train()
-            for _, tensor, is_parameter in named_tensors(module):
-                tensor.requires_grad_(is_parameter and tensor.is_floating_point())
+            for name, tensor, is_parameter in named_tensors(module):
+                if name not in shared or not tensor.is_floating_point():  # maybe a page of the expert's file
+                    tensor.data = tensor.data.clone()
+                tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
         self._shared, self._plan = plan.parameters.shared, None
+        if self.report.metrics and self.report.metric is None:
+            self.report.choose_metric(self.metric)
         if self.output_dir:
             self.save(self.output_dir, self.overwrite)
             rank_zero_info(f"The merged model is in {self.output_dir}.")
@@ -189,10 +197,12 @@ class ChainOfMergesCallback(Callback):
         _log_tasks(trainer, self.report)
 
 
-def require_one_process(trainer: Trainer) -> None:
-    """Refuse a trainer of several processes, whose shares of the data would be merged wrongly."""
+def require_one_device(trainer: Trainer) -> None:
+    """Refuse several processes, whose shares of the data would be merged wrongly, and a device without float64."""
     if trainer.world_size > 1:
         raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
+    if trainer.strategy.root_device.type == "mps":
+        raise MergeError(["merging solves in float64, which MPS does not have; set accelerator=cpu"])
 
 
 def _quiet(trainer: Trainer) -> bool:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import random
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, Optional
 
+import numpy
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule
@@ -190,7 +192,10 @@ class MergeDataModule(LightningDataModule):
         """
         with isolate_rng(include_cuda=False):
             # Loaders draw a seed, and a dataset may augment at random.
-            torch.default_generator.manual_seed(self._generator(name).initial_seed())
+            seed = self._generator(name).initial_seed()
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed % 2**32)
             return self._calibration(name, limit_batches)
 
     def _calibration(self, name: str, limit_batches: int | float | None) -> CalibrationSample:
@@ -198,7 +203,9 @@ class MergeDataModule(LightningDataModule):
         samples = 0
         overlap: int | None = 0
         for index, (loader, chosen) in enumerate(zip(self._loaders(name, self.source), self._chosen(name))):
-            size = self.batch_size or getattr(loader, "batch_size", None) or 1
+            size = self.batch_size or getattr(loader, "batch_size", None)
+            if not size:  # a batch sampler of the user's own
+                size = max(map(len, _passes(loader)[0]), default=1) if _indexed(loader) else 1
             limit = _limit(limit_batches, loader)
             if chosen is None:
                 part = list(_reservoir(loader, self.samples, limit, self._generator(name)))
@@ -258,9 +265,11 @@ class _Task(LightningDataModule):
         _lend_hooks(tasks.tasks[name], self)
 
     def prepare_data(self) -> None:
+        self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.prepare_data()
 
     def setup(self, stage: str) -> None:
+        self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.setup(stage)
 
     def val_dataloader(self) -> Any:

@@ -32,6 +32,7 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        inference_mode=trainer.validate_loop.inference_mode,
         default_root_dir=trainer.default_root_dir,
     )
 

@@ -13,6 +13,7 @@ from typing import Any, Union
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
 from com_lightning.core.chain import candidates
@@ -68,7 +69,7 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
         raise MergeError(
             [f"expert '{name}': a {type(source).__name__} is neither a file, a LightningModule nor a state dict"]
         )
-    return expert.eval().requires_grad_(False)
+    return expert.eval()
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -142,7 +143,12 @@ def sort_parameters(
             "no layer can be merged: none has all its parameters shared, with one name and shape in the model and all "
             f"experts. {_some(told, '. ', 3)}"
         )
-    ties = {task: {n: t for n, t in tied_names(e).items() if n in result.shared} for task, e in experts.items()}
+    shared = set(result.shared)
+    for task, expert in experts.items():
+        for name, first in tied_names(expert).items():
+            if (name in shared) != (first in shared):
+                problems.append(f"{name} and {first} are one tensor in '{task}': name both in `private`, or neither")
+    ties = {task: {n: t for n, t in tied_names(e).items() if n in shared} for task, e in experts.items()}
     reference_task, reference = next(iter(ties.items()))
     for task, tie in ties.items():
         if torn := [n for n in reference if n in tie and tie[n] != reference[n]]:
@@ -193,8 +199,9 @@ def _from_file(name: str, path: Path, model: LightningModule) -> LightningModule
         raise MergeError(
             [f"{label}: {kind} cannot be rebuilt from its hyperparameters ({type(error).__name__}: {reason})"]
         ) from error
-    # The tensors of the mapped file take the place of the copies just read.
-    if content["state_dict"].keys() == expert.state_dict().keys():
+    # The tensors of the mapped file take the place of the copies just read, unless a hook has made others of them.
+    hooked = is_overridden("on_load_checkpoint", expert)
+    if not hooked and content["state_dict"].keys() == expert.state_dict().keys():
         _load(expert, content["state_dict"], assign=True)
     return expert
 
@@ -226,6 +233,9 @@ def _filled(module: LightningModule, state: Mapping[str, Tensor], label: str, as
 def _load(module: LightningModule, state: Mapping[str, Tensor], assign: bool) -> None:
     """Load a state dict; where its tensors take the place of the module's, tied ones stay tied."""
     ties = tied_names(module)
+    if assign:  # in the module's precision, not the file's
+        dtypes = {key: value.dtype for key, value in module.state_dict().items() if isinstance(value, Tensor)}
+        state = {key: value.to(dtypes[key]) if key in dtypes else value for key, value in state.items()}
     module.load_state_dict(state, assign=assign)
     for name, first in ties.items():
         if name != first:

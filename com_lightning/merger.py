@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
 
@@ -33,12 +33,14 @@ class MergePlan:
         method: the rule.
         parameters: shared and private names.
         layers: the layers to be solved, by name.
+        frozen: parameters that no expert trains.
     """
 
     experts: dict[str, LightningModule]
     method: MergingMethod
     parameters: Parameters
     layers: dict[str, Candidate]
+    frozen: set[str] = field(default_factory=set)
 
     def averaged(self) -> dict[str, str]:
         """Name of each shared parameter that is averaged -> why."""
@@ -112,6 +114,9 @@ def make_plan(
     Raises:
         MergeError: with all problems at once.
     """
+    if is_overridden("configure_model", model):  # Lightning calls it later, and asks that it may be called again
+        with torch.inference_mode(False):
+            model.configure_model()
     found = list(problems)
     if unknown := [task for task in sources if task not in data.tasks]:
         found.append(f"experts: no data for {', '.join(unknown)}; data.tasks has {', '.join(data.tasks)}")
@@ -139,7 +144,15 @@ def make_plan(
         raise MergeError(found)
     shared = set(parameters.shared)
     layers = {name: layer for expert in experts.values() for name, layer in candidates(expert, shared).items()}
-    return MergePlan(experts, method, parameters, layers if method.needs_data else {})
+    trained = {n for expert in experts.values() for n, p in _parameters(expert) if p.requires_grad}
+    frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
+    for expert in experts.values():
+        expert.requires_grad_(False)
+    return MergePlan(experts, method, parameters, layers if method.needs_data else {}, frozen)
+
+
+def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    return module.named_parameters(remove_duplicate=False)
 
 
 def execute(
@@ -254,16 +267,19 @@ class _CalibrationStep:
     def __call__(self, module: nn.Module, batch: _Batch, index: int) -> None:
         assert isinstance(module, LightningModule)
         module.trainer = self.trainer
-        for name in ("log", "log_dict"):
-            object.__setattr__(module, name, lambda *args, **kwargs: None)
-        # Two forwards run on each batch, and a step may take things out of it.
-        content = apply_to_collection(batch.content, Tensor, lambda tensor: tensor)
+        for part in module.modules():
+            if isinstance(part, LightningModule):
+                for name in ("log", "log_dict"):
+                    object.__setattr__(part, name, lambda *args, **kwargs: None)
+        # Two forwards run on each batch, and a step may take things out of it, or change them in place.
+        content = apply_to_collection(batch.content, Tensor, torch.clone)
         with self.trainer.precision_plugin.forward_context():
             if callable(calibration_step := getattr(module, "calibration_step", None)):
                 calibration_step(content)
                 return
             module.on_validation_start()
             module.on_validation_epoch_start()
+            module.on_validation_batch_start(content, index, batch.dataloader_idx)
             # Lightning's own way to tell what a step takes.
             arguments = [content]
             if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):

@@ -63,7 +63,8 @@ class MergeReport:
 
     def choose_metric(self, name: str | None = None) -> None:
         """Set the metric that tables show: ``name``, or else the first logged one that is not a loss."""
-        names = list(next(iter(self.metrics.get("merged", {}).values()), {}))
+        kinds = list(self.metrics.values())
+        names = list(next(iter(kinds[-1].values()), {})) if kinds else []
         if name is not None and name not in names:
             self.warnings.append(f"metric '{name}' was not logged; logged are {', '.join(names) or 'none'}")
             name = None

@@ -71,8 +71,10 @@ def save_results(
             (temporary / name).write_text(text, encoding="utf-8")
         save_figure(report, temporary / "report.png")
         # A temporary folder is private to its owner, and so is what safetensors writes.
-        temporary.chmod(0o755)
-        (temporary / "merged.safetensors").chmod(0o644)
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o777 & ~umask)
+        (temporary / "merged.safetensors").chmod(0o666 & ~umask)
         if folder.exists():
             replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
             os.replace(folder, replaced / "old")

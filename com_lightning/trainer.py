@@ -9,7 +9,7 @@ from typing import Any, Dict, List, Optional, Union
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from com_lightning.callback import ChainOfMergesCallback, require_one_process
+from com_lightning.callback import ChainOfMergesCallback, require_one_device
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
@@ -58,7 +58,7 @@ class MergeTrainer(Trainer):
         Raises:
             MergeError: with all problems at once, before any calibration batch is read.
         """
-        require_one_process(self)
+        require_one_device(self)
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
@@ -75,8 +75,10 @@ class MergeTrainer(Trainer):
             self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
         finally:
             self.callbacks.remove(merger)  # type: ignore[attr-defined]
-        if merger.merged:  # not where limit_val_batches=0 leaves nothing to run
+        if merger.merged:
             print(f"\n{merger.report}\n\nWritten to {output_dir}.")
+        else:
+            rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
         return merger.report
 
     def validate(

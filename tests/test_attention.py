@@ -81,3 +81,14 @@ def test_an_attention_of_ones_own_is_left_alone() -> None:
             return super().forward(query, query, query)
 
     assert split_attention(nn.ModuleDict({"it": Own(4, 2)})) == {}
+
+
+def test_a_position_that_may_attend_to_nothing_gets_zeros() -> None:
+    attention = nn.MultiheadAttention(4, 2, batch_first=True).eval()
+    holder = nn.ModuleDict({"it": copy_module(attention)})
+    split_attention(holder)
+    x, mask = torch.randn(2, 3, 4), torch.tensor([[True, True, True], [False, False, True]])
+    # With gradients, so that PyTorch does not take its fused fast path, which gives NaN here.
+    expected, actual = (m(x, x, x, key_padding_mask=mask, need_weights=False)[0] for m in (attention, holder["it"]))
+    assert bool(expected.isfinite().all())
+    assert relative(actual, expected) < 1e-5

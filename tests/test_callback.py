@@ -262,6 +262,43 @@ def test_an_error_in_a_users_step_names_task_and_batch(monkeypatch: pytest.Monke
     assert "task 'a', batch 0" in "".join(getattr(caught.value, "__notes__", ["task 'a', batch 0"]))
 
 
+def test_a_step_that_changes_its_batch_in_place() -> None:
+    """Each forward sees the batch as the loader gave it."""
+
+    class Normalising(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            batch[0].mul_(10)
+            super().validation_step(batch, batch_idx)
+
+    class Plain(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step((batch[0] * 10, batch[1]), batch_idx)
+
+    weights = []
+    for kind in (Normalising, Plain):
+        experts: dict[str, Any] = {task: kind(3) for task in "ab"}
+        for task, expert in zip("ab", make_experts((3, 3))):
+            experts[task].load_state_dict(expert.state_dict())
+        merger = ChainOfMergesCallback(experts, baselines=False)
+        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+        quiet_trainer(callbacks=[merger]).validate(kind(3), datamodule=data, verbose=False)
+        weights.append(merger.modules["a"].get_parameter("body.3.weight"))
+    assert torch.equal(*weights)
+
+
+def test_frozen_parameters_stay_frozen_and_the_others_train() -> None:
+    experts: dict[str, Any] = dict(zip("ab", make_experts()))
+    for expert in experts.values():
+        expert.body[0].requires_grad_(False)
+    merger = ChainOfMergesCallback(experts, baselines=False)
+    quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=make_tasks(), verbose=False)
+    assert {n for n, p in merger.modules["b"].named_parameters() if not p.requires_grad} == {
+        "body.0.weight",
+        "body.0.bias",
+    }
+    assert all(p.requires_grad for p in experts["a"].head.parameters())
+
+
 @pytest.mark.parametrize(
     "where", ["com_lightning.callback.validate_tasks", "tests.helpers.Classifier.on_validation_batch_end"]
 )

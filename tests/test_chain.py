@@ -365,6 +365,14 @@ def test_records_tell_shift_residual_and_rows() -> None:
     assert all(r.residual is not None and not r.distance for r in one_sided)
 
 
+def test_the_residual_is_that_of_the_output_as_the_layer_gave_it() -> None:
+    def net(inplace: bool) -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 8), nn.ReLU(inplace), nn.Linear(8, 3))
+
+    first, second = (merge(built(lambda n=n: net(n)), [[points(0)], [points(10)]])[1] for n in (True, False))  # type: ignore[misc]
+    assert [record.residual for record in first] == [record.residual for record in second]
+
+
 def test_the_core_needs_no_lightning() -> None:
     code = "import sys; sys.modules['lightning'] = None; import com_lightning.core.chain; print('fine')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

@@ -604,3 +604,26 @@ def test_siblings_are_not_warned_of(scale: float) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert sort_parameters(Classifier(), experts, None).warnings == []
+
+
+def test_a_file_in_half_precision_is_loaded_in_the_modules(tmp_path: Path) -> None:
+    path = tmp_path / "half.pt"
+    torch.save({name: tensor.to(torch.bfloat16) for name, tensor in Classifier().state_dict().items()}, path)
+    assert load_expert("a", path, Classifier()).head.weight.dtype == torch.float32  # type: ignore[union-attr]
+
+
+class Edited(Classifier):
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"]["head.bias"] += 100
+
+
+def test_what_a_hook_makes_of_a_checkpoint_is_kept(tmp_path: Path) -> None:
+    module, trainer = Edited(), quiet_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert float(load_expert("a", tmp_path / "a.ckpt", Edited()).get_parameter("head.bias").min()) > 50
+
+
+def test_half_of_a_tied_pair_cannot_be_private() -> None:
+    tied = {task: TiedClassifier() for task in TASKS}
+    assert "one tensor" in only(problems(dict(tied), model=TiedClassifier(), private=["head.weight"])[:1])

@@ -91,6 +91,8 @@ class _SplitAttention(nn.MultiheadAttention):
         if key_padding_mask is not None:
             scores = scores + _additive(key_padding_mask, extra, scores.dtype)[:, None, None, :]
         weights = scores.softmax(-1)
+        if not need_weights:  # as scaled_dot_product_attention: a position that may attend to nothing gets zeros
+            weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
         output: Tensor = self.out_proj((weights @ v).transpose(1, 2).flatten(-2))
         if batched and not self.batch_first:
             output = output.transpose(0, 1)

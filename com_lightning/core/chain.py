@@ -411,7 +411,7 @@ class _OutputError:
             return
         other = self.waiting.pop(place, None)
         if other is None:
-            self.waiting[place] = output
+            self.waiting[place] = output.clone()  # an activation may change it in place
             return
         expert, merged = (output, other) if from_expert else (other, output)
         if expert.shape != merged.shape:

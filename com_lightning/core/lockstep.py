@@ -14,6 +14,7 @@ dtype, random state, ...) is put back at every switch, see :class:`_Ambient`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,8 +99,9 @@ def lockstep(forwards: Sequence[Forward], layers: Sequence[str]) -> Iterator[tup
             for coroutine in ready:
                 coroutine.advance()
     finally:
-        for coroutine in coroutines:
-            coroutine.close()
+        with ExitStack() as stack:  # all are closed, whatever one of them raises
+            for coroutine in coroutines:
+                stack.callback(coroutine.close)
 
 
 class _Coroutine(greenlet):
@@ -196,6 +198,7 @@ class _Ambient:
     device_index: int | None
     random: Tensor
     device_random: Tensor | None
+    attention: tuple[bool, ...]
 
     @staticmethod
     def now() -> _Ambient:
@@ -210,6 +213,7 @@ class _Ambient:
             device_index=torch.cuda.current_device() if accelerator == "cuda" else None,
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
+            attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
     def seeded(self, seed: int) -> _Ambient:
@@ -232,6 +236,17 @@ class _Ambient:
         torch.set_rng_state(self.random)
         if self.device_random is not None:
             torch.cuda.set_rng_state(self.device_random)
+        for on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
+            enable(on)
+
+
+# Which kernels scaled_dot_product_attention may use: what `torch.nn.attention.sdpa_kernel` sets, on CPUs too.
+_ATTENTION_KERNELS = (
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+)
 
 
 def _accelerator() -> str | None:

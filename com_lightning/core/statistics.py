@@ -98,7 +98,7 @@ class InputStatistics:
             # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
             square = merged.square().sum((1, 2))
             square = square if expert is None else torch.maximum(square, expert.square().sum((1, 2)))
-            norm = (square + float(self.bias)).sqrt()
+            norm = (square + float(self.bias) * merged.shape[1]).sqrt()
             root = torch.where(norm > 0, 1.0 / norm, 0.0)
         scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
         self.gram = _add_product(self.gram, scaled, scaled)

@@ -48,12 +48,12 @@ class Embedding(LayerType):
         with lookups:
             output = type(module).forward(module, *args, **kwargs)
         if len(lookups.indices) == 1 and isinstance(output, Tensor):
-            plain = module.weight[lookups.indices[0]]
-            scale = (output * plain).sum() / plain.square().sum()
-            if output.shape == plain.shape and bool(
-                (output - scale * plain).abs().amax() <= 1e-4 * output.abs().amax()
-            ):
-                return None
+            tolerance = max(4 * torch.finfo(output.dtype).eps, 1e-4)
+            plain, output = module.weight[lookups.indices[0]].float(), output.float()
+            if output.shape == plain.shape:
+                scale = (output * plain).sum() / plain.square().sum()
+                if bool((output - scale * plain).abs().amax() <= tolerance * output.abs().amax()):
+                    return None
         return "its output is not a multiple of rows of its table"
 
     def gather(
