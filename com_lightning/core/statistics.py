@@ -94,11 +94,11 @@ class InputStatistics:
         features = merged.shape[2]
         root = merged.new_ones(len(merged))
         if self.normalize:
-            # The row that enters the regression has unit length, its bias entry included; an empty row counts nothing.
+            # The row that enters the regression has unit length, one bias entry included; an empty row counts nothing.
             # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
             square = merged.square().sum((1, 2))
             square = square if expert is None else torch.maximum(square, expert.square().sum((1, 2)))
-            norm = (square + float(self.bias) * merged.shape[1]).sqrt()
+            norm = (square + float(self.bias)).sqrt()
             root = torch.where(norm > 0, 1.0 / norm, 0.0)
         scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
         self.gram = _add_product(self.gram, scaled, scaled)
