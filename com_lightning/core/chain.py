@@ -279,7 +279,8 @@ class _Chain:
         tied = [p for p in names.values() if self.tied[p] in self.used]
         self.used.update(self.tied[p] for p in names.values())
         if tied:
-            record.note = f"{tied[0]} is tied to {self.tied[tied[0]]}, which is used before or elsewhere"
+            twins = [n for n, first in self.tied.items() if first == self.tied[tied[0]] and n != tied[0]]
+            record.note = f"{tied[0]} is tied to {', '.join(twins)}, which is used before or has no closed form"
             return record
         if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
             record.note = "it is called without a tensor"

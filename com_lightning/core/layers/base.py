@@ -11,6 +11,9 @@ from torch import Size, Tensor, nn
 
 from com_lightning.core.statistics import InputStatistics
 
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of one call of a layer."""
+
 
 class LayerType(ABC):
     """One type of layer as a regression of its output on its input."""
@@ -62,8 +65,8 @@ class LayerType(ABC):
         self,
         module: nn.Module,
         statistics: InputStatistics,
-        merged: tuple[tuple[Any, ...], dict[str, Any]],
-        expert: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        merged: Call,
+        expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
     ) -> bool:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from com_lightning.core.layers.base import LayerType, first, kept, own_parameter
+from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
 from com_lightning.core.statistics import InputStatistics
 
 
@@ -60,8 +60,8 @@ class Embedding(LayerType):
         self,
         module: nn.Module,
         statistics: InputStatistics,
-        merged: tuple[tuple[Any, ...], dict[str, Any]],
-        expert: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        merged: Call,
+        expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
     ) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_parameter
+from com_lightning.core.layers.base import Call, LayerType, first, own_parameter
 from com_lightning.core.statistics import InputStatistics
 
 
@@ -45,8 +45,8 @@ class PerChannel(LayerType):
         self,
         module: nn.Module,
         statistics: InputStatistics,
-        merged: tuple[tuple[Any, ...], dict[str, Any]],
-        expert: tuple[tuple[Any, ...], dict[str, Any]] | None,
+        merged: Call,
+        expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
     ) -> bool:
