@@ -33,7 +33,8 @@ from transformers import ViTConfig, ViTModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.chain import LayerRecord, Rule, Task, merge_layers
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors
 from com_lightning.report import table
 

@@ -13,7 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from com_lightning.core.chain import LayerRecord
+from com_lightning.core.rule import LayerRecord
 from com_lightning.core.sharing import named_tensors
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks

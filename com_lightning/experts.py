@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 
-from com_lightning.core.chain import candidates
+from com_lightning.core.candidates import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
 
 ExpertSource = Union[str, Path, LightningModule, Mapping[str, Tensor]]

@@ -16,7 +16,8 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
-from com_lightning.core.chain import Candidate, LayerRecord, Task, candidates
+from com_lightning.core.candidates import Candidate, candidates
+from com_lightning.core.rule import LayerRecord, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
@@ -42,17 +43,17 @@ class MergePlan:
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
 
-    def averaged(self) -> dict[str, str]:
-        """Name of each shared parameter that is averaged -> why."""
+    def others(self) -> dict[str, str]:
+        """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
         expert = next(iter(self.experts.values()))
-        solved = {name for layer in self.layers.values() for name in layer.parameters.values()}
         ties = tied_names(expert)
-        solved |= {name for name in self.parameters.shared if any(ties[name] == ties[s] for s in solved)}
+        of_layers = {ties[name] for layer in self.layers.values() for name in layer.parameters.values()}
+        owners = {name: name.rpartition(".") for name in self.parameters.shared if ties[name] not in of_layers}
         parameters = {name for name, _, is_parameter in named_tensors(expert) if is_parameter}
         return {
-            name: f"no closed form for {type(expert.get_submodule(name.rpartition('.')[0])).__name__}"
-            for name in self.parameters.shared
-            if name in parameters and name not in solved
+            name: f"{type(expert.get_submodule(owner)).__name__}.{own}"
+            for name, (owner, _, own) in owners.items()
+            if name in parameters
         }
 
     def memory(self) -> dict[str, int]:
@@ -72,20 +73,27 @@ class MergePlan:
             entry = counts.setdefault(layer.kind.name, [0, 0])
             entry[0] += 1
             entry[1] += sum(p.numel() for p in layer.module.parameters(recurse=False))
+        tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}
+        loose: dict[str, list[int]] = {}
+        for name, what in self.others().items():
+            entry = loose.setdefault(what, [0, 0])
+            entry[0] += 1
+            entry[1] += tensors[name].numel()
+        told = "to be seen" if self.layers else "averaged"
         rows = [["what", "layers", "values"]]
         rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
-        tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}
-        averaged = self.averaged()
-        rows += [[f"averaged: {name} ({why})", "", f"{tensors[name].numel():,}"] for name, why in averaged.items()]
+        rows += [[f"{told}: {what}", str(n), f"{values:,}"] for what, (n, values) in loose.items()]
         for task, names in self.parameters.private.items():
             own = {name: tensor for name, tensor, _ in named_tensors(self.experts[task])}
             total = sum(own[name].numel() for name in names)
             rows.append([f"private to {task}: {', '.join(names) or 'nothing'}", "", f"{total:,}"])
         memory = self.memory()
-        told = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
+        sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
+        unseen = "Solved where a function that they go into is linear in them, else averaged: those to be seen.\n"
         return (
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
-            f"{table(rows)}\n\nMemory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({told}); the activations of "
+            f"{table(rows)}\n\n{unseen if loose and self.layers else ''}"
+            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); the activations of "
             "the calibration data come on top."
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
@@ -303,20 +311,29 @@ def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[
 def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str, str], dict[str, int]]:
     """What became of each parameter and buffer, and how many values that is."""
     expert = next(iter(plan.experts.values()))
-    ties, solved = tied_names(expert), {name for record in records for name in record.parameters}
-    solved |= {name for name, first in ties.items() if any(ties[s] == first for s in solved)}
-    layers = {name: list(layer.parameters.values()) for name, layer in plan.layers.items()}
-    reasons = {name: "never called in a calibration forward" for names in layers.values() for name in names}
-    reasons.update({name: record.note for record in records if record.note for name in layers[record.name]})
-    reasons.update(plan.averaged() if plan.layers else {})
+    ties = tied_names(expert)
+    solved: dict[str, int] = {}
+    for name, count in (item for record in records for item in record.parameters.items()):
+        solved[ties[name]] = solved.get(ties[name], 0) + count
+    notes = {record.name: record.note for record in records if record.note}
     account: dict[str, str] = {}
     sizes = {"solved": 0, "averaged": 0, "private": 0, "buffer": 0}
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in plan.parameters.shared:
             continue
-        kind = "solved" if name in solved else "averaged" if is_parameter else "buffer"
-        account[name] = f"averaged: {reasons[name]}" if kind == "averaged" and name in reasons else kind
-        sizes[kind] += tensor.numel() if ties[name] == name else 0
+        first, count = ties[name], solved.get(ties[name], 0)
+        if not is_parameter:
+            account[name] = "buffer"
+        elif count == tensor.numel():
+            account[name] = "solved"
+        elif count:
+            account[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
+        else:
+            note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
+            account[name] = f"averaged: {note}" if plan.method.needs_data else "averaged"
+        if first == name:
+            sizes["solved"] += count
+            sizes["averaged" if is_parameter else "buffer"] += tensor.numel() - count
     for task, names in plan.parameters.private.items():
         own = {name: tensor for name, tensor, _ in named_tensors(plan.experts[task])}
         account.update(dict.fromkeys(names, "private"))

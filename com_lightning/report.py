@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from com_lightning.core.chain import LayerRecord
+from com_lightning.core.rule import LayerRecord
 
 Metrics = Mapping[str, float]
 
@@ -103,11 +103,14 @@ class MergeReport:
         rows = [["layer", "type", "shift", "cosine", "residual", "condition", "seconds", "note"]]
         for layer in self.layers:
             note = layer.note or (f"inputs of {layer.shared_with}" if layer.shared_with else "")
-            if layer.unpaired:
-                note = f"{note}; " * bool(note) + f"{layer.unpaired} calls one-sided"
+            told = [note] if note else []
+            told += [f"{layer.unpaired} calls one-sided"] if layer.unpaired else []
+            told += [f"no data for {layer.idle:,} of {layer.groups:,} rows or experts"] if layer.idle else []
             shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))
             numbers = [shift, cosine, layer.residual, layer.condition]
-            rows.append([layer.name or "(root)", layer.kind, *map(_number, numbers), f"{layer.seconds:.2f}", note])
+            rows.append(
+                [layer.name or "(root)", layer.kind, *map(_number, numbers), f"{layer.seconds:.2f}", "; ".join(told)]
+            )
         return table(rows)
 
     def summary(self) -> str:

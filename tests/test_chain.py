@@ -22,7 +22,8 @@ from transformers import (
     ViTModel,
 )
 
-from com_lightning.core.chain import LayerRecord, NonFiniteError, Rule, Task, merge_layers
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from tests.helpers import built, relative
 
@@ -263,9 +264,9 @@ def test_a_tied_weight_is_merged_once_where_it_is_used_first() -> None:
     merged, records = merge(built(Tied), [[ids(0)], [ids(1)]])
     assert merged["head.weight"] is merged["embed.weight"]
     by_name = {record.name: record for record in records}
-    assert by_name["embed"].parameters == ["embed.weight"]
-    assert by_name["head"].parameters == []
-    assert "tied to embed.weight" in str(by_name["head"].note)
+    assert by_name["embed"].parameters == {"embed.weight": 150}
+    assert by_name["head.bias"].parameters == {"head.bias": 30}  # by itself, on what the tied weight gives
+    assert "head" not in by_name
 
 
 class Branching(nn.Module):
@@ -354,6 +355,7 @@ def test_one_sample_and_dead_features_give_something_finite() -> None:
 def test_records_tell_shift_residual_and_rows() -> None:
     experts, batches = case("vit")
     records = merge(experts, batches)[1]
+    records = [record for record in records if record.parameters]
     first, later = records[0], records[-1]
     assert first.distance == {"task0": 0.0, "task1": 0.0}
     assert all(value > 0.01 for value in later.distance.values())
@@ -362,7 +364,7 @@ def test_records_tell_shift_residual_and_rows() -> None:
     assert first.rows == {"task0": 8 * 9, "task1": 8 * 9}
     assert all(record.condition is not None and record.condition >= 1 for record in records)
     one_sided = merge(experts, batches, Rule(target="merged"))[1]
-    assert all(r.residual is not None and not r.distance for r in one_sided)
+    assert all((r.residual is not None) == bool(r.parameters) and not r.distance for r in one_sided)
 
 
 def test_the_residual_is_that_of_the_output_as_the_layer_gave_it() -> None:

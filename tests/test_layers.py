@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models.convnext import LayerNorm2d
-from transformers.models.bart.modeling_bart import BartLearnedPositionalEmbedding
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm, GemmaTextScaledWordEmbedding
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
-from transformers.pytorch_utils import Conv1D
 
 from com_lightning.core.layers import Embedding, LayerType, PerChannel, convolution, kept, layer_type
 from com_lightning.core.statistics import InputStatistics
@@ -21,7 +19,6 @@ from tests.helpers import perturb, relative
 CASES: dict[str, tuple[nn.Module, Tensor]] = {
     "linear": (nn.Linear(4, 3), torch.randn(2, 5, 4)),
     "linear-no-bias": (nn.Linear(4, 3, bias=False), torch.randn(7, 4)),
-    "gpt2-conv1d": (Conv1D(3, 4), torch.randn(2, 5, 4)),  # type: ignore[no-untyped-call]
     "conv2d": (nn.Conv2d(3, 4, 3), torch.randn(2, 3, 7, 8)),
     "conv2d-patches": (nn.Conv2d(1, 4, 2, stride=2, bias=False), torch.randn(2, 1, 8, 8)),
     "conv2d-grouped": (nn.Conv2d(4, 6, 3, groups=2, padding=1, stride=2), torch.randn(2, 4, 7, 7)),
@@ -86,34 +83,6 @@ def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyP
     whole = torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})])
     monkeypatch.setattr(convolution, "MAX_ROW_ELEMENTS", 1)
     assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
-
-
-def positions() -> nn.Module:
-    module: nn.Module = BartLearnedPositionalEmbedding(7, 4)
-    return module
-
-
-@pytest.mark.parametrize(
-    ("module", "seen"),
-    [(GemmaTextScaledWordEmbedding(9, 4, 0, 3.0), [1, 2, 5]), (positions(), [2, 3, 4])],
-    ids=["scaled", "offset"],
-)
-def test_embeddings_of_other_kinds_are_counted_where_they_look(module: nn.Module, seen: list[int]) -> None:
-    kind, ids = layer_type(module), torch.tensor([[1, 5, 2]])
-    assert isinstance(kind, Embedding)
-    assert kind.refuses(module, (ids,), {}) is None
-    entry = InputStatistics(False, True)
-    kind.gather(module, entry, ((ids,), {}), None, kind.to_matrix(module, module), None)
-    assert entry.gram is not None
-    assert entry.gram.flatten().nonzero().flatten().tolist() == seen
-
-
-def test_an_embedding_that_adds_something_is_refused() -> None:
-    class Added(nn.Embedding):
-        def forward(self, input: Tensor) -> Tensor:
-            return super().forward(input) + torch.arange(4)
-
-    assert "rows of its table" in str(Embedding().refuses(Added(9, 4), (torch.tensor([1, 2]),), {}))
 
 
 @pytest.mark.parametrize("padding", [False, True])

@@ -210,7 +210,7 @@ def test_an_exception_in_the_consumer_ends_the_forwards() -> None:
 
     with pytest.raises(Broken):
         consume()
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert living() == 0
     assert not net.a._forward_pre_hooks
 
@@ -226,7 +226,7 @@ def test_a_forward_that_swallows_everything_is_ended_all_the_same() -> None:
             return x
 
     next(steps := lockstep(passes(2, Stubborn()), LAYERS))
-    steps.close()  # type: ignore[attr-defined]
+    steps.close()
     assert living() == 0
 
 

@@ -52,7 +52,7 @@ class WithBuffers(Classifier):
             self.extra = nn.Linear(8, 2)
 
     def forward(self, x: Any) -> Any:
-        return self.head(self.body(x) * self.scale)
+        return self.head(self.body(x) * self.scale.exp())
 
 
 class TiedClassifier(Classifier):

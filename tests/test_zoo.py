@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from benchmarks.naive import naive_chain
 from com_lightning.core.sharing import named_tensors, tied_names
@@ -24,14 +23,13 @@ SLOW = {
 # The least share of the parameters that is solved where it is not nearly all of them, in percent: to be raised, not
 # lowered. What the rest is, `python -m tests.zoo` tells.
 SHARES = {
-    **{"swin_t": 66, "Mamba": 84, "DeBERTa-v2": 97},  # weights of a layer that go into a function, without a call
-    **{"vit_b_16": 94, "ViT": 94, "DINOv2": 94, "Whisper": 98},  # learned positions, large beside tiny layers
-    **{"Wav2Vec2": 91},  # a parametrised convolution (weight normalisation)
-    **{"Mixtral": 18, "LSTM": 7, "Swin": 91},  # fused experts; a recurrent layer; tables of relative positions
+    **{"Mamba": 94.9},  # its decay rates go through an exponential; 0.6 % in the default size
+    **{"DeBERTa-v2": 97.7},  # its relative positions are themselves an input; 0.3 % in the default size
+    **{"LSTM": 7},  # a recurrent layer, averaged
+    **{"Wav2Vec2": 91.5},  # a parametrised convolution (weight normalisation)
 }
 
 
-# Where every check fails today, and why.
 def cases(*names: str) -> list[Any]:
     """The zoo, or a few of it, with the marks that apply."""
     result: list[Any] = []
@@ -79,29 +77,26 @@ def test_every_parameter_is_solved_or_averaged_for_a_reason(name: str) -> None:
     # Not all: the best is the average for rows looked up equally often, and behind units that are dead.
     moved = [own for own in solved if relative(result.values[own], start[own]) > 1e-6]
     assert len(moved) > 0.9 * len(solved)
-    row = shares(name, result)
-    assert row.share + sum(row.rest.values()) == pytest.approx(1)
-    assert row.share >= SHARES.get(name, 98.5) / 100, str(row)
-
-
-def owners(expert: nn.Module) -> dict[str, list[str]]:
-    """First name of each tied parameter -> the modules that own it, in the order of the module."""
-    found: dict[str, list[str]] = {}
-    for own, first in tied_names(expert).items():
-        found.setdefault(first, []).append(own.rpartition(".")[0])
-    return {first: modules for first, modules in found.items() if len(modules) > 1}
+    share = shares(result)
+    assert share.share + sum(share.rest.values()) == pytest.approx(1)
+    assert share.share >= SHARES.get(name, 99.7) / 100, str(share)
 
 
 @pytest.mark.parametrize("name", cases())
-def test_a_tied_parameter_is_solved_where_it_is_used_first_or_not_at_all(name: str) -> None:
+def test_a_tied_parameter_is_solved_once_where_it_is_used_first(name: str) -> None:
     result = merged(name)
     order = [record.name for record in result.records]
     ties = tied_names(result.experts[0])
+    sizes = {own: tensor.numel() for own, tensor, _ in named_tensors(result.experts[0])}
+    solved: dict[str, int] = {}
     for record in result.records:
-        for own in record.parameters:
-            users = owners(result.experts[0]).get(ties[own], [record.name])
+        for own, count in record.parameters.items():
+            solved[ties[own]] = solved.get(ties[own], 0) + count
+            twins = [twin for twin, first in ties.items() if first == ties[own]]
+            users = [record.name, *twins, *(twin.rpartition(".")[0] for twin in twins)]
             first = min((user for user in users if user in order), key=order.index)
             assert first == record.name, f"{own} was used by {first} before it was solved"
+    assert all(count == sizes[own] for own, count in solved.items())
 
 
 @pytest.mark.parametrize("name", cases("resnet18", "ViT", "BERT", "T5", "Mixtral", "U-Net"))

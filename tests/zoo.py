@@ -1,6 +1,6 @@
 """Small versions of well-known architectures, and how much of each is solved in closed form.
 
-``python -m tests.zoo`` prints the table of :func:`share_table`.
+``python -m tests.zoo`` prints the table in docs/architectures.md.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-from com_lightning.core.chain import LayerRecord, Rule, Task, candidates, merge_layers
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from tests.helpers import perturb
 
@@ -330,6 +331,53 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
 }
 
 
+def default(name: str, config: str, **kwargs: Any) -> Callable[[], nn.Module]:
+    """An architecture of transformers in its default size, without values."""
+
+    def make() -> nn.Module:
+        with torch.device("meta"):
+            return transformer(name, config, **kwargs)()
+
+    return make
+
+
+# The same in the default size of torchvision or transformers, where there is one.
+REAL: dict[str, Callable[[], nn.Module]] = {
+    **{name: getattr(vision, name) for name in ZOO if hasattr(vision, name)},
+    "BERT": default("BertForMaskedLM", "BertConfig"),
+    "RoBERTa": default("RobertaForMaskedLM", "RobertaConfig"),
+    "DistilBERT": default("DistilBertForMaskedLM", "DistilBertConfig"),
+    "ALBERT": default("AlbertForMaskedLM", "AlbertConfig"),
+    "BART": default("BartForConditionalGeneration", "BartConfig"),
+    "GPT-2": default("GPT2LMHeadModel", "GPT2Config"),
+    "GPT-NeoX": default("GPTNeoXForCausalLM", "GPTNeoXConfig"),
+    "Llama": default("LlamaForCausalLM", "LlamaConfig"),
+    "Mistral": default("MistralForCausalLM", "MistralConfig"),
+    "Qwen3": default("Qwen3ForCausalLM", "Qwen3Config"),
+    "Gemma": default("GemmaForCausalLM", "GemmaConfig"),
+    "Gemma 3": default("Gemma3ForCausalLM", "Gemma3TextConfig"),
+    "Phi": default("PhiForCausalLM", "PhiConfig"),
+    "Mixtral": default("MixtralForCausalLM", "MixtralConfig"),
+    "Mamba": default("MambaForCausalLM", "MambaConfig"),
+    "CLIP vision": default("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
+    "CLIP text": default("CLIPTextModelWithProjection", "CLIPTextConfig"),
+    "CLIP": default("CLIPModel", "CLIPConfig"),
+    "SigLIP": default("SiglipModel", "SiglipConfig"),
+    "ViT": default("ViTForImageClassification", "ViTConfig"),
+    "DINOv2": default("Dinov2ForImageClassification", "Dinov2Config"),
+    "Swin": default("SwinForImageClassification", "SwinConfig"),
+    "Whisper": default("WhisperForConditionalGeneration", "WhisperConfig"),
+    "Wav2Vec2": default("Wav2Vec2ForCTC", "Wav2Vec2Config"),
+    "T5": default("T5ForConditionalGeneration", "T5Config", feed_forward_proj="gated-gelu"),
+    "DeBERTa-v2": default(
+        "DebertaV2ForMaskedLM",
+        "DebertaV2Config",
+        **{"relative_attention": True, "position_buckets": 256, "norm_rel_ebd": "layer_norm"},
+        **{"share_att_key": True, "pos_att_type": ["p2c", "c2p"], "position_biased_input": False},
+    ),
+}
+
+
 def _mobilenet() -> tuple[Any, int]:
     setting, last = vision.mobilenetv3._mobilenet_v3_conf("mobilenet_v3_small", width_mult=0.25)
     return setting, last // 4
@@ -445,101 +493,110 @@ def merge(
 def account(merged: Merged) -> dict[str, str]:
     """Name of each parameter and buffer -> ``"solved"``, ``"buffer"`` or why it was averaged.
 
-    Whether a layer was called, and whether a parameter has any influence on the outputs, is found out by another
-    forward with gradients rather than believed.
+    Whether a parameter has any influence on the outputs is found out by a forward with gradients, not believed.
     """
     expert = merged.experts[0]
     ties = tied_names(expert)
-    solved = {ties[name] for record in merged.records for name in record.parameters}
+    solved: dict[str, int] = {}
+    for name, count in (item for record in merged.records for item in record.parameters.items()):
+        solved[ties[name]] = solved.get(ties[name], 0) + count
     notes = {record.name: record.note for record in merged.records if record.note}
-    found = candidates(expert, merged.values)
-    called, used = _influence(expert, merged.batches[0])
+    used = _influence(expert, merged.batches[0])
     result = {}
     for name, tensor, is_parameter in named_tensors(expert):
-        owner = name.rpartition(".")[0]
-        kind = type(expert.get_submodule(owner)).__name__
+        kind = f"{_owner(expert, name)}.{name.rpartition('.')[2]}"
         if not is_parameter:
             result[name] = "buffer"
         elif ties[name] in solved:
-            result[name] = "solved"
+            whole = solved[ties[name]] == tensor.numel()
+            result[name] = "solved" if whole else f"{kind}: solved in part"
         elif id(tensor) not in used:
             result[name] = "not used by the forward"
-        elif owner in notes:
-            result[name] = f"{kind}: {notes[owner]}"
-        elif owner not in found:
-            result[name] = f"{kind}.{name.rpartition('.')[2]}: no closed form"
-        elif owner not in called:
-            result[name] = f"{kind}: its weight is used, but it is never called"
         else:
-            result[name] = f"{kind}: MISSED, though it is called"
+            note = notes.get(ties[name], notes.get(name.rpartition(".")[0]))
+            result[name] = f"{kind}: {note or 'MISSED, though it is used'}"
     return result
 
 
-def _influence(expert: nn.Module, batches: Sequence[Inputs]) -> tuple[set[str], set[int]]:
-    """Names of the modules that are called, and ``id`` of each parameter that has a gradient."""
-    module, called = copy.deepcopy(expert).requires_grad_(), set[str]()
-    for name, child in module.named_modules():
-        child.register_forward_pre_hook(lambda *_, name=name: called.add(name), with_kwargs=True)
+def _owner(module: nn.Module, name: str) -> str:
+    return type(module.get_submodule(name.rpartition(".")[0])).__name__
+
+
+def _influence(expert: nn.Module, batches: Sequence[Inputs]) -> set[int]:
+    """``id`` of each parameter that has a gradient."""
+    module = copy.deepcopy(expert).requires_grad_()
     result = run(module, batches[0])
     parts = [result] if isinstance(result, Tensor) else list(vars(result).values())
     loss = sum(p.double().square().sum() for p in parts if isinstance(p, Tensor) and p.requires_grad)
     assert isinstance(loss, Tensor)
     loss.backward()  # type: ignore[no-untyped-call]
     originals = {name: tensor for name, tensor, _ in named_tensors(expert)}
-    used = {id(originals[n]) for n, p, is_parameter in named_tensors(module) if is_parameter and p.grad is not None}
-    return called, used
+    return {id(originals[n]) for n, p, is_parameter in named_tensors(module) if is_parameter and p.grad is not None}
 
 
 @dataclass
 class Share:
-    """A row of :func:`share_table`.
+    """How much of a model is solved.
 
     Attributes:
-        name: of the architecture.
-        parameters: number of parameters that influence the output.
+        parameters: number of values that influence the output.
         share: of them that was solved in closed form.
         rest: why the others were averaged -> their share.
     """
 
-    name: str
     parameters: int
     share: float
     rest: dict[str, float]
 
-    def __str__(self) -> str:
-        rest = "; ".join(f"{reason} ({share:.2%})" for reason, share in self.rest.items())
-        return f"| {self.name} | {self.parameters:,} | {self.share:.2%} | {rest} |"
 
+def shares(merged: Merged, module: nn.Module | None = None) -> Share:
+    """What became of the parameters of a merged model of the zoo.
 
-def shares(name: str, merged: Merged) -> Share:
-    """What became of the parameters that influence the output."""
-    expert, sizes = merged.experts[0], dict[str, int]()
-    ties = tied_names(expert)
-    tensors = {own: tensor for own, tensor, _ in named_tensors(expert)}
-    for own, what in account(merged).items():
-        if ties[own] == own and what not in ("buffer", "not used by the forward"):
-            what = re.sub(r"\b(\w+\.)*\d+\.[\w.]+", "…", what)  # names of layers, which differ from block to block
-            sizes[what] = sizes.get(what, 0) + tensors[own].numel()
+    Args:
+        merged: the merge.
+        module: the same architecture in another size, of which parameters of one name in one class are taken to fare as
+            they did in the merge.
+    """
+    expert = merged.experts[0]
+    fates: dict[str, set[str]] = {}
+    for name, fate in account(merged).items():
+        fates.setdefault(_pattern(expert, name), set()).add(fate)
+    sizes: dict[str, int] = {}
+    for name, parameter in (module or expert).named_parameters():
+        known = fates.get(_pattern(module or expert, name), {"not in the tiny model"})
+        fate = next(iter(known)) if len(known) == 1 else "differs from block to block"
+        if fate != "not used by the forward":
+            sizes[fate] = sizes.get(fate, 0) + parameter.numel()
     total, solved = sum(sizes.values()), sizes.pop("solved", 0)
-    rest = {what: size / total for what, size in sorted(sizes.items(), key=lambda item: -item[1])}
-    return Share(name, total, solved / total, rest)
+    rest = {fate: size / total for fate, size in sorted(sizes.items(), key=lambda item: -item[1])}
+    return Share(total, solved / total, rest)
 
 
-def share_table(names: Sequence[str] = ()) -> list[Share]:
-    """One row per architecture, each from an actual merge of two experts; nothing is solved where that fails."""
-    rows = []
-    for name in names or ZOO:
-        experts, batches = make_experts(name)
-        try:
-            rows.append(shares(name, merge(experts, batches)))
-        except Exception as error:
-            total = sum(parameter.numel() for parameter in experts[0].parameters())
-            rows.append(Share(name, total, 0.0, {f"THE MERGE FAILS: {type(error).__name__} {error}".rstrip(): 1.0}))
-    return rows
+def row(name: str) -> str:
+    """A row of the table in docs/architectures.md."""
+    merged = merge(*make_experts(name))
+    tiny, real = shares(merged), shares(merged, REAL.get(name, ZOO[name][0])())
+    reasons: dict[str, list[str]] = {}
+    for fate in real.rest:
+        what, _, why = fate.partition(": ")
+        reasons.setdefault(why, []).append(what)
+    told = []
+    for why, whats in reasons.items():
+        parts = [sum(share.rest.get(f"{what}: {why}", 0) for what in whats) for share in (tiny, real)]
+        first = whats[0] if len(whats) == 1 else f"{whats[0]} and {len(whats) - 1} more"
+        told.append(f"{first}: {why} ({parts[0]:.2%}; {parts[1]:.2%})")
+    numbers = [f"{tiny.parameters:,}", f"{tiny.share:.2%}", f"{real.parameters:,}", f"{real.share:.2%}"]
+    return f"| {' | '.join([name, *numbers, '; '.join(told)])} |"
+
+
+def _pattern(module: nn.Module, name: str) -> str:
+    """What a parameter is called in every block."""
+    return f"{_owner(module, name)}: {re.sub(r'(?<=[.])[0-9]+(?=[.])', '#', name)}"
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print("| Architecture | parameters | solved in closed form | averaged |\n|---|---:|---:|---|")
+    print("| Architecture | values, tiny | solved | values, default size | solved | averaged (tiny; default size) |")
+    print("|---|---:|---:|---:|---:|---|")
     for architecture in sys.argv[1:] or ZOO:
-        print(*share_table([architecture]), flush=True)
+        print(row(architecture), flush=True)

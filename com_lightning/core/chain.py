@@ -4,104 +4,27 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.attention import split_attention
-from com_lightning.core.layers import LayerType, kept, layer_type
-from com_lightning.core.lockstep import Arrival, Forward, lockstep
+from com_lightning.core.candidates import Candidate, candidates
+from com_lightning.core.functions import Use, recognise
+from com_lightning.core.layers import LayerType
+from com_lightning.core.lockstep import Arrival, Forward, Place, lockstep, pause, running
+from com_lightning.core.residual import OutputError
+from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Stream, Task
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import Factor, factorize, residual, solve
 from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.watch import Part, Watched, name_of, plain, tensors_in, watched_in
 
-Stream = Literal["merged", "expert"]
-
-
-@dataclass
-class Task:
-    """One task: its expert, and the calibration data that speak for it.
-
-    Args:
-        name: of the task.
-        expert: the fine-tuned module, in eval mode.
-        batches: calibration batches.
-        call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
-        keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
-    """
-
-    name: str
-    expert: nn.Module
-    batches: Sequence[Any]
-    call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
-    keep: Callable[[Any], Tensor | None] = lambda batch: None
-
-
-@dataclass(frozen=True)
-class Rule:
-    """What is solved at each layer.
-
-    Args:
-        inputs: where ``x̂`` comes from: the model merged so far (a chain), or the expert, so that every layer is
-            merged on its own (RegMean).
-        target: ``"expert"`` distils the expert's output on the expert's own input, which also corrects the drift of the
-            merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
-        normalize: count each row by its direction, not its size (cosine normalisation), see
-            :class:`~com_lightning.core.statistics.InputStatistics`.
-        ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
-    """
-
-    inputs: Stream = "merged"
-    target: Stream = "expert"
-    normalize: bool = True
-    ridge: float = 0.01
-
-    @property
-    def streams(self) -> tuple[Stream, ...]:
-        """The forwards that are needed for each batch."""
-        if self.inputs == "expert":
-            return ("expert",)
-        return ("merged", "expert") if self.target == "expert" else ("merged",)
-
-
-@dataclass
-class LayerRecord:
-    """What happened at one layer; sums and ratios are over the calibration rows.
-
-    Attributes:
-        name, kind, parameters: the layer, its type, the full names of the parameters that were solved.
-        distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
-        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
-            input if the rule is two-sided, on the merged model's input otherwise).
-        condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
-        rows: number of rows per task.
-        unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
-        shared_with: the earlier layer whose statistics were used, because both have the same input.
-        seconds: for gathering and solving.
-        note: why it was not solved, if it was not.
-    """
-
-    name: str
-    kind: str
-    parameters: list[str] = field(default_factory=list)
-    distance: dict[str, float] = field(default_factory=dict)
-    cosine: dict[str, float] = field(default_factory=dict)
-    residual: float | None = None
-    condition: float | None = None
-    jitter: float | None = None
-    rows: dict[str, int] = field(default_factory=dict)
-    unpaired: int = 0
-    shared_with: str | None = None
-    seconds: float = 0.0
-    note: str | None = None
-
-
-class NonFiniteError(ValueError):
-    """NaN or infinity in an expert's weights or in the inputs of a layer."""
+Seen = Mapping[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]]
 
 
 def merge_layers(
@@ -122,43 +45,11 @@ def merge_layers(
         on_layer: called with each finished layer.
 
     Returns:
-        The layers that were reached, in the order of merging. A tied weight is merged at the first layer that uses it;
-        a layer that is called several times in one forward is merged from its first call.
+        The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
+        weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
+        from its first call.
     """
     return _Chain(tasks, merged, importance, rule, on_layer).run()
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A layer that has a closed form.
-
-    Attributes:
-        kind: its type.
-        module: the layer, of one expert.
-        parameters: own name of each parameter -> its full name in the user's module.
-    """
-
-    kind: LayerType
-    module: nn.Module
-    parameters: dict[str, str]
-
-
-def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
-    """Name of each layer of ``module`` that has a closed form and whose parameters are all shared.
-
-    Layers of an ``nn.MultiheadAttention`` are named as :func:`~com_lightning.core.attention.split_attention` does.
-    """
-    module = copy_module(module)
-    parts = split_attention(module)
-    found = {}
-    for name, layer in module.named_modules():
-        own = {p: f"{name}.{p}" if name else p for p, value in layer._parameters.items() if value is not None}
-        own = {p: parts[full][0] if full in parts else full for p, full in own.items()}
-        if own and all(full in shared for full in own.values()):
-            kind = layer_type(layer)
-            if kind is not None:
-                found[name] = Candidate(kind, layer, own)
-    return found
 
 
 @dataclass(eq=False)
@@ -169,17 +60,32 @@ class _CalibrationForward(Forward):
 
 
 @dataclass
+class _Layer:
+    """A layer, be it a module or a function call, in the merged model and in every expert.
+
+    Attributes:
+        parts: own name of each parameter -> what it is of the whole model's.
+    """
+
+    name: str
+    kind: LayerType
+    merged: nn.Module
+    experts: list[nn.Module]
+    parts: dict[str, Part]
+
+
+@dataclass
 class _Inputs:
     """Statistics of one input tensor per forward, which several layers in a row may share."""
 
     layer: str
     key: Hashable
-    seen: dict[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]]
+    seen: Seen
     statistics: list[InputStatistics]
     unpaired: int = 0
     factor: Factor | None = None
 
-    def same_inputs(self, seen: Mapping[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]]) -> bool:
+    def same_inputs(self, seen: Seen) -> bool:
         """Whether every forward arrives with the very tensor it arrived with before, unchanged."""
         return seen.keys() == self.seen.keys() and all(
             self.seen[place][0]() is tensor() and self.seen[place][1] == version
@@ -199,6 +105,7 @@ class _Chain:
         self.tasks, self.importance, self.rule, self.on_layer = tasks, importance, rule, on_layer
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
+        self.whole: dict[str, str] = {}
         self.experts: list[nn.Module] = []
         for task in tasks:
             self.candidates.update(candidates(task.expert, merged))
@@ -206,39 +113,55 @@ class _Chain:
             for name, (whole, rows) in split_attention(expert).items():
                 if whole in merged:  # a view, so that what is written here is written there
                     self.merged.setdefault(name, nn.Parameter(merged[whole].detach()[rows], requires_grad=False))
+                    self.whole[name] = whole
             self.experts.append(expert)
-        self.reference = self._copy(0, "merged")
+        self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
+        self.reference = copy_module(self.experts[0], self._shared(0))
         self.tied = tied_names(self.reference)
-        # A tied tensor may be solved where it is first used, and only there: what was computed with it is not undone.
-        owners = {name: name.rpartition(".")[0] for name in self.tied}
-        self.used = {first for name, first in self.tied.items() if owners[name] not in self.candidates}
+        self.modules = {name: number for number, (name, _) in enumerate(self.reference.named_modules())}
+        self.order = {name: number for number, name in enumerate(self.tied)}
+        self.uses: dict[str, Use] = {}
+        self.used: set[str] = set()
+        """First name of each parameter that a forward has computed with, or that is solved: too late to solve it."""
+        self.solved: dict[str, list[tuple[int, int]]] = {}
+        """First name of a parameter -> extents of the parts of it that are solved."""
+        self.notes: dict[str, LayerRecord] = {}
         self.inputs: _Inputs | None = None
-        self.outputs = _OutputError()
+        self.outputs = OutputError()
 
     def run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
+        last: LayerRecord | None = None
+        places: dict[str, Place] = {name: (self.modules.get(name, 0),) for name in self.candidates}
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
-            for layer, arrivals in lockstep(self._forwards(), list(self.candidates)):
-                self._finish(records)
+            for layer, arrivals in lockstep(self._forwards(), places):
+                self._finish(last)
                 start = time.perf_counter()
-                records.append(self._merge(layer, arrivals))
-                records[-1].seconds = time.perf_counter() - start
-            self._finish(records)
-        return records
+                record = self._merge(self._layer(layer), arrivals)
+                record.seconds = time.perf_counter() - start
+                last = None if record.note else record
+                if last is None:  # what it consists of may still be solved within it
+                    self.notes[layer] = record
+                else:
+                    records.append(record)
+            self._finish(last)
+        unsolved = [record for record in self.notes.values() if not self._is_solved(record.name)]
+        for record in unsolved:
+            self.on_layer(record)
+        return records + unsolved
 
-    def _copy(self, task: int, stream: Stream) -> nn.Module:
-        """The model that a task's forward runs, with module objects of its own."""
-        expert = self.experts[task]
-        ours = {id(t): self.merged[n] for n, t, _ in named_tensors(expert) if n in self.merged}
-        return copy_module(expert, ours if stream == "merged" else None)
+    def _shared(self, task: int) -> dict[int, Tensor]:
+        """``id`` of a tensor of an expert -> the merged one."""
+        return {id(tensor): self.merged[name] for name, tensor in self.tensors[task].items()}
 
     def _forwards(self) -> list[Forward]:
         forwards: list[Forward] = []
         for number, task in enumerate(self.tasks):
-            for index, batch in enumerate(task.batches):
-                for stream in self.rule.streams:
-                    module = self._copy(number, stream)
+            for stream in self.rule.streams:
+                tensors = self._watched(number, stream)
+                for index, batch in enumerate(task.batches):
+                    module = copy_module(self.experts[number], tensors)
                     forwards.append(
                         _CalibrationForward(
                             module=module,
@@ -253,55 +176,125 @@ class _Chain:
                     )
         return forwards
 
+    def _watched(self, task: int, stream: Stream) -> dict[int, Tensor]:
+        """``id`` of a tensor of an expert -> what takes its place in a forward."""
+        tensors = self._shared(task) if stream == "merged" else {}
+        for name, tensor in self.tensors[task].items():
+            ours = self.merged[name] if stream == "merged" else tensor
+            if isinstance(tensor, nn.Parameter) and type(ours) in (Tensor, nn.Parameter) and self.tied[name] == name:
+                tensors[id(tensor)] = Watched.of(ours, Part(name), self._using)
+        return tensors
+
     def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
         if len(self.rule.streams) < 2:
             return None
 
         def receive(layer: str, output: Any) -> None:
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            self.outputs.add((task, batch), output, keep, stream == "expert")
+            self.outputs.add((task, batch), plain(output), keep, stream == "expert")
 
         return receive
 
-    def _finish(self, records: list[LayerRecord]) -> None:
-        """Report the layer whose forwards have all left it by now."""
-        if records:
+    def _finish(self, record: LayerRecord | None) -> None:
+        """Report a layer that all forwards have left by now."""
+        if record is not None:
             if self.outputs.energy is not None:
-                records[-1].residual = self.outputs.relative()
-            self.on_layer(records[-1])
-        self.outputs = _OutputError()
+                record.residual = self.outputs.relative()
+            self.on_layer(record)
+        self.outputs = OutputError()
 
-    def _merge(self, layer: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        candidate, module = self.candidates[layer], self.reference.get_submodule(layer)
-        kind = candidate.kind
-        names = {p: f"{layer}.{p}" if layer else p for p in candidate.parameters}
-        record = LayerRecord(layer, kind.name)
-        tied = [p for p in names.values() if self.tied[p] in self.used]
-        self.used.update(self.tied[p] for p in names.values())
-        if tied:
-            twins = [n for n, first in self.tied.items() if first == self.tied[tied[0]] and n != tied[0]]
-            record.note = f"{tied[0]} is tied to {', '.join(twins)}, which is used before or has no closed form"
-            return record
-        if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
+    def _using(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], None] | None:
+        """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
+
+        Returns what to call with the function's result.
+        """
+        forward = running()
+        if not isinstance(forward, _CalibrationForward):
+            return None
+        watched = list(watched_in(args, kwargs))
+        if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
+            label, place = self._placed(use)
+            self.uses.setdefault(label, replace(use, args=()))
+            if pause(label, place, tuple(map(plain, use.args)), {}) and forward.on_output is not None:
+                return lambda result: forward.on_output and forward.on_output(label, result)
+
+        def leaving(result: Any) -> None:
+            if any(True for _ in tensors_in(result)):
+                for part in [entry.part for entry in watched if self._is_free(entry.part)]:
+                    first = self.tied[part.name]
+                    self.used.add(first)
+                    note = f"goes into {name_of(function).strip('_')}, where it has no closed form"
+                    self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
+
+        return None if use is not None else leaving
+
+    def _is_free(self, part: Part) -> bool:
+        """Whether a part of a parameter may be solved: no forward has computed with it yet."""
+        first = self.tied[part.name]
+        if first in self.used or first not in self.solved:
+            return first not in self.used
+        start, end = part.extent(self.merged[part.name])
+        return all(end < a or b < start for a, b in self.solved[first])
+
+    def _is_intact(self, forward: _CalibrationForward, watched: Sequence[Watched]) -> bool:
+        """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
+        own = self.merged if forward.stream == "merged" else self.tensors[forward.task]
+        entries = [entry for entry in watched if entry.part.steps]
+        return all(torch.equal(plain(entry), entry.part.of(own[entry.part.name])) for entry in entries)
+
+    def _placed(self, use: Use) -> tuple[str, Place]:
+        """Name of a function call by the parameter that it uses, and its place among all layers."""
+        part = next(iter(use.parts.values()))
+        name, whole = part.name, self.merged[part.name]
+        start, end = part.extent(whole)
+        row = max(whole[0].numel(), 1) if whole.dim() else 1
+        place = (self.modules.get(name.rpartition(".")[0], 0), start // row, self.order[name])
+        if end - start + 1 == whole.numel():
+            return name, place
+        if start % row or (end + 1) % row:
+            return f"{name}[{start}:{end + 1} of the elements]", place
+        first, last = start // row, (end + 1) // row
+        return f"{name}[{first}]" if last - first == 1 else f"{name}[{first}:{last}]", place
+
+    def _layer(self, name: str) -> _Layer:
+        if name not in self.uses:
+            candidate = self.candidates[name]
+            parts = {own: Part(f"{name}.{own}" if name else own) for own in candidate.parameters}
+            experts = [expert.get_submodule(name) for expert in self.experts]
+            return _Layer(name, candidate.kind, self.reference.get_submodule(name), experts, parts)
+        use = self.uses[name]
+        everyone = [self.merged, *self.tensors]
+        merged, *experts = [use.module({own: p.of(t[p.name]) for own, p in use.parts.items()}) for t in everyone]
+        return _Layer(name, use.kind, merged, experts, dict(use.parts))
+
+    def _merge(self, layer: _Layer, arrivals: Sequence[Arrival]) -> LayerRecord:
+        kind, module = layer.kind, layer.merged
+        record = LayerRecord(layer.name, kind.name)
+        late = [part.name for part in layer.parts.values() if not self._is_free(part)]
+        if late:
+            record.note = f"{late[0]} was used before"
+        elif not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
             record.note = "it is called without a tensor"
+        if record.note:
             return record
         device = next(module.parameters()).device.type
         with torch.autocast(device, enabled=False):
             record.note = kind.refuses(module, arrivals[0].args, arrivals[0].kwargs)
             if record.note:
                 return record
-            weights = [kind.to_matrix(expert.get_submodule(layer), module) for expert in self.experts]
-            inputs = self._statistics(layer, kind, module, arrivals, weights)
+            weights = [kind.to_matrix(expert, module) for expert in layer.experts]
+            inputs = self._statistics(layer, arrivals, weights)
             grams = [s.mean_gram() for s in inputs.statistics]
             if inputs.factor is None:
                 inputs.factor = factorize(grams, self.importance, self.rule.ridge)
             drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
             solution = solve(inputs.factor, grams, drifts, weights, self.importance)
         for own, value in kind.from_matrix(module, solution).items():
-            self.merged[names[own]].copy_(value)
-        record.parameters = list(candidate.parameters.values())
+            self._write(layer.parts[own], value, record)
+        reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
+        record.groups, record.idle = len(reached), int((reached == 0).sum())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
-        record.shared_with = inputs.layer if inputs.layer != layer else None
+        record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired
         for task, statistics in zip(self.tasks, inputs.statistics):
             record.rows[task.name] = statistics.rows
@@ -312,9 +305,24 @@ class _Chain:
             record.residual = residual(grams, weights, solution, self.importance)
         return record
 
-    def _statistics(
-        self, layer: str, kind: LayerType, module: nn.Module, arrivals: Sequence[Arrival], weights: Sequence[Tensor]
-    ) -> _Inputs:
+    def _write(self, part: Part, value: Tensor, record: LayerRecord) -> None:
+        whole = self.merged[part.name]
+        part.write(whole, value)
+        first = self.tied[part.name]
+        self.solved.setdefault(first, []).append(part.extent(whole))
+        if value.numel() >= whole.numel():
+            self.used.add(first)
+        name = self.whole.get(part.name, part.name)
+        record.parameters[name] = record.parameters.get(name, 0) + value.numel()
+
+    def _is_solved(self, name: str) -> bool:
+        """Whether the parameters of a layer, or the one of that name, were solved after all."""
+        candidate = self.candidates.get(name)
+        names = [name] if candidate is None else [f"{name}.{own}" if name else own for own in candidate.parameters]
+        return all(self.tied.get(own) in self.solved for own in names)
+
+    def _statistics(self, layer: _Layer, arrivals: Sequence[Arrival], weights: Sequence[Tensor]) -> _Inputs:
+        kind, module = layer.kind, layer.merged
         seen: dict[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]] = {}
         calls: dict[tuple[int, int, Stream], Arrival] = {}
         for arrival in arrivals:
@@ -330,7 +338,7 @@ class _Chain:
             return previous
         bias = kind.has_bias(module)
         statistics = [InputStatistics(bias, self.rule.normalize, multiply) for _ in self.tasks]
-        inputs = _Inputs(layer, None if multiply else kind.key(module), seen, statistics)
+        inputs = _Inputs(layer.name, None if multiply else kind.key(module), seen, statistics)
         finite: list[tuple[Arrival, Tensor]] = []
         for (task, batch, stream), arrival in calls.items():
             if stream != self.rule.streams[0]:
@@ -349,7 +357,7 @@ class _Chain:
             gram = statistics[task].gram
             assert gram is not None
             finite.append((arrival, gram.diagonal(dim1=-2, dim2=-1).sum()))
-        self._check_finite(layer, finite, statistics, weights)
+        self._check_finite(layer.name, finite, statistics, weights)
         width = weights[0].shape[2]
         for entry in statistics:
             if entry.gram is None:  # no forward of this task got here
@@ -397,33 +405,3 @@ class _Call:
 
     def __call__(self) -> None:
         self.task.call(self.module, self.batch, self.index)
-
-
-@dataclass
-class _OutputError:
-    """Squared distance between the outputs of merged model and expert at one layer, summed as they come in."""
-
-    waiting: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    error: Tensor | None = None
-    energy: Tensor | None = None
-
-    def add(self, place: tuple[int, int], output: Any, keep: Tensor | None, from_expert: bool) -> None:
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            return
-        other = self.waiting.pop(place, None)
-        if other is None:
-            self.waiting[place] = output.clone()  # an activation may change it in place
-            return
-        expert, merged = (output, other) if from_expert else (other, output)
-        if expert.shape != merged.shape:
-            return
-        index = kept(keep, expert.shape[:-1])
-        if index is not None:
-            expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
-        expert, merged = expert.float(), merged.float()
-        error, energy = (merged - expert).square().sum(), expert.square().sum()
-        self.error = error if self.error is None else self.error + error
-        self.energy = energy if self.energy is None else self.energy + energy
-
-    def relative(self) -> float:
-        return 0.0 if self.error is None else float(self.error) / max(float(self.energy or 0.0), 1e-30)

@@ -13,7 +13,7 @@ dtype, random state, ...) is put back at every switch, see :class:`_Ambient`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+
+Place = tuple[int, ...]
+"""Where a layer stands in the order of layers."""
 
 
 @dataclass(eq=False)
@@ -34,7 +37,8 @@ class Forward:
         call: runs the pass; its result is dropped.
         label: how errors name this forward, e.g. ``"task 'mnist', batch 3, expert"``.
         seed: random state the forward starts from, so that two forwards with one seed draw the same numbers.
-        on_output: called with the name and the output of each watched layer that this forward has paused at.
+        on_output: called with the name and the output of each watched layer that is a module and at which this forward
+            has paused.
     """
 
     module: nn.Module
@@ -50,6 +54,7 @@ class Arrival:
 
     forward: Forward
     layer: str
+    place: Place
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -59,20 +64,24 @@ class Arrival:
         return self.args[0] if self.args else next(iter(self.kwargs.values()), None)
 
 
-def lockstep(forwards: Sequence[Forward], layers: Sequence[str]) -> Iterator[tuple[str, list[Arrival]]]:
+def lockstep(
+    forwards: Sequence[Forward], layers: Sequence[str] | Mapping[str, Place], served: Collection[str] = ()
+) -> Generator[tuple[str, list[Arrival]], None, None]:
     """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
 
     Whatever the consumer does to the layer's parameters before it asks for the next item is what the paused forwards
     then compute with. When forwards wait at different layers (branches that depend on data), the layer that comes first
     in ``layers`` is yielded and the others wait on. A layer is yielded at most once: a second call of it in the same
-    forward, or a forward that gets there late, runs through. A layer that no forward reaches is never yielded.
+    forward, or a forward that gets there late, runs through. A layer that no forward reaches is never yielded. What is
+    no module can be a layer too: a forward pauses wherever it calls :func:`pause`.
 
     If a forward raises, all are ended and the exception surfaces as itself, with a note that names the forward and its
     last layer; the same holds for an exception in the consumer and for Ctrl-C.
 
     Args:
         forwards: the passes to run. Each is run exactly once.
-        layers: names of submodules (as in ``named_modules``), in execution order.
+        layers: names of submodules (as in ``named_modules``), in execution order; or the place of each in it.
+        served: layers that are not to be yielded.
 
     Example::
 
@@ -83,16 +92,16 @@ def lockstep(forwards: Sequence[Forward], layers: Sequence[str]) -> Iterator[tup
         0 [(1, 2), (1, 2)]
         2 [(1, 2), (1, 2)]
     """
-    order = {name: position for position, name in enumerate(layers)}
-    served: set[str] = set()
+    places = layers if isinstance(layers, Mapping) else {name: (number,) for number, name in enumerate(layers)}
+    served = set(served)
     coroutines: list[_Coroutine] = []
     try:
         for forward in forwards:
-            coroutines.append(_Coroutine(forward, order, served))
+            coroutines.append(_Coroutine(forward, places, served))
         for coroutine in coroutines:
             coroutine.advance()
         while waiting := [c for c in coroutines if c.arrival is not None]:
-            layer = min((c.arrival.layer for c in waiting if c.arrival), key=order.__getitem__)
+            layer = min((c.arrival for c in waiting if c.arrival), key=lambda arrival: arrival.place).layer
             ready = [c for c in waiting if c.arrival and c.arrival.layer == layer]
             served.add(layer)
             yield layer, [c.arrival for c in ready if c.arrival]
@@ -104,10 +113,22 @@ def lockstep(forwards: Sequence[Forward], layers: Sequence[str]) -> Iterator[tup
                 stack.callback(coroutine.close)
 
 
+def running() -> Forward | None:
+    """The forward that is running, if this is called from within one."""
+    current = getcurrent()
+    return current.forward if isinstance(current, _Coroutine) else None
+
+
+def pause(layer: str, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Pause the forward that is running as where it enters a watched layer. Returns whether it has paused."""
+    current = getcurrent()
+    return isinstance(current, _Coroutine) and current.pause(layer, place, args, kwargs)
+
+
 class _Coroutine(greenlet):
     """A forward as a greenlet that switches back to the scheduler at each watched layer."""
 
-    def __init__(self, forward: Forward, order: dict[str, int], served: set[str]) -> None:
+    def __init__(self, forward: Forward, places: Mapping[str, Place], served: set[str]) -> None:
         super().__init__(self._work)
         self.forward = forward
         self.arrival: Arrival | None = None
@@ -119,8 +140,10 @@ class _Coroutine(greenlet):
         self._inside = self._outside.seeded(forward.seed)
         self._hooks = []
         for name, layer in forward.module.named_modules():
-            if name in order:
-                self._hooks.append(layer.register_forward_pre_hook(self._entering(name), with_kwargs=True))
+            if name in places:
+                self._hooks.append(
+                    layer.register_forward_pre_hook(self._entering(name, places[name]), with_kwargs=True)
+                )
                 if forward.on_output is not None:
                     self._hooks.append(layer.register_forward_hook(self._leaving(name)))
 
@@ -156,15 +179,27 @@ class _Coroutine(greenlet):
         finally:
             self._outside.enter()
 
-    def _entering(self, name: str) -> Callable[..., None]:
+    def pause(self, layer: str, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Wait before a layer until the scheduler has served it; run through if it has already."""
+        if getcurrent() is not self or layer in self._served:
+            return False
+        if self._closing:
+            raise GreenletExit
+        self.arrival = Arrival(self.forward, layer, place, args, kwargs)
+        inside = _Ambient.now()
+        # Inference mode can only be changed by a guard, which on leaving puts back all that it found.
+        with torch.inference_mode(self._outside.inference):
+            self._outside.enter()
+            assert self.parent is not None
+            self.parent.switch()
+        inside.enter()
+        self._last_layer = layer
+        return True
+
+    def _entering(self, name: str, place: Place) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if getcurrent() is not self or name in self._served:
-                return
-            if self._closing:
-                raise GreenletExit
-            self.arrival = Arrival(self.forward, name, args, kwargs)
-            self._pause()
-            self._last_layer = self._inside_of = name
+            if self.pause(name, place, args, kwargs):
+                self._inside_of = name
 
         return hook
 
@@ -175,15 +210,6 @@ class _Coroutine(greenlet):
                 self.forward.on_output(name, output)
 
         return hook
-
-    def _pause(self) -> None:
-        inside = _Ambient.now()
-        # Inference mode can only be changed by a guard, which on leaving puts back all that it found.
-        with torch.inference_mode(self._outside.inference):
-            self._outside.enter()
-            assert self.parent is not None
-            self.parent.switch()
-        inside.enter()
 
 
 @dataclass(frozen=True)

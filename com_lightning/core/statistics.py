@@ -34,6 +34,13 @@ class Shift:
         self.cosine = self.cosine + torch.cosine_similarity(merged, expert, dim=1).sum()
         self.rows += len(merged)
 
+    def add(self, other: Shift) -> None:
+        """Add what another one has seen."""
+        self.distance = self.distance + other.distance
+        self.energy = self.energy + other.energy
+        self.cosine = self.cosine + other.cosine
+        self.rows += other.rows
+
     @property
     def relative_distance(self) -> float:
         """``||x̂ - x|| / ||x||`` over all rows."""
@@ -111,6 +118,13 @@ class InputStatistics:
             assert weight is not None
             gap = torch.einsum("ngf,gof->ngo", gap, weight[..., :features].to(gap.dtype))
         self.drift = _add_product(self.drift, gap * root[:, None, None], scaled)
+
+    def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
+        """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        if drift is not None:
+            self.drift = drift if self.drift is None else self.drift.add_(drift)
+        self.rows += rows
 
     def mean_gram(self) -> Tensor:
         """``G_i = gram / rows``, ``(g, k, k)``."""

@@ -10,7 +10,7 @@ from typing import Dict, Optional
 
 from torch import Tensor
 
-from com_lightning.core.chain import LayerRecord, Task
+from com_lightning.core.rule import LayerRecord, Task
 
 
 @dataclass

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Dict, Literal, Optional
 
-from com_lightning.core.chain import LayerRecord, Rule, merge_layers
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.rule import LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 

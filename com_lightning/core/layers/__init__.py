@@ -2,7 +2,8 @@
 
 A layer type says how its input becomes rows ``(n, g, f)`` (``g`` independent groups of ``f`` inputs) and how its
 parameters become a weight ``(g, o, k)``, ``k = f + 1`` with a bias. Statistics and solver know nothing else about it.
-A new layer type is one class in this package and one entry in :data:`LAYER_TYPES`.
+A new layer type is one class in this package and one entry in :data:`LAYER_TYPES`, or, if it is a
+function rather than a module, in :mod:`com_lightning.core.functions`.
 """
 
 from __future__ import annotations
@@ -12,14 +13,13 @@ from torch import nn
 from com_lightning.core.layers.base import LayerType, kept
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.embedding import Embedding
-from com_lightning.core.layers.linear import Linear, TransposedLinear
+from com_lightning.core.layers.linear import Linear
 from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
 
 __all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type"]
 
 LAYER_TYPES: tuple[LayerType, ...] = (
     Linear(),
-    TransposedLinear(),
     Convolution(),
     TransposedConvolution(),
     Embedding(),

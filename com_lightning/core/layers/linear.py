@@ -31,14 +31,12 @@ class Linear(LayerType):
 
 
 class TransposedLinear(Linear):
-    """transformers' ``Conv1D`` (GPT-2): a linear layer that stores its weight as (in, out)."""
+    """``torch.addmm``: a linear layer that stores its weight as (in, out), such as GPT-2's."""
 
     name = "linear (in, out)"
 
     def matches(self, module: nn.Module) -> bool:
-        # By name, because the core does not import transformers.
-        kinds = {f"{c.__module__}.{c.__qualname__}" for c in type(module).__mro__}
-        return "transformers.pytorch_utils.Conv1D" in kinds
+        return False  # found by the function that it calls
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
         return with_bias(own_parameter(layer, "weight").T[None], layer._parameters.get("bias"))

@@ -1,0 +1,110 @@
+"""A parameter that is added to its input, or multiplied with it, element by element."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.layers.base import Call, LayerType, own_parameter
+from com_lightning.core.statistics import InputStatistics
+
+# Attention scores that a mask has ruled out stand at the lowest number or at minus infinity.
+_LARGEST = 1e18
+
+
+class Scale(LayerType):
+    """``x * p``: a layer scale, say. Every element of the parameter is a group with one input.
+
+    The parameter may be any selection of a larger one, spread over its input in any way: the second argument of a call
+    is the :class:`~com_lightning.core.watch.Part`, which knows its positions. Rows are not normalised.
+    """
+
+    name = "product"
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # no module is one
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        raise NotImplementedError("its statistics are gathered without rows")
+
+    def key(self, module: nn.Module) -> Hashable:
+        return id(module)
+
+    def multiply(self, weight: Tensor) -> bool:
+        return True
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return own_parameter(layer, "weight").reshape(-1, 1, 1)
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.reshape(own_parameter(module, "weight").shape)}
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+    ) -> bool:
+        data, positions = self._aligned(module, *merged[0])
+        other = None if expert is None else self._aligned(module, *expert[0])[0]
+        if other is not None and other.shape != data.shape:
+            other = None
+        counted = data.abs() < _LARGEST  # not NaN either
+        if other is not None:
+            counted &= other.abs() < _LARGEST
+        if keep is not None and data.shape[: keep.dim()] == keep.shape:
+            counted &= keep.view(*keep.shape, *[1] * (data.dim() - keep.dim()))
+        data = torch.where(counted, data, 0.0)
+
+        def folded(values: Tensor) -> Tensor:
+            flat = values.sum_to_size(positions.shape).flatten()
+            return flat.new_zeros(len(weight)).index_add_(0, positions.flatten(), flat)[:, None, None]
+
+        drift = None
+        if other is not None:
+            gap = torch.where(counted, other - data, 0.0)
+            statistics.shift.update(*(t.reshape(-1, data.shape[-1]) for t in (data, data + gap, gap)))
+            drift = folded(self._drift(gap, data)) * self._multiplier(weight).to(gap.dtype)
+        statistics.add(folded(self._gram(data, counted)), drift, int(counted.sum()) // data.shape[-1])
+        return drift is not None
+
+    def _gram(self, data: Tensor, counted: Tensor) -> Tensor:
+        return data.square()
+
+    def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
+        return gap * data
+
+    def _multiplier(self, weight: Tensor) -> Tensor:
+        return weight
+
+    @staticmethod
+    def _aligned(module: nn.Module, data: Tensor, part: Any) -> tuple[Tensor, Tensor]:
+        """The input, as large as the output, and for each of its dimensions (or one) the parameter's positions."""
+        positions = part.positions(own_parameter(module, "weight"))
+        shape = torch.broadcast_shapes(data.shape, positions.shape)  # type: ignore[no-untyped-call]
+        data = data.to(torch.promote_types(data.dtype, torch.float32)).expand(shape)
+        return data, positions[(None,) * (data.dim() - positions.dim())]
+
+
+class Offset(Scale):
+    """``x + p``: learned positions, a bias that is added apart. Every element is a group, with the bias as its input.
+
+    It takes up the mean of what the merged model's input lacks of the expert's.
+    """
+
+    name = "sum"
+
+    def _gram(self, data: Tensor, counted: Tensor) -> Tensor:
+        return counted.to(data.dtype)
+
+    def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
+        return gap
+
+    def _multiplier(self, weight: Tensor) -> Tensor:
+        return torch.ones_like(weight)

@@ -1,0 +1,40 @@
+"""How far a layer's output is from that of the experts once it is merged."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from com_lightning.core.layers import kept
+
+
+@dataclass
+class OutputError:
+    """Squared distance between the outputs of merged model and expert at one layer, summed as they come in."""
+
+    waiting: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    error: Tensor | None = None
+    energy: Tensor | None = None
+
+    def add(self, place: tuple[int, int], output: Any, keep: Tensor | None, from_expert: bool) -> None:
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            return
+        other = self.waiting.pop(place, None)
+        if other is None:
+            self.waiting[place] = output.clone()  # an activation may change it in place
+            return
+        expert, merged = (output, other) if from_expert else (other, output)
+        if expert.shape != merged.shape:
+            return
+        index = kept(keep, expert.shape[:-1])
+        if index is not None:
+            expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
+        expert, merged = expert.float(), merged.float()
+        error, energy = (merged - expert).square().sum(), expert.square().sum()
+        self.error = error if self.error is None else self.error + error
+        self.energy = energy if self.energy is None else self.energy + energy
+
+    def relative(self) -> float:
+        return 0.0 if self.error is None else float(self.error) / max(float(self.energy or 0.0), 1e-30)

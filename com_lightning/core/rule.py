@@ -1,0 +1,98 @@
+"""What goes into a merge layer by layer, and what is told about each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+Stream = Literal["merged", "expert"]
+
+
+@dataclass
+class Task:
+    """One task: its expert, and the calibration data that speak for it.
+
+    Args:
+        name: of the task.
+        expert: the fine-tuned module, in eval mode.
+        batches: calibration batches.
+        call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
+        keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
+    """
+
+    name: str
+    expert: nn.Module
+    batches: Sequence[Any]
+    call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
+    keep: Callable[[Any], Tensor | None] = lambda batch: None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is solved at each layer.
+
+    Args:
+        inputs: where ``x̂`` comes from: the model merged so far (a chain), or the expert, so that every layer is
+            merged on its own (RegMean).
+        target: ``"expert"`` distils the expert's output on the expert's own input, which also corrects the drift of the
+            merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
+        normalize: count each row by its direction, not its size (cosine normalisation), see
+            :class:`~com_lightning.core.statistics.InputStatistics`.
+        ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+    """
+
+    inputs: Stream = "merged"
+    target: Stream = "expert"
+    normalize: bool = True
+    ridge: float = 0.01
+
+    @property
+    def streams(self) -> tuple[Stream, ...]:
+        """The forwards that are needed for each batch."""
+        if self.inputs == "expert":
+            return ("expert",)
+        return ("merged", "expert") if self.target == "expert" else ("merged",)
+
+
+@dataclass
+class LayerRecord:
+    """What happened at one layer; sums and ratios are over the calibration rows.
+
+    Attributes:
+        name, kind: the layer and its type.
+        parameters: full name of each parameter that was solved -> how many of its values were.
+        distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
+        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
+            input if the rule is two-sided, on the merged model's input otherwise).
+        condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
+        rows: number of rows per task.
+        groups, idle: independent regressions (rows of a table, experts of a mixture, channels), and how many of them no
+            data reached, which keep the average.
+        unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
+        shared_with: the earlier layer whose statistics were used, because both have the same input.
+        seconds: for gathering and solving.
+        note: why it was not solved, if it was not.
+    """
+
+    name: str
+    kind: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    distance: dict[str, float] = field(default_factory=dict)
+    cosine: dict[str, float] = field(default_factory=dict)
+    residual: float | None = None
+    condition: float | None = None
+    jitter: float | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    groups: int = 0
+    idle: int = 0
+    unpaired: int = 0
+    shared_with: str | None = None
+    seconds: float = 0.0
+    note: str | None = None
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in an expert's weights or in the inputs of a layer."""
