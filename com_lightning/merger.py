@@ -202,6 +202,7 @@ def execute(
         versions=_versions(),
     )
     report.parameters, report.sizes = _account(plan, records)
+    report.warnings += _unmasked(tasks, records)
     return modules, report
 
 
@@ -305,6 +306,20 @@ def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[
         f"the model given to trainer.validate becomes the merged model of task '{task}', but does not fit: {name} is "
         f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like that one"
         for name in differing[:1]
+    ]
+
+
+def _unmasked(tasks: Sequence[Task], records: Sequence[LayerRecord]) -> list[str]:
+    """Warn of tasks with padding that is counted as data everywhere."""
+    shapes = {
+        task.name: [b.keep.shape for b in task.batches if b.keep is not None and not b.keep.all()] for task in tasks
+    }
+    masked = {name for record in records for name in record.masked}
+    return [
+        f"task '{name}': its padding mask, {tuple(found[0])}, fits the inputs of no layer, so that padding counts as "
+        "data; give a mask over positions, (samples, positions), by calibration_mask(batch)"
+        for name, found in shapes.items()
+        if found and records and name not in masked
     ]
 
 

@@ -208,6 +208,17 @@ def test_calibration_step_and_mask_of_the_module_are_used() -> None:
     assert all(0 < rows < 40 for rows in merger.report.layers[0].rows.values())
 
 
+def test_a_padding_mask_that_fits_nowhere_is_told() -> None:
+    class Odd(Classifier):
+        def calibration_mask(self, batch: Any) -> Tensor:
+            return torch.tensor([True, False, True])
+
+    merger = ChainOfMergesCallback({task: Odd(3) for task in "ab"}, baselines=False)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    quiet_trainer(callbacks=[merger]).validate(Odd(3), datamodule=tasks, verbose=False)
+    assert [w for w in merger.report.warnings if "task 'b': its padding mask, (3,), fits" in w]
+
+
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 0), ("bf16-mixed", 0.1), ("bf16-true", 0.1)]
 )

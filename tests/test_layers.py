@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from torchvision.models.convnext import LayerNorm2d
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from com_lightning.core.layers import Embedding, LayerType, PerChannel, convolution, kept, layer_type
+from com_lightning.core.layers import Embedding, LayerType, PerChannel, convolution, layer_type
 from com_lightning.core.statistics import InputStatistics
 from tests.helpers import perturb, relative
 
@@ -151,13 +150,3 @@ def test_half_precision_layers_give_rows_in_float32(module: nn.Module, dtype: to
     kind.gather(module, entry, ((x,), {}), ((x,), {}), kind.to_matrix(module, module), None)
     assert entry.gram is not None
     assert entry.gram.dtype == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("lead", "expected"),
-    [((2, 3), 3), ((6,), 3), ((1, 3), 2), ((3,), 2), ((2,), None), ((2, 4), None)],
-)
-def test_where_a_padding_mask_applies(lead: Any, expected: int | None) -> None:
-    mask = torch.tensor([[True, True, False], [True, False, False]])
-    index = kept(mask, torch.Size(lead))
-    assert (None if index is None else int(index.sum())) == expected

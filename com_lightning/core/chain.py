@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from com_lightning.core.attention import split_attention
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
-from com_lightning.core.layers import LayerType
+from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.lockstep import Arrival, Forward, Place, lockstep, pause, running
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Stream, Task
@@ -83,6 +83,7 @@ class _Inputs:
     seen: Seen
     statistics: list[InputStatistics]
     unpaired: int = 0
+    masked: set[str] = field(default_factory=set)
     factor: Factor | None = None
 
     def same_inputs(self, seen: Seen) -> bool:
@@ -296,6 +297,7 @@ class _Chain:
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired
+        record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
         for task, statistics in zip(self.tasks, inputs.statistics):
             record.rows[task.name] = statistics.rows
             if statistics.shift.rows:
@@ -345,6 +347,8 @@ class _Chain:
                 continue
             other = calls.get((task, batch, "expert")) if self.rule.streams == ("merged", "expert") else None
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
+            lead = arrival.input.shape[: arrival.input.dim() - arrival.input.is_floating_point()]
+            inputs.masked |= {self.tasks[task].name} if kept(keep, lead) is not None else set()
             paired = kind.gather(
                 module,
                 statistics[task],

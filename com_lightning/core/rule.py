@@ -69,6 +69,7 @@ class LayerRecord:
             input if the rule is two-sided, on the merged model's input otherwise).
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
         rows: number of rows per task.
+        masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
         groups, idle: independent regressions (rows of a table, experts of a mixture, channels), and how many of them no
             data reached, which keep the average.
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
@@ -86,6 +87,7 @@ class LayerRecord:
     condition: float | None = None
     jitter: float | None = None
     rows: dict[str, int] = field(default_factory=dict)
+    masked: list[str] = field(default_factory=list)
     groups: int = 0
     idle: int = 0
     unpaired: int = 0

@@ -115,23 +115,26 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def kept(keep: Tensor | None, lead: Size) -> Tensor | None:
-    """Flat mask of the rows to use, where a padding mask applies to the leading dimensions ``lead`` of a layer's input.
+    """Index of the rows to use, where a padding mask applies to the leading dimensions ``lead`` of a layer's input.
 
-    It applies where it has the same shape, flattened or not; a single row of positions (position ids) is used where any
-    sample has data. Anything else (one row per sample, say) is no sequence of tokens, and all of it is used.
+    It applies where it has the same shape, flattened or not, or transposed (positions first; where there are as many
+    positions as samples, samples are taken to be first). A single row of positions (position ids) is used as often as
+    samples have data there. Anything else (one row per sample, say) is no sequence of tokens, and all of it is used.
 
     Example::
 
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
-        >>> kept(mask, torch.Size([1, 3])), kept(mask, Size([2]))
-        (tensor([ True,  True, False]), None)
+        >>> kept(mask, Size([1, 3])), kept(mask, Size([2]))
+        (tensor([0, 0, 1]), None)
     """
     if keep is None:
         return None
     if lead == keep.shape or lead == (keep.numel(),):
         return keep.flatten()
+    if keep.dim() == 2 and lead == keep.T.shape:
+        return keep.T.flatten()
     if keep.dim() == 2 and lead in {(1, keep.shape[1]), (keep.shape[1],)}:
-        return keep.any(0)
+        return torch.arange(keep.shape[1], device=keep.device).repeat_interleave(keep.sum(0))
     return None
 
 
