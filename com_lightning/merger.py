@@ -310,11 +310,13 @@ def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str,
     reasons.update({name: record.note for record in records if record.note for name in layers[record.name]})
     reasons.update(plan.averaged() if plan.layers else {})
     account: dict[str, str] = {}
-    sizes = {"solved": 0, "averaged": 0, "private": 0, "buffer": 0}
+    renewed = {name for record in records for name in record.buffers}
+    sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in plan.parameters.shared:
             continue
         kind = "solved" if name in solved else "averaged" if is_parameter else "buffer"
+        kind = "re-estimated" if name in renewed else kind
         account[name] = f"averaged: {reasons[name]}" if kind == "averaged" and name in reasons else kind
         sizes[kind] += tensor.numel() if ties[name] == name else 0
     for task, names in plan.parameters.private.items():

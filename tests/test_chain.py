@@ -130,6 +130,8 @@ def test_identical_experts_are_given_back(name: str, rule: Rule) -> None:
     experts, batches = case(name)
     merged, records = merge([experts[0], copy.deepcopy(experts[0])], batches, rule)
     assert records
+    if name == "batch-norm" and rule is RULES["one-sided"]:
+        pytest.skip("its running statistics are then those of the calibration data; see tests/test_batch_norm.py")
     assert worst(merged, tensors(experts[0])) < 1e-5
 
 

@@ -74,6 +74,7 @@ class LayerRecord:
 
     Attributes:
         name, kind, parameters: the layer, its type, the full names of the parameters that were solved.
+        buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
         residual: relative squared error of the layer's output after the merge (against the expert's output on its own
             input if the rule is two-sided, on the merged model's input otherwise).
@@ -88,6 +89,7 @@ class LayerRecord:
     name: str
     kind: str
     parameters: list[str] = field(default_factory=list)
+    buffers: list[str] = field(default_factory=list)
     distance: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
@@ -136,15 +138,17 @@ class Candidate:
         kind: its type.
         module: the layer, of one expert.
         parameters: own name of each parameter -> its full name in the user's module.
+        buffers: the same for the buffers that its type re-estimates.
     """
 
     kind: LayerType
     module: nn.Module
     parameters: dict[str, str]
+    buffers: dict[str, str]
 
 
 def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
-    """Name of each layer of ``module`` that has a closed form and whose parameters are all shared.
+    """Name of each layer of ``module`` that has a closed form and of which all that is written is shared.
 
     Layers of an ``nn.MultiheadAttention`` are named as :func:`~com_lightning.core.attention.split_attention` does.
     """
@@ -152,12 +156,14 @@ def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidat
     parts = split_attention(module)
     found = {}
     for name, layer in module.named_modules():
+        kind = layer_type(layer)
+        if kind is None:
+            continue
         own = {p: f"{name}.{p}" if name else p for p, value in layer._parameters.items() if value is not None}
         own = {p: parts[full][0] if full in parts else full for p, full in own.items()}
-        if own and all(full in shared for full in own.values()):
-            kind = layer_type(layer)
-            if kind is not None:
-                found[name] = Candidate(kind, layer, own)
+        buffers = {b: f"{name}.{b}" if name else b for b in kind.buffers(layer)}
+        if all(full in shared for full in (*own.values(), *buffers.values())):
+            found[name] = Candidate(kind, layer, own, buffers)
     return found
 
 
@@ -274,7 +280,7 @@ class _Chain:
     def _merge(self, layer: str, arrivals: Sequence[Arrival]) -> LayerRecord:
         candidate, module = self.candidates[layer], self.reference.get_submodule(layer)
         kind = candidate.kind
-        names = {p: f"{layer}.{p}" if layer else p for p in candidate.parameters}
+        names = {p: f"{layer}.{p}" if layer else p for p in (*candidate.parameters, *candidate.buffers)}
         record = LayerRecord(layer, kind.name)
         tied = [p for p in names.values() if self.tied[p] in self.used]
         self.used.update(self.tied[p] for p in names.values())
@@ -285,21 +291,23 @@ class _Chain:
         if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
             record.note = "it is called without a tensor"
             return record
-        device = next(module.parameters()).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(arrivals[0].input.device.type, enabled=False):
             record.note = kind.refuses(module, arrivals[0].args, arrivals[0].kwargs)
             if record.note:
                 return record
-            weights = [kind.to_matrix(expert.get_submodule(layer), module) for expert in self.experts]
+            experts = [expert.get_submodule(layer) for expert in self.experts]
+            weights = [kind.to_matrix(expert, module) for expert in experts]
             inputs = self._statistics(layer, kind, module, arrivals, weights)
             grams = [s.mean_gram() for s in inputs.statistics]
             if inputs.factor is None:
                 inputs.factor = factorize(grams, self.importance, self.rule.ridge)
             drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
             solution = solve(inputs.factor, grams, drifts, weights, self.importance)
-        for own, value in kind.from_matrix(module, solution).items():
+            shifted = inputs.statistics if self.rule.inputs == "merged" else None
+            values = kind.finish(module, solution, experts, shifted, self.importance)
+        for own, value in values.items():
             self.merged[names[own]].copy_(value)
-        record.parameters = list(candidate.parameters.values())
+        record.parameters, record.buffers = list(candidate.parameters.values()), list(candidate.buffers.values())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer else None
         record.unpaired = inputs.unpaired

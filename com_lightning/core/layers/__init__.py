@@ -8,6 +8,7 @@ A new layer type is one class in this package and one entry in :data:`LAYER_TYPE
 from __future__ import annotations
 
 from torch import nn
+from torch.nn import UninitializedParameter
 
 from com_lightning.core.layers.base import LayerType, kept
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
@@ -36,4 +37,6 @@ def layer_type(module: nn.Module) -> LayerType | None:
         >>> layer_type(nn.Linear(2, 2)).name, layer_type(nn.LSTM(2, 2))
         ('linear', None)
     """
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):  # a lazy layer: no shape yet
+        return None
     return next((kind for kind in LAYER_TYPES if kind.matches(module)), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -44,6 +44,29 @@ class LayerType(ABC):
     @abstractmethod
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`to_matrix`."""
+
+    def finish(
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        experts: Sequence[nn.Module],
+        statistics: Sequence[InputStatistics] | None,
+        importance: Sequence[float],
+    ) -> dict[str, Tensor]:
+        """What to write into the merged model's layer, by own names of its parameters and :meth:`buffers`.
+
+        Args:
+            module: the merged model's layer, as it was while the statistics were gathered.
+            weight: the solution, ``(g, o, k)``.
+            experts: the layer of each expert.
+            statistics: those of each task; ``None``: the inputs were the experts' own, so nothing has shifted.
+            importance: one weight per task, summing to one.
+        """
+        return self.from_matrix(module, weight)
+
+    def buffers(self, layer: nn.Module) -> tuple[str, ...]:
+        """Own names of the buffers that :meth:`finish` writes."""
+        return ()
 
     def has_bias(self, module: nn.Module) -> bool:
         """Whether rows get a trailing 1."""
