@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from com_lightning.core.chain import Candidate, LayerRecord, Task, candidates
+from com_lightning.core.layers import own_parameters
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
@@ -71,7 +72,7 @@ class MergePlan:
         for layer in self.layers.values():
             entry = counts.setdefault(layer.kind.name, [0, 0])
             entry[0] += 1
-            entry[1] += sum(p.numel() for p in layer.module.parameters(recurse=False))
+            entry[1] += sum(p.numel() for p in own_parameters(layer.module).values())
         rows = [["what", "layers", "values"]]
         rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
         tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}

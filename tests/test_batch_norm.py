@@ -206,6 +206,7 @@ def test_forwards_of_different_sizes_have_no_counterpart_and_do_not_count() -> N
     assert entry.moments.count == entry.expert_moments.count == 0
     weight = kind.to_matrix(layer, layer)
     written = kind.finish(layer, weight, [layer], [entry], [1.0])
+    assert isinstance(written, dict)
     assert torch.equal(written["running_mean"].float(), layer.get_buffer("running_mean"))
 
 
@@ -237,6 +238,7 @@ def test_half_precision_is_made_up_for() -> None:
     weight = kind.to_matrix(layer, layer)
     kind.gather(layer, entry, ((x + 1,), {}), ((3 * x,), {}), weight, None)
     written = kind.finish(layer, weight, [layer], [entry], [1.0])
+    assert isinstance(written, dict)
     stored = {name: value.to(torch.bfloat16).double() for name, value in written.items()}
     assert all(torch.equal(stored[name], written[name]) for name in ("running_mean", "running_var"))
     new = nn.functional.batch_norm(x.double(), written["running_mean"], written["running_var"], eps=layer.eps)

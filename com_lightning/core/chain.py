@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.attention import split_attention
-from com_lightning.core.layers import LayerType, kept, layer_type
+from com_lightning.core.layers import LayerType, kept, layer_type, own_parameters
 from com_lightning.core.lockstep import Arrival, Forward, lockstep
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import Factor, factorize, residual, solve
@@ -146,6 +146,10 @@ class Candidate:
     parameters: dict[str, str]
     buffers: dict[str, str]
 
+    def written(self, layer: str) -> dict[str, str]:
+        """Own name of all that is written -> its name in a module where this is the layer of that name."""
+        return {own: f"{layer}.{own}" if layer else own for own in (*self.parameters, *self.buffers)}
+
 
 def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
     """Name of each layer of ``module`` that has a closed form and of which all that is written is shared.
@@ -157,9 +161,9 @@ def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidat
     found = {}
     for name, layer in module.named_modules():
         kind = layer_type(layer)
-        if kind is None:
+        if kind is None or "parametrizations" in name.split("."):  # what is called there has weights for inputs
             continue
-        own = {p: f"{name}.{p}" if name else p for p, value in layer._parameters.items() if value is not None}
+        own = {p: f"{name}.{p}" if name else p for p in own_parameters(layer)}
         own = {p: parts[full][0] if full in parts else full for p, full in own.items()}
         buffers = {b: f"{name}.{b}" if name else b for b in kind.buffers(layer)}
         if all(full in shared for full in (*own.values(), *buffers.values())):
@@ -216,8 +220,8 @@ class _Chain:
         self.reference = self._copy(0, "merged")
         self.tied = tied_names(self.reference)
         # A tied tensor may be solved where it is first used, and only there: what was computed with it is not undone.
-        owners = {name: name.rpartition(".")[0] for name in self.tied}
-        self.used = {first for name, first in self.tied.items() if owners[name] not in self.candidates}
+        solvable = {own for name, layer in self.candidates.items() for own in layer.written(name).values()}
+        self.used = {first for name, first in self.tied.items() if name not in solvable}
         self.inputs: _Inputs | None = None
         self.outputs = _OutputError()
 
@@ -280,7 +284,7 @@ class _Chain:
     def _merge(self, layer: str, arrivals: Sequence[Arrival]) -> LayerRecord:
         candidate, module = self.candidates[layer], self.reference.get_submodule(layer)
         kind = candidate.kind
-        names = {p: f"{layer}.{p}" if layer else p for p in (*candidate.parameters, *candidate.buffers)}
+        names = candidate.written(layer)
         record = LayerRecord(layer, kind.name)
         tied = [p for p in names.values() if self.tied[p] in self.used]
         self.used.update(self.tied[p] for p in names.values())
@@ -305,6 +309,9 @@ class _Chain:
             solution = solve(inputs.factor, grams, drifts, weights, self.importance)
             shifted = inputs.statistics if self.rule.inputs == "merged" else None
             values = kind.finish(module, solution, experts, shifted, self.importance)
+        if isinstance(values, str):
+            record.note = values
+            return record
         for own, value in values.items():
             self.merged[names[own]].copy_(value)
         record.parameters, record.buffers = list(candidate.parameters.values()), list(candidate.buffers.values())

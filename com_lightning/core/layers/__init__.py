@@ -10,13 +10,13 @@ from __future__ import annotations
 from torch import nn
 from torch.nn import UninitializedParameter
 
-from com_lightning.core.layers.base import LayerType, kept
+from com_lightning.core.layers.base import LayerType, kept, own_parameters
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Linear, TransposedLinear
 from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
 
-__all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type"]
+__all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type", "own_parameters"]
 
 LAYER_TYPES: tuple[LayerType, ...] = (
     Linear(),

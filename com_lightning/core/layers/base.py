@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
+from torch.nn.utils import parametrize
 
 from com_lightning.core.statistics import InputStatistics
 
@@ -52,8 +54,8 @@ class LayerType(ABC):
         experts: Sequence[nn.Module],
         statistics: Sequence[InputStatistics] | None,
         importance: Sequence[float],
-    ) -> dict[str, Tensor]:
-        """What to write into the merged model's layer, by own names of its parameters and :meth:`buffers`.
+    ) -> dict[str, Tensor] | str:
+        """What to write into the merged model's layer, by names of :func:`own_parameters` and :meth:`buffers`.
 
         Args:
             module: the merged model's layer, as it was while the statistics were gathered.
@@ -61,8 +63,11 @@ class LayerType(ABC):
             experts: the layer of each expert.
             statistics: those of each task; ``None``: the inputs were the experts' own, so nothing has shifted.
             importance: one weight per task, summing to one.
+
+        Returns:
+            The values, or why the layer cannot hold them.
         """
-        return self.from_matrix(module, weight)
+        return to_originals(module, self.from_matrix(module, weight))
 
     def buffers(self, layer: nn.Module) -> tuple[str, ...]:
         """Own names of the buffers that :meth:`finish` writes."""
@@ -124,10 +129,75 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return value
 
 
+def own_names(layer: nn.Module) -> set[str]:
+    """What a layer has as parameters, whether or not they are parametrised."""
+    return {*layer._parameters, *_parametrised(layer)}
+
+
 def own_parameter(layer: nn.Module, name: str) -> Tensor:
-    parameter = layer._parameters[name]
-    assert parameter is not None
-    return parameter.detach()
+    """A parameter as the layer uses it, which its parametrisations may compute from others."""
+    value = getattr(layer, name)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Own name of each parameter that is stored: of a parametrised one, the originals.
+
+    Example::
+
+        >>> list(own_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
+    """
+    stored = dict(layer._parameters)
+    for name, originals in _parametrised(layer).items():
+        stored.update({f"parametrizations.{name}.{own}": p for own, p in originals._parameters.items()})
+    return {name: parameter for name, parameter in stored.items() if parameter is not None}
+
+
+def to_originals(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor] | str:
+    """Values of a layer's parameters as values of its :func:`own_parameters`, or why there are none.
+
+    A parametrised one goes through the ``right_inverse`` of its parametrisations. What these make of the result must be
+    the value again (relative error 1e-4, or the precision it is stored in).
+    """
+    stored = {}
+    for name, value in values.items():
+        originals = _parametrised(layer).get(name)
+        if originals is None:
+            stored[name] = value
+            continue
+        now = own_parameter(layer, name)
+        value = value.to(now.dtype)
+        if _same(now, value, 1e-5):  # many originals may make one value: these are as good as any
+            continue
+        kinds = ", ".join(type(parametrisation).__name__.strip("_") for parametrisation in originals)
+        inverse, checked = copy.deepcopy(originals), copy.deepcopy(originals)
+        try:
+            inverse.right_inverse(value)
+        except (RuntimeError, ValueError) as error:
+            return f"its {name} cannot be written through {kinds}: {error}"
+        # In another copy, because an inverse may change buffers too, which would not be merged.
+        written = {own: p.detach() for own, p in inverse._parameters.items() if p is not None}
+        checked.load_state_dict(written, strict=False)
+        if not _same(checked(), value, 1e-4):
+            return f"its {name} is parametrised ({kinds}), and the solved one is none that this can express"
+        stored.update({f"parametrizations.{name}.{own}": value for own, value in written.items()})
+    return stored
+
+
+def _parametrised(layer: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Names of parameters that ``torch.nn.utils.parametrize`` computes -> their parametrisations and originals."""
+    if not parametrize.is_parametrized(layer):
+        return {}
+    lists = layer.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return {name: part for name, part in lists.items() if isinstance(part, parametrize.ParametrizationList)}
+
+
+def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    tolerance = max(tolerance, 4 * torch.finfo(expected.dtype).eps)
+    return bool((actual - expected).double().norm() <= tolerance * expected.double().norm())
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

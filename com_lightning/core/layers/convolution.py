@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_parameter, with_bias
+from com_lightning.core.layers.base import LayerType, first, own_names, own_parameter, with_bias
 
 # Rows are made in pieces of at most this many numbers (256 MiB in float32).
 MAX_ROW_ELEMENTS = 2**26
@@ -23,7 +23,7 @@ class Convolution(LayerType):
 
     def matches(self, module: nn.Module) -> bool:
         known = isinstance(module, self.types) and type(module).forward in [kind.forward for kind in self.types]
-        return known and set(module._parameters) == {"weight", "bias"}
+        return known and own_names(module) == {"weight", "bias"}
 
     def key(self, module: nn.Module) -> Hashable:
         assert isinstance(module, nn.modules.conv._ConvNd)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_parameter, with_bias
+from com_lightning.core.layers.base import LayerType, first, own_names, own_parameter, with_bias
 
 
 class Linear(LayerType):
@@ -16,13 +16,13 @@ class Linear(LayerType):
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).forward is nn.Linear.forward and set(module._parameters) == {"weight", "bias"}
+        return type(module).forward is nn.Linear.forward and own_names(module) == {"weight", "bias"}
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield first(args, kwargs).unsqueeze(-2), True
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight")[None], layer._parameters["bias"])
+        return with_bias(own_parameter(layer, "weight")[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         if not self.has_bias(module):
@@ -41,7 +41,7 @@ class TransposedLinear(Linear):
         return "transformers.pytorch_utils.Conv1D" in kinds
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight").T[None], layer._parameters.get("bias"))
+        return with_bias(own_parameter(layer, "weight").T[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         solved = super().from_matrix(module, weight)

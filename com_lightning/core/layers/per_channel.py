@@ -195,7 +195,7 @@ class BatchNorm(PerChannel):
         experts: Sequence[nn.Module],
         statistics: Sequence[InputStatistics] | None,
         importance: Sequence[float],
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Tensor] | str:
         assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         assert module.running_mean is not None
         entries: Sequence[InputStatistics | None] = statistics or [None] * len(experts)
