@@ -13,7 +13,7 @@ from torch.nn import UninitializedParameter
 from com_lightning.core.layers.base import LayerType, kept, own_parameters
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.embedding import Embedding
-from com_lightning.core.layers.linear import Linear, TransposedLinear
+from com_lightning.core.layers.linear import Bilinear, Linear, TransposedLinear
 from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
 
 __all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type", "own_parameters"]
@@ -21,6 +21,7 @@ __all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer
 LAYER_TYPES: tuple[LayerType, ...] = (
     Linear(),
     TransposedLinear(),
+    Bilinear(),
     Convolution(),
     TransposedConvolution(),
     Embedding(),

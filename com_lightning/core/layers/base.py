@@ -16,6 +16,11 @@ from com_lightning.core.statistics import InputStatistics
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a layer."""
 
+MAX_ROW_ELEMENTS = 2**24
+"""Rows that take more memory than the input they are made of come in pieces of at most this many numbers: 64 MiB in
+float32. While one is added to the statistics, some seven tensors of that size exist (less than half a GiB), whatever
+the sizes of image, kernel and batch."""
+
 
 class LayerType(ABC):
     """One type of layer as a regression of its output on its input."""
@@ -110,13 +115,10 @@ class LayerType(ABC):
         Returns:
             Whether the expert's rows were used; they are not where their shape differs (inputs routed otherwise).
         """
-        others = iter(()) if expert is None else self.rows(module, *expert)
-        paired = expert is not None
+        paired = expert is not None and first(*expert).shape == first(*merged).shape
+        others = self.rows(module, *expert) if paired and expert is not None else iter(())
         for rows, tokens in self.rows(module, *merged):
             other = next(others, (None, tokens))[0]
-            if other is not None and other.shape != rows.shape:
-                other = None
-            paired = paired and other is not None
             index = kept(keep, rows.shape[:-2]) if tokens else None
             statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight)
         return paired
@@ -198,6 +200,23 @@ def _parametrised(layer: nn.Module) -> dict[str, parametrize.ParametrizationList
 def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
     tolerance = max(tolerance, 4 * torch.finfo(expected.dtype).eps)
     return bool((actual - expected).double().norm() <= tolerance * expected.double().norm())
+
+
+def pieces(rows: Tensor, lead: int) -> Iterator[Tensor]:
+    """Split a view along its ``lead`` leading dimensions until no piece has more than :data:`MAX_ROW_ELEMENTS` numbers.
+
+    Example::
+
+        >>> sum(1 for _ in pieces(torch.zeros(1, 4, 1).expand(3, 4, 2**24), lead=2))
+        12
+    """
+    dim = next((d for d in range(lead) if rows.shape[d] > 1), None)
+    if rows.numel() <= MAX_ROW_ELEMENTS or dim is None:
+        yield rows
+        return
+    each = rows.numel() // rows.shape[dim]
+    for part in torch.split(rows, max(MAX_ROW_ELEMENTS // each, 1), dim):
+        yield from pieces(part, lead)
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
