@@ -27,9 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
 # A few matrices of this many numbers stay in a processor's cache.
-PART_ELEMENTS = 2**18
+PART_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -120,10 +119,10 @@ def solve(
             mean.add_(weight[part].to(torch.float64), alpha=share)
         right = torch.zeros_like(mean)
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
-            right.add_(torch.matmul(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)
+            right.add_(_product(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)
             if drift is not None:
                 right.add_(drift[part].to(torch.float64), alpha=share)
-        solution[part] = mean + torch.cholesky_solve(right.mT, factor.lower[part]).mT
+        solution[part] = mean + _divided(right, factor.lower[part])
     return solution
 
 
@@ -141,9 +140,20 @@ def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor,
         for all_grams, weight, share in zip(grams, weights, importance):
             exact, gram = weight[part].to(torch.float64), all_grams[part].to(torch.float64)
             gap = merged[part] - exact
-            error += share * float(torch.sum(torch.matmul(gap, gram) * gap))
-            energy += share * float(torch.sum(torch.matmul(exact, gram) * exact))
+            error += share * float(torch.sum(_product(gap, gram) * gap))
+            energy += share * float(torch.sum(_product(exact, gram) * exact))
     return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+# A table is a batch of as many matrices of one entry as it has rows, for which PyTorch's own routines are slow.
+def _product(weight: Tensor, gram: Tensor) -> Tensor:
+    """``(g, o, k)`` times ``(g, k, k)``."""
+    return weight * gram if gram.shape[-1] == 1 else torch.matmul(weight, gram)
+
+
+def _divided(right: Tensor, lower: Tensor) -> Tensor:
+    """``(g, o, k)`` times the inverse of the matrix whose Cholesky factor is ``lower``, ``(g, k, k)``."""
+    return right / lower / lower if lower.shape[-1] == 1 else torch.cholesky_solve(right.mT, lower).mT
 
 
 def _parts(weight: Tensor) -> Iterator[slice]:
