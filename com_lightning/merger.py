@@ -17,6 +17,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from com_lightning.core.candidates import Candidate, candidates
+from com_lightning.core.layers import own_parameters
 from com_lightning.core.rule import LayerRecord, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
@@ -72,7 +73,7 @@ class MergePlan:
         for layer in self.layers.values():
             entry = counts.setdefault(layer.kind.name, [0, 0])
             entry[0] += 1
-            entry[1] += sum(p.numel() for p in layer.module.parameters(recurse=False))
+            entry[1] += sum(p.numel() for p in own_parameters(layer.module).values())
         tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}
         loose: dict[str, list[int]] = {}
         for name, what in self.others().items():
@@ -332,13 +333,14 @@ def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str,
         solved[ties[name]] = solved.get(ties[name], 0) + count
     notes = {record.name: record.note for record in records if record.note}
     account: dict[str, str] = {}
-    sizes = {"solved": 0, "averaged": 0, "private": 0, "buffer": 0}
+    renewed = {name for record in records for name in record.buffers}
+    sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in plan.parameters.shared:
             continue
         first, count = ties[name], solved.get(ties[name], 0)
         if not is_parameter:
-            account[name] = "buffer"
+            account[name] = "re-estimated" if name in renewed else "buffer"
         elif count == tensor.numel():
             account[name] = "solved"
         elif count:
@@ -348,7 +350,7 @@ def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str,
             account[name] = f"averaged: {note}" if plan.method.needs_data else "averaged"
         if first == name:
             sizes["solved"] += count
-            sizes["averaged" if is_parameter else "buffer"] += tensor.numel() - count
+            sizes["averaged" if is_parameter else account[name]] += tensor.numel() - count
     for task, names in plan.parameters.private.items():
         own = {name: tensor for name, tensor, _ in named_tensors(plan.experts[task])}
         account.update(dict.fromkeys(names, "private"))

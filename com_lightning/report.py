@@ -23,7 +23,8 @@ class MergeReport:
         metric: the metric that tables show.
         metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, from ``trainer.validate``.
         layers: what happened at each layer, in the order of merging.
-        parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``, ``"buffer"``.
+        parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``,
+            ``"re-estimated"`` (running statistics), ``"buffer"``.
         sizes: the same kinds -> number of values; private ones are summed over tasks.
         samples: task -> calibration samples used.
         overlap: task -> how many of them are among those validated; ``None`` where that cannot be known.

@@ -74,6 +74,19 @@ def points(seed: int) -> Tensor:
     return spread(seed, 24, 5)
 
 
+class Pair(nn.Module):
+    """Two inputs that share a layer's first argument, and differ in the second."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(5, 3), nn.Linear(5, 4)
+        self.one, self.other = nn.Bilinear(3, 4, 6), nn.Bilinear(3, 4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.left(x), self.right(x)
+        return self.one(left, right).tanh() + self.other(left, right.flip(1))  # type: ignore[no-any-return]
+
+
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
     "mlp": (lambda: nn.Sequential(nn.Linear(5, 8), nn.LayerNorm(8), nn.GELU(), nn.Linear(8, 3)), points),
     "cnn": (lambda: nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2), nn.Flatten()), images),
@@ -81,6 +94,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
         lambda: normalised(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.ConvTranspose2d(4, 2, 2, 2)),
         images,
     ),
+    "bilinear": (Pair, points),
     "attention": (
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(12, 2, 24, batch_first=True), 2),
         images_as_rows,
@@ -131,6 +145,8 @@ def test_identical_experts_are_given_back(name: str, rule: Rule) -> None:
     experts, batches = case(name)
     merged, records = merge([experts[0], copy.deepcopy(experts[0])], batches, rule)
     assert records
+    if name == "batch-norm" and rule is RULES["one-sided"]:
+        pytest.skip("its running statistics are then those of the calibration data; see tests/test_batch_norm.py")
     assert worst(merged, tensors(experts[0])) < 1e-5
 
 

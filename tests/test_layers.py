@@ -11,7 +11,8 @@ from torchvision.models.convnext import LayerNorm2d
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from com_lightning.core.layers import Embedding, LayerType, PerChannel, convolution, layer_type
+from com_lightning.core.layers import Embedding, LayerType, PerChannel, base, layer_type
+from com_lightning.core.layers.linear import Bilinear
 from com_lightning.core.statistics import InputStatistics
 from tests.helpers import perturb, relative
 
@@ -80,8 +81,46 @@ def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyP
     kind = layer_type(module)
     assert kind is not None
     whole = torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})])
-    monkeypatch.setattr(convolution, "MAX_ROW_ELEMENTS", 1)
+    monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 1)
     assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module, left, right = nn.Bilinear(3, 4, 5, bias=bias), torch.randn(2, 6, 3), torch.randn(2, 6, 4)
+    kind = layer_type(module)
+    assert isinstance(kind, Bilinear)
+    assert kind.refuses(module, (left, right), {}) is None
+    (rows, tokens), *more = kind.rows(module, (left,), {"input2": right})
+    assert tokens
+    assert not more
+    weight = kind.to_matrix(module, module)
+    rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) if bias else rows
+    assert relative(torch.einsum("...gk,gok->...go", rows, weight)[..., 0, :], module(left, right)) < 1e-5
+    back = kind.from_matrix(module, weight)
+    assert back.keys() == dict(module.named_parameters()).keys()
+    assert all(torch.equal(back[name], parameter) for name, parameter in module.named_parameters())
+    # In pieces, from keywords in any order, with a mask: the same statistics as of the rows that it keeps.
+    keep, call = torch.rand(2, 6) > 0.4, ((), {"input2": right, "input1": left})
+    expected, entry = InputStatistics(bias, True), InputStatistics(bias, True)
+    LayerType.gather(kind, module, expected, ((left, right), {}), ((-left, right), {}), weight, keep)
+    monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 12 * 2)
+    assert kind.gather(module, entry, call, ((), {"input2": right, "input1": -left}), weight, keep)
+    assert entry.rows == expected.rows == int(keep.sum())
+    assert entry.gram is not None
+    assert entry.drift is not None
+    assert expected.gram is not None
+    assert expected.drift is not None
+    torch.testing.assert_close(entry.gram, expected.gram)
+    torch.testing.assert_close(entry.drift, expected.drift)
+
+
+def test_a_bilinear_layer_of_too_many_products_is_refused() -> None:
+    module = nn.Bilinear(128, 65, 1, device="meta")
+    kind = layer_type(module)
+    assert kind is not None
+    assert "8,320 entries" in str(kind.refuses(module, (), {}))
 
 
 @pytest.mark.parametrize("padding", [False, True])
@@ -114,7 +153,7 @@ class Gate(nn.Module):
         return torch.tanh(x * self.weight) + self.bias
 
 
-@pytest.mark.parametrize("module", [Shifted(2, 2), nn.LSTM(2, 2), nn.Bilinear(2, 2, 2), nn.PReLU()])
+@pytest.mark.parametrize("module", [Shifted(2, 2), nn.LSTM(2, 2), nn.PReLU()])
 def test_layers_that_are_no_such_regression_are_not_taken_for_one(module: nn.Module) -> None:
     kind = layer_type(module)
     assert kind is None or kind.refuses(module, (torch.randn(3, 2),), {})

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from com_lightning.core.solver import factorize, solve
+from com_lightning.core import solver
+from com_lightning.core.solver import factorize, residual, solve
 from com_lightning.core.statistics import InputStatistics
 
 
@@ -123,3 +124,20 @@ def test_statistics_are_float32_or_better(dtype: torch.dtype) -> None:
         entry.update(torch.randn(4, 1, 3).to(dtype), torch.randn(4, 1, 3).to(dtype))
     assert entry.gram is not None
     assert entry.gram.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("size", [1, 6, 1000])
+def test_the_rows_of_a_table_are_solved_a_few_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Groups of one input: the same as one group in which the inputs never meet."""
+    monkeypatch.setattr(solver, "PART_ELEMENTS", size)
+    torch.manual_seed(0)
+    words, width, importance = 7, 3, [0.3, 0.7]
+    counts = [torch.randint(0, 4, (words,)).double() for _ in importance]
+    weights = [torch.randn(words, width).double() for _ in importance]
+    drifts = [torch.randn(words, width).double() for _ in importance]
+    grams, joint = [c[:, None, None] for c in counts], [c.diag()[None] for c in counts]
+    ones = [w[:, :, None] for w in weights], [w.T[None] for w in weights]
+    apart = solve(factorize(grams, importance, 0.01), grams, [d[:, :, None] for d in drifts], ones[0], importance)
+    whole = solve(factorize(joint, importance, 0.01), joint, [d.T[None] for d in drifts], ones[1], importance)
+    torch.testing.assert_close(apart[:, :, 0], whole[0].T)
+    assert residual(grams, ones[0], apart, importance) == pytest.approx(residual(joint, ones[1], whole, importance))

@@ -26,7 +26,6 @@ SHARES = {
     **{"Mamba": 94.9},  # its decay rates go through an exponential; 0.6 % in the default size
     **{"DeBERTa-v2": 97.7},  # its relative positions are themselves an input; 0.3 % in the default size
     **{"LSTM": 7},  # a recurrent layer, averaged
-    **{"Wav2Vec2": 91.5},  # a parametrised convolution (weight normalisation)
 }
 
 

@@ -120,6 +120,7 @@ class _Chain:
         self.reference = copy_module(self.experts[0], self._shared(0))
         self.tied = tied_names(self.reference)
         self.modules = {name: number for number, (name, _) in enumerate(self.reference.named_modules())}
+        self.buffers = {name for name, _, is_parameter in named_tensors(self.reference) if not is_parameter}
         self.order = {name: number for number, name in enumerate(self.tied)}
         self.uses: dict[str, Use] = {}
         self.used: set[str] = set()
@@ -182,7 +183,9 @@ class _Chain:
         tensors = self._shared(task) if stream == "merged" else {}
         for name, tensor in self.tensors[task].items():
             ours = self.merged[name] if stream == "merged" else tensor
-            if isinstance(tensor, nn.Parameter) and type(ours) in (Tensor, nn.Parameter) and self.tied[name] == name:
+            # What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for.
+            known = type(ours) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".")
+            if name not in self.buffers and self.tied[name] == name and known:
                 tensors[id(tensor)] = Watched.of(ours, Part(name), self._using)
         return tensors
 
@@ -260,7 +263,7 @@ class _Chain:
     def _layer(self, name: str) -> _Layer:
         if name not in self.uses:
             candidate = self.candidates[name]
-            parts = {own: Part(f"{name}.{own}" if name else own) for own in candidate.parameters}
+            parts = {own: Part(full) for own, full in candidate.written(name).items()}
             experts = [expert.get_submodule(name) for expert in self.experts]
             return _Layer(name, candidate.kind, self.reference.get_submodule(name), experts, parts)
         use = self.uses[name]
@@ -278,8 +281,7 @@ class _Chain:
             record.note = "it is called without a tensor"
         if record.note:
             return record
-        device = next(module.parameters()).device.type
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(arrivals[0].input.device.type, enabled=False):
             record.note = kind.refuses(module, arrivals[0].args, arrivals[0].kwargs)
             if record.note:
                 return record
@@ -290,8 +292,13 @@ class _Chain:
                 inputs.factor = factorize(grams, self.importance, self.rule.ridge)
             drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
             solution = solve(inputs.factor, grams, drifts, weights, self.importance)
-        for own, value in kind.from_matrix(module, solution).items():
-            self._write(layer.parts[own], value, record)
+            shifted = inputs.statistics if self.rule.inputs == "merged" else None
+            values = kind.finish(module, solution, layer.experts, shifted, self.importance)
+        if isinstance(values, str):
+            record.note = values
+            return record
+        for own, part in layer.parts.items():
+            self._write(part, values.get(own), record)
         reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
         record.groups, record.idle = len(reached), int((reached == 0).sum())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
@@ -307,20 +314,26 @@ class _Chain:
             record.residual = residual(grams, weights, solution, self.importance)
         return record
 
-    def _write(self, part: Part, value: Tensor, record: LayerRecord) -> None:
+    def _write(self, part: Part, value: Tensor | None, record: LayerRecord) -> None:
+        """Put a solved value in its place; ``None``: what is there is as good."""
         whole = self.merged[part.name]
-        part.write(whole, value)
+        size = part.of(whole).numel()
+        if value is not None:
+            part.write(whole, value)
         first = self.tied[part.name]
         self.solved.setdefault(first, []).append(part.extent(whole))
-        if value.numel() >= whole.numel():
+        if size == whole.numel():
             self.used.add(first)
         name = self.whole.get(part.name, part.name)
-        record.parameters[name] = record.parameters.get(name, 0) + value.numel()
+        if part.name in self.buffers:
+            record.buffers.append(name)
+        else:
+            record.parameters[name] = record.parameters.get(name, 0) + size
 
     def _is_solved(self, name: str) -> bool:
         """Whether the parameters of a layer, or the one of that name, were solved after all."""
         candidate = self.candidates.get(name)
-        names = [name] if candidate is None else [f"{name}.{own}" if name else own for own in candidate.parameters]
+        names = [name] if candidate is None else candidate.written(name).values()
         return all(self.tied.get(own) in self.solved for own in names)
 
     def _statistics(self, layer: _Layer, arrivals: Sequence[Arrival], weights: Sequence[Tensor]) -> _Inputs:

@@ -64,6 +64,7 @@ class LayerRecord:
     Attributes:
         name, kind: the layer and its type.
         parameters: full name of each parameter that was solved -> how many of its values were.
+        buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
         residual: relative squared error of the layer's output after the merge (against the expert's output on its own
             input if the rule is two-sided, on the merged model's input otherwise).
@@ -81,6 +82,7 @@ class LayerRecord:
     name: str
     kind: str
     parameters: dict[str, int] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
     distance: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
     residual: float | None = None

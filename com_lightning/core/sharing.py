@@ -36,7 +36,8 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
         for value in vars(child).values():
             items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             for part in (value, *items):
-                if not isinstance(part, _COPIED):
+                # A tensor that was computed cannot be copied, and is computed anew (weight normalisation by a hook).
+                if not isinstance(part, _COPIED) or (isinstance(part, Tensor) and not part.is_leaf):
                     memo[id(part)] = part
         for tensor in (*child._parameters.values(), *child._buffers.values()):
             if tensor is not None:

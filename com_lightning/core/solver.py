@@ -21,11 +21,14 @@ weights and ``D`` are ``(g, o, k)``. A dense layer has one group; a normalisatio
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+# A few matrices of this many numbers stay in a processor's cache.
+PART_ELEMENTS = 2**16
 
 
 @dataclass(frozen=True)
@@ -109,15 +112,18 @@ def solve(
         >>> solve(factor, grams, [None, None], weights, [0.5, 0.5]).item()
         9.0
     """
-    mean = torch.zeros_like(weights[0], dtype=torch.float64)
-    for weight, share in zip(weights, importance):
-        mean.add_(weight.to(torch.float64), alpha=share)
-    right = torch.zeros_like(mean)
-    for gram, drift, weight, share in zip(grams, drifts, weights, importance):
-        right.add_(torch.matmul(weight.to(torch.float64) - mean, gram.to(torch.float64)), alpha=share)
-        if drift is not None:
-            right.add_(drift.to(torch.float64), alpha=share)
-    return mean + torch.cholesky_solve(right.mT, factor.lower).mT
+    solution = torch.empty_like(weights[0], dtype=torch.float64)
+    for part in _parts(solution):
+        mean = torch.zeros_like(solution[part])
+        for weight, share in zip(weights, importance):
+            mean.add_(weight[part].to(torch.float64), alpha=share)
+        right = torch.zeros_like(mean)
+        for gram, drift, weight, share in zip(grams, drifts, weights, importance):
+            right.add_(_product(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)
+            if drift is not None:
+                right.add_(drift[part].to(torch.float64), alpha=share)
+        solution[part] = mean + _divided(right, factor.lower[part])
+    return solution
 
 
 def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor, importance: Sequence[float]) -> float:
@@ -130,9 +136,27 @@ def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor,
         0.25
     """
     error = energy = 0.0
-    for gram, weight, share in zip(grams, weights, importance):
-        exact, gram = weight.to(torch.float64), gram.to(torch.float64)
-        gap = merged - exact
-        error += share * float(torch.sum(torch.matmul(gap, gram) * gap))
-        energy += share * float(torch.sum(torch.matmul(exact, gram) * exact))
+    for part in _parts(merged):
+        for all_grams, weight, share in zip(grams, weights, importance):
+            exact, gram = weight[part].to(torch.float64), all_grams[part].to(torch.float64)
+            gap = merged[part] - exact
+            error += share * float(torch.sum(_product(gap, gram) * gap))
+            energy += share * float(torch.sum(_product(exact, gram) * exact))
     return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+# A table is a batch of as many matrices of one entry as it has rows, for which PyTorch's own routines are slow.
+def _product(weight: Tensor, gram: Tensor) -> Tensor:
+    """``(g, o, k)`` times ``(g, k, k)``."""
+    return weight * gram if gram.shape[-1] == 1 else torch.matmul(weight, gram)
+
+
+def _divided(right: Tensor, lower: Tensor) -> Tensor:
+    """``(g, o, k)`` times the inverse of the matrix whose Cholesky factor is ``lower``, ``(g, k, k)``."""
+    return right / lower / lower if lower.shape[-1] == 1 else torch.cholesky_solve(right.mT, lower).mT
+
+
+def _parts(weight: Tensor) -> Iterator[slice]:
+    """Groups to work on at a time: a table has as many as it has rows, and each copy of all of it costs a second."""
+    size = max(PART_ELEMENTS // weight[0].numel(), 1)
+    return (slice(start, start + size) for start in range(0, len(weight), size))

@@ -53,6 +53,40 @@ class Shift:
 
 
 @dataclass
+class Moments:
+    """Count, sum and sum of squares of the values of each channel, ``(channels,)`` in float64.
+
+    Example::
+
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[1.0], [3.0]]))
+        >>> moments.mean.item(), moments.variance.item()
+        (2.0, 2.0)
+    """
+
+    count: int = 0
+    total: Tensor | float = 0.0
+    square: Tensor | float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add values, ``(n, channels)``."""
+        values = values.to(torch.float64)
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.square = self.square + values.square().sum(0)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.total) / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased one, as running statistics have it."""
+        gap = torch.as_tensor(self.square) - self.count * self.mean.square()
+        return gap.clamp_min(0.0) / max(self.count - 1, 1)
+
+
+@dataclass
 class InputStatistics:
     """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, for one task.
 
@@ -66,6 +100,8 @@ class InputStatistics:
         gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``.
         drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``. ``None``: no expert rows were seen.
         rows: number of rows summed.
+        moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, where its type has a use for them (batch
+            normalisation); calls that have no counterpart in the expert are left out of both.
 
     Gathered in float32, or float64 if the rows are, with autocast off.
 
@@ -87,6 +123,8 @@ class InputStatistics:
     drift: Tensor | None = None
     rows: int = 0
     shift: Shift = field(default_factory=Shift)
+    moments: Moments = field(default_factory=Moments)
+    expert_moments: Moments = field(default_factory=Moments)
 
     def update(self, merged: Tensor, expert: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Add rows.

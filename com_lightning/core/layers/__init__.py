@@ -9,17 +9,19 @@ function rather than a module, in :mod:`com_lightning.core.functions`.
 from __future__ import annotations
 
 from torch import nn
+from torch.nn import UninitializedParameter
 
-from com_lightning.core.layers.base import LayerType, kept
+from com_lightning.core.layers.base import LayerType, kept, own_parameters
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.embedding import Embedding
-from com_lightning.core.layers.linear import Linear
+from com_lightning.core.layers.linear import Bilinear, Linear
 from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
 
-__all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type"]
+__all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type", "own_parameters"]
 
 LAYER_TYPES: tuple[LayerType, ...] = (
     Linear(),
+    Bilinear(),
     Convolution(),
     TransposedConvolution(),
     Embedding(),
@@ -36,4 +38,6 @@ def layer_type(module: nn.Module) -> LayerType | None:
         >>> layer_type(nn.Linear(2, 2)).name, layer_type(nn.LSTM(2, 2))
         ('linear', None)
     """
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):  # a lazy layer: no shape yet
+        return None
     return next((kind for kind in LAYER_TYPES if kind.matches(module)), None)

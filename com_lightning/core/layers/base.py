@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
+from torch.nn.utils import parametrize
 
 from com_lightning.core.statistics import InputStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a layer."""
+
+MAX_ROW_ELEMENTS = 2**24
+"""Rows that take more memory than the input they are made of come in pieces of at most this many numbers: 64 MiB in
+float32. While one is added to the statistics, some seven tensors of that size exist (less than half a GiB), whatever
+the sizes of image, kernel and batch."""
 
 
 class LayerType(ABC):
@@ -44,6 +51,32 @@ class LayerType(ABC):
     @abstractmethod
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         """The inverse of :meth:`to_matrix`."""
+
+    def finish(
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        experts: Sequence[nn.Module],
+        statistics: Sequence[InputStatistics] | None,
+        importance: Sequence[float],
+    ) -> dict[str, Tensor] | str:
+        """What to write into the merged model's layer, by names of :func:`own_parameters` and :meth:`buffers`.
+
+        Args:
+            module: the merged model's layer, as it was while the statistics were gathered.
+            weight: the solution, ``(g, o, k)``.
+            experts: the layer of each expert.
+            statistics: those of each task; ``None``: the inputs were the experts' own, so nothing has shifted.
+            importance: one weight per task, summing to one.
+
+        Returns:
+            The values, or why the layer cannot hold them.
+        """
+        return to_originals(module, self.from_matrix(module, weight))
+
+    def buffers(self, layer: nn.Module) -> tuple[str, ...]:
+        """Own names of the buffers that :meth:`finish` writes."""
+        return ()
 
     def has_bias(self, module: nn.Module) -> bool:
         """Whether rows get a trailing 1."""
@@ -82,13 +115,10 @@ class LayerType(ABC):
         Returns:
             Whether the expert's rows were used; they are not where their shape differs (inputs routed otherwise).
         """
-        others = iter(()) if expert is None else self.rows(module, *expert)
-        paired = expert is not None
+        paired = expert is not None and first(*expert).shape == first(*merged).shape
+        others = self.rows(module, *expert) if paired and expert is not None else iter(())
         for rows, tokens in self.rows(module, *merged):
             other = next(others, (None, tokens))[0]
-            if other is not None and other.shape != rows.shape:
-                other = None
-            paired = paired and other is not None
             index = kept(keep, rows.shape[:-2]) if tokens else None
             statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight)
         return paired
@@ -101,10 +131,92 @@ def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return value
 
 
+def own_names(layer: nn.Module) -> set[str]:
+    """What a layer has as parameters, whether or not they are parametrised."""
+    return {*layer._parameters, *_parametrised(layer)}
+
+
 def own_parameter(layer: nn.Module, name: str) -> Tensor:
-    parameter = layer._parameters[name]
-    assert parameter is not None
-    return parameter.detach()
+    """A parameter as the layer uses it, which its parametrisations may compute from others."""
+    value = getattr(layer, name)
+    assert isinstance(value, Tensor)
+    return value.detach()
+
+
+def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Own name of each parameter that is stored: of a parametrised one, the originals.
+
+    Example::
+
+        >>> list(own_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+        ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
+    """
+    stored = dict(layer._parameters)
+    for name, originals in _parametrised(layer).items():
+        stored.update({f"parametrizations.{name}.{own}": p for own, p in originals._parameters.items()})
+    return {name: parameter for name, parameter in stored.items() if parameter is not None}
+
+
+def to_originals(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor] | str:
+    """Values of a layer's parameters as values of its :func:`own_parameters`, or why there are none.
+
+    A parametrised one goes through the ``right_inverse`` of its parametrisations. What these make of the result must be
+    the value again (relative error 1e-4, or the precision it is stored in).
+    """
+    stored = {}
+    for name, value in values.items():
+        originals = _parametrised(layer).get(name)
+        if originals is None:
+            stored[name] = value
+            continue
+        now = own_parameter(layer, name)
+        value = value.to(now.dtype)
+        if _same(now, value, 1e-5):  # many originals may make one value: these are as good as any
+            continue
+        kinds = ", ".join(type(parametrisation).__name__.strip("_") for parametrisation in originals)
+        inverse, checked = copy.deepcopy(originals), copy.deepcopy(originals)
+        try:
+            inverse.right_inverse(value)
+        except (RuntimeError, ValueError) as error:
+            return f"its {name} cannot be written through {kinds}: {error}"
+        # In another copy, because an inverse may change buffers too, which would not be merged.
+        written = {own: p.detach() for own, p in inverse._parameters.items() if p is not None}
+        checked.load_state_dict(written, strict=False)
+        if not _same(checked(), value, 1e-4):
+            return f"its {name} is parametrised ({kinds}), and the solved one is none that this can express"
+        stored.update({f"parametrizations.{name}.{own}": value for own, value in written.items()})
+    return stored
+
+
+def _parametrised(layer: nn.Module) -> dict[str, parametrize.ParametrizationList]:
+    """Names of parameters that ``torch.nn.utils.parametrize`` computes -> their parametrisations and originals."""
+    if not parametrize.is_parametrized(layer):
+        return {}
+    lists = layer.parametrizations
+    assert isinstance(lists, nn.ModuleDict)
+    return {name: part for name, part in lists.items() if isinstance(part, parametrize.ParametrizationList)}
+
+
+def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
+    tolerance = max(tolerance, 4 * torch.finfo(expected.dtype).eps)
+    return bool((actual - expected).double().norm() <= tolerance * expected.double().norm())
+
+
+def pieces(rows: Tensor, lead: int) -> Iterator[Tensor]:
+    """Split a view along its ``lead`` leading dimensions until no piece has more than :data:`MAX_ROW_ELEMENTS` numbers.
+
+    Example::
+
+        >>> sum(1 for _ in pieces(torch.zeros(1, 4, 1).expand(3, 4, 2**24), lead=2))
+        12
+    """
+    dim = next((d for d in range(lead) if rows.shape[d] > 1), None)
+    if rows.numel() <= MAX_ROW_ELEMENTS or dim is None:
+        yield rows
+        return
+    each = rows.numel() // rows.shape[dim]
+    for part in torch.split(rows, max(MAX_ROW_ELEMENTS // each, 1), dim):
+        yield from pieces(part, lead)
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -5,25 +5,25 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_parameter, with_bias
-
-# Rows are made in pieces of at most this many numbers (256 MiB in float32).
-MAX_ROW_ELEMENTS = 2**26
+from com_lightning.core.layers.base import LayerType, first, own_names, own_parameter, pieces, with_bias
 
 
 class Convolution(LayerType):
-    """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches."""
+    """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches.
+
+    They are unfolded a piece at a time, see :data:`~com_lightning.core.layers.base.MAX_ROW_ELEMENTS`: all patches of an
+    image take as many times its memory as a kernel has positions.
+    """
 
     name = "convolution"
     types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matches(self, module: nn.Module) -> bool:
         known = isinstance(module, self.types) and type(module).forward in [kind.forward for kind in self.types]
-        return known and set(module._parameters) == {"weight", "bias"}
+        return known and own_names(module) == {"weight", "bias"}
 
     def key(self, module: nn.Module) -> Hashable:
         assert isinstance(module, nn.modules.conv._ConvNd)
@@ -40,8 +40,7 @@ class Convolution(LayerType):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
         # (batch, channels, *positions, *kernel) -> (batch, *positions, groups, channels / groups * kernel)
         patches = patches.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-        per_image = max(patches[0].numel(), 1)
-        for part in torch.split(patches, max(MAX_ROW_ELEMENTS // per_image, 1)):
+        for part in pieces(patches, lead=1 + dims):
             yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:

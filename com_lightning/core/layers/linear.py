@@ -1,13 +1,20 @@
-"""Layers whose input is the row."""
+"""Layers whose input, or the product of whose inputs, is the row."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Hashable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_parameter, with_bias
+from com_lightning.core.layers import base
+from com_lightning.core.layers.base import Call, LayerType, first, kept, own_names, own_parameter, with_bias
+from com_lightning.core.statistics import InputStatistics
+
+# The statistics of a bilinear layer with this many products take 256 MiB per task and matrix.
+MAX_PRODUCTS = 2**13
 
 
 class Linear(LayerType):
@@ -16,13 +23,13 @@ class Linear(LayerType):
     name = "linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).forward is nn.Linear.forward and set(module._parameters) == {"weight", "bias"}
+        return type(module).forward is nn.Linear.forward and own_names(module) == {"weight", "bias"}
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield first(args, kwargs).unsqueeze(-2), True
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight")[None], layer._parameters["bias"])
+        return with_bias(own_parameter(layer, "weight")[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         if not self.has_bias(module):
@@ -39,8 +46,73 @@ class TransposedLinear(Linear):
         return False  # found by the function that it calls
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight").T[None], layer._parameters.get("bias"))
+        return with_bias(own_parameter(layer, "weight").T[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         solved = super().from_matrix(module, weight)
         return {**solved, "weight": solved["weight"].T}
+
+
+class Bilinear(Linear):
+    """``nn.Bilinear``: the row is the outer product of the two inputs, up to :data:`MAX_PRODUCTS` entries."""
+
+    name = "bilinear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return type(module).forward is nn.Bilinear.forward and own_names(module) == {"weight", "bias"}
+
+    def key(self, module: nn.Module) -> Hashable:
+        return id(module)  # the rows depend on more than the first input
+
+    def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        assert isinstance(module, nn.Bilinear)
+        products = module.in1_features * module.in2_features
+        if products <= MAX_PRODUCTS:
+            return None
+        return (
+            f"its rows would have {products:,} entries, all products of its inputs; at most {MAX_PRODUCTS:,} are solved"
+        )
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        left, right = _inputs(*args, **kwargs)
+        dtype = torch.promote_types(left.dtype, torch.float32)
+        left, right = left.to(dtype)[..., :, None], right.to(dtype)[..., None, :]
+        yield (left * right).flatten(-2).unsqueeze(-2), True
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+    ) -> bool:
+        paired = expert is not None and first(*expert).shape == first(*merged).shape
+        others = _parts(expert, keep) if paired and expert is not None else itertools.repeat(None)
+        for part, other in zip(_parts(merged, keep), others):
+            super().gather(module, statistics, part, other, weight, None)
+        return paired
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return with_bias(own_parameter(layer, "weight").flatten(1)[None], getattr(layer, "bias", None))
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        assert isinstance(module, nn.Bilinear)
+        solved = super().from_matrix(module, weight)
+        return {**solved, "weight": solved["weight"].reshape(module.weight.shape)}
+
+
+def _inputs(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:
+    return input1, input2
+
+
+def _parts(call: Call, keep: Tensor | None) -> Iterator[Call]:
+    """Calls of a bilinear layer with a part of the inputs each, so that no more products exist than rows may have."""
+    left, right = (value.flatten(0, -2) for value in _inputs(*call[0], **call[1]))
+    index = kept(keep, first(*call).shape[:-1])
+    if index is not None:
+        left, right = left[index], right[index]
+    size = max(base.MAX_ROW_ELEMENTS // (left.shape[1] * right.shape[1]), 1)
+    for part in zip(torch.split(left, size), torch.split(right, size)):
+        yield part, {}

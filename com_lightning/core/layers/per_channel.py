@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, first, own_parameter
+from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
 from com_lightning.core.statistics import InputStatistics
 
 
@@ -141,31 +141,121 @@ class PerChannel(LayerType):
 
 
 class BatchNorm(PerChannel):
-    """``nn.BatchNorm1d/2d/3d`` in eval mode.
+    """``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in eval mode, with or without a scale and an offset.
 
-    The merged layer normalises by the average of the experts' running statistics; every expert's scale and offset are
-    first put in those terms, so that the solved ones make up for whatever these statistics are.
+    Scale and offset are solved with every expert's in terms of the average of the running statistics, so they make up
+    for whatever these are. The running statistics are then re-estimated for the inputs that the merged model has,
+
+        m_i' = m_i + (mean x̂ - mean x)      v_i' = v_i var x̂ / var x
+        m = sum_i a_i m_i'                  v = sum_i a_i (v_i' + (m_i' - m)²)
+
+    over tasks i with running mean ``m_i``, variance ``v_i`` and importance ``a_i`` (law of total variance): what an
+    expert has seen in training, moved by as much as its inputs have moved on the calibration data. Without the experts'
+    inputs (one-sided) they are the mean and variance of ``x̂`` itself. Solved scale and offset are put in their terms,
+    which leaves the layer's function as it was solved; without scale and offset, the running statistics are all there
+    is.
     """
 
     name = "batch normalisation"
 
     def matches(self, module: nn.Module) -> bool:
         batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-        return batch_norm and super().matches(module)
+        return batch_norm and not list(module.children()) and set(self._present(module)) == {"weight", "bias"}
+
+    def buffers(self, layer: nn.Module) -> tuple[str, ...]:
+        return ("running_mean", "running_var")
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+    ) -> bool:
+        paired = super().gather(module, statistics, merged, expert, weight, keep)
+        if paired or expert is None:
+            statistics.moments.update(self._values(merged, keep))
+        if paired and expert is not None:
+            statistics.expert_moments.update(self._values(expert, keep))
+        return paired
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
-        assert isinstance(like, nn.modules.batchnorm._BatchNorm)
         own_mean, own_scale = self._statistics(layer)
         mean, scale = self._statistics(like)
-        ratio = own_parameter(layer, "weight").double() / own_scale
-        return torch.stack([ratio * scale, layer.bias.double() + ratio * (mean - own_mean)], -1)[:, None, :]
+        own = {name: p.detach().double() for name, p in self._present(layer).items()}
+        ratio = own["weight"] / own_scale
+        return torch.stack([ratio * scale, own["bias"] + ratio * (mean - own_mean)], -1)[:, None, :]
+
+    def finish(
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        experts: Sequence[nn.Module],
+        statistics: Sequence[InputStatistics] | None,
+        importance: Sequence[float],
+    ) -> dict[str, Tensor] | str:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.running_mean is not None
+        entries: Sequence[InputStatistics | None] = statistics or [None] * len(experts)
+        estimates = [self._estimate(layer, entry) for layer, entry in zip(experts, entries)]
+        # As they will be stored, so that scale and offset make up for that too.
+        dtype = module.running_mean.dtype
+        mean = _weighted(importance, [m for m, _ in estimates]).to(dtype).double()
+        spread = [v + (m - mean).square() for m, v in estimates]
+        variance = _weighted(importance, spread).to(dtype).double()
+        old_mean, old_scale = self._statistics(module)
+        slope = weight[:, 0, 0] / old_scale
+        scale, offset = slope * (variance + module.eps).sqrt(), weight[:, 0, 1] + slope * (mean - old_mean)
+        affine = {} if module.weight is None else {"weight": scale, "bias": offset}
+        return {**affine, "running_mean": mean, "running_var": variance}
+
+    def _present(self, module: nn.Module) -> dict[str, Tensor]:
+        present = super()._present(module)
+        if present:
+            return present
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.running_mean is not None
+        return {"weight": torch.ones_like(module.running_mean), "bias": torch.zeros_like(module.running_mean)}
 
     @staticmethod
-    def _statistics(layer: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
+    def _values(call: Call, keep: Tensor | None) -> Tensor:
+        """The layer's raw input as ``(n, channels)``."""
+        values = first(*call).movedim(1, -1)
+        index = kept(keep, values.shape[:-1])
+        values = values.flatten(0, -2)
+        return values if index is None else values[index]
+
+    @staticmethod
+    def _estimate(layer: nn.Module, statistics: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        """Running mean and variance for one task's inputs in the merged model, in float64."""
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, variance = layer.running_mean.double(), layer.running_var.double()
+        if statistics is None or statistics.moments.count < 2:
+            return mean, variance
+        ours, theirs = statistics.moments, statistics.expert_moments
+        if not theirs.count:
+            return ours.mean, ours.variance
+        # A channel that the calibration data hardly stir says nothing on how much its variance has grown.
+        stirred = theirs.variance > 1e-3 * variance
+        grown = variance * ours.variance / torch.where(stirred, theirs.variance, 1.0)
+        variance = torch.where(stirred, grown, (variance + ours.variance - theirs.variance).clamp_min(0.0))
+        return mean + ours.mean - theirs.mean, variance
+
+    @staticmethod
+    def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Running mean and standard deviation, in float64."""
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         return layer.running_mean.double(), (layer.running_var.double() + layer.eps).sqrt()
+
+
+def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors)]).sum(0)
 
 
 def _cast(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
