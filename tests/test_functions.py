@@ -411,3 +411,22 @@ def test_a_watched_tensor_is_a_parameter_and_tells_what_was_picked_of_it() -> No
     part.write(whole, torch.tensor([-1.0, -2.0, -3.0]))
     assert whole[:, 3].tolist() == [-1.0, -2.0, -3.0]
     assert part.extent(whole) == (3, 11)
+
+
+def test_a_copy_is_renewed_once_its_parameter_is_solved() -> None:
+    """Looked up before the pause, added after it: what is added must be the solved table, as in the naive chain."""
+
+    class Late(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.last = nn.Linear(6, 6), nn.Linear(6, 3)
+            self.table = nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            looked_up = self.table[torch.tensor([3, 1, 0, 0, 2])].contiguous()
+            return self.last((self.layer(x) + looked_up).relu())  # type: ignore[no-any-return]
+
+    experts = experts_of(Late)
+    merged, _ = merge(experts, data(4, 5, 6))
+    expected, _ = merge(experts, data(4, 5, 6), naive_chain)
+    assert relative(merged["last.weight"], expected["last.weight"]) < 1e-6

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -29,11 +30,11 @@ SHARES = {
 }
 
 
-def cases(*names: str) -> list[Any]:
-    """The zoo, or a few of it, with the marks that apply."""
+def cases(slow_but: Sequence[str] = tuple(ZOO)) -> list[Any]:
+    """The zoo, with the marks that apply; all but a few are slow where a test takes long."""
     result: list[Any] = []
-    for name in names or ZOO:
-        marks = [pytest.mark.slow] if name in SLOW else []
+    for name in ZOO:
+        marks = [pytest.mark.slow] if name in SLOW or name not in slow_but else []
         result.append(pytest.param(name, marks=marks))
     return result
 
@@ -98,7 +99,7 @@ def test_a_tied_parameter_is_solved_once_where_it_is_used_first(name: str) -> No
     assert all(count == sizes[own] for own, count in solved.items())
 
 
-@pytest.mark.parametrize("name", cases("resnet18", "ViT", "BERT", "T5", "Mixtral", "U-Net"))
+@pytest.mark.parametrize("name", cases(slow_but=("ViT", "BERT", "Mixtral", "swin_t", "U-Net")))
 def test_lockstep_merges_as_the_naive_chain(name: str) -> None:
     result = merged(name)
     reference = merge(result.experts, result.batches, using=naive_chain)

@@ -216,11 +216,18 @@ class _Chain:
         if not isinstance(forward, _CalibrationForward):
             return None
         watched = list(watched_in(args, kwargs))
+        if forward.stream == "merged":
+            for entry in watched:
+                entry.refresh(self.merged[entry.part.name])
+        if not any(self._is_free(entry.part) for entry in watched):
+            return None
         if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
             label, place = self._placed(use)
             self.uses.setdefault(label, replace(use, args=()))
-            if pause(label, place, tuple(map(plain, use.args)), {}) and forward.on_output is not None:
-                return lambda result: forward.on_output and forward.on_output(label, result)
+            if pause(label, place, tuple(map(plain, use.args)), {}):
+                for entry in watched if forward.stream == "merged" else ():
+                    entry.refresh(self.merged[entry.part.name])
+                return lambda result: forward.on_output(label, result) if forward.on_output else None
 
         def leaving(result: Any) -> None:
             if any(True for _ in tensors_in(result)):

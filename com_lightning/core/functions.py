@@ -72,7 +72,8 @@ Free = Callable[[Part], bool]
 
 def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
     if not isinstance(weight, Watched) or not free(weight.part):
-        return None if bias is None else _add("add", free, F.linear(input, plain(weight)), bias)
+        known = isinstance(bias, Watched) and free(bias.part)
+        return _add("add", free, F.linear(input, plain(weight)), bias) if known else None
     if weight.dim() != 2:
         return None
     return _layer(Linear(), lambda: nn.Linear(1, 1, bias is not None, "meta"), (input,), weight, bias)
@@ -85,7 +86,7 @@ def _convolution(
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     settings = dict(zip(names if transposed else ("stride", "padding", "dilation", "groups"), args)) | kwargs
     if not isinstance(weight, Watched) or not free(weight.part):
-        if not isinstance(bias, Watched):
+        if not isinstance(bias, Watched) or not free(bias.part):
             return None
         spread = bias.view(-1, *[1] * (weight.dim() - 2))
         return _add("add", free, getattr(F, name)(input, plain(weight), None, **settings), spread)

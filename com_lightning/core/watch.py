@@ -91,19 +91,27 @@ class Watched(Tensor):
 
     Attributes:
         part: what of which parameter it is.
+        version: of the parameter (``Tensor._version``) when this was copied from it; ``None``: it is a view of it.
         watcher: called before the function is; it may pause the forward.
     """
 
     part: Part
+    version: int | None
     watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
 
     @classmethod
-    def of(cls, tensor: Tensor, part: Part, watcher: Any) -> Watched:
+    def of(cls, tensor: Tensor, part: Part, watcher: Any, version: int | None = None) -> Watched:
         """``tensor`` as a watched one, on the same storage."""
         watched: Watched = torch.Tensor._make_subclass(cls, tensor.detach())
-        watched.part, watched.watcher = part, watcher
+        watched.part, watched.watcher, watched.version = part, watcher, version
         watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
         return watched
+
+    def refresh(self, whole: Tensor) -> None:
+        """Copy anew from the parameter, if that has been written to since."""
+        if self.version is not None and self.version != whole._version:
+            plain(self).copy_(self.part.of(whole))
+            self.version = whole._version
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,13 +167,18 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """The result of a selection, watched on."""
+
+    def watched(tensor: Tensor, pick: int | None) -> Watched:
+        part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
+        version = first.version
+        if version is None and not _same_storage(tensor, first):
+            version = first._version
+        return Watched.of(tensor, part, first.watcher, version)
+
     if isinstance(result, Tensor):
-        step = (func, args, kwargs, None)
-        return Watched.of(result, Part(first.part.name, (*first.part.steps, step)), first.watcher)
+        return watched(result, None)
     if isinstance(result, (tuple, list)):
-        steps = [(*first.part.steps, (func, args, kwargs, number)) for number in range(len(result))]
-        parts = zip(result, (Part(first.part.name, step) for step in steps))
-        return type(result)(Watched.of(tensor, part, first.watcher) for tensor, part in parts)
+        return type(result)(watched(tensor, pick) for pick, tensor in enumerate(result))
     return result
 
 
