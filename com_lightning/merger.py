@@ -179,7 +179,8 @@ def execute(
             batches = [_on_device(b, i, expert, data.tasks[name], trainer) for b, i in samples[name].batches]
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
-    records = plan.method.merge(MergeJob(tasks, merged, on_layer))
+    with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
+        records = plan.method.merge(MergeJob(tasks, merged, on_layer))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),
