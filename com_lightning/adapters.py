@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,26 @@ def fold(module: nn.Module, label: str) -> None:
                     tensor.zero_()
 
 
+def adapter_problems(modules: Mapping[str, nn.Module]) -> list[str]:
+    """What is wrong with adapters that are left in place: their layers' names are others than those of plain layers.
+
+    Args:
+        modules: name for messages -> module.
+    """
+    layers = {who: set(_layers(module)) for who, module in modules.items()}
+    problems = []
+    for who, own in layers.items():
+        others = {other: names for other, names in layers.items() if own - names}
+        if others:
+            other, names = next(iter(others.items()))
+            problems.append(
+                f"{who} has an adapter at {some(sorted(own - names), most=2)}, {other} has none there. Call "
+                "merge_and_unload() on all PeftModels, that of the model too, and give the modules; or take a model "
+                "without adapter and give the adapters' folders"
+            )
+    return problems
+
+
 def adapter_parameters(module: nn.Module) -> set[str]:
     """Names of the parameters and buffers of adapters; what they adapt is not among them."""
     found = set()
@@ -122,7 +143,7 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     if wrapped := [part for part in module.modules() if isinstance(part, PeftModel)]:
         _check_same(config, state, wrapped[0].active_peft_config, get_peft_model_state_dict(wrapped[0]), label)
         set_peft_model_state_dict(wrapped[0], state)
-        return fold(module, label)
+        return  # to be folded in place
     place, target = _target(state, module, kind, label)
     _check_base(config, target, label)
     _match_heads(state, target, label)

@@ -18,7 +18,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
 from com_lightning import adapters, pretrained
-from com_lightning.adapters import adapter_parameters, fold, load_adapter, unloaded
+from com_lightning.adapters import adapter_parameters, adapter_problems, fold, load_adapter, unloaded
 from com_lightning.checkpoints import MergeError, read_checkpoint
 from com_lightning.core.chain import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
@@ -112,6 +112,7 @@ def sort_parameters(
             for task in experts:
                 if shapes[task] is not None:
                     result.private[task].append(name)
+    problems += adapter_problems({"the model": model, **{f"expert '{task}'": e for task, e in experts.items()}})
     if differing:
         problems.append(
             f"parameters differ: {some(differing, '. ')}. Name them in `private`, or bring experts of one architecture"

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from com_lightning.checkpoints import MergeError
@@ -120,8 +121,11 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
             target = target / name if len(parts) > 1 else target
             if target.exists():  # written for an earlier task already
                 continue
-            part.save_pretrained(target)  # type: ignore[operator]
-            _save_tokenizer(module, part, target)
+            try:
+                part.save_pretrained(target)  # type: ignore[operator]
+                _save_tokenizer(module, part, target)
+            except ValueError as error:  # a generation config that it refuses, say; the checkpoints have all weights
+                rank_zero_warn(f"{name or 'the model'} is not written to {folder.name} ({error})")
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.evaluation import quiet_lightning
 from com_lightning.experts import MergeError
 from com_lightning.plots import save_figure
+from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
 
 
@@ -43,7 +44,8 @@ def save_results(
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
-    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``.
+    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``. Models of transformers are
+    written to ``transformers`` too, see :func:`~com_lightning.pretrained.save_pretrained`.
 
     Args:
         folder: where to. All is written beside it under a temporary name first.
@@ -66,6 +68,7 @@ def save_results(
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / "merged.safetensors")
         for task, merged in modules.items():
             _save_checkpoint(merged, temporary / f"{task}.ckpt")
+        save_pretrained(modules, shared, temporary / "transformers")
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")

@@ -141,8 +141,8 @@ def test_names_are_those_that_wrappers_write() -> None:
     """What torch itself makes of names, not what we take it for."""
     net = Net()
     net.body[3] = checkpoint_wrapper(net.body[3])
-    for module in (torch.compile(net), nn.DataParallel(net), AveragedModel(net), nn.DataParallel(torch.compile(net))):  # type: ignore[arg-type]
-        assert isinstance(module, nn.Module)
+    compiled: Any = torch.compile(net)
+    for module in (compiled, nn.DataParallel(net), AveragedModel(net), nn.DataParallel(compiled)):
         assert set(plain_state(module.state_dict())) == set(Net().state_dict())
 
 
@@ -181,7 +181,8 @@ def test_a_network_of_the_module(kind: str, tmp_path: Path) -> None:
     elif kind == "pt":
         torch.save(net.state_dict(), source := tmp_path / "net.pt")
     elif kind in ("DDP", "compiled", "averaged"):
-        source = {"DDP": nn.DataParallel, "compiled": torch.compile, "averaged": AveragedModel}[kind](net)
+        wrappers: dict[str, Any] = {"DDP": nn.DataParallel, "compiled": torch.compile, "averaged": AveragedModel}
+        source = wrappers[kind](net)
     before = copy.deepcopy(net.state_dict())
     model = Wrapper()
     own = copy.deepcopy(model.state_dict())
@@ -277,7 +278,8 @@ def test_compiled_models_are_merged_as_others_are(make: Callable[[], Any], monke
     expected = merge({"a": a, "b": b}, Wrapper())
     compiled = copy.deepcopy(a)
     compiled.net = torch.compile(compiled.net)
-    for experts in ({"a": a, "b": b.state_dict()}, {"a": compiled, "b": torch.compile(copy.deepcopy(b))}):
+    sources: list[Any] = [{"a": a, "b": b.state_dict()}, {"a": compiled, "b": torch.compile(copy.deepcopy(b))}]
+    for experts in sources:
         model = make()
         with torch.compiler.set_stance("force_eager"):  # compiling for validation takes long, and is not ours
             found = merge(experts, model)
