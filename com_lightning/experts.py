@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 import torch
 from lightning.pytorch import LightningModule
@@ -24,6 +25,7 @@ from com_lightning.core.chain import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
 from com_lightning.pretrained import load_pretrained, pretrained_parts
 from com_lightning.state_dicts import fill, load, places, plain, plain_state, some, submodule
+from com_lightning.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
 
@@ -69,7 +71,7 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
     if isinstance(source, LightningModule):
         expert = copy.deepcopy(source)
     elif isinstance(source, nn.Module):
-        expert = _replaced(_copy(model), unloaded(source, label), label)
+        expert = _replaced(model, unloaded(source, label), label)
     elif isinstance(source, Mapping):
         expert = _filled(model, source, label, assign=False)
     elif isinstance(source, (str, Path)):
@@ -178,9 +180,10 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
     if (path / adapters.CONFIG).is_file():
         expert = _copy(model)
         load_adapter(path, expert, label)
+        _say_what_differs(expert, model, label)
         return expert
     if (path / pretrained.CONFIG).is_file():
-        return _replaced(_copy(model), load_pretrained(path, label), label)
+        return _replaced(model, load_pretrained(path, label), label)
     content = read_checkpoint(path)
     state = content["state_dict"]
     if "pytorch-lightning_version" not in content:
@@ -189,8 +192,9 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
     try:
         expert = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        if not is_overridden("on_load_checkpoint", model) and (rewrapped := _rewrapped(path, state, kind)) is not None:
-            return rewrapped
+        hooked = is_overridden("on_load_checkpoint", model)
+        if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
+            return rebuilt
         reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise MergeError([f"{label}: {kind.__name__} cannot be rebuilt from its hyperparameters ({reason})"]) from error
     # The tensors of the mapped file take the place of the copies just read, unless a hook has made others of them.
@@ -199,18 +203,23 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
     return expert
 
 
-def _rewrapped(path: Path, state: Mapping[str, Tensor], kind: type[LightningModule]) -> LightningModule | None:
-    """A Lightning checkpoint whose names differ from those of its class only by what wrapped the module."""
+def _rebuilt(
+    content: Mapping[str, Any], state: Mapping[str, Any], kind: type[LightningModule], label: str
+) -> LightningModule | None:
+    """A Lightning checkpoint whose names differ from its class's by what wrapped the module, or whose vocabulary has
+    grown. ``None`` if there is more to it."""
+    buffer = io.BytesIO()
+    torch.save({**content, "state_dict": {}}, buffer)
+    buffer.seek(0)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that names do not fit
-            expert = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, strict=False)
+            warnings.simplefilter("ignore")  # that no weights are in it
+            expert = kind.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, strict=False)
+        state = plain_state(state)
+        grow_to(expert, state)
+        return None if fill(expert, state, label) else expert
     except Exception:
         return None
-    if {plain(name) for name in expert.state_dict()} != plain_state(state).keys():
-        return None
-    fill(expert, state, str(path))
-    return expert
 
 
 def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
@@ -220,33 +229,45 @@ def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, ass
 
 
 def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningModule:
-    """Put a module in the place of the submodule that it has most in common with."""
+    """A copy of ``model`` with a module in the place of the submodule that it has most in common with."""
     state = plain_state(part.state_dict())
     found = places(model, state)
     kind, whole = type(part).__name__, type(model).__name__
     if len(found) != 1:
-        why = (
-            f"fits {some(found)} of {whole} equally well" if found else f"has little in common with any part of {whole}"
-        )
-        own = "".join(f"; its {place} is a {type(p).__name__}" for place, p in pretrained_parts(model).items())
-        raise MergeError([f"{label}: the {kind} {why}{own if not found else ''}. Give a LightningModule"])
+        why = f"fits {some(found)} of {whole} equally well"
+        if not found:
+            own = "".join(f"; its {place} is a {type(p).__name__}" for place, p in pretrained_parts(model).items())
+            why = f"has little in common with any part of {whole}{own}"
+        raise MergeError([f"{label}: the {kind} {why}. Give a LightningModule"])
     if not found[0]:
-        fill(model, state, label, assign=False)
-        return model
-    name, old = submodule(model, found[0])
+        return _filled(model, state, label, assign=False)
+    expert = _copy(model)
+    name, old = submodule(expert, found[0])
     part = part.to(next(old.parameters()).dtype)
-    model.set_submodule(name, _compiled(part) if isinstance(old, OptimizedModule) else part)
+    expert.set_submodule(name, _compiled(part) if isinstance(old, OptimizedModule) else part)
     inside = {id(child) for child in old.modules()}
-    if torn := [child for child, p in model.named_modules() if id(p) in inside]:
+    if torn := [child for child, p in expert.named_modules() if id(p) in inside]:
         raise MergeError([f"{label}: {whole} uses {found[0]} also as {torn[0]}. Give a LightningModule"])
-    _say_what_is_left(model, found[0], label)
-    return model
+    _say_what_is_left(expert, found[0], label)
+    _say_what_differs(expert, model, label)
+    return expert
 
 
 def _say_what_is_left(model: LightningModule, place: str, label: str) -> None:
     left = [name for name, _ in model.named_parameters() if place and not plain(name).startswith(f"{place}.")]
     if left:
         rank_zero_warn(f"{label} is taken for {place}; {some(left)} stay as they are in your model")
+
+
+def _say_what_differs(expert: LightningModule, model: LightningModule, label: str) -> None:
+    """The class of a model rebuilds from its hyperparameters what is in the model, not what took its place."""
+    ours, theirs = ({plain(n): tuple(t.shape) for n, t, _ in named_tensors(m)} for m in (model, expert))
+    if differing := [name for name in theirs if ours.get(name) != theirs[name]]:
+        rank_zero_warn(
+            f"{label}: {some(differing)} differ from your model's, so {type(model).__name__}.load_from_checkpoint cannot "
+            "load the result's checkpoint of this task: load its state_dict into a module built alike"
+            + (", or its folder in `transformers` with from_pretrained" if pretrained_parts(expert) else "")
+        )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -22,6 +22,7 @@ from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDat
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
+from com_lightning.vocabulary import match_vocabularies
 
 
 @dataclass
@@ -99,6 +100,7 @@ def make_plan(
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
     becomes_first: bool = False,
+    grow_vocabulary: bool = False,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
 
@@ -110,6 +112,7 @@ def make_plan(
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
+        grow_vocabulary: see :func:`~com_lightning.vocabulary.match_vocabularies`; ``model`` grows too.
 
     Raises:
         MergeError: with all problems at once.
@@ -133,6 +136,7 @@ def make_plan(
         except MergeError as error:
             found += error.problems
     parameters = Parameters()
+    found += match_vocabularies(model, experts, private, grow_vocabulary)
     if experts:
         try:
             parameters = sort_parameters(model, experts, private)

@@ -100,6 +100,30 @@ def source_folder(part: nn.Module) -> Path | None:
     return Path(name) if name and Path(name).is_dir() else None
 
 
+def input_table(part: nn.Module) -> nn.Module | None:
+    """The token embedding of a transformers model, where it has one."""
+    try:
+        return part.get_input_embeddings()  # type: ignore[operator, no-any-return]
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def tokenizer_of(module: nn.Module, part: nn.Module) -> Any:
+    """The tokenizer that a module has as an attribute, else that in the folder which its model came from, else None."""
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+    for value in vars(module).values():
+        if isinstance(value, PreTrainedTokenizerBase):
+            return value
+    source = source_folder(part)
+    if source is None or not any((source / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
+    except Exception:  # made by another version, or of a class that is not installed: nothing can be said of it
+        return None
+
+
 def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], folder: Path) -> None:
     """Write every transformers model in the merged modules so that ``from_pretrained`` loads it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,12 +13,14 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import save_file
 
+from com_lightning.checkpoints import MergeError, read_checkpoint
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.evaluation import quiet_lightning
-from com_lightning.experts import MergeError
+from com_lightning.experts import load_expert
 from com_lightning.plots import save_figure
 from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
+from com_lightning.state_dicts import fill
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -110,12 +113,26 @@ def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict
             problems.append(f"{path}: no such file; {folder} has results for {', '.join(known) or 'no task'}")
             continue
         try:
-            modules[task] = type(model).load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            problems.append(f"{path}: {type(model).__name__} cannot be loaded from it ({error})")
+            modules[task] = _load_result(task, path, model)
+        except MergeError as error:
+            problems += error.problems
     if problems:
         raise MergeError(problems)
     return modules
+
+
+def _load_result(task: str, path: Path, model: LightningModule) -> LightningModule:
+    try:
+        return load_expert(task, path, model)
+    except MergeError:
+        pretrained = path.parent / "transformers" / task
+        if not pretrained.is_dir():
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a part, in a module of another head
+            module = load_expert(task, pretrained, model)
+        fill(module, read_checkpoint(path)["state_dict"], str(path))
+        return module
 
 
 def _save_checkpoint(module: LightningModule, path: Path) -> None:
