@@ -264,8 +264,8 @@ def _say_what_differs(expert: LightningModule, model: LightningModule, label: st
     ours, theirs = ({plain(n): tuple(t.shape) for n, t, _ in named_tensors(m)} for m in (model, expert))
     if differing := [name for name in theirs if ours.get(name) != theirs[name]]:
         rank_zero_warn(
-            f"{label}: {some(differing)} differ from your model's, so {type(model).__name__}.load_from_checkpoint cannot "
-            "load the result's checkpoint of this task: load its state_dict into a module built alike"
+            f"{label}: {some(differing)} differ from your model's: {type(model).__name__}.load_from_checkpoint cannot "
+            "load the result's checkpoint of this task; load its state_dict into a module built alike"
             + (", or its folder in `transformers` with from_pretrained" if pretrained_parts(expert) else "")
         )
 
