@@ -75,7 +75,8 @@ def fold(module: nn.Module, label: str) -> None:
     with torch.no_grad():
         for layer in plainly.values():
             names = active(layer)
-            layer.merge(adapter_names=names)
+            if unmerged := [name for name in names if name not in layer.merged_adapters]:
+                layer.merge(adapter_names=unmerged)
             for name in names:
                 factor = layer.lora_B[name] if name in layer.lora_B else layer.lora_embedding_B[name]
                 for tensor in factor.parameters() if isinstance(factor, nn.Module) else (factor,):

@@ -243,7 +243,8 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
         return _filled(model, state, label, assign=False)
     expert = _copy(model)
     name, old = submodule(expert, found[0])
-    part = part.to(next(old.parameters()).dtype)
+    first = next(old.parameters())
+    part = part.to(first.device, first.dtype)
     expert.set_submodule(name, _compiled(part) if isinstance(old, OptimizedModule) else part)
     inside = {id(child) for child in old.modules()}
     if torn := [child for child, p in expert.named_modules() if id(p) in inside]:

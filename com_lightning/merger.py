@@ -22,6 +22,7 @@ from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDat
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
+from com_lightning.state_dicts import some
 from com_lightning.vocabulary import match_vocabularies
 
 
@@ -81,7 +82,7 @@ class MergePlan:
         for task, names in self.parameters.private.items():
             own = {name: tensor for name, tensor, _ in named_tensors(self.experts[task])}
             total = sum(own[name].numel() for name in names)
-            rows.append([f"private to {task}: {', '.join(names) or 'nothing'}", "", f"{total:,}"])
+            rows.append([f"private to {task}: {some(names) or 'nothing'}", "", f"{total:,}"])
         memory = self.memory()
         told = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
         return (

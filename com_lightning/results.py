@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors.torch import save_file
 
 from com_lightning.checkpoints import MergeError, read_checkpoint
@@ -20,7 +21,7 @@ from com_lightning.experts import load_expert
 from com_lightning.plots import save_figure
 from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
-from com_lightning.state_dicts import fill
+from com_lightning.state_dicts import fill, some
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -71,6 +72,7 @@ def save_results(
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / "merged.safetensors")
         for task, merged in modules.items():
             _save_checkpoint(merged, temporary / f"{task}.ckpt")
+            _warn_of_what_lacks(merged, temporary / f"{task}.ckpt", set(shared))
         save_pretrained(modules, shared, temporary / "transformers")
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
@@ -133,6 +135,19 @@ def _load_result(task: str, path: Path, model: LightningModule) -> LightningModu
             module = load_expert(task, pretrained, model)
         fill(module, read_checkpoint(path)["state_dict"], str(path))
         return module
+
+
+def _warn_of_what_lacks(module: LightningModule, path: Path, shared: set[str]) -> None:
+    """A module that writes its adapters only, say, would write nothing of what was merged."""
+    try:
+        state = read_checkpoint(path)["state_dict"]
+    except MergeError:  # hyperparameters that safe loading refuses
+        return
+    if lacking := [name for name, _ in module.named_parameters() if name in shared and name not in state]:
+        rank_zero_warn(
+            f"{path.name} lacks merged weights, because {type(module).__name__} leaves them out of its checkpoints: "
+            f"{some(lacking)}; merged.safetensors has them"
+        )
 
 
 def _save_checkpoint(module: LightningModule, path: Path) -> None:

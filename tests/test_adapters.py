@@ -270,6 +270,31 @@ def test_merging_adapters_in_modules_is_merging_what_they_fold_to() -> None:
     assert len(found.report.layers) == len(expected.report.layers)
 
 
+class AdapterOnly(LoraModule):
+    """It writes what it trains, as many do."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {name: t for name, t in state.items() if "lora" in name or "classifier" in name}
+
+    @property  # type: ignore[misc]
+    def strict_loading(self) -> bool:
+        return False
+
+
+def test_modules_that_write_adapters_only(tmp_path: Path) -> None:
+    """Are read, and it is said that the merged weights are not in what they write."""
+    expected = trained(1)
+    expected.__class__ = AdapterOnly
+    path = save_lightning(copy.deepcopy(expected), tmp_path / "a.ckpt")
+    assert "net.base_model.model.bert.pooler.dense.weight" not in torch.load(path, weights_only=True)["state_dict"]
+    expert = load_expert("a", path, AdapterOnly())
+    close(expert.net, expected.net)
+    callback = merge({"a": path, "b": expert}, AdapterOnly())
+    with pytest.warns(UserWarning, match=r"a.ckpt lacks merged weights, because AdapterOnly .*merged.safetensors has"):
+        callback.save(tmp_path / "out")
+
+
 def test_the_model_becomes_the_merged_one() -> None:
     model = LoraModule()
     callback = merge({"a": trained(1), "b": trained(2)}, model)

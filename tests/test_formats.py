@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,9 @@ from lightning.pytorch.callbacks import WeightAveraging as LightningAveraging
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models import mobilenet_v3_small
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.experts import ExpertSource, load_expert
@@ -137,6 +140,27 @@ def test_prefixes_of_wrappers(rename: Callable[[str], str], kind: str, tmp_path:
     same(load_expert("a", source, Wrapper()), expert)
 
 
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    """Of one process."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+def test_names_are_those_that_ddp_and_fsdp_write() -> None:
+    net = Net()
+    inside = copy.deepcopy(net)
+    shard = partial(FullyShardedDataParallel, device_id=torch.device("cpu"), use_orig_params=True)
+    inside.body[0] = shard(inside.body[0])
+    for module in (nn.parallel.DistributedDataParallel(net), shard(inside)):
+        names = [name for name, _ in module.named_parameters()]
+        assert not set(names) & set(net.state_dict())
+        assert set(plain_state(dict.fromkeys(names))) == {name for name, _ in net.named_parameters()}
+    same(load_expert("a", nn.parallel.DistributedDataParallel(net), Wrapper()), net)
+
+
 def test_names_are_those_that_wrappers_write() -> None:
     """What torch itself makes of names, not what we take it for."""
     net = Net()
@@ -191,6 +215,20 @@ def test_a_network_of_the_module(kind: str, tmp_path: Path) -> None:
     perturb(expert)
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
     torch.testing.assert_close(model.state_dict(), own, rtol=0, atol=0)
+
+
+def test_a_state_dict_of_torchvision(tmp_path: Path) -> None:
+    """As people download it, for `self.net` of their module."""
+
+    class Vision(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.loss = mobilenet_v3_small(num_classes=4), nn.CrossEntropyLoss(torch.ones(4))
+
+    net = mobilenet_v3_small(num_classes=4)
+    torch.save(net.state_dict(), tmp_path / "net.pth")
+    expert = load_expert("a", tmp_path / "net.pth", Vision())
+    torch.testing.assert_close(expert.get_submodule("net").state_dict(), net.state_dict(), rtol=0, atol=0)
 
 
 def test_networks_are_merged_as_modules_are() -> None:
