@@ -241,14 +241,15 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
         raise MergeError([f"{label}: the {kind} {why}. Give a LightningModule"])
     if not found[0]:
         return _filled(model, state, label, assign=False)
-    expert = _copy(model)
-    name, old = submodule(expert, found[0])
-    first = next(old.parameters())
-    part = part.to(first.device, first.dtype)
-    expert.set_submodule(name, _compiled(part) if isinstance(old, OptimizedModule) else part)
-    inside = {id(child) for child in old.modules()}
-    if torn := [child for child, p in expert.named_modules() if id(p) in inside]:
+    name, old = submodule(model, found[0])
+    inside = {id(part) for part in (*old.modules(), *old.parameters())}
+    everywhere = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
+    if torn := [n for n, p in everywhere if id(p) in inside and n != name and not n.startswith(f"{name}.")]:
         raise MergeError([f"{label}: {whole} uses {found[0]} also as {torn[0]}. Give a LightningModule"])
+    first = next(model.parameters())
+    part = part.to(first.device, next(old.parameters(), first).dtype)
+    # The copy never holds the weights that are replaced.
+    expert = _copy(model, {id(old): _compiled(part) if isinstance(old, OptimizedModule) else part})
     _say_what_is_left(expert, found[0], label)
     _say_what_differs(expert, model, label)
     return expert
@@ -283,8 +284,9 @@ def _compiled(module: nn.Module) -> nn.Module:
     return compiled
 
 
-def _copy(model: LightningModule) -> LightningModule:
-    model = copy.deepcopy(model)
+def _copy(model: LightningModule, instead: dict[int, nn.Module] | None = None) -> LightningModule:
+    """A copy; ``instead`` has what takes the place of a submodule, by its ``id``."""
+    model = copy.deepcopy(model, instead)
     _eager(model)
     return model
 

@@ -263,7 +263,14 @@ class Twins(Wrapper):
 class Aliased(Wrapper):
     def __init__(self) -> None:
         super().__init__()
-        self.body = self.net.body
+        self.other = self.net.body
+
+
+class Tied(Wrapper):
+    def __init__(self) -> None:
+        super().__init__()
+        self.other = nn.Linear(8, 8)
+        self.other.weight = self.net.body[3].weight
 
 
 @pytest.mark.parametrize("source", [Net(), Net().state_dict()], ids=["module", "state dict"])
@@ -272,10 +279,11 @@ def test_two_parts_that_fit(source: Any) -> None:
         load_expert("a", source, Twins())
 
 
-def test_a_part_that_is_used_elsewhere() -> None:
+@pytest.mark.parametrize("kind", [Aliased, Tied])
+def test_a_part_that_is_used_elsewhere(kind: Any) -> None:
     """It would be replaced in one place only."""
-    with pytest.raises(MergeError, match=r"Aliased uses net also as body. Give a LightningModule"):
-        load_expert("a", Net(), Aliased())
+    with pytest.raises(MergeError, match=rf"{kind.__name__} uses net also as other.*Give a LightningModule"):
+        load_expert("a", Net(), kind())
 
 
 def test_a_module_that_fits_nowhere() -> None:
