@@ -267,6 +267,7 @@ def test_merging_adapters_in_modules_is_merging_what_they_fold_to() -> None:
     for task in "ab":
         close(found.modules[task].net, expected.modules[task].net)
     assert not [layer.name for layer in found.report.layers if "lora" in layer.name]
+    assert {what for name, what in found.report.parameters.items() if "lora_" in name} == {"private"}
     assert len(found.report.layers) == len(expected.report.layers)
 
 

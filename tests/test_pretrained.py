@@ -26,6 +26,7 @@ from transformers import (
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
 from com_lightning.core.sharing import named_tensors
 from com_lightning.experts import ExpertSource, load_expert
+from com_lightning.results import load_results
 from tests.helpers import perturb, quiet_trainer
 
 WORDS = [f"word{number}" for number in range(25)]
@@ -265,6 +266,25 @@ def test_what_is_trained_on_is_not_changed_by_writing(tmp_path: Path) -> None:
     callback.save(tmp_path / "out")
     after = {name: tensor for name, tensor, _ in named_tensors(callback.modules["a"])}
     assert all(after[name] is tensor for name, tensor in before.items())
+
+
+class Scaled(TextModule):
+    """With a parameter beside its transformers model."""
+
+    def __init__(self, labels: int = 3, scale: float = 2.0) -> None:
+        super().__init__(labels)
+        self.scale = nn.Parameter(torch.tensor(scale))
+
+
+@pytest.mark.filterwarnings("ignore:.*(differ from your|stay as they are)")
+def test_results_with_heads_that_the_class_does_not_build(tmp_path: Path) -> None:
+    """Are read from the transformers folder, and the rest from the checkpoint."""
+    a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, labels=5)
+    callback = merge({"a": a, "b": b}, Scaled(), output_dir=str(tmp_path / "out"))
+    modules = load_results(tmp_path / "out", Scaled(scale=3.0), ["a", "b"])
+    for task, module in callback.modules.items():
+        torch.testing.assert_close(modules[task].state_dict(), module.state_dict(), rtol=0, atol=0)
+    assert float(modules["b"].scale) == 2.0  # type: ignore[arg-type]
 
 
 def test_a_model_that_cannot_be_written_does_not_lose_the_merge(tmp_path: Path) -> None:
