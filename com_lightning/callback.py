@@ -37,9 +37,10 @@ class ChainOfMergesCallback(Callback):
     merged model of the first task, and Lightning's own validation pass is that of the first task.
 
     Args:
-        experts: task -> its expert: a Lightning checkpoint (rebuilt by the model's class from its hyperparameters), a
-            state dict or safetensors file, or a LightningModule or state dict in memory. Relative paths are relative to
-            the working directory. Files are loaded with ``weights_only=True``.
+        experts: task -> its expert: a Lightning checkpoint (rebuilt by the model's class from its hyperparameters); a
+            state dict or safetensors file; a folder that transformers' or PEFT's ``save_pretrained`` has written; or a
+            module or state dict in memory, of the whole model or of a part of it. Relative paths are relative to the
+            working directory. Nothing in a file is executed.
         method: the merging rule; :class:`~com_lightning.ChainOfMerges` by default.
         private: patterns of parameters that stay with their task (``"head"``, ``"*.classifier.*"``), all others being
             shared. By default those are private that differ in name or shape.
@@ -48,6 +49,8 @@ class ChainOfMergesCallback(Callback):
         output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
         verbose: print the report at the end, for where there is no line of code to print it.
+        grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
+            have are merged, the others kept. Otherwise such tables are an error.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -74,11 +77,13 @@ class ChainOfMergesCallback(Callback):
         output_dir: Optional[str] = None,
         overwrite: bool = False,
         verbose: bool = False,
+        grow_vocabulary: bool = False,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
+        self.grow_vocabulary = grow_vocabulary
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -101,7 +106,9 @@ class ChainOfMergesCallback(Callback):
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
-        self._plan = make_plan(model, self.experts, data, self.method, self.private, problems, becomes_first)
+        self._plan = make_plan(
+            model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
+        )
         return self._plan
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:

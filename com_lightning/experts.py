@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import pickle
-import re
-import zipfile
+import io
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,22 +13,27 @@ from typing import Any, Union
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import Tensor
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
+from torch.optim.swa_utils import AveragedModel
 
+from com_lightning import adapters, pretrained
+from com_lightning.adapters import adapter_parameters, adapter_problems, fold, load_adapter, unloaded
+from com_lightning.checkpoints import MergeError, read_checkpoint
 from com_lightning.core.candidates import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
+from com_lightning.pretrained import load_pretrained, pretrained_parts
+from com_lightning.state_dicts import fill, load, places, plain, plain_state, some, submodule
+from com_lightning.vocabulary import grow_to
 
-ExpertSource = Union[str, Path, LightningModule, Mapping[str, Tensor]]
-"""A Lightning checkpoint, a state dict or safetensors file, a module or a state dict in memory."""
+__all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
 
+ExpertSource = Union[str, Path, nn.Module, Mapping[str, Tensor]]
+"""A checkpoint, state dict or safetensors file; a folder of ``save_pretrained`` (transformers or PEFT); a module or a
+state dict in memory."""
 
-class MergeError(ValueError):
-    """What stands in the way of a merge, all of it at once."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
-        super().__init__(f"{count}:\n" + "\n".join(f"  {n}. {p}" for n, p in enumerate(problems, 1)))
+_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 
 
 @dataclass
@@ -53,52 +57,31 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
     Args:
         name: of the task, for messages.
         source: where it comes from. A Lightning checkpoint is rebuilt by the class of ``model`` from its own
-            hyperparameters; a state dict is loaded into a copy of ``model``; a module is copied.
-        model: gives the class.
+            hyperparameters; a LightningModule is copied. All else becomes part of a copy of ``model``: a state dict is
+            loaded into the part that it fits, another module and a folder of ``save_pretrained`` take its place, and a
+            folder with an adapter is folded into it.
+        model: gives the class, and the weights that an adapter was trained on.
 
     Raises:
         MergeError: if the source cannot be read, is not safe, or does not fit, naming the file and the keys.
     """
+    label = f"expert '{name}'"
+    if isinstance(source, nn.Module):
+        source = _unwrapped(source)
     if isinstance(source, LightningModule):
         expert = copy.deepcopy(source)
+    elif isinstance(source, nn.Module):
+        expert = _replaced(model, unloaded(source, label), label)
     elif isinstance(source, Mapping):
-        expert = _filled(copy.deepcopy(model), source, f"expert '{name}'", assign=False)
+        expert = _filled(model, source, label, assign=False)
     elif isinstance(source, (str, Path)):
-        expert = _from_file(name, Path(source), model)
+        expert = _from_path(Path(source), model, f"{label} ({source})")
     else:
-        raise MergeError(
-            [f"expert '{name}': a {type(source).__name__} is neither a file, a LightningModule nor a state dict"]
-        )
+        raise MergeError([f"{label}: a {type(source).__name__} is neither a file, a folder, a module nor a state dict"])
+    _eager(expert)
+    fold(expert, label)
+    _align(expert, model)
     return expert.eval()
-
-
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, memory-mapped where its format allows; a safetensors file as ``{"state_dict": ...}``.
-
-    Raises:
-        MergeError: if the file is missing, is not a checkpoint, or holds more than tensors and plain values.
-    """
-    if not path.is_file():
-        raise MergeError([f"{path}: no such file"])
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        try:
-            return {"state_dict": load_file(path)}
-        except Exception as error:
-            raise MergeError([f"{path}: not a readable safetensors file ({error})"]) from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise MergeError([_unsafe(path, error)]) from error
-        # PyTorch's advice is to load the file unsafely.
-        reason = "safe loading finds no tensors in it" if "weights_only" in str(error) else _first_line(error)
-        raise MergeError([f"{path}: not a readable checkpoint ({reason})"]) from error
-    state = content.get("state_dict", content) if isinstance(content, dict) else content
-    if not isinstance(state, dict):
-        raise MergeError([f"{path}: holds a {type(state).__name__}, not a checkpoint or state dict"])
-    return content if "state_dict" in content else {"state_dict": content}
 
 
 def sort_parameters(
@@ -117,12 +100,13 @@ def sort_parameters(
     """
     result, problems = Parameters(private={task: [] for task in experts}), list[str]()
     differing: list[str] = []
+    folded = set().union(*map(adapter_parameters, experts.values()))  # what is left of adapters computes nothing
     everyone = {"model": dict(_shapes(model)), **{task: dict(_shapes(e)) for task, e in experts.items()}}
     names = {name: None for shapes in everyone.values() for name in shapes}
     every = {name: {who: shape.get(name) for who, shape in everyone.items()} for name in names}
     for name, shapes in every.items():
         same = len(set(shapes.values())) == 1
-        if same if private is None else not matches_any(name, private):
+        if name not in folded and (same if private is None else not matches_any(name, private)):
             result.shared.append(name)
             if not same:
                 differing.append(f"{name}: {_told(shapes)}")
@@ -130,18 +114,19 @@ def sort_parameters(
             for task in experts:
                 if shapes[task] is not None:
                     result.private[task].append(name)
+    problems += adapter_problems({"the model": model, **{f"expert '{task}'": e for task, e in experts.items()}})
     if differing:
         problems.append(
-            f"parameters differ: {_some(differing, '. ')}. Name them in `private`, or bring experts of one architecture"
+            f"parameters differ: {some(differing, '. ')}. Name them in `private`, or bring experts of one architecture"
         )
     for pattern in private or ():
         if not any(matches_any(name, [pattern]) for name in names):
-            problems.append(f"private: '{pattern}' matches no parameter; there are {_some(list(names))}")
+            problems.append(f"private: '{pattern}' matches no parameter; there are {some(list(names))}")
     if not problems and not any(candidates(expert, set(result.shared)) for expert in experts.values()):
         told = [f"{n}: {_told(s)}" for n, s in every.items() if len(set(s.values())) > 1]
         problems.append(
             "no layer can be merged: none has all its parameters shared, with one name and shape in the model and all "
-            f"experts. {_some(told, '. ', 3)}"
+            f"experts. {some(told, '. ', 3)}"
         )
     shared = set(result.shared)
     for task, expert in experts.items():
@@ -155,7 +140,11 @@ def sort_parameters(
             problems.append(f"{torn[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both")
     if problems:
         raise MergeError(problems)
-    if private is None and len(experts) > 1 and not any(result.private.values()):
+    if (
+        private is None
+        and len(experts) > 1
+        and folded.issuperset(n for names in result.private.values() for n in names)
+    ):
         result.warnings.append(
             "every parameter is shared, heads included; if classes differ between tasks, name the head in `private` "
             "(an empty list says that they do not)"
@@ -187,148 +176,148 @@ def _kinship(model: LightningModule, experts: Mapping[str, LightningModule], sha
     return warnings
 
 
-def _from_file(name: str, path: Path, model: LightningModule) -> LightningModule:
+def _from_path(path: Path, model: LightningModule, label: str) -> LightningModule:
+    if (path / adapters.CONFIG).is_file():
+        expert = _copy(model)
+        load_adapter(path, expert, label)
+        _say_what_differs(expert, model, label)
+        return expert
+    if (path / pretrained.CONFIG).is_file():
+        return _replaced(model, load_pretrained(path, label), label)
     content = read_checkpoint(path)
-    label = f"expert '{name}' ({path})"
+    state = content["state_dict"]
     if "pytorch-lightning_version" not in content:
-        return _filled(copy.deepcopy(model), content["state_dict"], label)
+        return _filled(model, state, label)
+    kind = type(model)
     try:
-        expert = type(model).load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        expert = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        kind, reason = type(model).__name__, " ".join(str(error).split())
-        raise MergeError(
-            [f"{label}: {kind} cannot be rebuilt from its hyperparameters ({type(error).__name__}: {reason})"]
-        ) from error
+        hooked = is_overridden("on_load_checkpoint", model)
+        if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
+            return rebuilt
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise MergeError([f"{label}: {kind.__name__} cannot be rebuilt from its hyperparameters ({reason})"]) from error
     # The tensors of the mapped file take the place of the copies just read, unless a hook has made others of them.
-    hooked = is_overridden("on_load_checkpoint", expert)
-    if not hooked and content["state_dict"].keys() == expert.state_dict().keys():
-        _load(expert, content["state_dict"], assign=True)
+    if not is_overridden("on_load_checkpoint", expert) and state.keys() == expert.state_dict().keys():
+        load(expert, state, assign=True)
     return expert
 
 
-def _filled(module: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
-    own, ties = module.state_dict(), tied_names(module)
-    state = dict(state)
-    for key in own.keys() - state.keys():  # a tied tensor may be saved under one of its names only
-        twins = [name for name in state if name in ties and ties[name] == ties.get(key)]
-        if twins:
-            state[key] = state[twins[0]]
-    problems = []
-    if missing := sorted(own.keys() - state.keys()):
-        problems.append(f"{label}: missing keys: {_some(missing)}")
-    if extra := sorted(state.keys() - own.keys()):
-        problems.append(f"{label}: keys that {type(module).__name__} does not have: {_some(extra)}")
-    shapes = {key: (_shape(state[key]), _shape(tensor)) for key, tensor in own.items() if key in state}
-    if told := [f"{key} is {theirs}, in the model {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]:
-        problems.append(
-            f"{label}: {_some(told, '; ')}; give a Lightning checkpoint, whose hyperparameters rebuild its own shapes, "
-            "or the module itself"
+def _rebuilt(
+    content: Mapping[str, Any], state: Mapping[str, Any], kind: type[LightningModule], label: str
+) -> LightningModule | None:
+    """A Lightning checkpoint whose names differ from its class's by what wrapped the module, or whose vocabulary has
+    grown. ``None`` if there is more to it."""
+    buffer = io.BytesIO()
+    torch.save({**content, "state_dict": {}}, buffer)
+    buffer.seek(0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that no weights are in it
+            expert = kind.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, strict=False)
+        state = plain_state(state)
+        grow_to(expert, state)
+        return None if fill(expert, state, label) else expert
+    except Exception:
+        return None
+
+
+def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
+    expert = _copy(model)
+    _say_what_is_left(expert, fill(expert, state, label, assign), label)
+    return expert
+
+
+def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningModule:
+    """A copy of ``model`` with a module in the place of the submodule that it has most in common with."""
+    state = plain_state(part.state_dict())
+    found = places(model, state)
+    kind, whole = type(part).__name__, type(model).__name__
+    if len(found) != 1:
+        why = f"fits {some(found)} of {whole} equally well"
+        if not found:
+            own = "".join(f"; its {place} is a {type(p).__name__}" for place, p in pretrained_parts(model).items())
+            why = f"has little in common with any part of {whole}{own}"
+        raise MergeError([f"{label}: the {kind} {why}. Give a LightningModule"])
+    if not found[0]:
+        return _filled(model, state, label, assign=False)
+    name, old = submodule(model, found[0])
+    inside = {id(part) for part in (*old.modules(), *old.parameters())}
+    everywhere = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
+    if torn := [n for n, p in everywhere if id(p) in inside and n != name and not n.startswith(f"{name}.")]:
+        raise MergeError([f"{label}: {whole} uses {found[0]} also as {torn[0]}. Give a LightningModule"])
+    first = next(model.parameters())
+    part = part.to(first.device, next(old.parameters(), first).dtype)
+    # The copy never holds the weights that are replaced.
+    expert = _copy(model, {id(old): _compiled(part) if isinstance(old, OptimizedModule) else part})
+    _say_what_is_left(expert, found[0], label)
+    _say_what_differs(expert, model, label)
+    return expert
+
+
+def _say_what_is_left(model: LightningModule, place: str, label: str) -> None:
+    left = [name for name, _ in model.named_parameters() if place and not plain(name).startswith(f"{place}.")]
+    if left:
+        rank_zero_warn(f"{label} is taken for {place}; {some(left)} stay as they are in your model")
+
+
+def _say_what_differs(expert: LightningModule, model: LightningModule, label: str) -> None:
+    """The class of a model rebuilds from its hyperparameters what is in the model, not what took its place."""
+    ours, theirs = ({plain(n): tuple(t.shape) for n, t, _ in named_tensors(m)} for m in (model, expert))
+    if differing := [name for name in theirs if ours.get(name) != theirs[name]]:
+        rank_zero_warn(
+            f"{label}: {some(differing)} differ from your model's: {type(model).__name__}.load_from_checkpoint cannot "
+            "load the result's checkpoint of this task; load its state_dict into a module built alike"
+            + (", or its folder in `transformers` with from_pretrained" if pretrained_parts(expert) else "")
         )
-    if problems:
-        raise MergeError(problems)
-    _load(module, state, assign)
-    return module
 
 
-def _load(module: LightningModule, state: Mapping[str, Tensor], assign: bool) -> None:
-    """Load a state dict; where its tensors take the place of the module's, tied ones stay tied."""
-    ties = tied_names(module)
-    if assign:  # in the module's precision, not the file's
-        dtypes = {key: value.dtype for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-        state = {key: value.to(dtypes[key]) if key in dtypes else value for key, value in state.items()}
-    module.load_state_dict(state, assign=assign)
-    for name, first in ties.items():
-        if name != first:
-            (owner, _, own), (holder, _, other) = name.rpartition("."), first.rpartition(".")
-            setattr(module.get_submodule(owner), own, getattr(module.get_submodule(holder), other))
+def _unwrapped(module: nn.Module) -> nn.Module:
+    if isinstance(module, OptimizedModule):
+        return _unwrapped(module._orig_mod)
+    return _unwrapped(module.module) if isinstance(module, (*_WRAPPERS,)) else module
 
 
-def _shape(value: object) -> tuple[int, ...] | str:
-    return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+def _compiled(module: nn.Module) -> nn.Module:
+    compiled = torch.compile(module)
+    assert isinstance(compiled, nn.Module)
+    return compiled
+
+
+def _copy(model: LightningModule, instead: dict[int, nn.Module] | None = None) -> LightningModule:
+    """A copy; ``instead`` has what takes the place of a submodule, by its ``id``."""
+    model = copy.deepcopy(model, instead)
+    _eager(model)
+    return model
+
+
+def _eager(module: LightningModule) -> None:
+    """Undo what ``trainer.validate(torch.compile(module))`` does: its methods run those of the module it was."""
+    if module._compiler_ctx is not None:
+        module._compiler_ctx = None
+        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+            vars(module).pop(name, None)
+
+
+def _align(expert: LightningModule, model: LightningModule) -> None:
+    """Compile the same submodules as in ``model``, and take its precision, so that names and tensors fit."""
+    compiled = {plain(name) for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
+    for name, part in reversed(list(expert.named_modules())):  # what is inside before what is around it
+        if isinstance(part, OptimizedModule) and plain(name) not in compiled:
+            expert.set_submodule(name, part._orig_mod)
+    for place in sorted(compiled, key=len, reverse=True):
+        found = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
+        if found and not isinstance(found[1], OptimizedModule):
+            expert.set_submodule(found[0], _compiled(found[1]))
+    dtypes = {name: tensor.dtype for name, tensor, _ in named_tensors(model)}
+    for name, tensor, _ in named_tensors(expert):
+        if tensor.is_floating_point() and dtypes.get(name, tensor.dtype) != tensor.dtype:
+            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:
     return [(name, tensor.shape) for name, tensor, _ in named_tensors(module)]
 
 
-def _some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
-
-
 def _told(shapes: Mapping[str, torch.Size | None]) -> str:
     return "; ".join(f"{who} {'lacks it' if shape is None else tuple(shape)}" for who, shape in shapes.items())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _unsafe(path: Path, error: Exception) -> str:
-    try:
-        culprits = [f"{key} ({kind})" for key, kind in _unsafe_keys(path).items()]
-    except Exception:  # not a file of today's format
-        culprits = []
-    told = culprits or re.findall(r"GLOBAL (\S+)", str(error))[:1]
-    return (
-        f"{path}: holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
-        "or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the module "
-        "yourself and pass it in place of the path"
-    )
-
-
-def _unsafe_keys(path: Path) -> dict[str, str]:
-    """Where a checkpoint holds objects of classes that safe loading refuses. No class in it is looked up or called."""
-    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-
-    class Inert:
-        kind = ""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return super().__new__(cls)
-
-        def __setstate__(self, state: Any) -> None:
-            pass
-
-        def __setitem__(self, key: Any, value: Any) -> None:
-            pass
-
-        def append(self, value: Any) -> None:
-            pass
-
-        def extend(self, values: Any) -> None:
-            pass
-
-    class Plain(dict[Any, Any]):  # unlike a dict it takes attributes, such as a state dict's metadata
-        pass
-
-    class Reader(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            full = f"{module}.{name}"
-            if full == "collections.OrderedDict":
-                return Plain
-            return type("Inert", (Inert,), {"kind": full if full in refused else ""})
-
-        def persistent_load(self, pid: Any) -> Any:
-            return None
-
-    with zipfile.ZipFile(path) as archive:
-        entry = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
-        with archive.open(entry) as stream:
-            content = Reader(stream).load()
-    found: dict[str, str] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if kind := getattr(value, "kind", ""):
-            found[key] = kind
-        elif isinstance(value, dict):
-            for name, part in value.items():
-                walk(part, f"{key}.{name}" if key else str(name))
-        elif isinstance(value, (list, tuple)):
-            for position, part in enumerate(value):
-                walk(part, f"{key}[{position}]")
-
-    walk(content, "")
-    return found

@@ -24,6 +24,8 @@ from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDat
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
+from com_lightning.state_dicts import some
+from com_lightning.vocabulary import match_vocabularies
 
 
 @dataclass
@@ -87,7 +89,7 @@ class MergePlan:
         for task, names in self.parameters.private.items():
             own = {name: tensor for name, tensor, _ in named_tensors(self.experts[task])}
             total = sum(own[name].numel() for name in names)
-            rows.append([f"private to {task}: {', '.join(names) or 'nothing'}", "", f"{total:,}"])
+            rows.append([f"private to {task}: {some(names) or 'nothing'}", "", f"{total:,}"])
         memory = self.memory()
         sizes = ", ".join(f"{what} {size / 2**20:,.1f} MiB" for what, size in memory.items())
         unseen = "Solved where a function that they go into is linear in them, else averaged: those to be seen.\n"
@@ -108,6 +110,7 @@ def make_plan(
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
     becomes_first: bool = False,
+    grow_vocabulary: bool = False,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
 
@@ -119,6 +122,7 @@ def make_plan(
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
+        grow_vocabulary: see :func:`~com_lightning.vocabulary.match_vocabularies`; ``model`` grows too.
 
     Raises:
         MergeError: with all problems at once.
@@ -142,6 +146,7 @@ def make_plan(
         except MergeError as error:
             found += error.problems
     parameters = Parameters()
+    found += match_vocabularies(model, experts, private, grow_vocabulary)
     if experts:
         try:
             parameters = sort_parameters(model, experts, private)
@@ -188,7 +193,8 @@ def execute(
             batches = [_on_device(b, i, expert, data.tasks[name], trainer) for b, i in samples[name].batches]
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
-    records = plan.method.merge(MergeJob(tasks, merged, on_layer))
+    with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
+        records = plan.method.merge(MergeJob(tasks, merged, on_layer))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),

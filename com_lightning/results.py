@@ -5,18 +5,23 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors.torch import save_file
 
+from com_lightning.checkpoints import MergeError, read_checkpoint
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.evaluation import quiet_lightning
-from com_lightning.experts import MergeError
+from com_lightning.experts import load_expert
 from com_lightning.plots import save_figure
+from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
+from com_lightning.state_dicts import fill, some
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -43,7 +48,8 @@ def save_results(
     files: Mapping[str, str] | None = None,
 ) -> None:
     """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
-    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``.
+    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``. Models of transformers are
+    written to ``transformers`` too, see :func:`~com_lightning.pretrained.save_pretrained`.
 
     Args:
         folder: where to. All is written beside it under a temporary name first.
@@ -66,6 +72,8 @@ def save_results(
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / "merged.safetensors")
         for task, merged in modules.items():
             _save_checkpoint(merged, temporary / f"{task}.ckpt")
+            _warn_of_what_lacks(merged, temporary / f"{task}.ckpt", set(shared))
+        save_pretrained(modules, shared, temporary / "transformers")
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
             (temporary / name).write_text(text, encoding="utf-8")
@@ -107,12 +115,39 @@ def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict
             problems.append(f"{path}: no such file; {folder} has results for {', '.join(known) or 'no task'}")
             continue
         try:
-            modules[task] = type(model).load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        except Exception as error:
-            problems.append(f"{path}: {type(model).__name__} cannot be loaded from it ({error})")
+            modules[task] = _load_result(task, path, model)
+        except MergeError as error:
+            problems += error.problems
     if problems:
         raise MergeError(problems)
     return modules
+
+
+def _load_result(task: str, path: Path, model: LightningModule) -> LightningModule:
+    try:
+        return load_expert(task, path, model)
+    except MergeError:
+        pretrained = path.parent / "transformers" / task
+        if not pretrained.is_dir():
+            raise
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is a part, in a module of another head
+            module = load_expert(task, pretrained, model)
+        fill(module, read_checkpoint(path)["state_dict"], str(path))
+        return module
+
+
+def _warn_of_what_lacks(module: LightningModule, path: Path, shared: set[str]) -> None:
+    """A module that writes its adapters only, say, would write nothing of what was merged."""
+    try:
+        state = read_checkpoint(path)["state_dict"]
+    except MergeError:  # hyperparameters that safe loading refuses
+        return
+    if lacking := [name for name, _ in module.named_parameters() if name in shared and name not in state]:
+        rank_zero_warn(
+            f"{path.name} lacks merged weights, because {type(module).__name__} leaves them out of its checkpoints: "
+            f"{some(lacking)}; merged.safetensors has them"
+        )
 
 
 def _save_checkpoint(module: LightningModule, path: Path) -> None:

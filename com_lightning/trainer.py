@@ -34,14 +34,16 @@ class MergeTrainer(Trainer):
         overwrite: bool = False,
         dry_run: bool = False,
         files: Optional[Dict[str, str]] = None,
+        grow_vocabulary: bool = False,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
         Args:
             model: a module of the experts' class; it is not changed.
             datamodule: a MergeDataModule, the data of all tasks.
-            experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file. Relative paths are
-                relative to the working directory.
+            experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file, or a folder that
+                transformers' or PEFT's save_pretrained has written. Relative paths are relative to the working
+                directory.
             method: the merging rule; ChainOfMerges by default.
             private: patterns of parameters that stay with their task ("head", "*.classifier.*"), all others being
                 shared. By default those are private that differ in name or shape.
@@ -51,6 +53,8 @@ class MergeTrainer(Trainer):
             overwrite: replace an existing output_dir.
             dry_run: only check everything and print what would be merged.
             files: further files for the folder, name -> text.
+            grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
+                all have are merged, the others kept. Otherwise such tables are an error.
 
         Returns:
             The report, which is also printed.
@@ -62,11 +66,11 @@ class MergeTrainer(Trainer):
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files = files or {}
+        merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
         data.trainer = self
         data.prepare_data()
         data.setup("validate")
-        plan = merger.plan(model, data, becomes_first=False)
+        plan = merger.plan(copy.deepcopy(model) if grow_vocabulary else model, data, becomes_first=False)
         if dry_run:
             print(plan)
             return merger.report

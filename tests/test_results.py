@@ -170,7 +170,7 @@ def test_results_that_are_missing(result: Result, tmp_path: Path) -> None:
         load_results(result[1], Classifier(), ["a", "x", "y"])
     assert len(caught.value.problems) == 2
     (tmp_path / "a.ckpt").write_bytes(b"nothing")
-    with pytest.raises(MergeError, match="Classifier cannot be loaded from it") as caught:
+    with pytest.raises(MergeError, match="not a readable checkpoint") as caught:
         load_results(tmp_path, Classifier(), ["a", "x"])
     assert len(caught.value.problems) == 2
     with pytest.raises(MergeError, match="has results for no task"):

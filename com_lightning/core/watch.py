@@ -171,7 +171,7 @@ def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
     def watched(tensor: Tensor, pick: int | None) -> Watched:
         part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
         version = first.version
-        if version is None and not _same_storage(tensor, first):
+        if version is None and not _same_storage(tensor, plain(first)):
             version = first._version
         return Watched.of(tensor, part, first.watcher, version)
 

@@ -1,0 +1,145 @@
+"""Reading checkpoints safely: nothing in a file is executed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class MergeError(ValueError):
+    """What stands in the way of a merge, all of it at once."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = "one problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__(f"{count}:\n" + "\n".join(f"  {n}. {p}" for n, p in enumerate(problems, 1)))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, memory-mapped where its format allows; a safetensors file as ``{"state_dict": ...}``.
+
+    Raises:
+        MergeError: if the file is missing, is not a checkpoint, or holds more than tensors and plain values.
+    """
+    if path.is_dir():
+        raise MergeError([f"{path}: {_folder(path)}"])
+    if not path.is_file():
+        raise MergeError([f"{path}: no such file"])
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        try:
+            return {"state_dict": load_file(path)}
+        except Exception as error:
+            raise MergeError([f"{path}: not a readable safetensors file ({error})"]) from error
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except Exception as error:
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
+            raise MergeError([_unsafe(path, error)]) from error
+        # PyTorch's advice is to load the file unsafely.
+        reason = "safe loading finds no tensors in it" if "weights_only" in str(error) else _first_line(error)
+        raise MergeError([f"{path}: not a readable checkpoint ({reason})"]) from error
+    state = content.get("state_dict", content) if isinstance(content, dict) else content
+    if not isinstance(state, dict):
+        raise MergeError([f"{path}: holds a {type(state).__name__}, not a checkpoint or state dict"])
+    return content if "state_dict" in content else {"state_dict": content}
+
+
+def _folder(path: Path) -> str:
+    """Why a folder is no expert."""
+    if (path / ".metadata").is_file():  # written by FSDP and tensor parallelism
+        return (
+            "a sharded checkpoint; make it one file with "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`, and give that"
+        )
+    if (path / "checkpoint").is_dir():  # written by DeepSpeed
+        return (
+            "a sharded checkpoint; make it one file with `convert_zero_checkpoint_to_fp32_state_dict` of "
+            "lightning.pytorch.utilities.deepspeed, and give that"
+        )
+    return (
+        "a folder that holds no expert: neither adapter_config.json (a PEFT adapter) nor config.json (a transformers "
+        "model) is in it"
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _unsafe(path: Path, error: Exception) -> str:
+    try:
+        culprits = [f"{key} ({kind})" for key, kind in _unsafe_keys(path).items()]
+    except Exception:  # not a file of today's format
+        culprits = []
+    told = culprits or re.findall(r"GLOBAL (\S+)", str(error))[:1]
+    return (
+        f"{path}: holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
+        "or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the module "
+        "yourself and pass it in place of the path"
+    )
+
+
+def _unsafe_keys(path: Path) -> dict[str, str]:
+    """Where a checkpoint holds objects of classes that safe loading refuses. No class in it is looked up or called."""
+    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+
+    class Inert:
+        kind = ""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            pass
+
+        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+            return super().__new__(cls)
+
+        def __setstate__(self, state: Any) -> None:
+            pass
+
+        def __setitem__(self, key: Any, value: Any) -> None:
+            pass
+
+        def append(self, value: Any) -> None:
+            pass
+
+        def extend(self, values: Any) -> None:
+            pass
+
+    class Plain(dict[Any, Any]):  # unlike a dict it takes attributes, such as a state dict's metadata
+        pass
+
+    class Reader(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            full = f"{module}.{name}"
+            if full == "collections.OrderedDict":
+                return Plain
+            return type("Inert", (Inert,), {"kind": full if full in refused else ""})
+
+        def persistent_load(self, pid: Any) -> Any:
+            return None
+
+    with zipfile.ZipFile(path) as archive:
+        entry = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
+        with archive.open(entry) as stream:
+            content = Reader(stream).load()
+    found: dict[str, str] = {}
+
+    def walk(value: Any, key: str) -> None:
+        if kind := getattr(value, "kind", ""):
+            found[key] = kind
+        elif isinstance(value, dict):
+            for name, part in value.items():
+                walk(part, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, (list, tuple)):
+            for position, part in enumerate(value):
+                walk(part, f"{key}[{position}]")
+
+    walk(content, "")
+    return found
