@@ -591,7 +591,8 @@ def row(name: str) -> str:
 
 def _pattern(module: nn.Module, name: str) -> str:
     """What a parameter is called in every block."""
-    return f"{_owner(module, name)}: {re.sub(r'(?<=[.])[0-9]+(?=[.])', '#', name)}"
+    path, _, own = name.rpartition(".")
+    return f"{_owner(module, name)}: {re.sub('[0-9]+', '#', path)}.{own}"
 
 
 if __name__ == "__main__":
