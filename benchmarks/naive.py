@@ -7,13 +7,13 @@ of the depth. The experts do not change as the merge goes on, so they run once h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from unittest.mock import patch
 
 from torch import Tensor
 
 from com_lightning.core import chain
-from com_lightning.core.lockstep import Arrival, Forward, Place, lockstep
+from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.rule import LayerRecord, Rule, Task
 
 
@@ -26,7 +26,10 @@ def naive_chain(
 
 
 def rerun(
-    forwards: Sequence[Forward], layers: Mapping[str, Place], served: Collection[str] = ()
+    forwards: Sequence[Forward],
+    layers: Mapping[str, Place],
+    served: Collection[str] = (),
+    elect: Callable[[Candidacy | None], object] = lambda mine: mine,
 ) -> Generator[tuple[str, list[Arrival]], None, None]:
     """What ``lockstep`` yields, by running the merged model's forwards (or all, where there are none) for every layer.
 
@@ -37,7 +40,9 @@ def rerun(
     paused = lockstep([forward for forward in forwards if forward not in again], layers, served)
     waiting, done = next(paused, None), set(served)
     while arrivals := [*filter(None, (_next_arrival(forward, layers, done) for forward in again))]:
-        layer = min(arrivals, key=lambda arrival: arrival.place).layer
+        first = min(arrivals, key=lambda arrival: arrival.place)
+        layer = first.layer
+        elect((first.place, layer))
         done.add(layer)
         arrivals = [arrival for arrival in arrivals if arrival.layer == layer]
         if waiting is not None and waiting[0] == layer:

@@ -13,6 +13,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
+from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord
 from com_lightning.core.sharing import named_tensors
 from com_lightning.datamodule import MergeDataModule
@@ -20,6 +21,7 @@ from com_lightning.evaluation import quiet_lightning, single_device_trainer, val
 from com_lightning.experts import ExpertSource, MergeError
 from com_lightning.merger import MergePlan, average_shared, execute, load_into, make_plan, with_shared
 from com_lightning.methods import ChainOfMerges, MergingMethod
+from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems, save_results
 
@@ -90,6 +92,7 @@ class ChainOfMergesCallback(Callback):
         self.files: dict[str, str] = {}
         """Further files for the result folder, name -> text."""
         self._plan: MergePlan | None = None
+        self._peers = Peers()
         self._shared: list[str] = []
 
     @property
@@ -122,13 +125,15 @@ class ChainOfMergesCallback(Callback):
             rank_zero_warn("ChainOfMergesCallback merges in trainer.validate; in trainer.fit it does nothing")
         if stage != "validate" or self.merged:
             return
-        require_one_device(trainer)
+        require_mergeable(trainer, self.output_dir)
         data = trainer.datamodule  # type: ignore[attr-defined]
         if not isinstance(data, MergeDataModule):
             raise MergeError(
                 ["the tasks' data are missing: use trainer.validate(model, datamodule=MergeDataModule(...))"]
             )
-        plan = self._plan or self.plan(pl_module, data)
+        self._peers = peers_of(trainer)
+        with together(self._peers):
+            plan = self._plan or self.plan(pl_module, data)
         for warning in plan.parameters.warnings:
             rank_zero_warn(warning)
 
@@ -138,6 +143,7 @@ class ChainOfMergesCallback(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         with (
             torch.inference_mode(False),
+            together(self._peers),
             tqdm(total=len(self._plan.layers), desc="merging", disable=_quiet(trainer), leave=False) as bar,
         ):
             step = 0
@@ -151,7 +157,7 @@ class ChainOfMergesCallback(Callback):
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             try:
-                self.modules, self.report = execute(self._plan, trainer, data, on_layer)
+                self.modules, self.report = execute(self._plan, trainer, data, on_layer, self._peers)
             except BaseException:
                 self._plan = None  # its experts have been moved and converted already
                 raise
@@ -162,10 +168,10 @@ class ChainOfMergesCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:
             return
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), together(self._peers):
             self._validate(trainer, self._plan, trainer.datamodule)  # type: ignore[attr-defined]
             self._finish(self._plan)
-        if self.verbose:
+        if self.verbose and trainer.is_global_zero:
             print(f"\n{self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -185,7 +191,7 @@ class ChainOfMergesCallback(Callback):
         self._shared, self._plan = plan.parameters.shared, None
         if self.report.metrics and self.report.metric is None:
             self.report.choose_metric(self.metric)
-        if self.output_dir:
+        if self.output_dir and self._peers.rank == 0:
             self.save(self.output_dir, self.overwrite)
             rank_zero_info(f"The merged model is in {self.output_dir}.")
 
@@ -199,21 +205,17 @@ class ChainOfMergesCallback(Callback):
             sets = {"expert": plan.experts, "average": average, **sets}
         for kind, modules in sets.items():
             description, quiet = f"validating {kind}", _quiet(trainer)
-            self.report.metrics[kind] = validate_tasks(evaluator, modules, data, description, quiet)
+            mine = {task: modules[task] for task in list(modules)[self._peers.rank :: self._peers.size]}
+            found: dict[str, dict[str, float]] = {}
+            for part in self._peers.exchange(validate_tasks(evaluator, mine, data, description, quiet)):
+                found.update(part)
+            self.report.metrics[kind] = {task: found[task] for task in modules}
         self.report.choose_metric(self.metric)
         _log_tasks(trainer, self.report)
 
 
-def require_one_device(trainer: Trainer) -> None:
-    """Refuse several processes, whose shares of the data would be merged wrongly, and a device without float64."""
-    if trainer.world_size > 1:
-        raise MergeError([f"merging runs in one process, the trainer has {trainer.world_size}; set devices=1"])
-    if trainer.strategy.root_device.type == "mps":
-        raise MergeError(["merging solves in float64, which MPS does not have; set accelerator=cpu"])
-
-
 def _quiet(trainer: Trainer) -> bool:
-    return trainer.progress_bar_callback is None
+    return trainer.progress_bar_callback is None or not trainer.is_global_zero
 
 
 def _log_layer(loggers: Sequence[Logger], record: LayerRecord, step: int) -> None:

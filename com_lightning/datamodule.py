@@ -52,11 +52,13 @@ class CalibrationSample:
 
     Attributes:
         batches: ``(batch, dataloader_idx)`` on the host, as the task's own collate function makes them.
-        samples: number of samples in them.
+        numbers: of these batches among those of all processes.
+        samples: number of samples in the batches of all processes.
         overlap: how many of them are validated too; ``None`` where that cannot be known.
     """
 
     batches: list[tuple[Any, int]]
+    numbers: list[int]
     samples: int
     overlap: Optional[int]
 
@@ -183,12 +185,15 @@ class MergeDataModule(LightningDataModule):
                     )
         return found
 
-    def calibration(self, name: str, limit_batches: int | float | None = None) -> CalibrationSample:
-        """Draw and load the calibration data of a task.
+    def calibration(
+        self, name: str, limit_batches: int | float | None = None, rank: int = 0, processes: int = 1
+    ) -> CalibrationSample:
+        """Draw the calibration data of a task, and load the share of one process.
 
         Args:
             name: of the task.
             limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
+            rank, processes: the batches that one process would get are dealt out in turn, without padding.
         """
         with isolate_rng(include_cuda=False):
             # Loaders draw a seed, and a dataset may augment at random.
@@ -196,11 +201,14 @@ class MergeDataModule(LightningDataModule):
             torch.default_generator.manual_seed(seed)
             random.seed(seed)
             numpy.random.seed(seed % 2**32)
-            return self._calibration(name, limit_batches)
+            return self._calibration(name, limit_batches, rank, processes)
 
-    def _calibration(self, name: str, limit_batches: int | float | None) -> CalibrationSample:
+    def _calibration(
+        self, name: str, limit_batches: int | float | None, rank: int, processes: int
+    ) -> CalibrationSample:
         batches: list[tuple[Any, int]] = []
-        samples = 0
+        numbers: list[int] = []
+        samples = total = 0
         overlap: int | None = 0
         for index, (loader, chosen) in enumerate(zip(self._loaders(name, self.source), self._chosen(name))):
             size = self.batch_size or getattr(loader, "batch_size", None)
@@ -209,17 +217,26 @@ class MergeDataModule(LightningDataModule):
             limit = _limit(limit_batches, loader)
             if chosen is None:
                 part = list(_reservoir(loader, self.samples, limit, self._generator(name)))
+                samples += sum(extract_batch_size(batch) for batch in part)
+                count = len(part)
+                mine = range((rank - total) % processes, count, processes)
+                part = [part[number] for number in mine]
                 overlap = None
             else:
                 chosen = chosen if limit is None else chosen[: limit * size]
-                part = list(_subset(loader, chosen, size))
+                samples += len(chosen)
+                groups = [chosen[start : start + size] for start in range(0, len(chosen), size)]
+                count = len(groups)
+                mine = range((rank - total) % processes, count, processes)
+                part = list(_subset(loader, [i for number in mine for i in groups[number]], size))
                 if not self.holdout:
                     validated = _validated(loader, limit)
                     known = overlap is not None and validated is not None
                     overlap = (overlap or 0) + len((validated or set()) & set(chosen)) if known else None
             batches += [(batch, index) for batch in part]
-            samples += sum(extract_batch_size(batch) for batch in part) if chosen is None else len(chosen)
-        return CalibrationSample(batches, samples, overlap if self.source == "val" else 0)
+            numbers += [total + number for number in mine]
+            total += count
+        return CalibrationSample(batches, numbers, samples, overlap if self.source == "val" else 0)
 
     def _loaders(self, name: str, split: str) -> list[Any]:
         loader = getattr(self.tasks[name], f"{split}_dataloader")()

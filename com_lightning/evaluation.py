@@ -8,11 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
 from com_lightning.datamodule import MergeDataModule
+from com_lightning.processes import alone
 
 
 def single_device_trainer(trainer: Trainer) -> Trainer:
@@ -34,6 +36,7 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
         use_distributed_sampler=False,
         inference_mode=trainer.validate_loop.inference_mode,
         default_root_dir=trainer.default_root_dir,
+        plugins=[LightningEnvironment()],  # that of a cluster would ask for all of its processes
     )
 
 
@@ -63,7 +66,8 @@ def validate_tasks(
     with torch.inference_mode(False), quiet_lightning():
         for task, module in tqdm(modules.items(), desc=description, leave=False, disable=quiet):
             run = trainer.validate if stage == "validate" else trainer.test
-            logged = run(module, datamodule=tasks.task(task), verbose=False)
+            with alone(module):
+                logged = run(module, datamodule=tasks.task(task), verbose=False)
             merged: dict[str, Any] = {}
             for part in logged:  # one per loader, where a task has several
                 merged.update(part)

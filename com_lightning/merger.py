@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
+from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
@@ -170,12 +171,24 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def execute(
-    plan: MergePlan, trainer: Trainer, data: MergeDataModule, on_layer: Callable[[LayerRecord], None]
+    plan: MergePlan,
+    trainer: Trainer,
+    data: MergeDataModule,
+    on_layer: Callable[[LayerRecord], None],
+    peers: Peers | None = None,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
     Must not run in inference mode: the tensors made here are to be trained again.
+
+    Args:
+        plan: what to merge.
+        trainer: whose device, precision and limits are used.
+        data: the tasks' data.
+        on_layer: called with each finished layer.
+        peers: the processes that call this together.
     """
+    peers = peers or Peers()
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -189,12 +202,13 @@ def execute(
         batches: list[_Batch] = []
         if plan.method.needs_data:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
-            samples[name] = data.calibration(name, limit)
+            samples[name] = data.calibration(name, limit, peers.rank, peers.size)
             batches = [_on_device(b, i, expert, data.tasks[name], trainer) for b, i in samples[name].batches]
-        tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep))
+        numbers = samples[name].numbers if name in samples else None
+        tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, on_layer))
+        records = plan.method.merge(MergeJob(tasks, merged, on_layer, peers))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),
@@ -209,7 +223,8 @@ def execute(
         versions=_versions(),
     )
     report.parameters, report.sizes = _account(plan, records)
-    report.warnings += _unmasked(tasks, records)
+    unmasked = peers.exchange(_unmasked(tasks, records))
+    report.warnings += dict.fromkeys(warning for warnings in unmasked for warning in warnings)
     return modules, report
 
 

@@ -9,11 +9,12 @@ from typing import Any, Dict, List, Optional, Union
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from com_lightning.callback import ChainOfMergesCallback, require_one_device
+from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
 from com_lightning.methods import MergingMethod
+from com_lightning.processes import require_mergeable, returns_nothing
 from com_lightning.report import MergeReport
 from com_lightning.results import load_results
 
@@ -62,7 +63,7 @@ class MergeTrainer(Trainer):
         Raises:
             MergeError: with all problems at once, before any calibration batch is read.
         """
-        require_one_device(self)
+        require_mergeable(self, output_dir)
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
@@ -79,9 +80,11 @@ class MergeTrainer(Trainer):
             self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
         finally:
             self.callbacks.remove(merger)  # type: ignore[attr-defined]
-        if merger.merged:
+        if merger.merged and self.is_global_zero:
             print(f"\n{merger.report}\n\nWritten to {output_dir}.")
-        else:
+        elif returns_nothing(self):
+            print(f"\n{(Path(output_dir) / 'report.md').read_text(encoding='utf-8')}\n\nWritten to {output_dir}.")
+        elif not merger.merged:
             rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
         return merger.report
 

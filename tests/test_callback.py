@@ -242,12 +242,6 @@ def test_precision(precision: Any, tolerance: float, monkeypatch: pytest.MonkeyP
         assert ours.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Trainer, "world_size", 2)
-    with pytest.raises(MergeError, match="devices=1"):
-        merged_by(quiet_trainer())
-
-
 def test_other_data_than_tasks_are_refused() -> None:
     first, second = make_experts()
     trainer = quiet_trainer(callbacks=[ChainOfMergesCallback({"a": first, "b": second})])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-import weakref
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,16 +14,14 @@ from torch import Tensor, nn
 from com_lightning.core.attention import split_attention
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
-from com_lightning.core.layers import LayerType, kept
-from com_lightning.core.lockstep import Arrival, Forward, Place, lockstep, pause, running
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
+from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
+from com_lightning.core.peers import Peers
 from com_lightning.core.residual import OutputError
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Stream, Task
+from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
-from com_lightning.core.solver import Factor, factorize, residual, solve
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solver import factorize, residual, solve
 from com_lightning.core.watch import Part, Watched, name_of, plain, tensors_in, watched_in
-
-Seen = Mapping[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]]
 
 
 def merge_layers(
@@ -33,6 +30,7 @@ def merge_layers(
     importance: Sequence[float],
     rule: Rule,
     on_layer: Callable[[LayerRecord], None] = lambda record: None,
+    peers: Peers | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -43,55 +41,20 @@ def merge_layers(
         importance: one weight per task, summing to one.
         rule: what is solved.
         on_layer: called with each finished layer.
+        peers: other processes that do the same on batches of their own. All must be given the same experts. Statistics
+            are added up, each layer is solved by one process, and all end with the same merged weights and records.
 
     Returns:
         The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
         weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
         from its first call.
     """
-    return _Chain(tasks, merged, importance, rule, on_layer).run()
-
-
-@dataclass(eq=False)
-class _CalibrationForward(Forward):
-    task: int = 0
-    batch: int = 0
-    stream: Stream = "merged"
-
-
-@dataclass
-class _Layer:
-    """A layer, be it a module or a function call, in the merged model and in every expert.
-
-    Attributes:
-        parts: own name of each parameter -> what it is of the whole model's.
-    """
-
-    name: str
-    kind: LayerType
-    merged: nn.Module
-    experts: list[nn.Module]
-    parts: dict[str, Part]
-
-
-@dataclass
-class _Inputs:
-    """Statistics of one input tensor per forward, which several layers in a row may share."""
-
-    layer: str
-    key: Hashable
-    seen: Seen
-    statistics: list[InputStatistics]
-    unpaired: int = 0
-    masked: set[str] = field(default_factory=set)
-    factor: Factor | None = None
-
-    def same_inputs(self, seen: Seen) -> bool:
-        """Whether every forward arrives with the very tensor it arrived with before, unchanged."""
-        return seen.keys() == self.seen.keys() and all(
-            self.seen[place][0]() is tensor() and self.seen[place][1] == version
-            for place, (tensor, version) in seen.items()
-        )
+    chain = _Chain(tasks, merged, importance, rule, on_layer, peers or Peers())
+    try:
+        return chain.run()
+    except BaseException as error:
+        chain.peers.fail(error)
+        raise
 
 
 class _Chain:
@@ -102,10 +65,13 @@ class _Chain:
         importance: Sequence[float],
         rule: Rule,
         on_layer: Callable[[LayerRecord], None],
+        peers: Peers,
     ) -> None:
+        self.peers, self.owner = peers, 0
         self.tasks, self.importance, self.rule, self.on_layer = tasks, importance, rule, on_layer
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
+        self.device = next(iter(merged.values()), torch.empty(0)).device
         self.whole: dict[str, str] = {}
         self.experts: list[nn.Module] = []
         for task in tasks:
@@ -125,10 +91,12 @@ class _Chain:
         self.uses: dict[str, Use] = {}
         self.used: set[str] = set()
         """First name of each parameter that a forward has computed with, or that is solved: too late to solve it."""
+        self.entered: set[str] = set()
+        """Those of them that have come to be used since the processes last met."""
         self.solved: dict[str, list[tuple[int, int]]] = {}
         """First name of a parameter -> extents of the parts of it that are solved."""
         self.notes: dict[str, LayerRecord] = {}
-        self.inputs: _Inputs | None = None
+        self.inputs: Inputs | None = None
         self.outputs = OutputError()
 
     def run(self) -> list[LayerRecord]:
@@ -137,10 +105,10 @@ class _Chain:
         places: dict[str, Place] = {name: (self.modules.get(name, 0),) for name in self.candidates}
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
-            for layer, arrivals in lockstep(self._forwards(), places):
+            for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect):
                 self._finish(last)
                 start = time.perf_counter()
-                record = self._merge(self._layer(layer), arrivals)
+                record = self._merge(layer, arrivals)
                 record.seconds = time.perf_counter() - start
                 last = None if record.note else record
                 if last is None:  # what it consists of may still be solved within it
@@ -148,6 +116,8 @@ class _Chain:
                 else:
                     records.append(record)
             self._finish(last)
+        for notes in self.peers.exchange(self.notes):
+            self.notes = {**notes, **self.notes}
         unsolved = [record for record in self.notes.values() if not self._is_solved(record.name)]
         for record in unsolved:
             self.on_layer(record)
@@ -162,17 +132,18 @@ class _Chain:
         for number, task in enumerate(self.tasks):
             for stream in self.rule.streams:
                 tensors = self._watched(number, stream)
-                for index, batch in enumerate(task.batches):
+                for batch, content in enumerate(task.batches):
+                    index = batch if task.numbers is None else task.numbers[batch]
                     module = copy_module(self.experts[number], tensors)
                     forwards.append(
-                        _CalibrationForward(
+                        CalibrationForward(
                             module=module,
-                            call=_Call(task, module, batch, index),
+                            call=_Call(task, module, content, index),
                             label=f"task '{task.name}', batch {index}, {stream} model",
                             seed=100_003 * number + index,
-                            on_output=self._on_output(number, index, stream),
+                            on_output=self._on_output(number, batch, stream),
                             task=number,
-                            batch=index,
+                            batch=batch,
                             stream=stream,
                         )
                     )
@@ -199,6 +170,15 @@ class _Chain:
 
         return receive
 
+    def _elect(self, mine: Candidacy | None) -> Candidacy | None:
+        """Which layer is next among those that any process waits at. All forwards have left the last one by now."""
+        met = self.peers.exchange((mine, self.entered, self.outputs.sums()))
+        for _, entered, _ in met:
+            self.used |= entered
+        self.entered = set()
+        self.outputs = OutputError.total([sums for _, _, sums in met])
+        return min((candidacy for candidacy, _, _ in met if candidacy), default=None)
+
     def _finish(self, record: LayerRecord | None) -> None:
         """Report a layer that all forwards have left by now."""
         if record is not None:
@@ -213,7 +193,7 @@ class _Chain:
         Returns what to call with the function's result.
         """
         forward = running()
-        if not isinstance(forward, _CalibrationForward):
+        if not isinstance(forward, CalibrationForward):
             return None
         watched = list(watched_in(args, kwargs))
         if forward.stream == "merged":
@@ -234,6 +214,7 @@ class _Chain:
                 for part in [entry.part for entry in watched if self._is_free(entry.part)]:
                     first = self.tied[part.name]
                     self.used.add(first)
+                    self.entered.add(first)
                     note = f"goes into {name_of(function).strip('_')}, where it has no closed form"
                     self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
 
@@ -247,7 +228,7 @@ class _Chain:
         start, end = part.extent(self.merged[part.name])
         return all(end < a or b < start for a, b in self.solved[first])
 
-    def _is_intact(self, forward: _CalibrationForward, watched: Sequence[Watched]) -> bool:
+    def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
         own = self.merged if forward.stream == "merged" else self.tensors[forward.task]
         entries = [entry for entry in watched if entry.part.steps]
@@ -267,45 +248,80 @@ class _Chain:
         first, last = start // row, (end + 1) // row
         return f"{name}[{first}]" if last - first == 1 else f"{name}[{first}:{last}]", place
 
-    def _layer(self, name: str) -> _Layer:
+    def _layer(self, name: str) -> Layer:
         if name not in self.uses:
             candidate = self.candidates[name]
             parts = {own: Part(full) for own, full in candidate.written(name).items()}
             experts = [expert.get_submodule(name) for expert in self.experts]
-            return _Layer(name, candidate.kind, self.reference.get_submodule(name), experts, parts)
+            return Layer(name, candidate.kind, self.reference.get_submodule(name), experts, parts)
         use = self.uses[name]
         everyone = [self.merged, *self.tensors]
         merged, *experts = [use.module({own: p.of(t[p.name]) for own, p in use.parts.items()}) for t in everyone]
-        return _Layer(name, use.kind, merged, experts, dict(use.parts))
+        return Layer(name, use.kind, merged, experts, dict(use.parts))
 
-    def _merge(self, layer: _Layer, arrivals: Sequence[Arrival]) -> LayerRecord:
-        kind, module = layer.kind, layer.merged
+    def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
+        # Under autocast the statistics would be gathered in half precision.
+        with torch.autocast(self.device.type, enabled=False):
+            note = self._refusal(layer, arrivals) if layer else None
+            same = layer is None or bool(not note and self.inputs and self.inputs.repeated_at(layer, arrivals))
+            verdicts = self.peers.exchange((layer is not None, note, same))
+            for _, told, _ in verdicts:
+                if told:
+                    return LayerRecord(name, layer.kind.name if layer else "", note=told)
+            if not all(repeated for _, _, repeated in verdicts):
+                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule) if layer else None
+                reached = [rank for rank, (arrived, _, _) in enumerate(verdicts) if arrived]
+                self.owner = reached[len(self.solved) % len(reached)]  # solves go round
+                add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)
+            mine = self._solve(layer, self.inputs) if layer and self.inputs and self.owner == self.peers.rank else None
+            record, written = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [])
+        for own, extent, _ in written:
+            first = self.tied[own]
+            self.solved.setdefault(first, []).append(extent)
+            if extent == (0, self.merged[own].numel() - 1):
+                self.used.add(first)
+        for own in dict.fromkeys(own for own, _, _ in written):
+            self.peers.broadcast(self.merged[own], self.owner)
+        return record
+
+    def _refusal(self, layer: Layer, arrivals: Sequence[Arrival]) -> str | None:
+        """Why a layer cannot be merged."""
+        if late := [part.name for part in layer.parts.values() if not self._is_free(part)]:
+            return f"{late[0]} was used before"
+        if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
+            return "it is called without a tensor"
+        return layer.kind.refuses(layer.merged, arrivals[0].args, arrivals[0].kwargs)
+
+    def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int], int]]]:
+        """Solve a layer and write the merged weights; name, extent and size of each part that is merged now."""
+        kind, module, weights = layer.kind, layer.merged, layer.weights
+        for entry in inputs.statistics:
+            if entry.gram is None:  # no forward of this task got here
+                entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
+        grams = [s.mean_gram() for s in inputs.statistics]
+        if inputs.factor is None:
+            inputs.factor = factorize(grams, self.importance, self.rule.ridge)
+        drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
+        solution = solve(inputs.factor, grams, drifts, weights, self.importance)
+        shifted = inputs.statistics if self.rule.inputs == "merged" else None
+        values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         record = LayerRecord(layer.name, kind.name)
-        late = [part.name for part in layer.parts.values() if not self._is_free(part)]
-        if late:
-            record.note = f"{late[0]} was used before"
-        elif not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
-            record.note = "it is called without a tensor"
-        if record.note:
-            return record
-        with torch.autocast(arrivals[0].input.device.type, enabled=False):
-            record.note = kind.refuses(module, arrivals[0].args, arrivals[0].kwargs)
-            if record.note:
-                return record
-            weights = [kind.to_matrix(expert, module) for expert in layer.experts]
-            inputs = self._statistics(layer, arrivals, weights)
-            grams = [s.mean_gram() for s in inputs.statistics]
-            if inputs.factor is None:
-                inputs.factor = factorize(grams, self.importance, self.rule.ridge)
-            drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-            solution = solve(inputs.factor, grams, drifts, weights, self.importance)
-            shifted = inputs.statistics if self.rule.inputs == "merged" else None
-            values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         if isinstance(values, str):
             record.note = values
-            return record
+            return record, []
+        written = []
         for own, part in layer.parts.items():
-            self._write(part, values.get(own), record)
+            whole = self.merged[part.name]
+            size = part.of(whole).numel()
+            if own in values:  # or else what is there is as good
+                part.write(whole, values[own])
+            written.append((part.name, part.extent(whole), size))
+            name = self.whole.get(part.name, part.name)
+            if part.name in self.buffers:
+                record.buffers.append(name)
+            else:
+                record.parameters[name] = record.parameters.get(name, 0) + size
         reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
         record.groups, record.idle = len(reached), int((reached == 0).sum())
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
@@ -319,92 +335,13 @@ class _Chain:
                 record.cosine[task.name] = statistics.shift.mean_cosine
         if len(self.rule.streams) < 2:
             record.residual = residual(grams, weights, solution, self.importance)
-        return record
-
-    def _write(self, part: Part, value: Tensor | None, record: LayerRecord) -> None:
-        """Put a solved value in its place; ``None``: what is there is as good."""
-        whole = self.merged[part.name]
-        size = part.of(whole).numel()
-        if value is not None:
-            part.write(whole, value)
-        first = self.tied[part.name]
-        self.solved.setdefault(first, []).append(part.extent(whole))
-        if size == whole.numel():
-            self.used.add(first)
-        name = self.whole.get(part.name, part.name)
-        if part.name in self.buffers:
-            record.buffers.append(name)
-        else:
-            record.parameters[name] = record.parameters.get(name, 0) + size
+        return record, written
 
     def _is_solved(self, name: str) -> bool:
         """Whether the parameters of a layer, or the one of that name, were solved after all."""
         candidate = self.candidates.get(name)
         names = [name] if candidate is None else candidate.written(name).values()
         return all(self.tied.get(own) in self.solved for own in names)
-
-    def _statistics(self, layer: _Layer, arrivals: Sequence[Arrival], weights: Sequence[Tensor]) -> _Inputs:
-        kind, module = layer.kind, layer.merged
-        seen: dict[tuple[int, int, Stream], tuple[weakref.ref[Tensor], int]] = {}
-        calls: dict[tuple[int, int, Stream], Arrival] = {}
-        for arrival in arrivals:
-            forward = arrival.forward
-            assert isinstance(forward, _CalibrationForward)
-            place = (forward.task, forward.batch, forward.stream)
-            calls[place] = arrival
-            if isinstance(arrival.input, Tensor) and not arrival.input.is_inference():
-                seen[place] = (weakref.ref(arrival.input), arrival.input._version)
-        multiply = kind.multiply(weights[0])
-        previous = self.inputs
-        if previous and previous.key == kind.key(module) and len(seen) == len(calls) and previous.same_inputs(seen):
-            return previous
-        bias = kind.has_bias(module)
-        statistics = [InputStatistics(bias, self.rule.normalize, multiply) for _ in self.tasks]
-        inputs = _Inputs(layer.name, None if multiply else kind.key(module), seen, statistics)
-        finite: list[tuple[Arrival, Tensor]] = []
-        for (task, batch, stream), arrival in calls.items():
-            if stream != self.rule.streams[0]:
-                continue
-            other = calls.get((task, batch, "expert")) if self.rule.streams == ("merged", "expert") else None
-            keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            lead = arrival.input.shape[: arrival.input.dim() - arrival.input.is_floating_point()]
-            inputs.masked |= {self.tasks[task].name} if kept(keep, lead) is not None else set()
-            paired = kind.gather(
-                module,
-                statistics[task],
-                (arrival.args, arrival.kwargs),
-                None if other is None else (other.args, other.kwargs),
-                weights[task],
-                keep,
-            )
-            inputs.unpaired += int(self.rule.streams == ("merged", "expert") and not paired)
-            gram = statistics[task].gram
-            assert gram is not None
-            finite.append((arrival, gram.diagonal(dim1=-2, dim2=-1).sum()))
-        self._check_finite(layer.name, finite, statistics, weights)
-        width = weights[0].shape[2]
-        for entry in statistics:
-            if entry.gram is None:  # no forward of this task got here
-                entry.gram = torch.zeros(weights[0].shape[0], width, width, device=weights[0].device)
-        self.inputs = inputs
-        return inputs
-
-    def _check_finite(
-        self,
-        layer: str,
-        traces: Sequence[tuple[Arrival, Tensor]],
-        statistics: Sequence[InputStatistics],
-        weights: Sequence[Tensor],
-    ) -> None:
-        for task, weight in zip(self.tasks, weights):
-            if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteError(f"layer '{layer}' of expert '{task.name}' holds NaN or infinity")
-        for arrival, trace in traces:
-            if not bool(torch.isfinite(trace)):
-                raise NonFiniteError(f"the inputs of layer '{layer}' hold NaN or infinity: {arrival.forward.label}")
-        for task, entry in zip(self.tasks, statistics):
-            if entry.drift is not None and not bool(torch.isfinite(entry.drift).all()):
-                raise NonFiniteError(f"the inputs of layer '{layer}' in expert '{task.name}' hold NaN or infinity")
 
 
 @contextmanager

@@ -25,6 +25,9 @@ from torch import Tensor, nn
 Place = tuple[int, ...]
 """Where a layer stands in the order of layers."""
 
+Candidacy = tuple[Place, str]
+"""Place and name of a layer that forwards wait at."""
+
 
 @dataclass(eq=False)
 class Forward:
@@ -65,7 +68,10 @@ class Arrival:
 
 
 def lockstep(
-    forwards: Sequence[Forward], layers: Sequence[str] | Mapping[str, Place], served: Collection[str] = ()
+    forwards: Sequence[Forward],
+    layers: Sequence[str] | Mapping[str, Place],
+    served: Collection[str] = (),
+    elect: Callable[[Candidacy | None], Candidacy | None] = lambda mine: mine,
 ) -> Generator[tuple[str, list[Arrival]], None, None]:
     """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
 
@@ -82,6 +88,8 @@ def lockstep(
         forwards: the passes to run. Each is run exactly once.
         layers: names of submodules (as in ``named_modules``), in execution order; or the place of each in it.
         served: layers that are not to be yielded.
+        elect: given the layer that comes first here, the layer to yield. For several processes that are to yield the
+            same layers, including those that none of their own forwards reaches, in which case nothing has arrived.
 
     Example::
 
@@ -100,9 +108,9 @@ def lockstep(
             coroutines.append(_Coroutine(forward, places, served))
         for coroutine in coroutines:
             coroutine.advance()
-        while waiting := [c for c in coroutines if c.arrival is not None]:
-            layer = min((c.arrival for c in waiting if c.arrival), key=lambda arrival: arrival.place).layer
-            ready = [c for c in waiting if c.arrival and c.arrival.layer == layer]
+        while elected := elect(min((c.candidacy for c in coroutines if c.candidacy), default=None)):
+            layer = elected[1]
+            ready = [c for c in coroutines if c.arrival and c.arrival.layer == layer]
             served.add(layer)
             yield layer, [c.arrival for c in ready if c.arrival]
             for coroutine in ready:
@@ -146,6 +154,10 @@ class _Coroutine(greenlet):
                 )
                 if forward.on_output is not None:
                     self._hooks.append(layer.register_forward_hook(self._leaving(name)))
+
+    @property
+    def candidacy(self) -> Candidacy | None:
+        return None if self.arrival is None else (self.arrival.place, self.arrival.layer)
 
     def advance(self) -> None:
         """Run to the next watched layer, or to the end. Called by the scheduler."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.layers import kept
@@ -35,6 +37,17 @@ class OutputError:
         error, energy = (merged - expert).square().sum(), expert.square().sum()
         self.error = error if self.error is None else self.error + error
         self.energy = energy if self.energy is None else self.energy + energy
+
+    def sums(self) -> tuple[float, float] | None:
+        """Error and energy so far, if there were any outputs."""
+        return None if self.error is None or self.energy is None else (float(self.error), float(self.energy))
+
+    @classmethod
+    def total(cls, sums: Sequence[tuple[float, float] | None]) -> OutputError:
+        """Of several processes."""
+        known = [part for part in sums if part is not None]
+        error, energy = (torch.tensor(sum(part[i] for part in known), dtype=torch.float64) for i in range(2))
+        return cls({}, error, energy) if known else cls()
 
     def relative(self) -> float:
         return 0.0 if self.error is None else float(self.error) / max(float(self.energy or 0.0), 1e-30)

@@ -21,6 +21,7 @@ class Task:
         batches: calibration batches.
         call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
         keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
+        numbers: of the batches among those of all processes; ``None``: these are all.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Task:
     batches: Sequence[Any]
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
     keep: Callable[[Any], Tensor | None] = lambda batch: None
+    numbers: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

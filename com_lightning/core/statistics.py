@@ -41,6 +41,10 @@ class Shift:
         self.cosine = self.cosine + other.cosine
         self.rows += other.rows
 
+    def cpu(self) -> Shift:
+        """The same as plain numbers."""
+        return Shift(float(self.distance), float(self.energy), float(self.cosine), self.rows)
+
     @property
     def relative_distance(self) -> float:
         """``||x̂ - x|| / ||x||`` over all rows."""
@@ -74,6 +78,16 @@ class Moments:
         self.count += len(values)
         self.total = self.total + values.sum(0)
         self.square = self.square + values.square().sum(0)
+
+    def add(self, other: Moments) -> None:
+        """Add what others have seen."""
+        self.count += other.count
+        self.total = self.total + other.total
+        self.square = self.square + other.square
+
+    def to(self, device: torch.device | str) -> Moments:
+        total, square = (torch.as_tensor(value).to(device) for value in (self.total, self.square))
+        return Moments(self.count, total, square)
 
     @property
     def mean(self) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Dict, Optional
 
 from torch import Tensor
 
+from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, Task
 
 
@@ -22,11 +23,13 @@ class MergeJob:
         merged: full name of each shared parameter or buffer -> tensor for its merged value, which holds the average of
             the experts, weighted by the method's task importance, when the method gets it.
         on_layer: to be called with each finished layer.
+        peers: the processes that merge together, each with batches of its own.
     """
 
     tasks: Sequence[Task]
     merged: Mapping[str, Tensor]
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
+    peers: Peers = field(default_factory=Peers)
 
 
 class MergingMethod(ABC):
