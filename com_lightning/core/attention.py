@@ -30,7 +30,7 @@ def split_attention(module: nn.Module) -> dict[str, tuple[str, slice]]:
     """
     parts: dict[str, tuple[str, slice]] = {}
     for name, attention in module.named_modules():
-        if type(attention).forward is not nn.MultiheadAttention.forward:
+        if getattr(type(attention), "forward", None) is not nn.MultiheadAttention.forward:
             continue
         assert isinstance(attention, nn.MultiheadAttention)
         prefix = f"{name}." if name else ""

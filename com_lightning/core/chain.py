@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.attention import split_attention
 from com_lightning.core.candidates import Candidate, candidates
@@ -21,7 +22,7 @@ from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
-from com_lightning.core.watch import Part, Watched, name_of, plain, tensors_in, watched_in
+from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
 
 
 def merge_layers(
@@ -85,12 +86,20 @@ class _Chain:
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
         self.reference = copy_module(self.experts[0], self._shared(0))
         self.tied = tied_names(self.reference)
-        self.modules = {name: number for number, (name, _) in enumerate(self.reference.named_modules())}
+        self.places: dict[str, int] = {}
+        """Place of each module among all; of one that has others within it, after the last of them."""
+        for number, (name, _) in enumerate(self.reference.named_modules()):
+            while True:
+                self.places[name] = number
+                if not name:
+                    break
+                name = name.rpartition(".")[0]
         self.buffers = {name for name, _, is_parameter in named_tensors(self.reference) if not is_parameter}
+        self.writes = {name: Writes() for name in self.merged}
         self.order = {name: number for number, name in enumerate(self.tied)}
         self.uses: dict[str, Use] = {}
         self.used: set[str] = set()
-        """First name of each parameter that a forward has computed with, or that is solved: too late to solve it."""
+        """First name of each parameter that went into a function that is no layer: too late for one that is."""
         self.entered: set[str] = set()
         """Those of them that have come to be used since the processes last met."""
         self.solved: dict[str, list[tuple[int, int]]] = {}
@@ -102,7 +111,7 @@ class _Chain:
     def run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
         last: LayerRecord | None = None
-        places: dict[str, Place] = {name: (self.modules.get(name, 0),) for name in self.candidates}
+        places: dict[str, Place] = {name: (self.places.get(name, 0),) for name in self.candidates}
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
             for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect):
@@ -156,8 +165,9 @@ class _Chain:
             ours = self.merged[name] if stream == "merged" else tensor
             # What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for.
             known = type(ours) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".")
-            if name not in self.buffers and self.tied[name] == name and known:
-                tensors[id(tensor)] = Watched.of(ours, Part(name), self._using)
+            if name not in self.buffers and self.tied[name] == name and known and ours.numel():
+                writes = self.writes[name] if stream == "merged" else Writes()
+                tensors[id(tensor)] = Watched.of(ours, Part(name), self._using, writes)
         return tensors
 
     def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
@@ -210,7 +220,7 @@ class _Chain:
                 return lambda result: forward.on_output(label, result) if forward.on_output else None
 
         def leaving(result: Any) -> None:
-            if any(True for _ in tensors_in(result)):
+            if function is Tensor.__setitem__ or any(True for _ in tensors_in(result)):
                 for part in [entry.part for entry in watched if self._is_free(entry.part)]:
                     first = self.tied[part.name]
                     self.used.add(first)
@@ -221,12 +231,18 @@ class _Chain:
         return None if use is not None else leaving
 
     def _is_free(self, part: Part) -> bool:
-        """Whether a part of a parameter may be solved: no forward has computed with it yet."""
-        first = self.tied[part.name]
-        if first in self.used or first not in self.solved:
-            return first not in self.used
-        start, end = part.extent(self.merged[part.name])
-        return all(end < a or b < start for a, b in self.solved[first])
+        """Whether a function of a part of a parameter may be solved: no forward has computed with it yet."""
+        return self.tied[part.name] not in self.used and self._is_unsolved(part)
+
+    def _is_unsolved(self, part: Part) -> bool:
+        solved = self.solved.get(self.tied[part.name])
+        if not solved:
+            return True
+        whole = self.merged[part.name]
+        if solved[0] == (0, whole.numel() - 1):
+            return False
+        start, end = part.extent(whole)
+        return all(end < a or b < start for a, b in solved)
 
     def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
@@ -240,7 +256,7 @@ class _Chain:
         name, whole = part.name, self.merged[part.name]
         start, end = part.extent(whole)
         row = max(whole[0].numel(), 1) if whole.dim() else 1
-        place = (self.modules.get(name.rpartition(".")[0], 0), start // row, self.order[name])
+        place = (self.places.get(name.rpartition(".")[0], 0), start // row, self.order[name])
         if end - start + 1 == whole.numel():
             return name, place
         if start % row or (end + 1) % row:
@@ -276,25 +292,24 @@ class _Chain:
                 add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)
             mine = self._solve(layer, self.inputs) if layer and self.inputs and self.owner == self.peers.rank else None
             record, written = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [])
-        for own, extent, _ in written:
-            first = self.tied[own]
-            self.solved.setdefault(first, []).append(extent)
-            if extent == (0, self.merged[own].numel() - 1):
-                self.used.add(first)
-        for own in dict.fromkeys(own for own, _, _ in written):
-            self.peers.broadcast(self.merged[own], self.owner)
+        for own, extent in written:
+            self.solved.setdefault(self.tied[own], []).append(extent)
+        for own in dict.fromkeys(own for own, _ in written):
+            with _unsafe_preserve_version_counter(self.merged[own]):
+                self.peers.broadcast(self.merged[own], self.owner)
+            self.writes[own].count += 1
         return record
 
     def _refusal(self, layer: Layer, arrivals: Sequence[Arrival]) -> str | None:
         """Why a layer cannot be merged."""
-        if late := [part.name for part in layer.parts.values() if not self._is_free(part)]:
+        if late := [part.name for part in layer.parts.values() if not self._is_unsolved(part)]:
             return f"{late[0]} was used before"
         if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
             return "it is called without a tensor"
         return layer.kind.refuses(layer.merged, arrivals[0].args, arrivals[0].kwargs)
 
-    def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int], int]]]:
-        """Solve a layer and write the merged weights; name, extent and size of each part that is merged now."""
+    def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
+        """Solve a layer and write the merged weights; name and extent of each part that is merged now."""
         kind, module, weights = layer.kind, layer.merged, layer.weights
         for entry in inputs.statistics:
             if entry.gram is None:  # no forward of this task got here
@@ -315,8 +330,10 @@ class _Chain:
             whole = self.merged[part.name]
             size = part.of(whole).numel()
             if own in values:  # or else what is there is as good
-                part.write(whole, values[own])
-            written.append((part.name, part.extent(whole), size))
+                # A forward may be about to differentiate through what was computed with other parts of it.
+                with _unsafe_preserve_version_counter(whole):
+                    part.write(whole, values[own])
+            written.append((part.name, part.extent(whole)))
             name = self.whole.get(part.name, part.name)
             if part.name in self.buffers:
                 record.buffers.append(name)

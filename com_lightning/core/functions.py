@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -41,7 +42,7 @@ class Use:
     def module(self, tensors: Mapping[str, Tensor]) -> nn.Module:
         """The stand-in with given parameters."""
         module = self.stand_in()
-        module._parameters.update(tensors)  # type: ignore[arg-type]
+        module._parameters = {**dict.fromkeys(module._parameters), **tensors}  # type: ignore[dict-item]
         return module
 
 
@@ -123,6 +124,8 @@ def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> Use | None:
 
 
 def _addmm(name: str, free: Free, input: Tensor, mat1: Tensor, mat2: Tensor) -> Use | None:
+    if input.dim() != 1:
+        return None
     return _layer(TransposedLinear(), nn.Module, (mat1,), mat2, input)
 
 
@@ -165,29 +168,39 @@ def _multiply(name: str, free: Free, one: Any, two: Any) -> Use | None:
 
 def _elementwise(kind: LayerType, one: Any, two: Any) -> Use | None:
     data, weight = (two, one) if isinstance(one, Watched) else (one, two)
-    if not isinstance(data, Tensor) or not data.is_floating_point() or not isinstance(weight, Watched):
+    if not isinstance(data, Tensor) or not isinstance(weight, Watched):
         return None
-    return Use(kind, {"weight": Part(weight.part.name)}, nn.Module, (data, weight.part))
+    if not data.is_floating_point() or not data.dim() or not data.numel():
+        return None
+    stem, rest = weight.part.split()
+    return Use(kind, {"weight": stem}, nn.Module, (data, rest))
 
 
-def _norm(
-    name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: Any = 1e-5
+def _layer_norm(
+    name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Use | None:
-    kinds: dict[str, Any] = {"layer_norm": nn.LayerNorm, "rms_norm": nn.RMSNorm, "group_norm": nn.GroupNorm}
-    if name == "rms_norm":
-        eps, bias = bias, None
-    if not isinstance(weight, Watched):
-        return None
-    settings = (shape, len(weight)) if name == "group_norm" else (shape,)
-    return _layer(PerChannel(), lambda: kinds[name](*settings, eps=eps, device="meta"), (input,), weight, bias)
+    return _layer(PerChannel(), lambda: nn.LayerNorm(shape, eps, device="meta"), (input,), weight, bias)
+
+
+def _rms_norm(
+    name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+) -> Use | None:
+    return _layer(PerChannel(), lambda: nn.RMSNorm(shape, eps, device="meta"), (input,), weight)
+
+
+def _group_norm(
+    name: str, free: Free, input: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Use | None:
+    stand_in = partial(nn.GroupNorm, groups, input.shape[1], eps, device="meta")
+    return _layer(PerChannel(), stand_in, (input,), weight, bias)
 
 
 def _layer(
     kind: LayerType, stand_in: Callable[[], nn.Module], args: tuple[Any, ...], weight: Any, bias: Any = None
 ) -> Use | None:
-    """``None`` if an argument is neither watched nor absent."""
+    """``None`` if an argument is neither watched nor absent, or holds an element of a parameter more than once."""
     watched = {name: entry for name, entry in (("weight", weight), ("bias", bias)) if entry is not None}
-    if not all(isinstance(entry, Watched) for entry in watched.values()):
+    if weight is None or not all(isinstance(entry, Watched) and entry.part.once for entry in watched.values()):
         return None
     return Use(kind, {name: entry.part for name, entry in watched.items()}, stand_in, args)
 
@@ -201,5 +214,5 @@ _KNOWN: dict[str, Callable[..., Use | None]] = {
     **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
     **dict.fromkeys(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), _multiply),
     "scaled_dot_product_attention": _attention,
-    **dict.fromkeys(("layer_norm", "rms_norm", "group_norm"), _norm),
+    **{"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm},
 }

@@ -195,6 +195,8 @@ class _Coroutine(greenlet):
         """Wait before a layer until the scheduler has served it; run through if it has already."""
         if getcurrent() is not self or layer in self._served:
             return False
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # within vmap and the like nothing can be switched
+            return False
         if self._closing:
             raise GreenletExit
         self.arrival = Arrival(self.forward, layer, place, args, kwargs)
@@ -237,6 +239,7 @@ class _Ambient:
     random: Tensor
     device_random: Tensor | None
     attention: tuple[bool, ...]
+    modes: tuple[Any, ...]
 
     @staticmethod
     def now() -> _Ambient:
@@ -251,6 +254,7 @@ class _Ambient:
             device_index=torch.cuda.current_device() if accelerator == "cuda" else None,
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
+            modes=tuple(torch.overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
             attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
@@ -276,6 +280,11 @@ class _Ambient:
             torch.cuda.set_rng_state(self.device_random)
         for on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
             enable(on)
+        # `with torch.device(...)` and its like; within the function that a mode is looking at, it is set aside.
+        while torch._C._len_torch_function_stack():
+            torch._C._pop_torch_function_stack()
+        for mode in self.modes:
+            torch._C._push_on_torch_function_stack(mode)
 
 
 # Which kernels scaled_dot_product_attention may use: what `torch.nn.attention.sdpa_kernel` sets, on CPUs too.

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Optional
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Functions that pick, repeat or rearrange the elements of their first argument.
 _SELECTIONS = {
@@ -32,6 +32,9 @@ _SELECTIONS = {
     *("t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "contiguous", "clone", "detach", "data"),
     *("expand_as", "view_as", "reshape_as"),
 }
+_LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
+# Those that may give an element several times.
+_REPEATS = {"expand", "broadcast_to", "repeat", "index_select"}
 # Functions that may change the precision or device of their first argument, and nothing else.
 _CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda"}
 # Functions whose result does not depend on the values of a tensor.
@@ -42,17 +45,28 @@ _INDIFFERENT = {
 }
 
 
-@dataclass(frozen=True)
-class Part:
-    """What a forward has picked of a parameter: its name, and the functions that were applied to it.
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Optional[int]]
+"""A function, its further arguments and, where it returns several tensors, which of them."""
 
-    Args:
-        name: of the parameter.
-        steps: function, further arguments and, where it returned several tensors, which of them.
-    """
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """What a forward has picked of a parameter: its name, and the functions that were applied to it."""
 
     name: str
-    steps: tuple[tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None], ...] = ()
+    steps: tuple[Step, ...] = ()
+
+    @property
+    def once(self) -> bool:
+        """Whether no element was picked twice, or by data: no repetition, and no lookup by indices."""
+        return not any(_repeats(step) for step in self.steps)
+
+    def split(self) -> tuple[Part, Part]:
+        """A part that is picked by numbers alone (``stack[3]``), and what was then picked of it (``[:length]``)."""
+        stem = max((n + 1 for n, step in enumerate(self.steps) if _numbered(step)), default=0)
+        if not Part(self.name, self.steps[:stem]).once:
+            stem = 0
+        return Part(self.name, self.steps[:stem]), Part(self.name, self.steps[stem:])
 
     def of(self, whole: Tensor) -> Tensor:
         """The same part of another tensor of the parameter's shape."""
@@ -60,13 +74,24 @@ class Part:
 
     def positions(self, whole: Tensor) -> Tensor:
         """Which element of the flattened parameter each element of the part is."""
-        return self._replayed(torch.arange(whole.numel(), device=whole.device).view(whole.shape), casts=False)
+        rows, row = len(whole) if whole.dim() else 1, whole[:1].numel() if whole.dim() else 1
+        tail = whole.shape[1:]
+        # By row and column, so that no list of all elements is made for the few that are looked up in a table.
+        row_of = torch.arange(rows, device=whole.device).view(-1, *[1] * len(tail)).expand(rows, *tail)
+        column_of = torch.arange(row, device=whole.device).view(1, *tail).expand(rows, *tail)
+        if not tail:
+            row_of, column_of = row_of.view(whole.shape), column_of.view(whole.shape)
+        first, second = self._replayed(row_of, casts=False), self._replayed(column_of, casts=False)
+        return first * row + second
 
     def extent(self, whole: Tensor) -> tuple[int, int]:
         """First and last element of the flattened parameter that the part may hold."""
         part = self.of(whole)
-        if not part.numel() or not _same_storage(part, whole):
+        if not part.numel():
             return 0, whole.numel() - 1
+        if not _same_storage(part, whole) or not whole.is_contiguous():
+            positions = self.positions(whole)
+            return int(positions.min()), int(positions.max())
         start = int(part.storage_offset() - whole.storage_offset())
         return start, start + sum(int(size - 1) * int(stride) for size, stride in zip(part.shape, part.stride()))
 
@@ -76,7 +101,8 @@ class Part:
         if _same_storage(part, whole):
             part.copy_(value)
         else:
-            whole.view(-1)[self.positions(whole).flatten()] = value.flatten().to(whole.dtype)
+            at = torch.unravel_index(self.positions(whole).flatten(), whole.shape)
+            whole[at] = value.flatten().to(whole.dtype)
 
     def _replayed(self, tensor: Tensor, casts: bool) -> Tensor:
         for function, args, kwargs, pick in self.steps:
@@ -86,32 +112,51 @@ class Part:
         return tensor
 
 
+@dataclass(eq=False)
+class Writes:
+    """How often a parameter has been written to. (Not ``Tensor._version``, which autograd goes by.)"""
+
+    count: int = 0
+
+
 class Watched(Tensor):
     """A parameter, or a part of one, that calls ``watcher(function, args, kwargs)`` before a function uses its values.
 
     Attributes:
         part: what of which parameter it is.
-        version: of the parameter (``Tensor._version``) when this was copied from it; ``None``: it is a view of it.
+        writes: of the parameter.
+        version: number of writes when this was copied from it; ``None``: it is a view of it.
         watcher: called before the function is; it may pause the forward.
     """
 
     part: Part
+    writes: Writes
     version: int | None
     watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
+    _own: int
 
     @classmethod
-    def of(cls, tensor: Tensor, part: Part, watcher: Any, version: int | None = None) -> Watched:
+    def of(cls, tensor: Tensor, part: Part, watcher: Any, writes: Writes, version: int | None = None) -> Watched:
         """``tensor`` as a watched one, on the same storage."""
         watched: Watched = torch.Tensor._make_subclass(cls, tensor.detach())
-        watched.part, watched.watcher, watched.version = part, watcher, version
+        watched.part, watched.watcher, watched.writes, watched.version = part, watcher, writes, version
+        watched._own = tensor._version
         watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
         return watched
 
     def refresh(self, whole: Tensor) -> None:
-        """Copy anew from the parameter, if that has been written to since."""
-        if self.version is not None and self.version != whole._version:
+        """Copy anew from the parameter, if that has been written to since, and this copy has not."""
+        if self.version is not None and self.version != self.writes.count and self._own == self._version:
             plain(self).copy_(self.part.of(whole))
-            self.version = whole._version
+            self.version, self._own = self.writes.count, self._version
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        copied = plain(self).clone()
+        memo[id(self)] = copied = nn.Parameter(copied, requires_grad=False) if self._is_param else copied
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return plain(self).__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -167,19 +212,39 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """The result of a selection, watched on."""
+    name = name_of(func)
+    if name in _LIKE:  # the shape of another tensor, which is not to be kept alive for it
+        func, args, kwargs = getattr(Tensor, _LIKE[name]), (tuple(result.shape),), {}
 
     def watched(tensor: Tensor, pick: int | None) -> Watched:
         part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
         version = first.version
         if version is None and not _same_storage(tensor, plain(first)):
-            version = first._version
-        return Watched.of(tensor, part, first.watcher, version)
+            version = first.writes.count
+        return Watched.of(tensor, part, first.watcher, first.writes, version)
 
     if isinstance(result, Tensor):
         return watched(result, None)
     if isinstance(result, (tuple, list)):
         return type(result)(watched(tensor, pick) for pick, tensor in enumerate(result))
     return result
+
+
+def _repeats(step: Step) -> bool:
+    function, args, _, _ = step
+    name = name_of(function)
+    if name == "__getitem__":
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return any(not isinstance(part, (int, slice, type(None), type(Ellipsis))) for part in index)
+    return name in _REPEATS
+
+
+def _numbered(step: Step) -> bool:
+    function, args, _, pick = step
+    if name_of(function) == "__getitem__":
+        index = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return any(isinstance(part, int) for part in index)
+    return pick is not None or name_of(function) == "select"
 
 
 def _same_storage(part: Tensor, whole: Tensor) -> bool:

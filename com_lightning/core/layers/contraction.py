@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -39,13 +40,14 @@ class Contraction(LayerType):
         factors = sides[0].split(",")
         if len(sides) != 2 or len(factors) != 2:
             return None
-        rest = "ABCDEFGHIJKLM"
+        rest = [letter for letter in string.ascii_letters if letter not in equation]
+        ellipses = [tensor.dim() - len(f.replace("...", "")) for f, tensor in zip(factors, (left, right)) if "..." in f]
+        widest = rest[: max(ellipses, default=0)]
         named = []
         for factor, tensor in zip(factors, (left, right)):
             dims = tensor.dim() - len(factor.replace("...", ""))
-            named.append(factor.replace("...", rest[len(rest) - dims :] if dims else ""))
-        widest = max((f for f in named), key=lambda f: sum(letter in rest for letter in f))
-        output = sides[1].replace("...", "".join(letter for letter in widest if letter in rest))
+            named.append(factor.replace("...", "".join(widest[len(widest) - dims :]) if dims > 0 else ""))
+        output = sides[1].replace("...", "".join(widest))
         sizes: dict[str, int] = {}
         for factor, tensor in zip(named, (left, right)):
             if len(set(factor)) != len(factor) or len(factor) != tensor.dim():

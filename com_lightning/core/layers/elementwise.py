@@ -8,18 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, own_parameter
+from com_lightning.core.layers.base import Call, LayerType, kept, own_parameter
 from com_lightning.core.statistics import InputStatistics
 
-# Attention scores that a mask has ruled out stand at the lowest number or at minus infinity.
-_LARGEST = 1e18
+# Attention scores that a mask has ruled out stand at minus infinity, the lowest number, -1e9, -1e4, ...
+_LOWEST, _HIGHEST = -9e3, 1e18
 
 
 class Scale(LayerType):
     """``x * p``: a layer scale, say. Every element of the parameter is a group with one input.
 
-    The parameter may be any selection of a larger one, spread over its input in any way: the second argument of a call
-    is the :class:`~com_lightning.core.watch.Part`, which knows its positions. Rows are not normalised.
+    Any selection of the parameter may be spread over the input in any way: the second argument of a call is the
+    :class:`~com_lightning.core.watch.Part` of it, which knows the positions. Rows are not normalised.
     """
 
     name = "product"
@@ -52,15 +52,18 @@ class Scale(LayerType):
         keep: Tensor | None,
     ) -> bool:
         data, positions = self._aligned(module, *merged[0])
-        other = None if expert is None else self._aligned(module, *expert[0])[0]
-        if other is not None and other.shape != data.shape:
+        other = None if expert is None else expert[0][0].to(data.dtype)
+        if other is not None and expert is not None and expert[0][0].shape != merged[0][0].shape:
             other = None
-        counted = data.abs() < _LARGEST  # not NaN either
+        counted = (data > _LOWEST) & (data < _HIGHEST)  # not NaN either
         if other is not None:
-            counted &= other.abs() < _LARGEST
-        if keep is not None and data.shape[: keep.dim()] == keep.shape:
-            counted &= keep.view(*keep.shape, *[1] * (data.dim() - keep.dim()))
+            counted &= (other > _LOWEST) & (other < _HIGHEST)
         data = torch.where(counted, data, 0.0)
+        share = counted.to(data.dtype)
+        index = kept(keep, data.shape[:-1])
+        if index is not None:  # which positions count, or each as often as it stands there
+            times = index if index.dtype == torch.bool else index.bincount(minlength=data.shape[:-1].numel())
+            share = share * times.view(data.shape[:-1])[..., None]
 
         def folded(values: Tensor) -> Tensor:
             flat = values.sum_to_size(positions.shape).flatten()
@@ -68,13 +71,13 @@ class Scale(LayerType):
 
         drift = None
         if other is not None:
-            gap = torch.where(counted, other - data, 0.0)
+            gap = torch.where(share > 0, other - data, 0.0)
             statistics.shift.update(*(t.reshape(-1, data.shape[-1]) for t in (data, data + gap, gap)))
-            drift = folded(self._drift(gap, data)) * self._multiplier(weight).to(gap.dtype)
-        statistics.add(folded(self._gram(data, counted)), drift, int(counted.sum()) // data.shape[-1])
+            drift = folded(self._drift(gap, data) * share) * self._multiplier(weight).to(gap.dtype)
+        statistics.add(folded(self._gram(data) * share), drift, int(share.sum()) // data.shape[-1])
         return drift is not None
 
-    def _gram(self, data: Tensor, counted: Tensor) -> Tensor:
+    def _gram(self, data: Tensor) -> Tensor:
         return data.square()
 
     def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
@@ -100,8 +103,8 @@ class Offset(Scale):
 
     name = "sum"
 
-    def _gram(self, data: Tensor, counted: Tensor) -> Tensor:
-        return counted.to(data.dtype)
+    def _gram(self, data: Tensor) -> Tensor:
+        return torch.ones_like(data)
 
     def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
         return gap

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,10 @@ class Embedding(LayerType):
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Embedding.forward and set(module._parameters) == {"weight"}
+
+    def key(self, module: nn.Module) -> Hashable:
+        assert isinstance(module, nn.Embedding)
+        return (type(self), module.num_embeddings)
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         assert isinstance(module, nn.Embedding)

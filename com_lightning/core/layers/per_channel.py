@@ -61,6 +61,8 @@ class PerChannel(LayerType):
         output = self._run(module, parameters, args, kwargs)
         if not isinstance(output, Tensor):
             return f"its output is a {type(output).__name__}"
+        if output.dim() < len(self._shape(module)):
+            return f"its output has fewer dimensions than its parameters, {tuple(self._shape(module))}"
         z, one_too_small = self._response(module, args, kwargs)
         channels = self._shape(module).numel()
         if z.shape[-1] != channels:
