@@ -646,3 +646,45 @@ def test_positions_in_sequence_first_order_leave_padding_out() -> None:
     expected = merge(experts, batches, call=call, keep=keep)[0]
     merged = merge(experts, padded, call=call, keep=keep)[0]
     assert relative(merged["p"], expected["p"]) < 1e-5
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_attention_as_a_function_is_the_module(separate: bool) -> None:
+    """As in WavLM and in attention pooling of CLIP's ResNets."""
+
+    def attend(x: Tensor, w: Tensor, b: Tensor, o: Tensor) -> Tensor:
+        q, k, v = w.chunk(3)
+        how: dict[str, Any] = {"use_separate_proj_weight": True} if separate else {}
+        how.update({"q_proj_weight": q, "k_proj_weight": k, "v_proj_weight": v} if separate else {})
+        arguments = (None if separate else w, b, None, None, False, 0.0, o, None)
+        return F.multi_head_attention_forward(x.mT.mT, x, x, 6, 2, *arguments, training=False, **how)[0]
+
+    experts = experts_of(lambda: Before(attend, w=(18, 6), b=(18,), o=(6, 6)))
+    modules = []
+    for expert in experts:
+        module = Attending()
+        module.layer.load_state_dict(expert.get_submodule("layer").state_dict())
+        state = {"in_proj_weight": expert.get_parameter("w"), "in_proj_bias": expert.get_parameter("b")}
+        module.attention.load_state_dict({**state, "out_proj.weight": expert.get_parameter("o")}, strict=False)
+        nn.init.zeros_(module.attention.out_proj.bias)
+        module.attention.out_proj.bias = None  # type: ignore[assignment]
+        modules.append(module)
+    with torch.no_grad():
+        x = torch.randn(3, 5, 6)
+        assert relative(experts[0](x), modules[0](x)) < 1e-5
+    merged, records = merge(experts, data(3, 5, 6))
+    expected, _ = merge(modules, data(3, 5, 6))
+    assert not any(record.note for record in records)
+    assert relative(merged["w"], expected["attention.in_proj_weight"]) < 1e-4
+    assert relative(merged["b"], expected["attention.in_proj_bias"]) < 1e-4
+    assert relative(merged["o"], expected["attention.out_proj.weight"]) < 1e-4
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.attention = nn.Linear(6, 6), nn.MultiheadAttention(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x).relu()
+        return self.attention.eval()(x, x, x)[0]  # type: ignore[no-any-return]

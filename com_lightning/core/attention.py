@@ -7,6 +7,8 @@ there. :func:`split_attention` gives such a module four linear layers on the sam
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -68,39 +70,126 @@ class _SplitAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        batched = query.dim() == 3
-        if not (batched and self.batch_first):
-            # Batch first, as a padding mask has it; one tensor stays one tensor, so that its statistics are shared.
-            once = {id(t): t.transpose(0, 1) if batched else t[None] for t in (query, key, value)}
-            query, key, value = once[id(query)], once[id(key)], once[id(value)]
-            if not batched and key_padding_mask is not None:
-                key_padding_mask = key_padding_mask[None]
-        modules = self._modules
-        q, k, v = (modules[f"{n}_proj"](t) for n, t in zip("qkv", (query, key, value)))  # type: ignore[misc]
-        samples, length, width = q.shape
-        if self.bias_k is not None and self.bias_v is not None:
-            k, v = (torch.cat([t, b.expand(samples, 1, -1)], 1) for t, b in ((k, self.bias_k), (v, self.bias_v)))
-        if self.add_zero_attn:
-            k, v = (torch.cat([t, t.new_zeros(samples, 1, width)], 1) for t in (k, v))
-        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
-        scores = (q @ k.transpose(-2, -1)) / math.sqrt(width // self.num_heads)
-        extra = k.shape[-2] - key.shape[1]  # positions that no mask knows
-        if attn_mask is not None:
-            mask = _additive(attn_mask, extra, scores.dtype)
-            scores = scores + (mask.view(samples, self.num_heads, length, -1) if mask.dim() == 3 else mask)
-        if key_padding_mask is not None:
-            scores = scores + _additive(key_padding_mask, extra, scores.dtype)[:, None, None, :]
-        weights = scores.softmax(-1)
-        if not need_weights:  # as scaled_dot_product_attention: a position that may attend to nothing gets zeros
-            weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
-        output: Tensor = self.out_proj((weights @ v).transpose(1, 2).flatten(-2))
-        if batched and not self.batch_first:
-            output = output.transpose(0, 1)
-        elif not batched:
-            output, weights = output[0], weights[0]
-        if not need_weights:
-            return output, None
-        return output, weights.mean(-3) if average_attn_weights else weights
+        projections = [self._modules[f"{letter}_proj"] for letter in "qkv"]
+        return _attention(
+            (query, key, value),
+            (*projections, self.out_proj),  # type: ignore[arg-type]
+            self.num_heads,
+            self.bias_k,
+            self.bias_v,
+            self.add_zero_attn,
+            key_padding_mask,
+            attn_mask,
+            need_weights,
+            average_attn_weights,
+            self.batch_first,
+        )
+
+
+def multi_head_attention_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    embed_dim_to_check: int,
+    num_heads: int,
+    in_proj_weight: Tensor | None,
+    in_proj_bias: Tensor | None,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    dropout_p: float,
+    out_proj_weight: Tensor,
+    out_proj_bias: Tensor | None,
+    training: bool = True,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    use_separate_proj_weight: bool = False,
+    q_proj_weight: Tensor | None = None,
+    k_proj_weight: Tensor | None = None,
+    v_proj_weight: Tensor | None = None,
+    static_k: None = None,
+    static_v: None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """``torch.nn.functional.multi_head_attention_forward`` without dropout, by calls of ``F.linear``."""
+    if static_k is not None or static_v is not None:
+        raise ValueError("attention with given keys or values is not known")
+    width = query.shape[-1]
+    rows = [slice(number * width, (number + 1) * width) for number in range(3)]
+    separate = (q_proj_weight, k_proj_weight, v_proj_weight)
+    weights = separate if in_proj_weight is None or use_separate_proj_weight else [in_proj_weight[r] for r in rows]
+    biases = [None] * 3 if in_proj_bias is None else [in_proj_bias[r] for r in rows]
+    pairs = [*zip(weights, biases), (out_proj_weight, out_proj_bias)]
+    projections = [partial(_linear_of, weight, bias) for weight, bias in pairs]
+    return _attention(
+        (query, key, value),
+        projections,
+        num_heads,
+        bias_k,
+        bias_v,
+        add_zero_attn,
+        key_padding_mask,
+        attn_mask,
+        need_weights,
+        average_attn_weights,
+        batch_first=False,
+    )
+
+
+def _linear_of(weight: Tensor | None, bias: Tensor | None, x: Tensor) -> Tensor:
+    assert weight is not None
+    return nn.functional.linear(x, weight, bias)
+
+
+def _attention(
+    inputs: tuple[Tensor, Tensor, Tensor],
+    projections: Sequence[Callable[[Tensor], Tensor]],
+    heads: int,
+    bias_k: Tensor | None,
+    bias_v: Tensor | None,
+    add_zero_attn: bool,
+    key_padding_mask: Tensor | None,
+    attn_mask: Tensor | None,
+    need_weights: bool,
+    average_weights: bool,
+    batch_first: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with given projections of query, key, value and output."""
+    query, key, value = inputs
+    batched = query.dim() == 3
+    if not (batched and batch_first):
+        # Batch first, as a padding mask has it; one tensor stays one tensor, so that its statistics are shared.
+        once = {id(t): t.transpose(0, 1) if batched else t[None] for t in inputs}
+        query, key, value = once[id(query)], once[id(key)], once[id(value)]
+        if not batched and key_padding_mask is not None:
+            key_padding_mask = key_padding_mask[None]
+    q, k, v = (project(t) for project, t in zip(projections, (query, key, value)))
+    samples, length, width = q.shape
+    if bias_k is not None and bias_v is not None:
+        k, v = (torch.cat([t, b.expand(samples, 1, -1)], 1) for t, b in ((k, bias_k), (v, bias_v)))
+    if add_zero_attn:
+        k, v = (torch.cat([t, t.new_zeros(samples, 1, width)], 1) for t in (k, v))
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # type: ignore[no-untyped-call]
+    scores = (q @ k.transpose(-2, -1)) / math.sqrt(width // heads)
+    extra = k.shape[-2] - key.shape[1]  # positions that no mask knows
+    if attn_mask is not None:
+        mask = _additive(attn_mask, extra, scores.dtype)
+        scores = scores + (mask.view(samples, heads, length, -1) if mask.dim() == 3 else mask)
+    if key_padding_mask is not None:
+        scores = scores + _additive(key_padding_mask, extra, scores.dtype)[:, None, None, :]
+    weights = scores.softmax(-1)
+    if not need_weights:  # as scaled_dot_product_attention: a position that may attend to nothing gets zeros
+        weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
+    output = projections[3]((weights @ v).transpose(1, 2).flatten(-2))
+    if batched and not batch_first:
+        output = output.transpose(0, 1)
+    elif not batched:
+        output, weights = output[0], weights[0]
+    if not need_weights:
+        return output, None
+    return output, weights.mean(-3) if average_weights else weights
 
 
 def _additive(mask: Tensor, extra: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from typing import Any, Optional
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from com_lightning.core.attention import multi_head_attention_forward
 
 # Functions that pick, repeat or rearrange the elements of their first argument.
 _SELECTIONS = {
@@ -161,6 +164,10 @@ class Watched(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, name_of(func)
+        if func is F.multi_head_attention_forward and not (
+            args[13] if len(args) > 13 else kwargs.get("training", True)
+        ):
+            return multi_head_attention_forward(*args, **kwargs)  # made of functions that are layers
         first = args[0] if args and isinstance(args[0], Watched) else None
         picks = first is not None and name in _SELECTIONS | _CASTS and next(watched_in(args[1:], kwargs), None) is None
         leaving = None
