@@ -110,7 +110,7 @@ def stacks(*depths: int) -> dict[str, Stack]:
 def test_an_expert_of_another_architecture_is_told_in_the_report() -> None:
     report = merge(dict(stacks(1, 3)), Stack(1))
     [warning] = [w for w in report.warnings if "same architecture" in w]
-    assert warning.startswith("39 % of the values of expert 'b' have no counterpart in the model, expert 'a'")
+    assert warning.startswith("37 % of the values of expert 'b' have no counterpart in the model, expert 'a'")
     assert "more.1.weight" in warning
 
 
@@ -132,13 +132,15 @@ def test_heads_of_other_size_are_of_the_same_architecture() -> None:
 class Net(Classifier):
     def __init__(self, classes: int = 3, **options: Any) -> None:
         super().__init__(classes)
-        self.save_hyperparameters()
         net: Any = nn.Sequential(self.body, self.head)
         self.net = torch.compile(net, **options) if options else net
         del self.body, self.head
 
     def forward(self, x: Tensor) -> Any:
         return self.net(x)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", nn.functional.cross_entropy(self(batch[0]), batch[1]))
 
 
 def test_warnings_of_experts_are_in_the_report_and_shown_once() -> None:
@@ -168,14 +170,20 @@ def test_other_warnings_are_shown_as_ever() -> None:
 
 
 def test_options_of_compiled_modules_are_kept() -> None:
-    model = Net(backend="eager")
-    for source in (Net().net, Net(), {n: t for n, t in model.state_dict().items()}):
-        net = load_expert("a", source, model).get_submodule("net")
+    compiled = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        compiled.append(graph)
+        return graph.forward
+
+    model = Net(backend=backend)
+    sources: list[Any] = [Net().net, Net(), dict(model.state_dict())]
+    for number, source in enumerate(sources, 1):
+        net: Any = load_expert("a", source, model).get_submodule("net")
         assert isinstance(net, OptimizedModule)
-        assert net.get_compiler_config() is model.net.get_compiler_config()
-        assert net.dynamo_ctx.callback is model.net.dynamo_ctx.callback or isinstance(source, dict)
+        torch._dynamo.reset()
         assert net(torch.zeros(2, 6)).shape == (2, 3)
-        assert net._orig_mod is not model.net._orig_mod
+        assert len(compiled) == number
 
 
 # Masks
@@ -217,7 +225,7 @@ def masked(mask: Any, token: bool = False) -> MergeReport:
     ],
 )
 def test_masks_that_are_refused(mask: Any, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Masked, "validation_step", None)  # nothing is run
+    monkeypatch.setattr(Masked, "forward", None)  # nothing is run
     with pytest.raises(MergeError, match=f"task 'a', calibration batch 0: what calibration_mask returns.*{expected}"):
         masked(mask)
 
