@@ -162,7 +162,7 @@ OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_every_overlay_merges(overlay: Path, experts: list[str], tmp_path: Path) -> None:
     arguments = [*MODEL, *DATA, *QUIET, *experts, f"--config={overlay}", f"--output_dir={tmp_path / 'merged'}"]
-    main(["merge", *arguments])
+    main(["merge", *arguments, "--trainer.accelerator=cpu", "--trainer.devices=1"])  # others would run pytest again
     assert (tmp_path / "merged" / "report.json").is_file()
 
 
