@@ -147,7 +147,7 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
         _check_same(config, state, wrapped[0].active_peft_config, get_peft_model_state_dict(wrapped[0]), label)
         set_peft_model_state_dict(wrapped[0], state)
         return  # to be folded in place
-    place, target = _target(state, module, kind, label)
+    place, target = _target(state, module, kind, label, _trained_on(config))
     _check_base(config, target, label)
     _match_heads(state, target, label)
     try:
@@ -187,7 +187,7 @@ def _trained_on(config: Any) -> str:
     return f" It was trained on '{base}': load the model from there" if base else ""
 
 
-def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str) -> tuple[str, nn.Module]:
+def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str, hint: str) -> tuple[str, nn.Module]:
     """The part of a module that has all the layers which an adapter's weights name."""
     names = [name.removeprefix(_PREFIX) for name in state]
     modules = [plain(name) for name, _ in module.named_modules()]
@@ -213,7 +213,7 @@ def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str) -> 
         raise MergeError(
             [
                 f"{label}: the {kind} adapter was trained on another architecture: no part of {whom} has all its "
-                f"layers; {closest or whom} comes closest and lacks {some(lacking(closest), most=3)}"
+                f"layers; {closest or whom} comes closest and lacks {some(lacking(closest), most=3)}.{hint}"
             ]
         )
     target = submodule(module, fitting[0])[1]

@@ -125,8 +125,8 @@ def test_all_problems_at_once_and_no_traceback(experts: list[str], tmp_path: Pat
         main(["merge", *arguments, f"--output_dir={tmp_path}"])
     message = str(caught.value)
     for part in (
-        "nowhere.ckpt: no such file",
-        "neither.ckpt: no such file",
+        "(nowhere.ckpt): no such file",
+        "(neither.ckpt): no such file",
         "no data for c",
         "no expert for b",
         "exists",

@@ -278,7 +278,7 @@ def test_a_class_without_hyperparameters_is_told_what_to_do(tmp_path: Path) -> N
     class Wide(Classifier):
         def __init__(self) -> None:
             super().__init__(3)
-            self._hparams = {}  # type: ignore[assignment]
+            self._hparams = {}
 
     quiet_trainer().strategy.connect(module := Classifier(9))
     content = {"state_dict": module.state_dict(), "pytorch-lightning_version": "2.6.0"}
@@ -365,7 +365,7 @@ def test_the_summary_is_a_sentence() -> None:
 
 def test_the_plan_tells_of_the_calibration_data() -> None:
     for settings, expected in (({"holdout": True}, "val data, held out of"), ({"source": "train"}, "train data.")):
-        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=8, **settings)  # type: ignore[arg-type]
+        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=8, **settings)
         plan = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3))))).plan(Classifier(), tasks)
         assert f"up to 8 samples of each task's {expected}" in str(plan)
 
