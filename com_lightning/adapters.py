@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from com_lightning.checkpoints import MergeError, read_checkpoint
+from com_lightning.checkpoints import MergeError, MergeWarning, read_checkpoint, reason
 from com_lightning.state_dicts import plain, shape_of, some, submodule
 
 CONFIG = "adapter_config.json"
@@ -42,7 +42,7 @@ def unloaded(part: nn.Module, label: str) -> nn.Module:
                     part.set_submodule(name, layer.get_base_layer())
             return part
     except Exception as error:
-        raise MergeError([f"{label}: its adapter cannot be folded into the weights ({_told(error)})"]) from error
+        raise MergeError([f"{label}: its adapter cannot be folded into the weights ({reason(error)})"]) from error
 
 
 def fold(module: nn.Module, label: str) -> None:
@@ -90,17 +90,19 @@ def adapter_problems(modules: Mapping[str, nn.Module]) -> list[str]:
         modules: name for messages -> module.
     """
     layers = {who: set(_layers(module)) for who, module in modules.items()}
-    problems = []
+    lacking: dict[tuple[str, frozenset[str]], list[str]] = {}
     for who, own in layers.items():
-        others = {other: names for other, names in layers.items() if own - names}
-        if others:
-            other, names = next(iter(others.items()))
-            problems.append(
-                f"{who} has an adapter at {some(sorted(own - names), most=2)}, {other} has none there. Call "
-                "merge_and_unload() on all PeftModels, that of the model too, and give the modules; or take a model "
-                "without adapter and give the adapters' folders"
-            )
-    return problems
+        for other, names in layers.items():
+            if own - names:
+                lacking.setdefault((other, frozenset(own - names)), []).append(who)
+                break
+    return [
+        f"{' and '.join(several)} {'has an adapter' if len(several) == 1 else 'have adapters'} at {len(names)} layers "
+        f"({some(sorted({name.rpartition('.')[2] for name in names}))}), {other} has none there. Call "
+        "merge_and_unload() on all PeftModels, that of the model too, and give the modules; or take a model without "
+        "adapter and give the adapters' folders"
+        for (other, names), several in lacking.items()
+    ]
 
 
 def adapter_parameters(module: nn.Module) -> set[str]:
@@ -133,11 +135,11 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise MergeError([f"{label}: has no {' or '.join(_WEIGHTS)}"])
-    state = read_checkpoint(path)["state_dict"]
+    state = read_checkpoint(path, f"{label}: {path.name}")["state_dict"]
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise MergeError([f"{label}: {CONFIG} cannot be read ({_told(error)})"]) from error
+        raise MergeError([f"{label}: {CONFIG} cannot be read ({reason(error)})"]) from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if config.is_prompt_learning:
         raise MergeError([f"{label}: {kind} changes what a model is given, not its weights: there is nothing to merge"])
@@ -145,7 +147,7 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
         _check_same(config, state, wrapped[0].active_peft_config, get_peft_model_state_dict(wrapped[0]), label)
         set_peft_model_state_dict(wrapped[0], state)
         return  # to be folded in place
-    place, target = _target(state, module, kind, label)
+    place, target = _target(state, module, kind, label, _trained_on(config))
     _check_base(config, target, label)
     _match_heads(state, target, label)
     try:
@@ -154,7 +156,9 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
             adapted = PeftModel.from_pretrained(target, str(folder), torch_device="cpu")
             folded = adapted.merge_and_unload()
     except Exception as error:
-        raise MergeError([f"{label}: {kind} cannot be folded into {place or 'the model'} ({_told(error)})"]) from error
+        raise MergeError(
+            [f"{label}: {kind} cannot be folded into {place or 'the model'} ({reason(error)}).{_trained_on(config)}"]
+        ) from error
     if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
         raise MergeError([f"{label}: {missing[0]}"])
     assert folded is target
@@ -177,11 +181,13 @@ def _kind(layer: Any) -> str:
     return ", ".join(variants) or f"{type(layer).__module__.split('.')[-2]} {type(layer).__name__}"
 
 
-def _told(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+def _trained_on(config: Any) -> str:
+    """The base that an adapter names, for where it does not fit the model."""
+    base = config.base_model_name_or_path
+    return f" It was trained on '{base}': load the model from there" if base else ""
 
 
-def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str) -> tuple[str, nn.Module]:
+def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str, hint: str) -> tuple[str, nn.Module]:
     """The part of a module that has all the layers which an adapter's weights name."""
     names = [name.removeprefix(_PREFIX) for name in state]
     modules = [plain(name) for name, _ in module.named_modules()]
@@ -207,7 +213,7 @@ def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str) -> 
         raise MergeError(
             [
                 f"{label}: the {kind} adapter was trained on another architecture: no part of {whom} has all its "
-                f"layers; {closest or whom} comes closest and lacks {some(lacking(closest), most=3)}"
+                f"layers; {closest or whom} comes closest and lacks {some(lacking(closest), most=3)}.{hint}"
             ]
         )
     target = submodule(module, fitting[0])[1]
@@ -237,7 +243,9 @@ def _check_base(config: Any, target: nn.Module, label: str) -> None:
     trained_on, ours = config.base_model_name_or_path, getattr(getattr(target, "config", None), "_name_or_path", None)
     if trained_on and ours and Path(trained_on).name != Path(ours).name:
         warnings.warn(
-            f"{label}: the adapter was trained on '{trained_on}', and is folded into your model's '{ours}'",
+            f"{label}: the adapter was trained on '{trained_on}', and is folded into your model's '{ours}'; if these "
+            f"are not the same weights, the expert is wrong: load the model from '{trained_on}'",
+            MergeWarning,
             stacklevel=4,
         )
 

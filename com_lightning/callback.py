@@ -46,7 +46,8 @@ class ChainOfMergesCallback(Callback):
         method: the merging rule; :class:`~com_lightning.ChainOfMerges` by default.
         private: patterns of parameters that stay with their task (``"head"``, ``"*.classifier.*"``), all others being
             shared. By default those are private that differ in name or shape.
-        metric: the logged metric that tables show; by default the first one that is not a loss.
+        metric: the logged metric that tables show; by default the first one that is not a loss. What is logged is
+            known after validation only: a name that is not is told in the report, and another is shown.
         baselines: also validate the experts and their plain average, to compare with.
         output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
@@ -211,6 +212,7 @@ class ChainOfMergesCallback(Callback):
                 found.update(part)
             self.report.metrics[kind] = {task: found[task] for task in modules}
         self.report.choose_metric(self.metric)
+        self.report.compare_with_average()
         _log_tasks(trainer, self.report)
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import difflib
 import pickle
 import re
+import warnings
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +24,82 @@ class MergeError(ValueError):
         super().__init__(f"{count}:\n" + "\n".join(f"  {n}. {p}" for n, p in enumerate(problems, 1)))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+class MergeWarning(UserWarning):
+    """What is odd about an expert, but does not stand in the way of a merge."""
+
+
+@contextmanager
+def collected_warnings() -> Iterator[list[str]]:
+    """What is told by :class:`MergeWarning` is collected rather than shown; all else is shown as ever."""
+    told: list[str] = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", MergeWarning)
+        yield told
+    for warning in caught:
+        if isinstance(warning.message, MergeWarning):
+            told.append(str(warning.message))
+        else:
+            warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line. Of the keys that torch lists, the first are told, and how many more there are.
+
+    Example::
+
+        >>> from torch import nn
+        >>> try:
+        ...     nn.Linear(2, 3).load_state_dict(nn.Linear(2, 4).state_dict())
+        ... except RuntimeError as error:
+        ...     reason(error)
+        'RuntimeError: weight is (4, 2), in the model (3, 2) and 1 more'
+    """
+    text = " ".join(str(error).split())
+    shape = r"torch\.Size\(\[([\d, ]*)\]\)"
+    sizes = re.findall(rf"size mismatch for (\S+): copying a param with shape {shape}.*?model is {shape}", text)
+    if sizes:
+        name, theirs, ours = sizes[0]
+        text = f"{name} is ({theirs}), in the model ({ours})" + (f" and {len(sizes) - 1} more" if sizes[1:] else "")
+    else:
+        text = re.sub(
+            r'("[^"\s]+", "[^"\s]+")((?:, "[^"\s]+")+)', lambda m: f"{m[1]} and {m[2].count(', ')} more", text
+        )
+    return f"{type(error).__name__}: {text}"
+
+
+def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     """A checkpoint's content, memory-mapped where its format allows; a safetensors file as ``{"state_dict": ...}``.
+
+    Args:
+        path: of the file.
+        label: names it in messages; its path by default.
 
     Raises:
         MergeError: if the file is missing, is not a checkpoint, or holds more than tensors and plain values.
     """
+    label = label or str(path)
     if path.is_dir():
-        raise MergeError([f"{path}: {_folder(path)}"])
+        raise MergeError([f"{label}: {_folder(path)}"])
     if not path.is_file():
-        raise MergeError([f"{path}: no such file"])
+        raise MergeError([f"{label}: no such file{_nearby(path)}"])
     if path.suffix == ".safetensors":
         from safetensors.torch import load_file
 
         try:
             return {"state_dict": load_file(path)}
         except Exception as error:
-            raise MergeError([f"{path}: not a readable safetensors file ({error})"]) from error
+            raise MergeError([f"{label}: not a readable safetensors file ({error})"]) from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
         if isinstance(error, pickle.UnpicklingError) and "GLOBAL" in str(error):
-            raise MergeError([_unsafe(path, error)]) from error
+            raise MergeError([f"{label}: {_unsafe(path, error)}"]) from error
         # PyTorch's advice is to load the file unsafely.
-        reason = "safe loading finds no tensors in it" if "weights_only" in str(error) else _first_line(error)
-        raise MergeError([f"{path}: not a readable checkpoint ({reason})"]) from error
+        why = "safe loading finds no tensors in it" if "weights_only" in str(error) else _first_line(error)
+        raise MergeError([f"{label}: not a readable checkpoint ({why})"]) from error
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict):
-        raise MergeError([f"{path}: holds a {type(state).__name__}, not a checkpoint or state dict"])
+        raise MergeError([f"{label}: holds a {type(state).__name__}, not a checkpoint or state dict"])
     return content if "state_dict" in content else {"state_dict": content}
 
 
@@ -64,10 +115,28 @@ def _folder(path: Path) -> str:
             "a sharded checkpoint; make it one file with `convert_zero_checkpoint_to_fp32_state_dict` of "
             "lightning.pytorch.utilities.deepspeed, and give that"
         )
+    weights = {p.name for p in path.iterdir() if p.name.startswith(("adapter_model.", "model.", "pytorch_model."))}
+    for config, start in (("adapter_config.json", "adapter_model."), ("config.json", ("model.", "pytorch_model."))):
+        if beside := sorted(name for name in weights if name.startswith(start)):
+            return f"{config} is missing beside {beside[0]}; save_pretrained writes both"
+    children = sorted(
+        p for p in path.iterdir() if any((p / c).is_file() for c in ("adapter_config.json", "config.json"))
+    )
+    if children:
+        return f"a folder of experts; give one of them: {', '.join(map(str, children[:5]))}"
     return (
         "a folder that holds no expert: neither adapter_config.json (a PEFT adapter) nor config.json (a transformers "
         "model) is in it"
     )
+
+
+def _nearby(path: Path) -> str:
+    """Where a path that does not exist may have been meant to lead."""
+    hint = "" if path.is_absolute() else f" in the working directory, {Path.cwd()}"
+    if not path.parent.is_dir():
+        return f"{hint}; nor is there a folder {path.parent}"
+    near = difflib.get_close_matches(path.name, [p.name for p in path.parent.iterdir()], 3)
+    return f"{hint}; did you mean {' or '.join(str(path.parent / name) for name in near)}?" if near else hint
 
 
 def _first_line(error: Exception) -> str:
@@ -81,7 +150,7 @@ def _unsafe(path: Path, error: Exception) -> str:
         culprits = []
     told = culprits or re.findall(r"GLOBAL (\S+)", str(error))[:1]
     return (
-        f"{path}: holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
+        f"holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
         "or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the module "
         "yourself and pass it in place of the path"
     )

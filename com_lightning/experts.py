@@ -13,18 +13,18 @@ from typing import Any, Union
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
 from com_lightning import adapters, pretrained
 from com_lightning.adapters import adapter_parameters, adapter_problems, fold, load_adapter, unloaded
-from com_lightning.checkpoints import MergeError, read_checkpoint
+from com_lightning.checkpoints import MergeError, MergeWarning, read_checkpoint, reason
 from com_lightning.core.candidates import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
+from com_lightning.kinship import foreign_values, unrelated_weights
 from com_lightning.pretrained import load_pretrained, pretrained_parts
-from com_lightning.state_dicts import fill, load, places, plain, plain_state, some, submodule
+from com_lightning.state_dicts import fill, load, places, plain, plain_state, shape_of, some, submodule
 from com_lightning.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
@@ -43,11 +43,13 @@ class Parameters:
     Attributes:
         shared: names that are merged.
         private: task -> names that stay with it.
+        folded: names that are left of adapters, which have been folded into the weights and compute nothing.
         warnings: what is odd but does not stand in the way.
     """
 
     shared: list[str] = field(default_factory=list)
     private: dict[str, list[str]] = field(default_factory=dict)
+    folded: set[str] = field(default_factory=set)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -98,9 +100,12 @@ def sort_parameters(
     Raises:
         MergeError: a name or shape differs and no pattern covers it; a pattern that matches nothing; nothing is shared.
     """
-    result, problems = Parameters(private={task: [] for task in experts}), list[str]()
+    whose = {"the model": model, **{f"expert '{task}'": expert for task, expert in experts.items()}}
+    if problems := adapter_problems(whose):  # all else that differs follows from it
+        raise MergeError(problems)
+    folded = set().union(*map(adapter_parameters, experts.values()))
+    result = Parameters(private={task: [] for task in experts}, folded=folded)
     differing: list[str] = []
-    folded = set().union(*map(adapter_parameters, experts.values()))  # what is left of adapters computes nothing
     everyone = {"model": dict(_shapes(model)), **{task: dict(_shapes(e)) for task, e in experts.items()}}
     names = {name: None for shapes in everyone.values() for name in shapes}
     every = {name: {who: shape.get(name) for who, shape in everyone.items()} for name in names}
@@ -110,11 +115,10 @@ def sort_parameters(
             result.shared.append(name)
             if not same:
                 differing.append(f"{name}: {_told(shapes)}")
-        else:
+        elif name not in folded:
             for task in experts:
                 if shapes[task] is not None:
                     result.private[task].append(name)
-    problems += adapter_problems({"the model": model, **{f"expert '{task}'": e for task, e in experts.items()}})
     if differing:
         problems.append(
             f"parameters differ: {some(differing, '. ')}. Name them in `private`, or bring experts of one architecture"
@@ -140,40 +144,14 @@ def sort_parameters(
             problems.append(f"{torn[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both")
     if problems:
         raise MergeError(problems)
-    if (
-        private is None
-        and len(experts) > 1
-        and folded.issuperset(n for names in result.private.values() for n in names)
-    ):
+    if private is None and len(experts) > 1 and not any(result.private.values()):
         result.warnings.append(
             "every parameter is shared, heads included; if classes differ between tasks, name the head in `private` "
             "(an empty list says that they do not)"
         )
-    result.warnings += _kinship(model, experts, result.shared)
+    expected = folded | {name for name in names if matches_any(name, private or ())}
+    result.warnings += foreign_values(whose, expected) + unrelated_weights(experts, set(result.shared))
     return result
-
-
-def _kinship(model: LightningModule, experts: Mapping[str, LightningModule], shared: Sequence[str]) -> list[str]:
-    """Warn of experts that seem not to descend from one base: fine-tuning hardly turns a weight matrix, and two
-    trainings from scratch end at right angles. Judged by the cosine between each expert and the mean of the others."""
-    matrices = [n for n, t, is_parameter in named_tensors(model) if n in set(shared) and is_parameter and t.dim() > 1]
-    states = {task: {n: t for n, t, _ in named_tensors(expert)} for task, expert in experts.items()}
-    products = {task: torch.zeros(3, dtype=torch.float64) for task in experts}
-    for name in matrices:
-        values = {task: state[name].detach().flatten().float() for task, state in states.items()}
-        total = torch.stack(list(values.values())).sum(0)
-        for task, own in values.items():
-            others = total - own
-            products[task] += torch.stack([own @ others, own @ own, others @ others]).double()
-    warnings = []
-    for task, (across, own, others) in products.items():
-        cosine = float(across / (own * others).sqrt().clamp_min(1e-30))
-        if len(experts) > 1 and matrices and cosine < 0.2:
-            warnings.append(
-                f"expert '{task}' seems not to be fine-tuned from the same base as the others: the cosine between its "
-                f"weight matrices and the mean of the others' is {cosine:.2f}; fine-tuned siblings are mostly above 0.9"
-            )
-    return warnings
 
 
 def _from_path(path: Path, model: LightningModule, label: str) -> LightningModule:
@@ -184,7 +162,9 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
         return expert
     if (path / pretrained.CONFIG).is_file():
         return _replaced(model, load_pretrained(path, label), label)
-    content = read_checkpoint(path)
+    if path.name.startswith("adapter_model.") and (path.parent / adapters.CONFIG).is_file():
+        raise MergeError([f"{label}: this is the file of a PEFT adapter; give its folder, {path.parent}"])
+    content = read_checkpoint(path, label)
     state = content["state_dict"]
     if "pytorch-lightning_version" not in content:
         return _filled(model, state, label)
@@ -195,8 +175,12 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
         hooked = is_overridden("on_load_checkpoint", model)
         if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
             return rebuilt
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise MergeError([f"{label}: {kind.__name__} cannot be rebuilt from its hyperparameters ({reason})"]) from error
+        raise MergeError(
+            [
+                f"{label}: {kind.__name__} cannot be rebuilt from its hyperparameters ({reason(error)}). Call "
+                "save_hyperparameters() in its __init__ and save it again, or give the module itself or its state dict"
+            ]
+        ) from error
     # The tensors of the mapped file take the place of the copies just read, unless a hook has made others of them.
     if not is_overridden("on_load_checkpoint", expert) and state.keys() == expert.state_dict().keys():
         load(expert, state, assign=True)
@@ -249,7 +233,7 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
     first = next(model.parameters())
     part = part.to(first.device, next(old.parameters(), first).dtype)
     # The copy never holds the weights that are replaced.
-    expert = _copy(model, {id(old): _compiled(part) if isinstance(old, OptimizedModule) else part})
+    expert = _copy(model, {id(old): _compiled(part, old) if isinstance(old, OptimizedModule) else part})
     _say_what_is_left(expert, found[0], label)
     _say_what_differs(expert, model, label)
     return expert
@@ -258,17 +242,24 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
 def _say_what_is_left(model: LightningModule, place: str, label: str) -> None:
     left = [name for name, _ in model.named_parameters() if place and not plain(name).startswith(f"{place}.")]
     if left:
-        rank_zero_warn(f"{label} is taken for {place}; {some(left)} stay as they are in your model")
+        warnings.warn(
+            f"{label} is taken for {place}; {some(left)} stay as they are in your model", MergeWarning, stacklevel=2
+        )
 
 
 def _say_what_differs(expert: LightningModule, model: LightningModule, label: str) -> None:
     """The class of a model rebuilds from its hyperparameters what is in the model, not what took its place."""
-    ours, theirs = ({plain(n): tuple(t.shape) for n, t, _ in named_tensors(m)} for m in (model, expert))
+    ours, theirs = ({plain(n): shape_of(t) for n, t, _ in named_tensors(m)} for m in (model, expert))
     if differing := [name for name in theirs if ours.get(name) != theirs[name]]:
-        rank_zero_warn(
-            f"{label}: {some(differing)} differ from your model's: {type(model).__name__}.load_from_checkpoint cannot "
-            "load the result's checkpoint of this task; load its state_dict into a module built alike"
-            + (", or its folder in `transformers` with from_pretrained" if pretrained_parts(expert) else "")
+        told = [f"{name} ({theirs[name]}, in your model {ours.get(name, 'missing')})" for name in differing]
+        warnings.warn(
+            f"{label}: {some(told, most=2)} differ from your model's, while metrics and hyperparameters are still "
+            "those of your model: where they depend on it (a number of classes), give a LightningModule in memory "
+            f"that was built to match. {type(model).__name__}.load_from_checkpoint cannot load the result's checkpoint "
+            "of this task; load its state_dict into a module built alike"
+            + (", or its folder in `transformers` with from_pretrained" if pretrained_parts(expert) else ""),
+            MergeWarning,
+            stacklevel=2,
         )
 
 
@@ -278,8 +269,9 @@ def _unwrapped(module: nn.Module) -> nn.Module:
     return _unwrapped(module.module) if isinstance(module, (*_WRAPPERS,)) else module
 
 
-def _compiled(module: nn.Module) -> nn.Module:
-    compiled = torch.compile(module)
+def _compiled(module: nn.Module, like: OptimizedModule) -> nn.Module:
+    """Compiled with the options (backend, mode, ...) of another compiled module."""
+    compiled: Any = like.dynamo_ctx(module)
     assert isinstance(compiled, nn.Module)
     return compiled
 
@@ -301,14 +293,14 @@ def _eager(module: LightningModule) -> None:
 
 def _align(expert: LightningModule, model: LightningModule) -> None:
     """Compile the same submodules as in ``model``, and take its precision, so that names and tensors fit."""
-    compiled = {plain(name) for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
+    compiled = {plain(name): part for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
     for name, part in reversed(list(expert.named_modules())):  # what is inside before what is around it
         if isinstance(part, OptimizedModule) and plain(name) not in compiled:
             expert.set_submodule(name, part._orig_mod)
     for place in sorted(compiled, key=len, reverse=True):
         found = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
         if found and not isinstance(found[1], OptimizedModule):
-            expert.set_submodule(found[0], _compiled(found[1]))
+            expert.set_submodule(found[0], _compiled(found[1], compiled[place]))
     dtypes = {name: tensor.dtype for name, tensor, _ in named_tensors(model)}
     for name, tensor, _ in named_tensors(expert):
         if tensor.is_floating_point() and dtypes.get(name, tensor.dtype) != tensor.dtype:

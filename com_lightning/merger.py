@@ -14,8 +14,12 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from com_lightning.account import account
+from com_lightning.adapters import adapter_parameters
+from com_lightning.checkpoints import collected_warnings
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
 from com_lightning.core.peers import Peers
@@ -23,6 +27,7 @@ from com_lightning.core.rule import LayerRecord, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
+from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
 from com_lightning.state_dicts import some
@@ -39,6 +44,7 @@ class MergePlan:
         parameters: shared and private names.
         layers: the layers to be solved, by name.
         frozen: parameters that no expert trains.
+        data: in words, for each task.
     """
 
     experts: dict[str, LightningModule]
@@ -46,6 +52,7 @@ class MergePlan:
     parameters: Parameters
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
+    data: str = ""
 
     def others(self) -> dict[str, str]:
         """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
@@ -96,7 +103,7 @@ class MergePlan:
         unseen = "Solved where a function that they go into is linear in them, else averaged: those to be seen.\n"
         return (
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
-            f"{table(rows)}\n\n{unseen if loose and self.layers else ''}"
+            f"{table(rows)}\n\n{self.data}{unseen if loose and self.layers else ''}"
             f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); the activations of "
             "the calibration data come on top."
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
@@ -141,11 +148,12 @@ def make_plan(
             found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
     found += method.problems(list(data.tasks)) + data.problems()
     experts: dict[str, LightningModule] = {}
-    for task in [task for task in data.tasks if task in sources] + [task for task in sources if task not in data.tasks]:
-        try:
-            experts[task] = load_expert(task, sources[task], model)
-        except MergeError as error:
-            found += error.problems
+    with collected_warnings() as warnings:
+        for task in [*(t for t in data.tasks if t in sources), *(t for t in sources if t not in data.tasks)]:
+            try:
+                experts[task] = load_expert(task, sources[task], model)
+            except MergeError as error:
+                found += error.problems
     parameters = Parameters()
     found += match_vocabularies(model, experts, private, grow_vocabulary)
     if experts:
@@ -155,7 +163,10 @@ def make_plan(
             found += error.problems
         if becomes_first:
             found += _unlike(model, *next(iter(experts.items())))
+    parameters.warnings[:0] = warnings
     if found:
+        for warning in parameters.warnings:
+            rank_zero_warn(warning)
         raise MergeError(found)
     shared = set(parameters.shared)
     layers = {name: layer for expert in experts.values() for name, layer in candidates(expert, shared).items()}
@@ -163,7 +174,11 @@ def make_plan(
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
     for expert in experts.values():
         expert.requires_grad_(False)
-    return MergePlan(experts, method, parameters, layers if method.needs_data else {}, frozen)
+    if not method.needs_data:
+        return MergePlan(experts, method, parameters, {}, frozen)
+    held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
+    told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
+    return MergePlan(experts, method, parameters, layers, frozen, told)
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -203,7 +218,9 @@ def execute(
         if plan.method.needs_data:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, peers.rank, peers.size)
-            batches = [_on_device(b, i, expert, data.tasks[name], trainer) for b, i in samples[name].batches]
+            for number, (batch, index) in zip(samples[name].numbers, samples[name].batches):
+                label = f"task '{name}', calibration batch {number}"
+                batches.append(_on_device(batch, index, expert, data.tasks[name], trainer, label))
         numbers = samples[name].numbers if name in samples else None
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
@@ -222,9 +239,9 @@ def execute(
         seed=data.seed,
         versions=_versions(),
     )
-    report.parameters, report.sizes = _account(plan, records)
-    unmasked = peers.exchange(_unmasked(tasks, records))
-    report.warnings += dict.fromkeys(warning for warnings in unmasked for warning in warnings)
+    report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)
+    told = peers.exchange(unmasked(tasks, records))
+    report.warnings += dict.fromkeys(warning for warnings in told for warning in warnings)
     return modules, report
 
 
@@ -275,18 +292,14 @@ class _Batch:
     keep: Tensor | None
 
 
-def _on_device(batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer) -> _Batch:
+def _on_device(
+    batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer, label: str
+) -> _Batch:
     """Lightning's own steps from the loader to ``validation_step``, with the hooks of whoever overrides them."""
     batch = trainer.precision_plugin.convert_input(batch)
     before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
     batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
-    keep = None
-    if callable(calibration_mask := getattr(expert, "calibration_mask", None)):
-        keep = calibration_mask(batch)
-    elif isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        mask = batch["attention_mask"]
-        keep = mask if mask.dim() == 2 else None
-    return _Batch(batch, index, None if keep is None else keep.bool())
+    return _Batch(batch, index, padding_mask(batch, expert, label))
 
 
 @dataclass
@@ -321,6 +334,8 @@ class _CalibrationStep:
 
 
 def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[str]:
+    if adapter_parameters(model) != adapter_parameters(expert):
+        return []  # it is told how adapters differ
     ours = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
     theirs = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(expert)}
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
@@ -329,54 +344,6 @@ def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[
         f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like that one"
         for name in differing[:1]
     ]
-
-
-def _unmasked(tasks: Sequence[Task], records: Sequence[LayerRecord]) -> list[str]:
-    """Warn of tasks with padding that is counted as data everywhere."""
-    shapes = {
-        task.name: [b.keep.shape for b in task.batches if b.keep is not None and not b.keep.all()] for task in tasks
-    }
-    masked = {name for record in records for name in record.masked}
-    return [
-        f"task '{name}': its padding mask, {tuple(found[0])}, fits the inputs of no layer, so that padding counts as "
-        "data; give a mask over positions, (samples, positions), by calibration_mask(batch)"
-        for name, found in shapes.items()
-        if found and records and name not in masked
-    ]
-
-
-def _account(plan: MergePlan, records: Sequence[LayerRecord]) -> tuple[dict[str, str], dict[str, int]]:
-    """What became of each parameter and buffer, and how many values that is."""
-    expert = next(iter(plan.experts.values()))
-    ties = tied_names(expert)
-    solved: dict[str, int] = {}
-    for name, count in (item for record in records for item in record.parameters.items()):
-        solved[ties[name]] = solved.get(ties[name], 0) + count
-    notes = {record.name: record.note for record in records if record.note}
-    account: dict[str, str] = {}
-    renewed = {name for record in records for name in record.buffers}
-    sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
-    for name, tensor, is_parameter in named_tensors(expert):
-        if name not in plan.parameters.shared:
-            continue
-        first, count = ties[name], solved.get(ties[name], 0)
-        if not is_parameter:
-            account[name] = "re-estimated" if name in renewed else "buffer"
-        elif count == tensor.numel():
-            account[name] = "solved"
-        elif count:
-            account[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
-        else:
-            note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
-            account[name] = f"averaged: {note}" if plan.method.needs_data else "averaged"
-        if first == name:
-            sizes["solved"] += count
-            sizes["averaged" if is_parameter else account[name]] += tensor.numel() - count
-    for task, names in plan.parameters.private.items():
-        own = {name: tensor for name, tensor, _ in named_tensors(plan.experts[task])}
-        account.update(dict.fromkeys(names, "private"))
-        sizes["private"] += sum(own[name].numel() for name in names)
-    return account, sizes
 
 
 def _bytes(tensors: Any) -> int:

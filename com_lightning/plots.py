@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from com_lightning.report import MergeReport
@@ -31,7 +32,8 @@ def save_figure(report: MergeReport, path: Path) -> bool:
             places = [position + (number - (len(kinds) - 1) / 2) * width for position in range(len(report.tasks))]
             label = kind if kind != "merged" else f"merged ({report.method.get('class')})"
             axes.bar(places, heights, width, label=label, color=colors[kind])
-        axes.set_xticks(range(len(report.tasks)), report.tasks, rotation=20, ha="right")
+        tilted = len(report.tasks) > 4 or max(map(len, report.tasks)) > 12
+        axes.set_xticks(range(len(report.tasks)), report.tasks, **({"rotation": 20, "ha": "right"} if tilted else {}))
         axes.set_ylabel(report.metric or "")
         axes.set_title("each task before and after the merge")
         axes.margins(y=0.2)  # room for the legend above the bars
@@ -41,11 +43,28 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         for task, values in shifts.items():
             known = [(number, value) for number, value in enumerate(values) if value is not None]
             axes.plot([n for n, _ in known], [value for _, value in known], marker=".", linewidth=1, label=task)
+        for number, value in _spikes(shifts):
+            name = report.layers[number].name or "(root)"
+            axes.annotate(name, (number, value), xytext=(0, 3), textcoords="offset points", fontsize=7, ha="center")
         axes.set_xlabel("layer, in the order of merging")
         axes.set_ylabel("relative distance to the expert's input")
         axes.set_title("covariate shift on arrival")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
+        axes.margins(y=0.1)
         axes.legend()
     figure.savefig(path, dpi=130)
     return True
+
+
+def _spikes(shifts: Mapping[str, Sequence[float | None]], most: int = 3) -> list[tuple[int, float]]:
+    """Number and height of the layers that stand out most: peaks of the highest curve, twice its median at least."""
+    highest = [max((value for value in values if value is not None), default=0.0) for values in zip(*shifts.values())]
+    padded = [0.0, *highest, 0.0]
+    typical = sorted(highest)[len(highest) // 2] if highest else 0.0
+    peaks = [
+        (number, value)
+        for number, value in enumerate(highest)
+        if value >= 2 * typical and value > 0 and padded[number] < value >= padded[number + 2]
+    ]
+    return sorted(sorted(peaks, key=lambda peak: -peak[1])[:most])

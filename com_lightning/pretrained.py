@@ -13,6 +13,7 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
+from com_lightning.adapters import adapter_parameters
 from com_lightning.checkpoints import MergeError
 from com_lightning.core.sharing import copy_module
 from com_lightning.state_dicts import plain, some
@@ -138,7 +139,8 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
     """
     for task, module in modules.items():
         parts = pretrained_parts(_without_adapters(module))
-        private = {plain(name) for name in module.state_dict()} - {plain(name) for name in shared}
+        merged = {plain(name) for name in (*shared, *adapter_parameters(module))}
+        private = {plain(name) for name in module.state_dict()} - merged
         for name, part in parts.items():
             own = any(key.startswith(f"{name}.") for key in private)
             target = folder / task if own else folder

@@ -102,6 +102,13 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
         twins = [name for name in state if name in ties and ties[name] == ties.get(key)]
         if twins:
             state[key] = state[twins[0]]
+    if strange := sorted(key for key in state.keys() - own.keys() if _is_peft(key)):
+        raise MergeError(
+            [
+                f"{label}: the state dict of a PeftModel ({some(strange, most=1)}): save its adapter by "
+                "save_pretrained and give the folder, or call merge_and_unload() before saving"
+            ]
+        )
     problems = []
     if missing := sorted(own.keys() - state.keys()):
         problems.append(f"{label}: missing keys: {some(missing)}")
@@ -118,6 +125,10 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
         raise MergeError(problems)
     load(target, {full: state[key] for key, full in own.items()}, assign)
     return place
+
+
+def _is_peft(key: str) -> bool:
+    return key.startswith("base_model.model.") or bool({"base_layer", "lora_A", "lora_B"} & {*key.split(".")})
 
 
 def load(module: nn.Module, state: Mapping[str, Any], assign: bool) -> None:

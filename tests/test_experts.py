@@ -272,7 +272,7 @@ def test_a_payload_is_never_run(
     path = malicious(pair["a"], tmp_path / "expert.ckpt", folder, write)
     problem = only(problems({"a": path, "b": pair["b"]}))
     assert not folder.exists()
-    assert problem.startswith(f"{path}: ")
+    assert problem.startswith(f"expert 'a' ({path}): ")
     assert all(part in problem for part in told), problem
     if write is torch.save:  # the payload is a live one
         torch.load(path, weights_only=False)
@@ -368,7 +368,7 @@ def test_a_file_that_cannot_be_read(
 ) -> None:
     path = make(pair["a"], tmp_path)
     problem = only(problems({"a": path, "b": pair["b"]}))
-    assert problem.startswith(f"{path}: {told}"), problem
+    assert problem.startswith(f"expert 'a' ({path}): {told}"), problem
     assert "weights_only" not in problem  # PyTorch advises to load the file unsafely
     assert "\n" not in problem
 
@@ -531,7 +531,7 @@ def test_all_problems_are_told_at_once(pair: dict[str, Classifier], tmp_path: Pa
         "importance: no weight for b",
         "ridge:",
         "task 'b': its val loader is empty",
-        "none.ckpt: no such file",
+        "none.ckpt): no such file",
         "expert 'b': missing keys",
         "expert 'b': keys that",
         "private: 'nothing' matches no parameter",
@@ -573,12 +573,10 @@ def test_explicit_patterns(patterns: list[str], expected: set[str], pair: dict[s
 def test_unrelated_experts_are_warned_of() -> None:
     torch.manual_seed(0)
     experts = {"a": Classifier(), "b": Classifier()}
-    with pytest.warns(UserWarning, match="seems not to be fine-tuned from the same base"):
+    with pytest.warns(UserWarning, match="the two experts 'a', 'b' seem not to share a base"):
         callback = merge(experts, private=[])
-    assert len(callback.report.warnings) == 2
-    for task, warning in zip(TASKS, callback.report.warnings):
-        assert warning.startswith(f"expert '{task}'")
-        assert "cosine" in warning  # says how it is judged
+    [warning] = callback.report.warnings
+    assert "cosine" in warning  # says how it is judged
     assert "Warning" in str(callback.report)
 
 

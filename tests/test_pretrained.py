@@ -306,7 +306,10 @@ def test_on_the_command_line_trainer(tmp_path: Path) -> None:
     data = MergeDataModule({"a": make_texts(0), "b": make_texts(1)}, samples=8)
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     experts, folder = {"a": str(a), "b": str(b)}, str(tmp_path / "out")
-    with pytest.warns(UserWarning, match=r"classifier.* differ from your model's: TextModule.load_from"):
+    with pytest.warns(
+        UserWarning,
+        match=r"classifier.weight \(\(5, 16\), in your model \(3, 16\)\).* metrics and hyper.* TextModule.load_from",
+    ):
         report = trainer.merge(TextModule(), data, experts, baselines=False, output_dir=folder)
     again = trainer.validate(TextModule(), datamodule=data, merged=folder, verbose=False)
     assert again == list(report.metrics["merged"].values())

@@ -1,0 +1,61 @@
+"""What became of each parameter and buffer, and of how many values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from com_lightning.core.rule import LayerRecord
+from com_lightning.core.sharing import named_tensors, tied_names
+from com_lightning.experts import Parameters
+
+
+def account(
+    experts: Mapping[str, nn.Module], parameters: Parameters, records: Sequence[LayerRecord], needs_data: bool
+) -> tuple[dict[str, str], dict[str, int]]:
+    """Name of each parameter or buffer -> what became of it, and each kind -> number of values, as in
+    :class:`~com_lightning.report.MergeReport`. Values that no data reached count as averaged, which they are.
+
+    Args:
+        experts: task -> its module.
+        parameters: which are shared, private, folded.
+        records: of all layers.
+        needs_data: whether the method reads data at all.
+    """
+    expert = next(iter(experts.values()))
+    ties = tied_names(expert)
+    solved: dict[str, int] = {}
+    notes = {record.name: record.note for record in records if record.note}
+    for record in records:
+        for name, count in record.parameters.items():
+            reached = count - count * record.idle // max(record.groups, 1)
+            solved[ties[name]] = solved.get(ties[name], 0) + reached
+            if not reached:
+                notes.setdefault(ties[name], "no calibration data reached it")
+    result: dict[str, str] = {}
+    renewed = {name for record in records for name in record.buffers}
+    sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
+    shared = set(parameters.shared)
+    for name, tensor, is_parameter in named_tensors(expert):
+        if name not in shared:
+            continue
+        first, count = ties[name], solved.get(ties[name], 0)
+        if not is_parameter:
+            result[name] = "re-estimated" if name in renewed else "buffer"
+        elif count == tensor.numel():
+            result[name] = "solved"
+        elif count:
+            result[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
+        else:
+            note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
+            result[name] = f"averaged: {note}" if needs_data else "averaged"
+        if first == name:
+            sizes["solved"] += count
+            sizes["averaged" if is_parameter else result[name]] += tensor.numel() - count
+    for task, names in parameters.private.items():
+        own = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
+        result.update(dict.fromkeys(names, "private"))
+        sizes["private"] += sum(own[name].numel() for name in names)
+    result.update(dict.fromkeys(parameters.folded, "folded"))
+    return result, sizes
