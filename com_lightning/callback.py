@@ -208,7 +208,7 @@ class ChainOfMergesCallback(Callback):
             description, quiet = f"validating {kind}", _quiet(trainer)
             mine = {task: modules[task] for task in list(modules)[self._peers.rank :: self._peers.size]}
             found: dict[str, dict[str, float]] = {}
-            for part in self._peers.exchange(validate_tasks(evaluator, mine, data, description, quiet)):
+            for part in self._peers.exchange(validate_tasks(evaluator, mine, data, description, quiet, prepared=True)):
                 found.update(part)
             self.report.metrics[kind] = {task: found[task] for task in modules}
         self.report.choose_metric(self.metric)

@@ -139,9 +139,15 @@ class MergeDataModule(LightningDataModule):
             data.teardown(stage)
         self._set_up.clear()
 
-    def task(self, name: str) -> LightningDataModule:
-        """One task's data for ``trainer.validate``, without what is held out for calibration."""
-        return _Task(self, name)
+    def task(self, name: str, prepared: bool = False) -> LightningDataModule:
+        """One task's data for ``trainer.validate``, without what is held out for calibration.
+
+        Args:
+            name: of the task.
+            prepared: whether the data have been prepared already. In several processes, ``prepare_data`` is where each
+                waits for all others, also those that validate fewer tasks.
+        """
+        return _Task(self, name) if prepared else _UnpreparedTask(self, name)
 
     def val_dataloader(self) -> Any:
         return self.task(next(iter(self.tasks))).val_dataloader()
@@ -281,10 +287,6 @@ class _Task(LightningDataModule):
         self._tasks, self._name = tasks, name
         _lend_hooks(tasks.tasks[name], self)
 
-    def prepare_data(self) -> None:
-        self._tasks.trainer = self._tasks.trainer or self.trainer
-        self._tasks.prepare_data()
-
     def setup(self, stage: str) -> None:
         self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.setup(stage)
@@ -294,6 +296,12 @@ class _Task(LightningDataModule):
 
     def test_dataloader(self) -> Any:
         return self._tasks.tasks[self._name].test_dataloader()
+
+
+class _UnpreparedTask(_Task):
+    def prepare_data(self) -> None:
+        self._tasks.trainer = self._tasks.trainer or self.trainer
+        self._tasks.prepare_data()
 
 
 def _lend_hooks(lender: LightningDataModule, borrower: LightningDataModule) -> None:

@@ -47,6 +47,7 @@ def validate_tasks(
     description: str,
     quiet: bool = False,
     stage: str = "validate",
+    prepared: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Validate each task with its module.
 
@@ -57,6 +58,7 @@ def validate_tasks(
         description: of the progress bar.
         quiet: whether to show none.
         stage: ``"validate"`` or ``"test"``.
+        prepared: whether the data have been prepared already.
 
     Returns:
         Task -> metric -> value, whatever the module's ``validation_step`` logs.
@@ -67,7 +69,7 @@ def validate_tasks(
         for task, module in tqdm(modules.items(), desc=description, leave=False, disable=quiet):
             run = trainer.validate if stage == "validate" else trainer.test
             with alone(module):
-                logged = run(module, datamodule=tasks.task(task), verbose=False)
+                logged = run(module, datamodule=tasks.task(task, prepared), verbose=False)
             merged: dict[str, Any] = {}
             for part in logged:  # one per loader, where a task has several
                 merged.update(part)

@@ -168,10 +168,11 @@ def forked() -> Iterator[dict[str, Any]]:
 
 
 def test_a_trainer_with_two_processes_merges_as_one(forked: dict[str, Any], tmp_path: Path) -> None:
-    experts = dict(zip("ab", make_experts((3, 3))))
+    experts = dict(zip("abc", make_experts((3, 3, 3))))  # one process validates more of them than the other
     folders = []
     for name, settings in {"one": {}, "two": forked}.items():
-        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=37, batch_size=8)
+        data = {task: make_data(seed) for seed, task in enumerate("abc")}
+        tasks = MergeDataModule(data, samples=37, batch_size=8)
         merger = ChainOfMergesCallback(dict(experts), output_dir=str(tmp_path / name))
         trainer = quiet_trainer(callbacks=[merger], precision="64-true", **settings)
         trainer.validate(Classifier(3), datamodule=tasks, verbose=False)
@@ -180,10 +181,10 @@ def test_a_trainer_with_two_processes_merges_as_one(forked: dict[str, Any], tmp_
     for own, value in one.items():
         assert relative(two[own], value) < 1e-6, own
     reports = [json.loads((folder / "report.json").read_text()) for folder in folders]
-    for task in "ab":  # exact: of one process each, not padded
+    for task in "abc":  # exact: of one process each, not padded
         assert reports[1]["metrics"]["expert"][task] == reports[0]["metrics"]["expert"][task]
         assert reports[1]["metrics"]["merged"][task] == pytest.approx(reports[0]["metrics"]["merged"][task], rel=1e-9)
-    assert reports[1]["samples"] == reports[0]["samples"] == {"a": 37, "b": 37}
+    assert reports[1]["samples"] == reports[0]["samples"] == dict.fromkeys("abc", 37)
     assert [layer["rows"] for layer in reports[1]["layers"]] == [layer["rows"] for layer in reports[0]["layers"]]
 
 
