@@ -40,8 +40,8 @@ def plain_state(state: Mapping[str, Any]) -> dict[str, Any]:
     if len(result) < len(state):  # one tensor under two names: whichever is right, it is not for us to say
         return dict(state)
     for prefix in _OUTERMOST:
-        inner = {name for name in result if name.startswith(prefix)}
-        if inner and result.keys() - inner <= {"n_averaged"}:  # a counter of torch's AveragedModel
+        inner = [name for name in result if name.startswith(prefix)]  # in the order of the file
+        if inner and result.keys() - set(inner) <= {"n_averaged"}:  # a counter of torch's AveragedModel
             result = {name.removeprefix(prefix): result[name] for name in inner}
     return result
 
