@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord
+from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
@@ -158,7 +159,7 @@ class ChainOfMergesCallback(Callback):
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             try:
-                self.modules, self.report = execute(self._plan, trainer, data, on_layer, self._peers)
+                self.modules, self.report = execute(self._plan, trainer, data, Run(on_layer, self._peers))
             except BaseException:
                 self._plan = None  # its experts have been moved and converted already
                 raise

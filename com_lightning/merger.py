@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Any
@@ -22,8 +22,8 @@ from com_lightning.adapters import adapter_parameters
 from com_lightning.checkpoints import collected_warnings
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord, Task
+from com_lightning.core.rule import Task
+from com_lightning.core.run import Run
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
@@ -189,8 +189,7 @@ def execute(
     plan: MergePlan,
     trainer: Trainer,
     data: MergeDataModule,
-    on_layer: Callable[[LayerRecord], None],
-    peers: Peers | None = None,
+    run: Run,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
@@ -200,10 +199,9 @@ def execute(
         plan: what to merge.
         trainer: whose device, precision and limits are used.
         data: the tasks' data.
-        on_layer: called with each finished layer.
-        peers: the processes that call this together.
+        run: how it is carried out.
     """
-    peers = peers or Peers()
+    peers = run.peers
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -225,7 +223,7 @@ def execute(
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, on_layer, peers))
+        records = plan.method.merge(MergeJob(tasks, merged, run))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),

@@ -25,6 +25,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Me
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
 from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
@@ -64,7 +65,7 @@ def processes(size: int, work: Callable[[Peers], Any], folder: Path) -> list[Any
 
 def merge(tasks: list[Task], rule: Rule, peers: Peers) -> Result:
     merged = averages([task.expert for task in tasks])
-    records = merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], rule, peers=peers)
+    records = merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], rule, Run(peers=peers))
     return merged, records
 
 

@@ -17,9 +17,9 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
-from com_lightning.core.peers import Peers
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
+from com_lightning.core.run import Run
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
 from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
@@ -30,8 +30,7 @@ def merge_layers(
     merged: Mapping[str, Tensor],
     importance: Sequence[float],
     rule: Rule,
-    on_layer: Callable[[LayerRecord], None] = lambda record: None,
-    peers: Peers | None = None,
+    run: Run | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -41,16 +40,15 @@ def merge_layers(
             holds the average of the experts; solved parameters are written in place, the others are left as they are.
         importance: one weight per task, summing to one.
         rule: what is solved.
-        on_layer: called with each finished layer.
-        peers: other processes that do the same on batches of their own. All must be given the same experts. Statistics
-            are added up, each layer is solved by one process, and all end with the same merged weights and records.
+        run: how it is carried out. If there are other processes, all must be given the same experts. Statistics are
+            added up, each layer is solved by one process, and all end with the same merged weights and records.
 
     Returns:
         The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
         weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
         from its first call.
     """
-    chain = _Chain(tasks, merged, importance, rule, on_layer, peers or Peers())
+    chain = _Chain(tasks, merged, importance, rule, run or Run())
     try:
         return chain.run()
     except BaseException as error:
@@ -65,11 +63,10 @@ class _Chain:
         merged: Mapping[str, Tensor],
         importance: Sequence[float],
         rule: Rule,
-        on_layer: Callable[[LayerRecord], None],
-        peers: Peers,
+        run: Run,
     ) -> None:
-        self.peers, self.owner = peers, 0
-        self.tasks, self.importance, self.rule, self.on_layer = tasks, importance, rule, on_layer
+        self.peers, self.on_layer, self.owner = run.peers, run.on_layer, 0
+        self.tasks, self.importance, self.rule = tasks, importance, rule
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.device = next(iter(merged.values()), torch.empty(0)).device

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Dict, Optional
 
 from torch import Tensor
 
-from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, Task
+from com_lightning.core.run import Run
 
 
 @dataclass
@@ -22,14 +22,15 @@ class MergeJob:
         tasks: the experts and their calibration data (no batches where the method needs no data).
         merged: full name of each shared parameter or buffer -> tensor for its merged value, which holds the average of
             the experts, weighted by the method's task importance, when the method gets it.
-        on_layer: to be called with each finished layer.
-        peers: the processes that merge together, each with batches of its own.
+        run: how it is carried out.
+        base: the same names -> value in the model that the experts were fine-tuned from; ``None`` unless the method
+            needs it.
     """
 
     tasks: Sequence[Task]
     merged: Mapping[str, Tensor]
-    on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
-    peers: Peers = field(default_factory=Peers)
+    run: Run = field(default_factory=Run)
+    base: Mapping[str, Tensor] | None = None
 
 
 class MergingMethod(ABC):

@@ -15,7 +15,7 @@ class _ClosedForm(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = self.weights([task.name for task in job.tasks])
-        return merge_layers(job.tasks, job.merged, weights, self.rule, job.on_layer, job.peers)
+        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
