@@ -96,6 +96,7 @@ class ChainOfMergesCallback(Callback):
         self._plan: MergePlan | None = None
         self._peers = Peers()
         self._shared: list[str] = []
+        self._precision: dict[str, dict[str, torch.dtype]] = {}
 
     @property
     def merged(self) -> bool:
@@ -120,7 +121,7 @@ class ChainOfMergesCallback(Callback):
         """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
         if not self.merged:
             raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
-        save_results(Path(folder), self.modules, self._shared, self.report, overwrite, self.files)
+        save_results(Path(folder), self.modules, self._shared, self.report, overwrite, self.files, self._precision)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -187,9 +188,11 @@ class ChainOfMergesCallback(Callback):
         for module in self.modules.values():
             module.train()
             for name, tensor, is_parameter in named_tensors(module):
+                tensor.data = tensor.data.cpu()
                 if name not in shared or not tensor.is_floating_point():  # maybe a page of the expert's file
                     tensor.data = tensor.data.clone()
                 tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
+        self._precision = {task: plan.precision(task) for task in self.modules}
         self._shared, self._plan = plan.parameters.shared, None
         if self.report.metrics and self.report.metric is None:
             self.report.choose_metric(self.metric)
@@ -203,8 +206,7 @@ class ChainOfMergesCallback(Callback):
         sets = {"merged": self.modules}
         if self.baselines:
             mean = average_shared(plan)
-            average = {task: with_shared(expert, mean) for task, expert in plan.experts.items()}
-            sets = {"expert": plan.experts, "average": average, **sets}
+            sets = {"expert": plan.experts, "average": with_shared(plan, mean), **sets}
         for kind, modules in sets.items():
             description, quiet = f"validating {kind}", _quiet(trainer)
             mine = {task: modules[task] for task in list(modules)[self._peers.rank :: self._peers.size]}

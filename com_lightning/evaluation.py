@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
+from com_lightning.core.sharing import renewed
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.processes import alone
 
@@ -68,8 +69,10 @@ def validate_tasks(
     with torch.inference_mode(False), quiet_lightning():
         for task, module in tqdm(modules.items(), desc=description, leave=False, disable=quiet):
             run = trainer.validate if stage == "validate" else trainer.test
-            with alone(module):
-                logged = run(module, datamodule=tasks.task(task, prepared), verbose=False)
+            own = renewed(module)  # which Lightning moves and converts
+            assert isinstance(own, LightningModule)
+            with alone(own):
+                logged = run(own, datamodule=tasks.task(task, prepared), verbose=False)
             merged: dict[str, Any] = {}
             for part in logged:  # one per loader, where a task has several
                 merged.update(part)

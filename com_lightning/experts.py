@@ -53,7 +53,7 @@ class Parameters:
     warnings: list[str] = field(default_factory=list)
 
 
-def load_expert(name: str, source: ExpertSource, model: LightningModule) -> LightningModule:
+def load_expert(name: str, source: ExpertSource, model: LightningModule, as_stored: bool = False) -> LightningModule:
     """The module of one expert, in eval mode on the CPU. Nothing is unpickled but tensors and plain values.
 
     Args:
@@ -63,6 +63,7 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
             loaded into the part that it fits, another module and a folder of ``save_pretrained`` take its place, and a
             folder with an adapter is folded into it.
         model: gives the class, and the weights that an adapter was trained on.
+        as_stored: leave the tensors in the precision of the source, see :func:`take_precision`.
 
     Raises:
         MergeError: if the source cannot be read, is not safe, or does not fit, naming the file and the keys.
@@ -83,7 +84,24 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
     _eager(expert)
     fold(expert, label)
     _align(expert, model)
+    if not as_stored:
+        take_precision(expert, model)
     return expert.eval()
+
+
+def take_precision(expert: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
+    """Give an expert the precision of ``model``, in place; of what that lacks, its parameters' in general.
+
+    Returns:
+        Name of each parameter and buffer that is changed -> the precision that it was stored in.
+    """
+    dtypes = {name: tensor.dtype for name, tensor, _ in named_tensors(model)}
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    floating = [(name, tensor) for name, tensor, _ in named_tensors(expert) if tensor.is_floating_point()]
+    stored = {name: tensor.dtype for name, tensor in floating}
+    for name, tensor in floating:
+        tensor.data = tensor.data.to(dtypes.get(name, usual))
+    return {name: stored[name] for name, tensor in floating if tensor.dtype != stored[name]}
 
 
 def sort_parameters(
@@ -231,7 +249,7 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
     if torn := [n for n, p in everywhere if id(p) in inside and n != name and not n.startswith(f"{name}.")]:
         raise MergeError([f"{label}: {whole} uses {found[0]} also as {torn[0]}. Give a LightningModule"])
     first = next(model.parameters())
-    part = part.to(first.device, next(old.parameters(), first).dtype)
+    part = part.to(first.device)
     # The copy never holds the weights that are replaced.
     expert = _copy(model, {id(old): _compiled(part, old) if isinstance(old, OptimizedModule) else part})
     _say_what_is_left(expert, found[0], label)
@@ -292,7 +310,7 @@ def _eager(module: LightningModule) -> None:
 
 
 def _align(expert: LightningModule, model: LightningModule) -> None:
-    """Compile the same submodules as in ``model``, and take its precision, so that names and tensors fit."""
+    """Compile the same submodules as in ``model``, so that names fit."""
     compiled = {plain(name): part for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
     for name, part in reversed(list(expert.named_modules())):  # what is inside before what is around it
         if isinstance(part, OptimizedModule) and plain(name) not in compiled:
@@ -301,10 +319,6 @@ def _align(expert: LightningModule, model: LightningModule) -> None:
         found = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
         if found and not isinstance(found[1], OptimizedModule):
             expert.set_submodule(found[0], _compiled(found[1], compiled[place]))
-    dtypes = {name: tensor.dtype for name, tensor, _ in named_tensors(model)}
-    for name, tensor, _ in named_tensors(expert):
-        if tensor.is_floating_point() and dtypes.get(name, tensor.dtype) != tensor.dtype:
-            tensor.data = tensor.data.to(dtypes[name])
 
 
 def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:

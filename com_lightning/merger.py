@@ -22,11 +22,12 @@ from com_lightning.adapters import adapter_parameters
 from com_lightning.checkpoints import collected_warnings
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
+from com_lightning.core.placement import Placement
 from com_lightning.core.rule import Task
 from com_lightning.core.run import Run
-from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
-from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
+from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
 from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
@@ -45,6 +46,7 @@ class MergePlan:
         layers: the layers to be solved, by name.
         frozen: parameters that no expert trains.
         data: in words, for each task.
+        stored: task -> name of each tensor that its source stores in another precision than the model's -> that one.
     """
 
     experts: dict[str, LightningModule]
@@ -53,6 +55,18 @@ class MergePlan:
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
     data: str = ""
+    stored: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
+
+    def precision(self, task: str) -> dict[str, torch.dtype]:
+        """Precision in which a task's merged parameters are stored: that of its source, and for shared ones the lowest
+        that holds those of all sources."""
+        result = dict(self.stored.get(task, {}))
+        shared = {name: tensor.dtype for name, tensor, _ in named_tensors(self.experts[task])}
+        for name in self.parameters.shared:
+            for other in self.experts:
+                own = self.stored.get(other, {}).get(name, shared[name])
+                result[name] = own if other == next(iter(self.experts)) else torch.promote_types(result[name], own)
+        return {name: dtype for name, dtype in result.items() if dtype != shared[name]}
 
     def others(self) -> dict[str, str]:
         """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
@@ -148,10 +162,12 @@ def make_plan(
             found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
     found += method.problems(list(data.tasks)) + data.problems()
     experts: dict[str, LightningModule] = {}
+    stored: dict[str, dict[str, torch.dtype]] = {}
     with collected_warnings() as warnings:
         for task in [*(t for t in data.tasks if t in sources), *(t for t in sources if t not in data.tasks)]:
             try:
-                experts[task] = load_expert(task, sources[task], model)
+                experts[task] = load_expert(task, sources[task], model, as_stored=True)
+                stored[task] = take_precision(experts[task], model)
             except MergeError as error:
                 found += error.problems
     parameters = Parameters()
@@ -175,10 +191,10 @@ def make_plan(
     for expert in experts.values():
         expert.requires_grad_(False)
     if not method.needs_data:
-        return MergePlan(experts, method, parameters, {}, frozen)
+        return MergePlan(experts, method, parameters, {}, frozen, stored=stored)
     held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
     told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
-    return MergePlan(experts, method, parameters, layers, frozen, told)
+    return MergePlan(experts, method, parameters, layers, frozen, told, stored)
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -190,6 +206,7 @@ def execute(
     trainer: Trainer,
     data: MergeDataModule,
     run: Run,
+    experts_stay: bool = False,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
@@ -200,6 +217,7 @@ def execute(
         trainer: whose device, precision and limits are used.
         data: the tasks' data.
         run: how it is carried out.
+        experts_stay: whether the experts' weights are brought to the device where they are used, and no sooner.
     """
     peers = run.peers
     device = trainer.strategy.root_device
@@ -208,23 +226,29 @@ def execute(
     start = time.perf_counter()
     samples: dict[str, CalibrationSample] = {}
     tasks = []
+
+    def move(module: nn.Module) -> nn.Module:
+        return trainer.precision_plugin.convert_module(module).to(device)
+
     for name, expert in plan.experts.items():
-        trainer.precision_plugin.convert_module(expert)
-        expert.to(device)
-        expert.trainer = trainer
         batches: list[_Batch] = []
         if plan.method.needs_data:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, peers.rank, peers.size)
+            running = Placement(expert, move).module()  # whose hooks may compute on the device
+            assert isinstance(running, LightningModule)
+            running.trainer = trainer
             for number, (batch, index) in zip(samples[name].numbers, samples[name].batches):
                 label = f"task '{name}', calibration batch {number}"
-                batches.append(_on_device(batch, index, expert, data.tasks[name], trainer, label))
+                batches.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
+            del running
         numbers = samples[name].numbers if name in samples else None
-        tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
-    merged = average_shared(plan, plan.method.weights(list(plan.experts)))
+        step = _CalibrationStep(trainer)
+        tasks.append(Task(name, expert, batches, step, lambda batch: batch.keep, numbers, move, experts_stay))
+    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         records = plan.method.merge(MergeJob(tasks, merged, run))
-    modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
+    modules = with_shared(plan, merged)
     report = MergeReport(
         method=describe(plan.method),
         tasks=list(plan.experts),
@@ -243,8 +267,12 @@ def execute(
     return modules, report
 
 
-def average_shared(plan: MergePlan, weights: Sequence[float] | None = None) -> dict[str, Tensor]:
-    """The average of each shared parameter and floating-point buffer, one tensor for all names of a tied one."""
+def average_shared(
+    plan: MergePlan, weights: Sequence[float] | None = None, device: torch.device | str = "cpu"
+) -> dict[str, Tensor]:
+    """The average of each shared parameter and floating-point buffer, in the precision that it is stored in; one tensor
+    for all names of a tied one."""
+    precision = plan.precision(next(iter(plan.experts)))
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
     ties = tied_names(next(iter(plan.experts.values())))
     result: dict[str, Tensor] = {}
@@ -253,17 +281,27 @@ def average_shared(plan: MergePlan, weights: Sequence[float] | None = None) -> d
         if ties[name] in result:
             result[name] = result[ties[name]]
         elif tensors[0].is_floating_point():
-            value = average(tensors, weights)
+            value = average(tensors, weights).to(device, precision.get(name, tensors[0].dtype))
             result[name] = nn.Parameter(value, False) if isinstance(tensors[0], nn.Parameter) else value
     return result
 
 
-def with_shared(expert: LightningModule, shared: Mapping[str, Tensor]) -> LightningModule:
-    """A copy of an expert that holds the given shared tensors; its private ones are those of the expert."""
-    tensors = {id(tensor): shared[name] for name, tensor, _ in named_tensors(expert) if name in shared}
-    module = copy_module(expert, tensors)
-    assert isinstance(module, LightningModule)
-    return module
+def with_shared(plan: MergePlan, shared: Mapping[str, Tensor]) -> dict[str, LightningModule]:
+    """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision; the private ones are
+    those of the expert."""
+    converted: dict[int, Tensor] = {}
+    modules = {}
+    for task, expert in plan.experts.items():
+        tensors = {}
+        for name, tensor, _ in named_tensors(expert):
+            if (value := shared.get(name)) is not None:
+                if id(value) not in converted:
+                    converted[id(value)] = as_dtype(value, tensor.dtype)
+                tensors[id(tensor)] = converted[id(value)]
+        module = copy_module(expert, tensors)
+        assert isinstance(module, LightningModule)
+        modules[task] = module
+    return modules
 
 
 @torch.no_grad()

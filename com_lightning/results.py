@@ -13,11 +13,12 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors.torch import save_file
+from torch import Tensor
 
 from com_lightning.checkpoints import MergeError, read_checkpoint
-from com_lightning.core.sharing import named_tensors, tied_names
+from com_lightning.core.sharing import as_dtype, copy_module, named_tensors, tied_names
 from com_lightning.evaluation import quiet_lightning
-from com_lightning.experts import load_expert
+from com_lightning.experts import load_expert, take_precision
 from com_lightning.plots import save_figure
 from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
@@ -46,6 +47,7 @@ def save_results(
     report: MergeReport,
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
+    precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> None:
     """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
     task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``. Models of transformers are
@@ -58,6 +60,7 @@ def save_results(
         report: of the merge.
         overwrite: whether an existing folder is replaced.
         files: further files, name -> text.
+        precision: task -> name of each tensor that is stored in another precision than the module's -> that one.
 
     Raises:
         MergeError: if the folder exists and is not to be overwritten, or cannot be written.
@@ -65,6 +68,7 @@ def save_results(
     if problems := output_problems(folder, overwrite):
         raise MergeError(problems)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    modules = _in_precision(modules, precision or {})
     try:
         module = next(iter(modules.values()))
         ties = tied_names(module)
@@ -101,6 +105,22 @@ def save_results(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def _in_precision(
+    modules: Mapping[str, LightningModule], precision: Mapping[str, Mapping[str, torch.dtype]]
+) -> dict[str, LightningModule]:
+    converted: dict[int, Tensor] = {}
+    result = {}
+    for task, module in modules.items():
+        dtypes = precision.get(task, {})
+        for name, tensor, _ in named_tensors(module):
+            if name in dtypes and id(tensor) not in converted:
+                converted[id(tensor)] = as_dtype(tensor, dtypes[name])
+        copied = copy_module(module, converted) if dtypes else module
+        assert isinstance(copied, LightningModule)
+        result[task] = copied
+    return result
+
+
 def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict[str, LightningModule]:
     """Task -> merged module, from a result folder.
 
@@ -134,6 +154,7 @@ def _load_result(task: str, path: Path, model: LightningModule) -> LightningModu
             warnings.simplefilter("ignore")  # that it is a part, in a module of another head
             module = load_expert(task, pretrained, model)
         fill(module, read_checkpoint(path)["state_dict"], str(path))
+        take_precision(module, model)
         return module
 
 

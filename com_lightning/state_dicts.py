@@ -78,7 +78,7 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
     """Load a state dict into the module, or into the one submodule that it fits.
 
     Args:
-        module: what is filled, in its own precision.
+        module: what is filled, in the precision of the state dict.
         state: from the module or a part of it; names may have prefixes of wrappers.
         label: names its source in messages.
         assign: the tensors take the place of the module's, without a copy.
@@ -132,12 +132,12 @@ def _is_peft(key: str) -> bool:
 
 
 def load(module: nn.Module, state: Mapping[str, Any], assign: bool) -> None:
-    """Load a state dict; where its tensors take the place of the module's, tied ones stay tied."""
+    """Load a state dict, in its own precision; its tensors, or copies of them, take the place of the module's, and tied
+    ones stay tied."""
     ties = tied_names(module)
-    if assign:  # in the module's precision, not the file's
-        dtypes = {key: value.dtype for key, value in module.state_dict().items() if isinstance(value, Tensor)}
-        state = {key: value.to(dtypes[key]) if key in dtypes else value for key, value in state.items()}
-    module.load_state_dict(state, assign=assign)
+    if not assign:
+        state = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
+    module.load_state_dict(state, assign=True)
     for name, first in ties.items():
         if name != first:
             (owner, _, own), (holder, _, other) = name.rpartition("."), first.rpartition(".")

@@ -17,6 +17,7 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
+from com_lightning.core.placement import Placement, Running, is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run
@@ -65,13 +66,13 @@ class _Chain:
         rule: Rule,
         run: Run,
     ) -> None:
-        self.peers, self.on_layer, self.owner = run.peers, run.on_layer, 0
+        self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
-        self.device = next(iter(merged.values()), torch.empty(0)).device
         self.whole: dict[str, str] = {}
         self.experts: list[nn.Module] = []
+        """The experts as they are stored, with attention taken apart."""
         for task in tasks:
             self.candidates.update(candidates(task.expert, merged))
             expert = copy_module(task.expert)
@@ -81,7 +82,19 @@ class _Chain:
                     self.whole[name] = whole
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
-        self.reference = copy_module(self.experts[0], self._shared(0))
+        shared = {id(tensor): self.merged[name] for name, tensor in self.tensors[0].items()}
+        self.reference = copy_module(self.experts[0], shared)
+        placements = [Placement(task.expert, task.move) for task in tasks]
+        converted: dict[int, Tensor] = {}
+        self.running = {
+            (number, stream): Running.of(placement, stream, merged, tasks[number].stays, converted)
+            for number, placement in enumerate(placements)
+            for stream in rule.streams
+        }
+        merging = [model for (_, stream), model in self.running.items() if stream == "merged"]
+        self.computed = {name: tensor for model in merging for name, tensor in model.tensors.items()}
+        """What merged models compute with: the merged tensors, or copies on another device, in another precision."""
+        self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
         self.tied = tied_names(self.reference)
         self.places: dict[str, int] = {}
         """Place of each module among all; of one that has others within it, after the last of them."""
@@ -129,18 +142,14 @@ class _Chain:
             self.on_layer(record)
         return records + unsolved
 
-    def _shared(self, task: int) -> dict[int, Tensor]:
-        """``id`` of a tensor of an expert -> the merged one."""
-        return {id(tensor): self.merged[name] for name, tensor in self.tensors[task].items()}
-
     def _forwards(self) -> list[Forward]:
         forwards: list[Forward] = []
         for number, task in enumerate(self.tasks):
             for stream in self.rule.streams:
-                tensors = self._watched(number, stream)
+                running, tensors = self.running[number, stream].module, self._watched(number, stream)
                 for batch, content in enumerate(task.batches):
                     index = batch if task.numbers is None else task.numbers[batch]
-                    module = copy_module(self.experts[number], tensors)
+                    module = copy_module(running, tensors)
                     forwards.append(
                         CalibrationForward(
                             module=module,
@@ -156,15 +165,15 @@ class _Chain:
         return forwards
 
     def _watched(self, task: int, stream: Stream) -> dict[int, Tensor]:
-        """``id`` of a tensor of an expert -> what takes its place in a forward."""
-        tensors = self._shared(task) if stream == "merged" else {}
-        for name, tensor in self.tensors[task].items():
-            ours = self.merged[name] if stream == "merged" else tensor
-            # What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for.
-            known = type(ours) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".")
-            if name not in self.buffers and self.tied[name] == name and known and ours.numel():
+        """``id`` of a tensor of a model that runs -> what takes its place in a forward."""
+        model, tensors = self.running[task, stream], dict[int, Tensor]()
+        for name, tensor in model.tensors.items():
+            first = name in self.merged and name not in self.buffers and self.tied[name] == name
+            if first and is_watchable(name, tensor):
                 writes = self.writes[name] if stream == "merged" else Writes()
-                tensors[id(tensor)] = Watched.of(ours, Part(name), self._using, writes)
+                tensors[id(tensor)] = Watched.of(
+                    tensor, Part(name), self._using, writes, target=model.targets.get(name)
+                )
         return tensors
 
     def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
@@ -205,7 +214,7 @@ class _Chain:
         watched = list(watched_in(args, kwargs))
         if forward.stream == "merged":
             for entry in watched:
-                entry.refresh(self.merged[entry.part.name])
+                entry.refresh(self.computed[entry.part.name])
         if not any(self._is_free(entry.part) for entry in watched):
             return None
         if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
@@ -213,7 +222,7 @@ class _Chain:
             self.uses.setdefault(label, replace(use, args=()))
             if pause(label, place, tuple(map(plain, use.args)), {}):
                 for entry in watched if forward.stream == "merged" else ():
-                    entry.refresh(self.merged[entry.part.name])
+                    entry.refresh(self.computed[entry.part.name])
                 return lambda result: forward.on_output(label, result) if forward.on_output else None
 
         def leaving(result: Any) -> None:
@@ -243,9 +252,9 @@ class _Chain:
 
     def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
-        own = self.merged if forward.stream == "merged" else self.tensors[forward.task]
+        own = self.running[forward.task, forward.stream].tensors
         entries = [entry for entry in watched if entry.part.steps]
-        return all(torch.equal(plain(entry), entry.part.of(own[entry.part.name])) for entry in entries)
+        return all(torch.equal(plain(entry), entry.part.of(own[entry.part.name], casts=True)) for entry in entries)
 
     def _placed(self, use: Use) -> tuple[str, Place]:
         """Name of a function call by the parameter that it uses, and its place among all layers."""
@@ -265,12 +274,18 @@ class _Chain:
         if name not in self.uses:
             candidate = self.candidates[name]
             parts = {own: Part(full) for own, full in candidate.written(name).items()}
-            experts = [expert.get_submodule(name) for expert in self.experts]
-            return Layer(name, candidate.kind, self.reference.get_submodule(name), experts, parts)
+            merged, *experts = [self._here(model.get_submodule(name)) for model in (self.reference, *self.experts)]
+            return Layer(name, candidate.kind, merged, experts, parts)
         use = self.uses[name]
         everyone = [self.merged, *self.tensors]
-        merged, *experts = [use.module({own: p.of(t[p.name]) for own, p in use.parts.items()}) for t in everyone]
+        chosen = [{own: p.of(t[p.name]).to(self.device) for own, p in use.parts.items()} for t in everyone]
+        merged, *experts = [use.module(values) for values in chosen]
         return Layer(name, use.kind, merged, experts, dict(use.parts))
+
+    def _here(self, layer: nn.Module) -> nn.Module:
+        """A layer on the device where statistics are gathered."""
+        away = [tensor for _, tensor, _ in named_tensors(layer) if tensor.device != self.device]
+        return copy_module(layer, {id(t): _like(t, t.to(self.device)) for t in away}) if away else layer
 
     def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
@@ -294,6 +309,10 @@ class _Chain:
         for own in dict.fromkeys(own for own, _ in written):
             with _unsafe_preserve_version_counter(self.merged[own]):
                 self.peers.broadcast(self.merged[own], self.owner)
+            computed = self.computed.get(own, self.merged[own])
+            if computed.data_ptr() != self.merged[own].data_ptr():
+                with _unsafe_preserve_version_counter(computed):
+                    computed.copy_(self.merged[own])
             self.writes[own].count += 1
         return record
 
@@ -356,6 +375,10 @@ class _Chain:
         candidate = self.candidates.get(name)
         names = [name] if candidate is None else candidate.written(name).values()
         return all(self.tied.get(own) in self.solved for own in names)
+
+
+def _like(tensor: Tensor, value: Tensor) -> Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
 
 
 @contextmanager

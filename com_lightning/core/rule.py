@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from com_lightning.core.placement import Move
+
 Stream = Literal["merged", "expert"]
 
 
@@ -22,6 +24,9 @@ class Task:
         call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
         keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
         numbers: of the batches among those of all processes; ``None``: these are all.
+        move: puts a module on the device and into the precision that its forwards run in. The expert itself stays where
+            it is stored, a mapped file for instance, and is solved with in the precision it has there.
+        stays: whether what the expert's forward uses is moved when it is used, and no sooner.
     """
 
     name: str
@@ -30,6 +35,8 @@ class Task:
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
     keep: Callable[[Any], Tensor | None] = lambda batch: None
     numbers: Sequence[int] | None = None
+    move: Move = lambda module: module
+    stays: bool = False
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,23 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
     return copy.deepcopy(module, memo)
 
 
+def renewed(module: nn.Module) -> nn.Module:
+    """A copy with parameters and buffers of its own on the same storage: what moves or converts it leaves ``module``
+    as it is."""
+    tensors = {}
+    for _, tensor, is_parameter in named_tensors(module):
+        tensors[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if is_parameter else tensor.detach()
+    return copy_module(module, tensors)
+
+
+def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A parameter or buffer in another precision; itself, if it is in that one."""
+    if tensor.dtype == dtype:
+        return tensor
+    value = tensor.detach().to(dtype)
+    return nn.Parameter(value, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else value
+
+
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
     """All parameters and buffers as (name, tensor, whether it is a parameter); tied ones under each of their names."""
     for name, parameter in module.named_parameters(remove_duplicate=False):

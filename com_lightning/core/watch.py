@@ -71,9 +71,9 @@ class Part:
             stem = 0
         return Part(self.name, self.steps[:stem]), Part(self.name, self.steps[stem:])
 
-    def of(self, whole: Tensor) -> Tensor:
-        """The same part of another tensor of the parameter's shape."""
-        return self._replayed(whole, casts=True)
+    def of(self, whole: Tensor, casts: bool = False) -> Tensor:
+        """The same part of another tensor of the parameter's shape, in that one's precision or as it was cast."""
+        return self._replayed(whole, casts)
 
     def positions(self, whole: Tensor) -> Tensor:
         """Which element of the flattened parameter each element of the part is."""
@@ -129,20 +129,32 @@ class Watched(Tensor):
         part: what of which parameter it is.
         writes: of the parameter.
         version: number of writes when this was copied from it; ``None``: it is a view of it.
+        target: device and precision that it is brought to whenever a function uses its values, and that it claims to
+            be in; ``None``: those that it is in.
         watcher: called before the function is; it may pause the forward.
     """
 
     part: Part
     writes: Writes
     version: int | None
+    target: tuple[torch.device, torch.dtype] | None
     watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
     _own: int
 
     @classmethod
-    def of(cls, tensor: Tensor, part: Part, watcher: Any, writes: Writes, version: int | None = None) -> Watched:
+    def of(
+        cls,
+        tensor: Tensor,
+        part: Part,
+        watcher: Any,
+        writes: Writes,
+        version: int | None = None,
+        target: tuple[torch.device, torch.dtype] | None = None,
+    ) -> Watched:
         """``tensor`` as a watched one, on the same storage."""
         watched: Watched = torch.Tensor._make_subclass(cls, tensor.detach())
         watched.part, watched.watcher, watched.writes, watched.version = part, watcher, writes, version
+        watched.target = target
         watched._own = tensor._version
         watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
         return watched
@@ -150,7 +162,7 @@ class Watched(Tensor):
     def refresh(self, whole: Tensor) -> None:
         """Copy anew from the parameter, if that has been written to since, and this copy has not."""
         if self.version is not None and self.version != self.writes.count and self._own == self._version:
-            plain(self).copy_(self.part.of(whole))
+            plain(self).copy_(self.part.of(whole, casts=True))
             self.version, self._own = self.writes.count, self._version
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
@@ -174,6 +186,10 @@ class Watched(Tensor):
         if not picks and not name.startswith("__get ") and name not in _INDIFFERENT:
             watched = next(watched_in(args, kwargs), None)
             leaving = None if watched is None else watched.watcher(func, args, kwargs)
+        if first is not None and first.target and name in _PLACES:
+            return _PLACES[name](*first.target)
+        if not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook")):
+            args, kwargs = _brought(args), _brought(kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if picks and first is not None:
@@ -181,6 +197,27 @@ class Watched(Tensor):
         if leaving is not None:
             leaving(result)
         return result
+
+
+_PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
+    "__get device": lambda device, dtype: device,
+    "__get dtype": lambda device, dtype: dtype,
+    "__get is_cuda": lambda device, dtype: device.type == "cuda",
+    "__get is_cpu": lambda device, dtype: device.type == "cpu",
+    "get_device": lambda device, dtype: -1 if device.type == "cpu" else device.index,
+}
+
+
+def _brought(value: Any) -> Any:
+    """Arguments of a function with watched tensors where they claim to be."""
+    if isinstance(value, Watched):
+        return value if value.target is None else plain(value).to(*value.target)
+    if isinstance(value, (list, tuple)) and any(True for _ in watched_in(value)):
+        parts = [_brought(part) for part in value]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        return {name: _brought(part) for name, part in value.items()}
+    return value
 
 
 def name_of(function: Any) -> str:
@@ -228,7 +265,7 @@ def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         version = first.version
         if version is None and not _same_storage(tensor, plain(first)):
             version = first.writes.count
-        return Watched.of(tensor, part, first.watcher, first.writes, version)
+        return Watched.of(tensor, part, first.watcher, first.writes, version, first.target)
 
     if isinstance(result, Tensor):
         return watched(result, None)
