@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Literal, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,11 +20,13 @@ from com_lightning.core.sharing import named_tensors
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
 from com_lightning.experts import ExpertSource, MergeError
+from com_lightning.journal import FileJournal
 from com_lightning.merger import MergePlan, average_shared, execute, load_into, make_plan, with_shared
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems, save_results
+from com_lightning.workplace import Workplace
 
 
 class ChainOfMergesCallback(Callback):
@@ -55,6 +57,12 @@ class ChainOfMergesCallback(Callback):
         verbose: print the report at the end, for where there is no line of code to print it.
         grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
             have are merged, the others kept. Otherwise such tables are an error.
+        no_resume: keep no record of merged layers. Otherwise an ``output_dir`` has one beside it until the result is
+            there, about as large as the merged model, and a merge that was killed goes on from it when it is started
+            again with the same experts, data, settings and versions.
+        experts_device: ``"cpu"``: experts stay where they were loaded, and each weight is brought to the device when
+            the expert's forward uses it, and no sooner. By default those whose forwards are needed are on the device
+            during the merge.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -82,12 +90,14 @@ class ChainOfMergesCallback(Callback):
         overwrite: bool = False,
         verbose: bool = False,
         grow_vocabulary: bool = False,
+        no_resume: bool = False,
+        experts_device: Optional[Literal["cpu"]] = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary = grow_vocabulary
+        self.grow_vocabulary, self.no_resume, self.experts_device = grow_vocabulary, no_resume, experts_device
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -95,6 +105,7 @@ class ChainOfMergesCallback(Callback):
         """Further files for the result folder, name -> text."""
         self._plan: MergePlan | None = None
         self._peers = Peers()
+        self._workplace: Workplace | None = None
         self._shared: list[str] = []
         self._precision: dict[str, dict[str, torch.dtype]] = {}
 
@@ -137,6 +148,8 @@ class ChainOfMergesCallback(Callback):
         self._peers = peers_of(trainer)
         with together(self._peers):
             plan = self._plan or self.plan(pl_module, data)
+            if self.output_dir and self._peers.rank == 0:
+                self._workplace = Workplace(Path(self.output_dir))
         for warning in plan.parameters.warnings:
             rank_zero_warn(warning)
 
@@ -159,8 +172,11 @@ class ChainOfMergesCallback(Callback):
                 step += 1
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
+            run = Run(on_layer, self._peers)
+            if self._workplace:
+                run.journal = FileJournal(self._workplace.journal, not self.no_resume)
             try:
-                self.modules, self.report = execute(self._plan, trainer, data, Run(on_layer, self._peers))
+                self.modules, self.report = execute(self._plan, trainer, data, run, self.experts_device == "cpu")
             except BaseException:
                 self._plan = None  # its experts have been moved and converted already
                 raise
@@ -178,9 +194,12 @@ class ChainOfMergesCallback(Callback):
             print(f"\n{self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if self.merged and self._plan is not None:  # whatever a validation raised, the merge is not lost
-            with torch.inference_mode(False):
-                self._finish(self._plan)
+        try:
+            if self.merged and self._plan is not None:  # whatever a validation raised, the merge is not lost
+                with torch.inference_mode(False):
+                    self._finish(self._plan)
+        finally:
+            self._leave_workplace()
 
     def _finish(self, plan: MergePlan) -> None:
         """Leave modules as ``load_from_checkpoint`` gives them, let go of the experts, and write the result."""
@@ -196,9 +215,15 @@ class ChainOfMergesCallback(Callback):
         self._shared, self._plan = plan.parameters.shared, None
         if self.report.metrics and self.report.metric is None:
             self.report.choose_metric(self.metric)
+        self._leave_workplace()
         if self.output_dir and self._peers.rank == 0:
             self.save(self.output_dir, self.overwrite)
             rank_zero_info(f"The merged model is in {self.output_dir}.")
+
+    def _leave_workplace(self) -> None:
+        if self._workplace:
+            self._workplace.close(keep=True)
+            self._workplace = None
 
     def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule) -> None:
         with quiet_lightning():

@@ -28,6 +28,7 @@ from com_lightning.core.run import Run
 from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
+from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, plain_fingerprint
 from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
@@ -245,6 +246,13 @@ def execute(
         numbers = samples[name].numbers if name in samples else None
         step = _CalibrationStep(trainer)
         tasks.append(Task(name, expert, batches, step, lambda batch: batch.keep, numbers, move, experts_stay))
+    if any(peers.exchange(run.journal.keeps)):
+        parts = peers.exchange(fingerprint_of_data(tasks))
+        settings = {"method": describe(plan.method), "shared parameters": plan.parameters.shared}
+        settings.update({"precision": trainer.precision, "device": device.type, "processes": str(peers.size)})
+        settings.update({f"version of {package}": version for package, version in _versions().items()})
+        told = {name: plain_fingerprint(value) for name, value in settings.items()}
+        run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, parts), **told})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         records = plan.method.merge(MergeJob(tasks, merged, run))
@@ -259,11 +267,12 @@ def execute(
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
         seed=data.seed,
+        resumed=run.journal.resumed,
         versions=_versions(),
     )
     report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)
-    told = peers.exchange(unmasked(tasks, records))
-    report.warnings += dict.fromkeys(warning for warnings in told for warning in warnings)
+    everyones = peers.exchange(unmasked(tasks, records))
+    report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     return modules, report
 
 

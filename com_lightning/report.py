@@ -37,6 +37,7 @@ class MergeReport:
         seconds: of the merge, without validation.
         peak_memory: bytes: of the process on a CPU, allocated on the device otherwise.
         seed, versions: of the calibration sample, of the packages.
+        resumed: how many layers were taken from an earlier run that was interrupted.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -53,6 +54,7 @@ class MergeReport:
     peak_memory: int = 0
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
+    resumed: int = 0
 
     def normalized(self, kind: str, task: str, metric: str | None = None) -> float | None:
         """``kind``'s metric of a task divided by its expert's, e.g. ``normalized("merged", "mnist")``."""

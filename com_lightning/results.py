@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,6 +23,7 @@ from com_lightning.plots import save_figure
 from com_lightning.pretrained import save_pretrained
 from com_lightning.report import MergeReport
 from com_lightning.state_dicts import fill, some
+from com_lightning.workplace import Workplace
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -54,7 +55,8 @@ def save_results(
     written to ``transformers`` too, see :func:`~com_lightning.pretrained.save_pretrained`.
 
     Args:
-        folder: where to. All is written beside it under a temporary name first.
+        folder: where to. All is written beside it first, and then put there at once; with it goes what an unfinished
+            merge has left there.
         modules: task -> merged module.
         shared: names of the shared parameters and buffers.
         report: of the merge.
@@ -67,42 +69,35 @@ def save_results(
     """
     if problems := output_problems(folder, overwrite):
         raise MergeError(problems)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     modules = _in_precision(modules, precision or {})
-    try:
+
+    def write(made: Path) -> None:
         module = next(iter(modules.values()))
         ties = tied_names(module)
         tensors = {n: t for n, t, _ in named_tensors(module) if n in set(shared) and ties[n] == n}
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / "merged.safetensors")
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "merged.safetensors")
         for task, merged in modules.items():
-            _save_checkpoint(merged, temporary / f"{task}.ckpt")
-            _warn_of_what_lacks(merged, temporary / f"{task}.ckpt", set(shared))
-        save_pretrained(modules, shared, temporary / "transformers")
+            _save_checkpoint(merged, made / f"{task}.ckpt")
+            _warn_of_what_lacks(merged, made / f"{task}.ckpt", set(shared))
+        save_pretrained(modules, shared, made / "transformers")
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        save_figure(report, temporary / "report.png")
-        # A temporary folder is private to its owner, and so is what safetensors writes.
+            (made / name).write_text(text, encoding="utf-8")
+        save_figure(report, made / "report.png")
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o777 & ~umask)
-        (temporary / "merged.safetensors").chmod(0o666 & ~umask)
-        if folder.exists():
-            replaced = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-            os.replace(folder, replaced / "old")
-            try:
-                os.replace(temporary, folder)
-            except OSError:
-                os.replace(replaced / "old", folder)
-                replaced.rmdir()
-                raise
-            shutil.rmtree(replaced, ignore_errors=True)
-        else:
-            os.replace(temporary, folder)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
+        (made / "merged.safetensors").chmod(0o666 & ~umask)  # which safetensors makes private to its owner
+
+    workplace = Workplace(folder)
+    try:
+        workplace.publish(write)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+        workplace.close(keep=True)
         raise MergeError([f"output_dir: {folder} could not be written ({error}); it was left as it was"]) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    except BaseException:
+        workplace.close(keep=True)
+        raise
+    workplace.close()
 
 
 def _in_precision(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Literal, Optional, Union
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -36,6 +36,8 @@ class MergeTrainer(Trainer):
         dry_run: bool = False,
         files: Optional[Dict[str, str]] = None,
         grow_vocabulary: bool = False,
+        no_resume: bool = False,
+        experts_device: Optional[Literal["cpu"]] = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -56,6 +58,10 @@ class MergeTrainer(Trainer):
             files: further files for the folder, name -> text.
             grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
                 all have are merged, the others kept. Otherwise such tables are an error.
+            no_resume: keep no record of merged layers beside output_dir, from which a merge that was killed goes on
+                when it is started again.
+            experts_device: "cpu": experts stay in memory or their files, and each weight is brought to the device when
+                the expert's forward uses it, and no sooner.
 
         Returns:
             The report, which is also printed.
@@ -68,6 +74,7 @@ class MergeTrainer(Trainer):
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
         merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
+        merger.no_resume, merger.experts_device = no_resume, experts_device
         data.trainer = self
         data.prepare_data()
         data.setup("validate")

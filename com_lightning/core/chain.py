@@ -17,10 +17,10 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
-from com_lightning.core.placement import Placement, Running, is_watchable
+from com_lightning.core.placement import Placement, Running, full_precision, is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
-from com_lightning.core.run import Run
+from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
 from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
@@ -116,6 +116,8 @@ class _Chain:
         """First name of a parameter -> extents of the parts of it that are solved."""
         self.notes: dict[str, LayerRecord] = {}
         self.inputs: Inputs | None = None
+        self.gathered = False
+        """Whether the statistics of these inputs are known."""
         self.outputs = OutputError()
 
     def run(self) -> list[LayerRecord]:
@@ -126,9 +128,7 @@ class _Chain:
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
             for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect):
                 self._finish(last)
-                start = time.perf_counter()
                 record = self._merge(layer, arrivals)
-                record.seconds = time.perf_counter() - start
                 last = None if record.note else record
                 if last is None:  # what it consists of may still be solved within it
                     self.notes[layer] = record
@@ -288,21 +288,35 @@ class _Chain:
         return copy_module(layer, {id(t): _like(t, t.to(self.device)) for t in away}) if away else layer
 
     def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        start = time.perf_counter()
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
-        # Under autocast the statistics would be gathered in half precision.
-        with torch.autocast(self.device.type, enabled=False):
+        known = self.journal.get(name)
+        with full_precision(self.device):
             note = self._refusal(layer, arrivals) if layer else None
             same = layer is None or bool(not note and self.inputs and self.inputs.repeated_at(layer, arrivals))
-            verdicts = self.peers.exchange((layer is not None, note, same))
-            for _, told, _ in verdicts:
+            verdicts = self.peers.exchange((layer is not None, note, same, known is not None))
+            for _, told, _, _ in verdicts:
                 if told:
                     return LayerRecord(name, layer.kind.name if layer else "", note=told)
-            if not all(repeated for _, _, repeated in verdicts):
-                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule) if layer else None
-                reached = [rank for rank, (arrived, _, _) in enumerate(verdicts) if arrived]
-                self.owner = reached[len(self.solved) % len(reached)]  # solves go round
+            repeated = all(same for _, _, same, _ in verdicts)
+            owners = [rank for rank, (_, _, _, knows) in enumerate(verdicts) if knows]
+            if owners:  # solved in an earlier run
+                self.owner = owners[0]
+                if not repeated:
+                    self.inputs, self.gathered = Inputs.at(layer, arrivals) if layer else None, False
+            elif not (repeated and self.gathered):
+                first = self.inputs.layer if self.inputs and repeated else name
+                self.inputs = Inputs.at(layer, arrivals, first) if layer else None
+                if layer and self.inputs:
+                    self.inputs.gather(layer, arrivals, self.tasks, self.rule)
+                reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
+                self.owner, self.gathered = reached[len(self.solved) % len(reached)], True  # solves go round
                 add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)
-            mine = self._solve(layer, self.inputs) if layer and self.inputs and self.owner == self.peers.rank else None
+            mine = None
+            if known:
+                mine = self._restore(known)
+            elif layer and self.inputs and self.owner == self.peers.rank:
+                mine = self._solve(layer, self.inputs)
             record, written = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [])
         for own, extent in written:
             self.solved.setdefault(self.tied[own], []).append(extent)
@@ -314,7 +328,21 @@ class _Chain:
                 with _unsafe_preserve_version_counter(computed):
                     computed.copy_(self.merged[own])
             self.writes[own].count += 1
+        if not owners:
+            record.seconds = time.perf_counter() - start
+            values = [self.merged[own].detach().flatten()[first : last + 1] for own, (first, last) in written]
+            self.journal.add(name, Solved(record, written, values))
         return record
+
+    def _restore(self, known: Solved) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
+        """Write what was solved in an earlier run."""
+        for (own, (first, last)), values in zip(known.written, known.values):
+            whole = self.merged[own]
+            with _unsafe_preserve_version_counter(whole):
+                flat = whole.detach().flatten()
+                flat[first : last + 1] = values.to(flat.device)
+                whole.copy_(flat.view(whole.shape))
+        return known.record, known.written
 
     def _refusal(self, layer: Layer, arrivals: Sequence[Arrival]) -> str | None:
         """Why a layer cannot be merged."""

@@ -98,15 +98,19 @@ class Inputs:
         )
 
     @staticmethod
-    def gathered(layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule) -> Inputs:
+    def at(layer: Layer, arrivals: Sequence[Arrival], first: str | None = None) -> Inputs:
+        """What arrives at a layer, without statistics yet. ``first``: the first layer that got it, if not this one."""
+        return Inputs(first or layer.name, layer.key, _seen(arrivals), [])
+
+    def gather(self, layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule) -> None:
         """Gather the statistics.
 
         Raises:
             NonFiniteError: naming the layer, and the expert or the batch.
         """
         kind, module, weights = layer.kind, layer.merged, layer.weights
-        statistics = [InputStatistics(kind.has_bias(module), rule.normalize, layer.multiply) for _ in tasks]
-        inputs = Inputs(layer.name, layer.key, _seen(arrivals), statistics)
+        self.statistics = [InputStatistics(kind.has_bias(module), rule.normalize, layer.multiply) for _ in tasks]
+        statistics = self.statistics
         calls = {where(arrival): arrival for arrival in arrivals}
         two_sided = rule.streams == ("merged", "expert")
         traces: list[tuple[Arrival, Tensor]] = []
@@ -116,7 +120,7 @@ class Inputs:
             other = calls.get((task, batch, "expert")) if two_sided else None
             keep = tasks[task].keep(tasks[task].batches[batch])
             lead = arrival.input.shape[: arrival.input.dim() - arrival.input.is_floating_point()]
-            inputs.masked |= {tasks[task].name} if kept(keep, lead) is not None else set()
+            self.masked |= {tasks[task].name} if kept(keep, lead) is not None else set()
             paired = kind.gather(
                 module,
                 statistics[task],
@@ -125,12 +129,11 @@ class Inputs:
                 weights[task],
                 keep,
             )
-            inputs.unpaired += int(two_sided and not paired)
+            self.unpaired += int(two_sided and not paired)
             gram = statistics[task].gram
             assert gram is not None
             traces.append((arrival, gram.diagonal(dim1=-2, dim2=-1).sum()))
-        inputs._check_finite(layer, traces, tasks)
-        return inputs
+        self._check_finite(layer, traces, tasks)
 
     def _check_finite(self, layer: Layer, traces: Sequence[tuple[Arrival, Tensor]], tasks: Sequence[Task]) -> None:
         name, told = layer.name, "NaN or infinity"

@@ -18,17 +18,29 @@ class Solved:
 
     Attributes:
         record: what happened there.
-        extents: name of a parameter or buffer -> first and last of the elements, flattened, that were written.
-        values: the same names -> those elements.
+        written: name of a parameter or buffer, and the first and last of its flattened elements that were written.
+        values: those elements, for each of them.
     """
 
     record: LayerRecord
-    extents: dict[str, tuple[int, int]]
-    values: Mapping[str, Tensor]
+    written: list[tuple[str, tuple[int, int]]]
+    values: list[Tensor]
 
 
 class Journal:
     """What has been merged so far. This one forgets; :class:`~com_lightning.journal.FileJournal` writes it down."""
+
+    keeps = False
+    """Whether it remembers anything."""
+    resumed = 0
+    """How many layers were taken from an earlier run."""
+
+    def bind(self, fingerprint: Mapping[str, str]) -> None:
+        """Say what the merge depends on, before the first layer: name -> short text.
+
+        Raises:
+            MergeError: if what is there is of a merge that depends on something else.
+        """
 
     def get(self, layer: str) -> Solved | None:
         """What is known of a layer from an earlier run."""

@@ -1,0 +1,81 @@
+"""What a merge depends on, as short texts to compare: the same ones give the same weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.rule import Task
+from com_lightning.core.sharing import named_tensors
+
+
+def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
+    """For each task: all parameters and buffers of its expert, by name, and its class."""
+    return {f"expert '{task.name}'": _digest(_state(task.expert)) for task in tasks}
+
+
+def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
+    """For each task: number of each calibration batch that this process has -> its content."""
+    return [dict(zip(task.numbers or range(len(task.batches)), map(_digest, task.batches))) for task in tasks]
+
+
+def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]) -> dict[str, str]:
+    """The calibration data of all processes, task by task, whichever had which."""
+    result = {}
+    for number, task in enumerate(tasks):
+        batches = {batch: digest for part in parts for batch, digest in part[number].items()}
+        result[f"calibration data of '{task.name}'"] = _digest(sorted(batches.items()))
+    return result
+
+
+def plain_fingerprint(value: Any) -> str:
+    """Settings and the like, readable."""
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+
+
+def _state(module: nn.Module) -> list[Any]:
+    return [type(module).__qualname__, *((name, tensor) for name, tensor, _ in named_tensors(module))]
+
+
+def _digest(value: Any) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    _add(digest, value)
+    return digest.hexdigest()
+
+
+def _add(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
+    """Content rather than identity, for whatever a collate function may return."""
+    if id(value) in within:
+        return
+    within = (*within, id(value))
+    digest.update(f"<{type(value).__name__}>".encode())
+    if isinstance(value, Tensor):
+        value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+    elif isinstance(value, numpy.ndarray) and value.dtype != object:
+        digest.update(f"{value.dtype}{value.shape}".encode())
+        digest.update(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
+    elif value is None or isinstance(value, (str, bytes, int, float, complex)):
+        digest.update(repr(value).encode())
+    elif isinstance(value, Mapping):
+        for key in value:
+            _add(digest, key, within)
+            _add(digest, value[key], within)
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            _add(digest, part, within)
+    elif hasattr(value, "__dict__"):
+        _add(digest, vars(value), within)
+    else:
+        try:
+            digest.update(pickle.dumps(value))
+        except Exception:  # cannot be told apart from others of its type
+            return
