@@ -25,7 +25,7 @@ from com_lightning.merger import MergePlan, average_shared, execute, load_into, 
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
-from com_lightning.results import output_problems, save_results
+from com_lightning.results import output_problems, save_results, space_problems
 from com_lightning.workplace import Workplace
 
 
@@ -126,6 +126,9 @@ class ChainOfMergesCallback(Callback):
         self._plan = make_plan(
             model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
         )
+        experts, folder = self._plan.experts, self.output_dir
+        if folder and (problems := space_problems(Path(folder), experts, not self.no_resume)):
+            raise MergeError(problems)
         return self._plan
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
@@ -149,7 +152,7 @@ class ChainOfMergesCallback(Callback):
         with together(self._peers):
             plan = self._plan or self.plan(pl_module, data)
             if self.output_dir and self._peers.rank == 0:
-                self._workplace = Workplace(Path(self.output_dir))
+                self._workplace = Workplace(Path(self.output_dir), afresh=self.no_resume)
         for warning in plan.parameters.warnings:
             rank_zero_warn(warning)
 
@@ -173,8 +176,8 @@ class ChainOfMergesCallback(Callback):
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             run = Run(on_layer, self._peers)
-            if self._workplace:
-                run.journal = FileJournal(self._workplace.journal, not self.no_resume)
+            if self._workplace and not self.no_resume:
+                run.journal = FileJournal(self._workplace.journal)
             try:
                 self.modules, self.report = execute(self._plan, trainer, data, run, self.experts_device == "cpu")
             except BaseException:

@@ -27,18 +27,15 @@ class FileJournal(Journal):
 
     Args:
         folder: for the files. It is made with the first layer.
-        resume: whether layers of an earlier run are used; if not, they are removed.
     """
 
     keeps = True
 
-    def __init__(self, folder: Path, resume: bool = True) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.resumed = folder, 0
         self._files: dict[str, Path] = {}
         self._count = 0
         self._fingerprint: Mapping[str, str] = {}
-        if not resume:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def bind(self, fingerprint: Mapping[str, str]) -> None:
         self._fingerprint = dict(fingerprint)
@@ -109,5 +106,5 @@ def _write_text(path: Path, text: str) -> None:
 def _difference(name: str, before: str | None, now: str | None) -> str:
     if before is None or now is None:
         return f"{name} ({'not in this one' if now is None else 'only in this one'})"
-    short = max(len(before), len(now)) <= 40
+    short = max(len(before), len(now)) <= 24  # or else it is a digest
     return f"{name} ({before}, now {now})" if short else name

@@ -25,7 +25,7 @@ from com_lightning.core.layers import own_parameters
 from com_lightning.core.placement import Placement
 from com_lightning.core.rule import Task
 from com_lightning.core.run import Run
-from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, tied_names
+from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, size_of, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
 from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, plain_fingerprint
@@ -84,7 +84,7 @@ class MergePlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes needed at least: the experts, the merged model, the statistics and solution of the largest layer."""
-        sizes = [_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
+        sizes = [size_of(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
         largest = 0
         for layer in self.layers.values():
             groups, outputs, inputs = layer.kind.to_matrix(layer.module, layer.module).shape
@@ -389,10 +389,6 @@ def _unlike(model: LightningModule, task: str, expert: LightningModule) -> list[
         f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like that one"
         for name in differing[:1]
     ]
-
-
-def _bytes(tensors: Any) -> int:
-    return sum({id(t): t.numel() * t.element_size() for t in tensors}.values())
 
 
 def _peak_memory(device: torch.device) -> int:

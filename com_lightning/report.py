@@ -150,9 +150,10 @@ class MergeReport:
         names = f" ({', '.join(private[:4])}{', ...' if len(private) > 4 else ''})" if private else ""
         phrases = {"private": f"private to their tasks{names}", "buffer": "in buffers that stay as they are"}
         parts = ", ".join(f"{count:,} {phrases.get(kind, kind)}" for kind, count in self.sizes.items() if count)
+        resumed = f"{self.resumed} layers from an interrupted merge, the rest in " if self.resumed else ""
         return (
             f"{self.method.get('class', 'merge')}: {data}; "
-            f"{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
+            f"{resumed}{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
             f"Values: {parts}."
         )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
+import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,11 +16,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from com_lightning.checkpoints import MergeError, read_checkpoint
-from com_lightning.core.sharing import as_dtype, copy_module, named_tensors, tied_names
+from com_lightning.core.sharing import as_dtype, copy_module, named_tensors, size_of, tied_names
 from com_lightning.evaluation import quiet_lightning
 from com_lightning.experts import load_expert, take_precision
 from com_lightning.plots import save_figure
-from com_lightning.pretrained import save_pretrained
+from com_lightning.pretrained import pretrained_parts, save_pretrained
 from com_lightning.report import MergeReport
 from com_lightning.state_dicts import fill, some
 from com_lightning.workplace import Workplace
@@ -34,11 +34,23 @@ def output_problems(folder: Path, overwrite: bool) -> list[str]:
         return [f"output_dir: {folder} is not the result of a merge, and is not overwritten; name another"]
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent):
-            pass
     except OSError as error:
-        return [f"output_dir: {folder.parent} cannot be written to ({error.strerror})"]
-    return []
+        return [f"output_dir: {folder.parent} cannot be made ({error.strerror})"]
+    return [] if os.access(folder.parent, os.W_OK) else [f"output_dir: {folder.parent} cannot be written to"]
+
+
+def space_problems(folder: Path, modules: Mapping[str, LightningModule], journal: bool) -> list[str]:
+    """Whether a result of about the size of these modules would not fit on the disk."""
+    sizes = [size_of(t for _, t, _ in named_tensors(module)) for module in modules.values()]
+    twice = any(map(pretrained_parts, modules.values()))  # a folder for from_pretrained beside each checkpoint
+    need = sum(sizes) * (2 if twice else 1) + max(sizes) * (2 if journal else 1)
+    free = shutil.disk_usage(folder.parent).free
+    if need <= free:
+        return []
+    return [
+        f"output_dir: the result takes up to {need / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB "
+        "free; make room, or name another"
+    ]
 
 
 def save_results(

@@ -19,12 +19,13 @@ class Workplace:
 
     Args:
         folder: where the result will be.
+        afresh: drop the journal of an unfinished merge.
 
     Raises:
         MergeError: if another process is at it, or nothing can be written there.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, afresh: bool = False) -> None:
         self.folder = folder = Path(os.path.abspath(folder))
         self.path = folder.parent / f".{folder.name}.partial"
         self.journal = self.path / "journal"
@@ -34,6 +35,8 @@ class Workplace:
             with suppress(NotImplementedError):  # a file system without locks
                 self._lock.acquire()
             self._recover()
+            if afresh:
+                shutil.rmtree(self.journal, ignore_errors=True)
         except Timeout as error:
             raise MergeError(
                 [f"output_dir: another merge is writing {folder}; wait for it, or name another"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -111,6 +115,16 @@ def built(make: Callable[[], nn.Module], count: int = 2, scale: float = 0.3) -> 
     torch.manual_seed(0)
     base = make().eval()
     return [perturb(copy.deepcopy(base), scale, seed=number + 1) for number in range(count)]
+
+
+def run_apart(tests: str, timeout: float) -> None:
+    """Run a file of tests that fork processes in an interpreter that has started no threads."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["OMP_NUM_THREADS"] = "1"
+    root = Path(__file__).parents[1]
+    done = subprocess.run(command, cwd=root, env=environment, timeout=timeout, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
 class PointsData(LightningDataModule):

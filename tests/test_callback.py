@@ -25,8 +25,7 @@ from com_lightning import (
     RegMean,
     TaskLoaders,
 )
-from com_lightning.core.statistics import InputStatistics
-from tests.helpers import FEATURES, Classifier, make_data, make_experts, quiet_trainer, relative
+from tests.helpers import FEATURES, Classifier, make_data, make_experts, quiet_trainer
 
 
 def make_tasks(**kwargs: Any) -> MergeDataModule:
@@ -217,29 +216,6 @@ def test_a_padding_mask_that_fits_nowhere_is_told() -> None:
     tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
     quiet_trainer(callbacks=[merger]).validate(Odd(3), datamodule=tasks, verbose=False)
     assert [w for w in merger.report.warnings if "task 'b': its padding mask, (3,), fits" in w]
-
-
-@pytest.mark.parametrize(
-    ("precision", "tolerance"), [("32-true", 1e-5), ("64-true", 0), ("bf16-mixed", 0.1), ("bf16-true", 0.1)]
-)
-def test_precision(precision: Any, tolerance: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every precision comes close to float64, and gathers in float32 or better."""
-    reference, _ = merged_by(quiet_trainer(precision="64-true"), baselines=False)
-    dtypes = set()
-    original = InputStatistics.update
-
-    def update(self: InputStatistics, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        assert self.gram is not None
-        dtypes.update({self.gram.dtype, self.drift.dtype if self.drift is not None else self.gram.dtype})
-
-    monkeypatch.setattr(InputStatistics, "update", update)
-    merger, _ = merged_by(quiet_trainer(precision=precision), baselines=False)
-    assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
-    for name in ("body.0.weight", "body.1.weight", "body.3.weight", "body.3.bias"):
-        ours, theirs = (m.modules["a"].get_parameter(name) for m in (merger, reference))
-        assert relative(ours, theirs) <= tolerance
-        assert ours.dtype == {"64-true": torch.float64, "bf16-true": torch.bfloat16}.get(precision, torch.float32)
 
 
 def test_other_data_than_tasks_are_refused() -> None:

@@ -23,7 +23,7 @@ from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
-from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
+from com_lightning.core.watch import Part, Watched, Writes, brought, name_of, plain, tensors_in, watched_in
 
 
 def merge_layers(
@@ -220,7 +220,7 @@ class _Chain:
         if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
             label, place = self._placed(use)
             self.uses.setdefault(label, replace(use, args=()))
-            if pause(label, place, tuple(map(plain, use.args)), {}):
+            if pause(label, place, tuple(map(brought, use.args)), {}):
                 for entry in watched if forward.stream == "merged" else ():
                     entry.refresh(self.computed[entry.part.name])
                 return lambda result: forward.on_output(label, result) if forward.on_output else None

@@ -20,7 +20,7 @@ from com_lightning.core.layers.convolution import Convolution, TransposedConvolu
 from com_lightning.core.layers.elementwise import Offset, Scale
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Linear, TransposedLinear
-from com_lightning.core.watch import Part, Watched, name_of, plain
+from com_lightning.core.watch import Part, Watched, brought, name_of
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ Free = Callable[[Part], bool]
 def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
     if not isinstance(weight, Watched) or not free(weight.part):
         known = isinstance(bias, Watched) and free(bias.part)
-        return _add("add", free, F.linear(input, plain(weight)), bias) if known else None
+        return _add("add", free, F.linear(input, brought(weight)), bias) if known else None
     if weight.dim() != 2:
         return None
     return _layer(Linear(), lambda: nn.Linear(1, 1, bias is not None, "meta"), (input,), weight, bias)
@@ -90,7 +90,7 @@ def _convolution(
         if not isinstance(bias, Watched) or not free(bias.part):
             return None
         spread = bias.view(-1, *[1] * (weight.dim() - 2))
-        return _add("add", free, getattr(F, name)(input, plain(weight), None, **settings), spread)
+        return _add("add", free, getattr(F, name)(input, brought(weight), None, **settings), spread)
     if not isinstance(settings.get("padding", 0), (int, str, tuple, list)):
         return None
     first, second = weight.shape[:2]

@@ -6,7 +6,7 @@ import collections
 import copy
 import functools
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 import torch
@@ -68,6 +68,11 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         yield name, parameter, True
     for name, buffer in module.named_buffers(remove_duplicate=False):
         yield name, buffer, False
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors take, each counted once."""
+    return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:

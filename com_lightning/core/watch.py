@@ -189,7 +189,7 @@ class Watched(Tensor):
         if first is not None and first.target and name in _PLACES:
             return _PLACES[name](*first.target)
         if not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook")):
-            args, kwargs = _brought(args), _brought(kwargs)
+            args, kwargs = brought(args), brought(kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if picks and first is not None:
@@ -208,15 +208,15 @@ _PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
 }
 
 
-def _brought(value: Any) -> Any:
+def brought(value: Any) -> Any:
     """Arguments of a function with watched tensors where they claim to be."""
     if isinstance(value, Watched):
-        return value if value.target is None else plain(value).to(*value.target)
+        return plain(value) if value.target is None else plain(value).to(*value.target)
     if isinstance(value, (list, tuple)) and any(True for _ in watched_in(value)):
-        parts = [_brought(part) for part in value]
+        parts = [brought(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
-        return {name: _brought(part) for name, part in value.items()}
+        return {name: brought(part) for name, part in value.items()}
     return value
 
 

@@ -1,0 +1,209 @@
+"""What an unfinished merge leaves is used by the same merge only, and by one process at a time."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+import com_lightning.journal
+from com_lightning import Average, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning.core.rule import LayerRecord, Task
+from com_lightning.core.run import Solved
+from com_lightning.fingerprint import combined, fingerprint_of_data
+from com_lightning.journal import FileJournal
+from com_lightning.workplace import Workplace, write_whole
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+
+
+class Interrupted(Exception):
+    pass
+
+
+def merge(folder: Path, seed: int = 0, scale: float = 0.3, **kwargs: Any) -> ChainOfMergesCallback:
+    settings: dict[str, Any] = {"baselines": False, "output_dir": str(folder), **kwargs}
+    callback = ChainOfMergesCallback(dict(zip("ab", make_experts(scale=scale))), **settings)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40, seed=seed)
+    quiet_trainer(callbacks=[callback]).validate(Classifier(3), datamodule=data, verbose=False)
+    return callback
+
+
+def interrupt(folder: Path, layers: int, **kwargs: Any) -> None:
+    """A merge that ends with an exception after so many layers."""
+    count = 0
+
+    def on_layer(bar: Any, n: int = 1) -> None:
+        nonlocal count
+        count += 1
+        if count == layers:
+            raise Interrupted
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tqdm, "update", on_layer)
+        with pytest.raises(Interrupted):
+            merge(folder, **kwargs)
+
+
+@pytest.fixture
+def unfinished(tmp_path: Path) -> Path:
+    """The folder of a merge that has two layers."""
+    interrupt(tmp_path / "out", 2)
+    assert len(list((tmp_path / ".out.partial" / "journal").glob("*.safetensors"))) == 2
+    return tmp_path / "out"
+
+
+def test_the_same_merge_goes_on(unfinished: Path, tmp_path: Path) -> None:
+    callback, whole = merge(unfinished), merge(tmp_path / "whole")
+    assert (callback.report.resumed, whole.report.resumed) == (2, 0)
+    assert "2 layers from an interrupted merge" in str(callback.report)
+    for ours, theirs in zip(callback.modules["a"].parameters(), whole.modules["a"].parameters()):
+        assert torch.equal(ours, theirs)
+    for one, other in zip(callback.report.layers, whole.report.layers):
+        assert {**vars(one), "seconds": 0} == {**vars(other), "seconds": 0}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"scale": 0.2}, "expert 'a', expert 'b'"),
+        ({"seed": 1}, "calibration data of 'a', calibration data of 'b'"),
+        ({"method": ChainOfMerges(ridge=0.1)}, "method"),
+        ({"private": ["head", "body.0"]}, "shared parameters"),
+    ],
+)
+def test_another_merge_is_refused(change: dict[str, Any], told: str, unfinished: Path) -> None:
+    with pytest.raises(MergeError, match=f"differs from this one: {told}.*set no_resume") as caught:
+        merge(unfinished, **change)
+    assert len(caught.value.problems) == 1
+    assert merge(unfinished, **change, no_resume=True).report.resumed == 0
+    assert not (unfinished.parent / ".out.partial").exists()
+
+
+def test_another_version_is_refused(unfinished: Path) -> None:
+    path = unfinished.parent / ".out.partial" / "journal" / "fingerprint.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "version of torch": "1.0"}))
+    with pytest.raises(MergeError, match=rf"version of torch \(1.0, now {torch.__version__.split('+')[0]}"):
+        merge(unfinished)
+
+
+def test_no_resume_keeps_no_record(tmp_path: Path) -> None:
+    interrupt(tmp_path / "out", 2, no_resume=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_rule_without_data_leaves_nothing(tmp_path: Path) -> None:
+    merge(tmp_path / "out", method=Average())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+def test_a_damaged_record_is_merged_again(damage: str, unfinished: Path, tmp_path: Path) -> None:
+    _, second = sorted((unfinished.parent / ".out.partial" / "journal").glob("*.safetensors"))
+    if damage == "missing":
+        second.unlink()
+    else:
+        second.write_bytes(second.read_bytes()[:50] if damage == "truncated" else b"")
+    callback = merge(unfinished)
+    assert callback.report.resumed == 1
+    for ours, theirs in zip(callback.modules["a"].parameters(), merge(tmp_path / "whole").modules["a"].parameters()):
+        assert torch.equal(ours, theirs)
+
+
+def test_one_merge_at_a_time(tmp_path: Path) -> None:
+    workplace = Workplace(tmp_path / "out")
+    with pytest.raises(MergeError, match=r"another merge is writing .*out"):
+        merge(tmp_path / "out")
+    workplace.close()
+    merge(tmp_path / "out")
+
+
+def test_a_merge_that_failed_can_be_run_again_in_the_same_process(unfinished: Path) -> None:
+    interrupt(unfinished, 1)
+    assert merge(unfinished).report.resumed == 2
+
+
+def test_a_full_disk_is_told_and_nothing_is_lost(unfinished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(com_lightning.journal, "save_file", full)
+        with pytest.raises(MergeError, match=r"No space left on device.* 2 layers are there"):
+            merge(unfinished)
+    assert merge(unfinished).report.resumed == 2
+
+
+def test_too_little_room_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 900, 100))
+    with pytest.raises(MergeError, match=r"the result takes up to 0.00 GiB, and .* has 0.00 GiB free"):
+        merge(tmp_path / "out")
+
+
+def test_parts_of_a_parameter_are_taken_down_as_they_are_written(tmp_path: Path) -> None:
+    journal = FileJournal(tmp_path / "journal")
+    journal.bind({"a": "1"})
+    values = [torch.arange(3, dtype=torch.bfloat16), torch.tensor([1.5], dtype=torch.float64)]
+    solved = Solved(LayerRecord("x", "linear", {"w": 3}, condition=1e30), [("w", (3, 5)), ("v", (0, 0))], values)
+    journal.add("x", solved)
+    again = FileJournal(tmp_path / "journal")
+    again.bind({"a": "1"})
+    found = again.get("x")
+    assert found is not None
+    assert (found.record, found.written) == (solved.record, solved.written)
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(found.values, values))
+    assert again.get("y") is None
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fails(temporary: Path) -> None:
+        temporary.write_text("half")
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011
+        write_whole(path, fails)
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"]
+
+    def works(temporary: Path) -> None:
+        temporary.write_text("new")
+
+    write_whole(path, works)
+    assert [entry.read_text() for entry in tmp_path.iterdir()] == ["new"]
+
+
+def test_a_lock_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -> None:
+    (tmp_path / ".out.partial").mkdir()
+    (tmp_path / ".out.partial" / "lock").touch()  # as a killed process leaves it
+    Workplace(tmp_path / "out").close()
+    assert isinstance(FileLock(tmp_path / "x"), FileLock)
+
+
+def test_data_are_told_apart_by_content() -> None:
+    def digest(*batches: Any, numbers: Any = None) -> dict[str, str]:
+        tasks = [Task("a", Classifier(), batches, numbers=numbers)]
+        return combined(tasks, [fingerprint_of_data(tasks)])
+
+    batch = {"x": torch.arange(3), "text": ["one", "two"]}
+    assert digest(batch) == digest(copy.deepcopy(batch))
+    changed = [
+        {"x": torch.arange(3), "text": ["one", "three"]},
+        {"x": torch.arange(3).float(), "text": ["one", "two"]},
+        {"x": torch.arange(1, 4), "text": ["one", "two"]},
+        {"y": torch.arange(3), "text": ["one", "two"]},
+    ]
+    assert len({str(digest(part)) for part in (batch, *changed)}) == 5
+    assert digest(batch, changed[0]) != digest(changed[0], batch)
+    tasks = [[Task("a", Classifier(), [b], numbers=[n])] for n, b in enumerate((batch, changed[0]))]
+    both = combined(tasks[0], [fingerprint_of_data(part) for part in reversed(tasks)])
+    assert both == digest(batch, changed[0])  # whichever process had which
