@@ -22,6 +22,7 @@ from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.statistics import exact_products
 from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
 
 
@@ -275,7 +276,7 @@ class _Chain:
     def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
         # Under autocast the statistics would be gathered in half precision.
-        with torch.autocast(self.device.type, enabled=False):
+        with torch.autocast(self.device.type, enabled=False), exact_products():
             note = self._refusal(layer, arrivals) if layer else None
             same = layer is None or bool(not note and self.inputs and self.inputs.repeated_at(layer, arrivals))
             verdicts = self.peers.exchange((layer is not None, note, same))
@@ -307,6 +308,7 @@ class _Chain:
 
     def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
         """Solve a layer and write the merged weights; name and extent of each part that is merged now."""
+        start = time.perf_counter()
         kind, module, weights = layer.kind, layer.merged, layer.weights
         for entry in inputs.statistics:
             if entry.gram is None:  # no forward of this task got here
@@ -349,6 +351,7 @@ class _Chain:
                 record.cosine[task.name] = statistics.shift.mean_cosine
         if len(self.rule.streams) < 2:
             record.residual = residual(grams, weights, solution, self.importance)
+        record.solving = time.perf_counter() - start
         return record, written
 
     def _is_solved(self, name: str) -> bool:

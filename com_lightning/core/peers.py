@@ -87,9 +87,7 @@ class ProcessGroup(Peers):
             return
         self._over = True
         told = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
-        # Others may be elsewhere than in an exchange (Ctrl-C comes at any time), or in a long forward. They are not
-        # waited for: with the end of this process their connections break, and then they look into the store.
-        teller = Thread(target=self._tell, args=(told,), name="tell-peers", daemon=True)
+        teller = Thread(target=self._tell, args=(told, isinstance(error, Exception)), name="tell-peers", daemon=True)
         teller.start()
         teller.join(PATIENCE)
 
@@ -99,11 +97,14 @@ class ProcessGroup(Peers):
             self._over = True
             error.add_note(self._loss(error))
 
-    def _tell(self, told: str) -> None:
+    def _tell(self, told: str, meet: bool) -> None:
+        # Others may be in a long forward, or wait elsewhere than in an exchange. They are not waited for: with the end
+        # of this process their connections break, and then they look into the store.
         with suppress(Exception):
             _store().set(f"{_KEY}/failed/{self.rank}", told)
-        with suppress(Exception):
-            self._exchange(_Failure(told))
+        if meet:  # Ctrl-C comes at any time, in the middle of an exchange too: gloo aborts where calls do not match
+            with suppress(Exception):
+                self._exchange(_Failure(told))
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
