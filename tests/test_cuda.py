@@ -55,7 +55,7 @@ def test_a_trainer_on_the_device(precision: Any, workers: int) -> None:
     """Pinned batches that are copied while the host goes on, autocast, and what is left behind."""
     if DEVICE == "cpu" and precision.startswith("16"):
         pytest.skip("the CPU has no such autocast")
-    how = {"num_workers": workers, "pin_memory": DEVICE == "cuda"}
+    how: dict[str, Any] = {"num_workers": workers, "pin_memory": DEVICE == "cuda"}
     values = {}
     for device, kind in (("cpu", "64-true"), (DEVICE, precision)):
         torch.manual_seed(1)
@@ -134,7 +134,7 @@ def test_a_merge_on_a_stream_of_its_own() -> None:
     if DEVICE == "cpu":
         pytest.skip("the CPU has no streams")
     expected, _ = merged("ViT", DEVICE, torch.float64)
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     with torch.cuda.stream(stream):
         values, _ = merged("ViT", DEVICE, torch.float64)
         assert torch.cuda.current_stream() == stream

@@ -45,7 +45,8 @@ class MyData(PointsData):
     """Says that it was prepared; lacks a file where it is told to."""
 
     def prepare_data(self):
-        rank = os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))
+        names = ("RANK", "SLURM_PROCID", "LOCAL_RANK")
+        rank = next((os.environ[name] for name in names if name in os.environ), "0")
         if os.environ.get("LACKS") == rank:
             raise FileNotFoundError("points.csv")
         Path(os.environ["MARKS"], f"prepared{rank}").touch()
@@ -118,8 +119,10 @@ def hosts(
 ) -> tuple[list[subprocess.Popen[str]], list[str]]:
     """Two processes that take each other for another machine, each in a folder of its own; and what they printed."""
     port = free_port()
-    several = ["--trainer.strategy=ddp", "--trainer.num_nodes=2", "--trainer.devices=1"]
-    merge = ["-m", "com_lightning", *options(project, *several)]
+    overlay = (ROOT / "configs" / "ddp.yaml").read_text()
+    edited = overlay.replace("devices: 2", "devices: 1").replace("num_nodes: 1", "num_nodes: 2")  # the two places
+    (project / "ddp.yaml").write_text(edited)
+    merge = ["-m", "com_lightning", *options(project), f"--config={project / 'ddp.yaml'}", "--trainer.accelerator=cpu"]
     processes = []
     for rank in range(2):
         if kind == "torchrun":
@@ -184,6 +187,24 @@ def test_what_one_machine_lacks_ends_both(kind: str, project: Path, started: lis
     assert not list((project / "host0").iterdir())
 
 
+@pytest.mark.slow
+def test_what_one_of_the_processes_on_a_machine_lacks_ends_all(
+    project: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """Lightning ends the first process, which waits for the other to join, without a word: the other has told."""
+    command = [
+        sys.executable,
+        "-m",
+        "com_lightning",
+        *options(project, "--trainer.strategy=ddp", "--trainer.devices=2"),
+    ]
+    parent = start(started, command, project, environment(project, LACKS=1))
+    out = parent.communicate(timeout=60)[0]
+    assert parent.returncode
+    assert "FileNotFoundError: points.csv" in out
+    assert not running(project)
+
+
 def running(project: Path) -> list[int]:
     """Processes of this test, by their environment."""
     found = []
@@ -196,6 +217,33 @@ def running(project: Path) -> list[int]:
         except OSError:
             continue
     return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux which processes run")
+@pytest.mark.slow
+def test_a_process_does_not_wait_for_the_one_that_started_it(
+    project: Path, started: list[subprocess.Popen[str]]
+) -> None:
+    """That one is killed before the processes have met: the other would knock for half an hour."""
+    command = [
+        sys.executable,
+        "-m",
+        "com_lightning",
+        *options(project, "--trainer.strategy=ddp", "--trainer.devices=2"),
+    ]
+    parent = start(started, command, project, environment(project))
+    limit = time.time() + 60
+    while len(running(project)) < 2:
+        assert time.time() < limit
+        time.sleep(0.02)
+    parent.kill()
+    at = time.time()
+    while running(project) and time.time() < at + 60:
+        time.sleep(0.05)
+    out = parent.communicate(timeout=20)[0]
+    print(f"parent killed while the other starts: all ended after {time.time() - at:.1f} s\n{out[-1500:]}")
+    assert not running(project)
+    assert "com-lightning: the process that started this one has ended" in out
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux which processes run")
