@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import Thread
 
 import torch.distributed as dist
@@ -104,11 +105,12 @@ def end_with_parent() -> None:
 def _exists(process: int) -> bool:
     try:
         os.kill(process, 0)
+        # One that was killed stays until whoever started it has taken note.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except ProcessLookupError:
         return False
-    except PermissionError:
+    except OSError:  # not ours, or not Linux
         return True
-    return True
 
 
 @contextmanager
