@@ -114,20 +114,23 @@ class ChainOfMergesCallback(Callback):
         """Whether the merge has been done."""
         return bool(self.modules)
 
-    def plan(self, model: LightningModule, data: MergeDataModule, becomes_first: bool = True) -> MergePlan:
+    def plan(
+        self, model: LightningModule, data: MergeDataModule, becomes_first: bool = True, writes: bool = True
+    ) -> MergePlan:
         """Load the experts and check everything, before any data is read. ``data`` must be set up.
 
         Args:
             model: a module of the experts' class.
             data: the tasks' data.
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
+            writes: whether this process is to write the result; others may be on a machine without that folder.
         """
-        problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
+        problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir and writes else []
         self._plan = make_plan(
             model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
         )
         experts, folder = self._plan.experts, self.output_dir
-        if folder and (problems := space_problems(Path(folder), experts, not self.no_resume)):
+        if folder and writes and (problems := space_problems(Path(folder), experts, not self.no_resume)):
             raise MergeError(problems)
         return self._plan
 
@@ -150,7 +153,7 @@ class ChainOfMergesCallback(Callback):
             )
         self._peers = peers_of(trainer)
         with together(self._peers):
-            plan = self._plan or self.plan(pl_module, data)
+            plan = self._plan or self.plan(pl_module, data, writes=trainer.is_global_zero)
             if self.output_dir and self._peers.rank == 0:
                 self._workplace = Workplace(Path(self.output_dir), afresh=self.no_resume)
         for warning in plan.parameters.warnings:
@@ -197,6 +200,7 @@ class ChainOfMergesCallback(Callback):
             print(f"\n{self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._peers.explain(exception)
         try:
             if self.merged and self._plan is not None:  # whatever a validation raised, the merge is not lost
                 with torch.inference_mode(False):

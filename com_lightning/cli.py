@@ -12,6 +12,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from com_lightning.core.peers import PeerError
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import MergeError
 from com_lightning.trainer import MergeTrainer
@@ -89,5 +90,5 @@ def main(args: ArgsType = None) -> None:
         sys.path.insert(0, os.getcwd())
     try:
         MergeCLI(args=args)
-    except MergeError as error:
+    except (MergeError, PeerError) as error:
         sys.exit(f"com-lightning: {error}")

@@ -10,11 +10,19 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.core.peers import Peers
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
 from com_lightning.methods import MergingMethod
-from com_lightning.processes import require_mergeable, returns_nothing
+from com_lightning.processes import (
+    early_peers,
+    end_with_parent,
+    known_as_parent,
+    require_mergeable,
+    returns_nothing,
+    together,
+)
 from com_lightning.report import MergeReport
 from com_lightning.results import load_results
 
@@ -76,15 +84,23 @@ class MergeTrainer(Trainer):
         merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
         merger.no_resume, merger.experts_device = no_resume, experts_device
         data.trainer = self
-        data.prepare_data()
-        data.setup("validate")
-        plan = merger.plan(copy.deepcopy(model) if grow_vocabulary else model, data, becomes_first=False)
+        end_with_parent()
+        peers = Peers() if dry_run else early_peers(self)
+        with together(peers):
+            if peers.size == 1 or self.local_rank == 0:
+                data.prepare_data()
+        with together(peers):
+            data.setup("validate")
+            blank = copy.deepcopy(model) if grow_vocabulary else model
+            plan = merger.plan(blank, data, becomes_first=False, writes=self.is_global_zero)
         if dry_run:
-            print(plan)
+            if self.is_global_zero:
+                print(plan)
             return merger.report
         self.callbacks.append(merger)  # type: ignore[attr-defined]
         try:
-            self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
+            with known_as_parent():
+                self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
         finally:
             self.callbacks.remove(merger)  # type: ignore[attr-defined]
         if merger.merged and self.is_global_zero:

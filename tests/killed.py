@@ -77,7 +77,7 @@ def content(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
     every = {f"{task} {name}": tensor for task, state in states.items() for name, tensor in state.items()}
     bits = {name: tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for name, tensor in every.items()}
     report = json.loads((folder / "report.json").read_text())
-    return bits, [{**layer, "seconds": 0} for layer in report["layers"]]
+    return bits, [{**layer, "seconds": 0, "solving": 0} for layer in report["layers"]]
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,13 +23,18 @@ import torch.nn.functional as F
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer
+import com_lightning.trainer as trainer_module
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning.core import chain
 from com_lightning.core.chain import merge_layers
+from com_lightning.core.lockstep import running
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
 from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
+from com_lightning.processes import together
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 from tests.zoo import make_experts as zoo_experts
@@ -157,6 +165,149 @@ def test_a_process_that_fails_ends_all_with_its_message(culprit: int, tmp_path: 
     assert isinstance(results[1 - culprit], PeerError)
     assert f"process {culprit} of 2 failed: ValueError: this batch is broken" in str(results[1 - culprit])
     assert f"batch {2 + culprit}" in str(results[1 - culprit])
+
+
+def _die(culprit: int) -> None:
+    if dist.get_rank() == culprit:
+        Path(os.environ["DIED"]).write_text(str(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Mortal(Classifier):
+    """Dies in its calibration forward or in a validation."""
+
+    place, culprit = "", 0
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        if self.place == ("validation" if running() is None else "forward"):
+            _die(self.culprit)
+        super().validation_step(batch, batch_idx)
+
+
+class MortalData(TensorDataset):
+    place, culprit = "", 0
+
+    def __getitem__(self, index: int) -> Any:
+        if self.place == "loading":
+            _die(self.culprit)
+        return super().__getitem__(index)  # type: ignore[no-untyped-call]
+
+
+def _dying(place: str, culprit: int) -> None:
+    """Kill a process at some place of its merge."""
+    for mortal in (Mortal, MortalData):
+        mortal.place, mortal.culprit = place, culprit
+    for holder, name in ((trainer_module, "early_peers"), (chain, "solve"), (ProcessGroup, "add")):
+        if place == name:
+            _wrap(holder, name, culprit)
+    if place == "broadcast":
+        _wrap(ProcessGroup, "broadcast", culprit)
+
+
+def _wrap(holder: Any, name: str, culprit: int) -> None:
+    original = getattr(holder, name)
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        if name != "early_peers":
+            _die(culprit)
+        result = original(*args, **kwargs)
+        _die(culprit)
+        return result
+
+    setattr(holder, name, dies)
+
+
+def _host(rank: int, size: int, port: int, place: str, culprit: int, folder: str) -> None:
+    """One of several processes that were started from outside, as ``torchrun`` does."""
+    torch.set_num_threads(1)
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "GROUP_RANK": 0}
+    os.environ.update({name: str(value) for name, value in names.items()})
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_RUN_ID="1", DIED=f"{folder}/died")
+    _dying(place, culprit)
+    experts: Any = {task: Mortal(3) for task in "abc"}
+    loader = DataLoader(MortalData(torch.randn(40, 6), torch.arange(40) % 3), 4)
+    tasks = MergeDataModule({task: TaskLoaders(val=loader) for task in "abc"}, samples=24)
+    trainer = MergeTrainer(logger=False, enable_progress_bar=False, accelerator="cpu", devices=size, strategy="ddp")
+    try:
+        trainer.merge(Mortal(3), tasks, experts, output_dir=f"{folder}/merged")
+    except BaseException as error:
+        told = [f"{type(error).__name__}: {error}", *getattr(error, "__notes__", ())]
+        Path(folder, f"{rank}.txt").write_text("\n".join(told))
+        raise SystemExit(1) from error
+
+
+PLACES = ["early_peers", "loading", "forward", "add", "solve", "broadcast", "validation"]
+
+
+@pytest.mark.parametrize(
+    ("place", "size", "culprit"),
+    [*((place, 2, number % 2) for number, place in enumerate(PLACES)), ("forward", 3, 0), ("broadcast", 3, 1)],
+)
+def test_a_process_that_is_killed_ends_all_within_seconds(place: str, size: int, culprit: int, tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    hosts = [context.Process(target=_host, args=(n, size, port, place, culprit, str(tmp_path))) for n in range(size)]
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(60)
+    ended = time.time()
+    try:
+        assert [host.exitcode for host in hosts] == [-signal.SIGKILL if n == culprit else 1 for n in range(size)]
+    finally:
+        for host in hosts:
+            host.kill()
+    seconds = ended - float((tmp_path / "died").read_text())
+    print(f"killed in {place}, process {culprit} of {size}: all ended after {seconds:.1f} s")
+    assert seconds < 10
+    for rank in set(range(size)) - {culprit}:
+        told = (tmp_path / f"{rank}.txt").read_text()
+        # A validation of Lightning's own raises what Lightning raises, with our words as a note.
+        assert told.startswith("PeerError: ") or place == "validation", told
+        assert "has ended without a word: it was killed, most often because memory ran out" in told
+        assert f"{culprit} of {size} (pid {hosts[culprit].pid} on " in told
+        assert size > 2 or f"process {culprit} of" in told
+
+
+def _fails_early(peers: Peers) -> None:
+    if peers.rank == 1:
+        peers.fail(ValueError("told in the store"))
+        dist.destroy_process_group()
+        os._exit(1)
+    peers.broadcast(torch.zeros(3), 1)  # while the other is in an exchange
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_processes_that_are_not_in_an_exchange_hear_of_a_failure(
+    apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ends them, within the time that the one that failed waits for them."""
+    monkeypatch.setattr("com_lightning.core.peers.PATIENCE", 1.0)
+    if apart:  # as where tensors go through NCCL
+        monkeypatch.setattr(dist, "get_backend", lambda *group: "gloo" if group else "nccl")
+    context = mp.get_context("fork")
+    arguments = (2, str(tmp_path / "store"), _fails_early, str(tmp_path))
+    hosts = [context.Process(target=_process, args=(rank, *arguments)) for rank in range(2)]
+    start = time.time()
+    for host in hosts:
+        host.start()
+    for host in hosts:
+        host.join(20)
+        host.kill()
+    assert time.time() - start < 10
+    error = torch.load(tmp_path / "0.pt", weights_only=False)
+    assert isinstance(error, PeerError)
+    assert str(error) == "process 1 of 2 failed: ValueError: told in the store"
+
+
+def test_what_fails_in_all_processes_is_told_by_each(tmp_path: Path) -> None:
+    def work(peers: Peers) -> None:
+        with together(peers):
+            raise ValueError(f"in {peers.rank}")
+
+    assert [str(error) for error in processes(2, work, tmp_path)] == ["in 0", "in 1"]
 
 
 @pytest.fixture

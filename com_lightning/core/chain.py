@@ -17,12 +17,13 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
-from com_lightning.core.placement import Placement, Running, full_precision, is_watchable
+from com_lightning.core.placement import Placement, Running, is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
 from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.statistics import exact_products
 from com_lightning.core.watch import Part, Watched, Writes, brought, name_of, plain, tensors_in, watched_in
 
 
@@ -291,7 +292,8 @@ class _Chain:
         start = time.perf_counter()
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
         known = self.journal.get(name)
-        with full_precision(self.device):
+        # Under autocast the statistics would be gathered in half precision.
+        with torch.autocast(self.device.type, enabled=False), exact_products():
             note = self._refusal(layer, arrivals) if layer else None
             same = layer is None or bool(not note and self.inputs and self.inputs.repeated_at(layer, arrivals))
             verdicts = self.peers.exchange((layer is not None, note, same, known is not None))
@@ -354,6 +356,7 @@ class _Chain:
 
     def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
         """Solve a layer and write the merged weights; name and extent of each part that is merged now."""
+        start = time.perf_counter()
         kind, module, weights = layer.kind, layer.merged, layer.weights
         for entry in inputs.statistics:
             if entry.gram is None:  # no forward of this task got here
@@ -396,6 +399,7 @@ class _Chain:
                 record.cosine[task.name] = statistics.shift.mean_cosine
         if len(self.rule.streams) < 2:
             record.residual = residual(grams, weights, solution, self.importance)
+        record.solving = time.perf_counter() - start
         return record, written
 
     def _is_solved(self, name: str) -> bool:

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from threading import Thread
 from typing import Any, TypeVar
 
 import torch
@@ -9,6 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+
+PATIENCE = 10.0
+"""Seconds that a process which gives up waits for the others to hear of it."""
+
+ROLL_CALL = 2.0
+"""Seconds for those that are left to say so, once a connection is lost."""
 
 
 class PeerError(RuntimeError):
@@ -36,41 +48,129 @@ class Peers:
         """Overwrite everyone's tensor with the owner's."""
 
     def fail(self, error: BaseException) -> None:
-        """Tell the others, wherever they next meet, that this process gives up."""
+        """Tell the others that this process gives up. Returns within seconds, whatever happens."""
+
+    def explain(self, error: BaseException) -> None:
+        """Note what it means if an error is that of a lost connection, in a call that is not ours."""
 
 
 class ProcessGroup(Peers):
-    """The processes of ``torch.distributed``'s default group. All meet in the same order of calls."""
+    """The processes of ``torch.distributed``'s default group. All meet in the same order of calls.
+
+    A process that raises tells the others in the next exchange. One that is killed tells nobody, but its connections
+    break: whoever waits for it, then or later, gets a :class:`PeerError` at once.
+    """
 
     def __init__(self) -> None:
         self.rank, self.size, self._over = dist.get_rank(), dist.get_world_size(), False
+        # What is exchanged is small, and goes through gloo also where tensors go through NCCL: gloo's calls return when
+        # the process at the other end dies, while a call that waits for a GPU waits for as long as the strategy allows.
+        self._group: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self._where: list[str] = self._exchange(f"pid {os.getpid()} on {socket.gethostname()}")
 
     def exchange(self, value: T) -> list[T]:
         return self._exchange(value)
 
     def add(self, tensor: Tensor, owner: int) -> None:
-        dist.reduce(tensor, owner)
+        with self._in_touch():
+            dist.reduce(tensor, owner)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         received = tensor.contiguous() if self.rank == owner else torch.empty_like(tensor)
-        dist.broadcast(received, owner)
+        with self._in_touch():
+            dist.broadcast(received, owner)
         if self.rank != owner:
             tensor.copy_(received)  # which counts as a new version of it, unlike what is received in place
 
     def fail(self, error: BaseException) -> None:
-        if not self._over:  # or else all know
+        if self._over:  # all know
+            return
+        self._over = True
+        told = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
+        teller = Thread(target=self._tell, args=(told, isinstance(error, Exception)), name="tell-peers", daemon=True)
+        teller.start()
+        teller.join(PATIENCE)
+
+    def explain(self, error: BaseException) -> None:
+        lost = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
+        if lost and not isinstance(error, PeerError) and hasattr(error, "add_note"):  # Python 3.11
             self._over = True
-            told = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
-            self._exchange(_Failure(told))
+            error.add_note(self._loss(error))
+
+    def _tell(self, told: str, meet: bool) -> None:
+        # Others may be in a long forward, or wait elsewhere than in an exchange. They are not waited for: with the end
+        # of this process their connections break, and then they look into the store.
+        with suppress(Exception):
+            _store().set(f"{_KEY}/failed/{self.rank}", told)
+        if meet:  # Ctrl-C comes at any time, in the middle of an exchange too: gloo aborts where calls do not match
+            with suppress(Exception):
+                self._exchange(_Failure(told))
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        with self._in_touch():
+            dist.all_gather_object(values, value, self._group)
         for rank, other in enumerate(values):
             if isinstance(other, _Failure) and rank != self.rank:
                 self._over = True
-                raise PeerError(f"process {rank} of {self.size} failed: {other.told}")
+                raise PeerError(self._failed(rank, other.told))
         return values
+
+    def _failed(self, rank: int, told: str) -> str:
+        return f"process {rank} of {self.size} failed: {told}"
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what torch.distributed raises for whatever goes wrong
+            self._over = True
+            raise PeerError(self._loss(error)) from error
+
+    def _loss(self, error: BaseException) -> str:
+        """Why a connection broke, as far as that can be known."""
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        silent, told = self._roll_call(others)
+        for rank, message in told.items():
+            return self._failed(rank, message)
+        # A process that is busy does not answer either, so that with several it may be any of them.
+        names = [f"{rank} of {self.size} ({self._where[rank]})" for rank in silent or others]
+        who = f"process {names[0]}" if len(names) == 1 else f"one of the processes {', '.join(names)}"
+        if "timed out" in str(error).lower():
+            return (
+                f"{who} did not come within the time that processes wait for each other; if it is not stuck but slow, "
+                "give more: strategy=DDPStrategy(timeout=timedelta(hours=2))"
+            )
+        return (
+            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower data.samples"
+            ", or use fewer processes on each machine), or it crashed; see its own output, and the system's log"
+        )
+
+    def _roll_call(self, others: list[int]) -> tuple[list[int], dict[int, str]]:
+        """Who does not answer, the one that has gone among them; and what those that gave up have left to say."""
+        silent, told = others, dict[int, str]()
+        with suppress(Exception):  # the store may have gone with the process that kept it
+            store, end = _store(), time.monotonic() + ROLL_CALL
+            store.set(f"{_KEY}/here/{self.rank}", "")
+            while True:
+                given_up = [rank for rank in others if store.check([f"{_KEY}/failed/{rank}"])]
+                told = {rank: store.get(f"{_KEY}/failed/{rank}").decode() for rank in given_up}
+                silent = [rank for rank in others if not store.check([f"{_KEY}/here/{rank}"])]
+                if told or len(silent) <= 1 or time.monotonic() > end:
+                    break
+                time.sleep(0.02)
+        return silent, told
+
+
+_KEY = "com_lightning"
+_LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out")
+"""What the errors of gloo and NCCL say when the process at the other end has gone."""
+
+
+def _store() -> Any:
+    return dist.distributed_c10d._get_default_store()
 
 
 class _Failure:

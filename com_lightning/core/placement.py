@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,22 +66,6 @@ class Placement:
 def _empty(tensor: Tensor) -> Tensor:
     empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Sums and products in the precision of their operands: no autocast, no TF32, nor bfloat16 within float32 products
-    (``torch.set_float32_matmul_precision``)."""
-    settings: list[Any] = [torch.backends.cuda.matmul, torch.backends.mkldnn.matmul]  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    with torch.autocast(device.type, enabled=False):
-        try:
-            for setting in settings:
-                setting.fp32_precision = "ieee"
-            yield
-        finally:
-            for setting, value in zip(settings, before):
-                setting.fp32_precision = value
 
 
 @dataclass

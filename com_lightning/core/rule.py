@@ -85,6 +85,7 @@ class LayerRecord:
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
+        solving: seconds of these that went into the closed form.
         note: why it was not solved, if it was not.
     """
 
@@ -104,6 +105,7 @@ class LayerRecord:
     unpaired: int = 0
     shared_with: str | None = None
     seconds: float = 0.0
+    solving: float = 0.0
     note: str | None = None
 
 

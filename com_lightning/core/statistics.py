@@ -6,10 +6,30 @@ Only sums are kept, so they can be added up over batches in any order, and over 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Statistics are sums of squares, for which TF32 or bfloat16 in place of float32 is not enough.
+
+    Lightning advises ``torch.set_float32_matmul_precision("medium")`` or ``"high"`` on GPUs with tensor cores.
+    """
+    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
+    before = [setting.fp32_precision for setting in settings]
+    try:
+        for setting in settings:
+            setting.fp32_precision = "ieee"
+        yield
+    finally:
+        for setting, precision in zip(settings, before):
+            setting.fp32_precision = precision
 
 
 @dataclass
