@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.attention import split_attention
+from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
-from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
-from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.solver import factorize, residual, solve_or_average
 from com_lightning.core.watch import Part, Watched, Writes, name_of, plain, tensors_in, watched_in
 
 
@@ -67,6 +69,7 @@ class _Chain:
     ) -> None:
         self.peers, self.on_layer, self.owner = run.peers, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
+        self.bad = BadBatches(tasks, run)
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.device = next(iter(merged.values()), torch.empty(0)).device
@@ -144,7 +147,7 @@ class _Chain:
                     forwards.append(
                         CalibrationForward(
                             module=module,
-                            call=_Call(task, module, content, index),
+                            call=partial(self.bad.ending, number, batch, _Call(task, module, content, index)),
                             label=f"task '{task.name}', batch {index}, {stream} model",
                             seed=100_003 * number + index,
                             on_output=self._on_output(number, batch, stream),
@@ -168,10 +171,14 @@ class _Chain:
         return tensors
 
     def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
-        if len(self.rule.streams) < 2:
+        two_sided = len(self.rule.streams) == 2
+        if not (two_sided or self.bad.skip):
             return None
 
         def receive(layer: str, output: Any) -> None:
+            self.bad.check(task, batch)
+            if not two_sided:
+                return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
             self.outputs.add((task, batch), plain(output), keep, stream == "expert")
 
@@ -273,6 +280,7 @@ class _Chain:
         return Layer(name, use.kind, merged, experts, dict(use.parts))
 
     def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        arrivals = self.bad.good(arrivals)
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
         # Under autocast the statistics would be gathered in half precision.
         with torch.autocast(self.device.type, enabled=False):
@@ -282,8 +290,11 @@ class _Chain:
             for _, told, _ in verdicts:
                 if told:
                     return LayerRecord(name, layer.kind.name if layer else "", note=told)
+            if not any(arrived for arrived, _, _ in verdicts):
+                return LayerRecord(name, "", note="only batches that are skipped get there")
             if not all(repeated for _, _, repeated in verdicts):
                 self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule) if layer else None
+                self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _) in enumerate(verdicts) if arrived]
                 self.owner = reached[len(self.solved) % len(reached)]  # solves go round
                 add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)
@@ -315,13 +326,14 @@ class _Chain:
         if inputs.factor is None:
             inputs.factor = factorize(grams, self.importance, self.rule.ridge)
         drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-        solution = solve(inputs.factor, grams, drifts, weights, self.importance)
+        solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance)
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
         values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         record = LayerRecord(layer.name, kind.name)
         if isinstance(values, str):
             record.note = values
             return record, []
+        check_solution(layer, values, self.merged)
         written = []
         for own, part in layer.parts.items():
             whole = self.merged[part.name]
@@ -338,6 +350,7 @@ class _Chain:
                 record.parameters[name] = record.parameters.get(name, 0) + size
         reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
         record.groups, record.idle = len(reached), int((reached == 0).sum())
+        record.kept = kept
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired

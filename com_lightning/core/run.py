@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord
+from com_lightning.core.rule import LayerRecord, SkippedBatch
 
 
 @dataclass
@@ -50,6 +50,7 @@ class Run:
             ``None``: no limit.
         on_bad_batch: what NaN or infinity in the inputs of a layer does: ``"raise"``, or ``"skip"`` the batch from
             there on.
+        skipped: the batches of all processes that have been skipped.
     """
 
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
@@ -57,3 +58,4 @@ class Run:
     journal: Journal = field(default_factory=Journal)
     memory_budget: int | None = None
     on_bad_batch: Literal["raise", "skip"] = "raise"
+    skipped: list[SkippedBatch] = field(default_factory=list)
