@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Literal, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -25,6 +25,7 @@ from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems, save_results
+from com_lightning.state_dicts import some
 
 
 class ChainOfMergesCallback(Callback):
@@ -53,6 +54,8 @@ class ChainOfMergesCallback(Callback):
         output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
         verbose: print the report at the end, for where there is no line of code to print it.
+        on_bad_batch: what NaN or infinity in a calibration batch, or in what the models make of it, does: ``"raise"``
+            an error that names task, batch and layer, or ``"skip"`` the batch from that layer on, and go on.
         grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
             have are merged, the others kept. Otherwise such tables are an error.
 
@@ -82,12 +85,13 @@ class ChainOfMergesCallback(Callback):
         overwrite: bool = False,
         verbose: bool = False,
         grow_vocabulary: bool = False,
+        on_bad_batch: Literal["raise", "skip"] = "raise",
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary = grow_vocabulary
+        self.grow_vocabulary, self.on_bad_batch = grow_vocabulary, on_bad_batch
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -111,6 +115,10 @@ class ChainOfMergesCallback(Callback):
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
+        if self.on_bad_batch not in ("raise", "skip"):
+            problems.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
+        if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
+            problems.append(f"files: {some(outside)} would be written outside the result's folder; give plain names")
         self._plan = make_plan(
             model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
         )
@@ -159,7 +167,8 @@ class ChainOfMergesCallback(Callback):
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             try:
-                self.modules, self.report = execute(self._plan, trainer, data, Run(on_layer, self._peers))
+                run = Run(on_layer, self._peers, on_bad_batch=self.on_bad_batch)
+                self.modules, self.report = execute(self._plan, trainer, data, run)
             except BaseException:
                 self._plan = None  # its experts have been moved and converted already
                 raise

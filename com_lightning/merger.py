@@ -27,6 +27,7 @@ from com_lightning.core.run import Run
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
+from com_lightning.kinship import non_finite_weights
 from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
@@ -144,8 +145,8 @@ def make_plan(
     if missing := [task for task in data.tasks if task not in sources]:
         found.append(f"data.tasks: no expert for {', '.join(missing)}; experts has {', '.join(sources) or 'none'}")
     for task in sources:
-        if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task):
-            found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
+        if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task) or len(task) > 60:
+            found.append(f"experts: '{task}' cannot name a file; use at most 60 letters, digits, '-', '_' and '.'")
     found += method.problems(list(data.tasks)) + data.problems()
     experts: dict[str, LightningModule] = {}
     with collected_warnings() as warnings:
@@ -154,6 +155,7 @@ def make_plan(
                 experts[task] = load_expert(task, sources[task], model)
             except MergeError as error:
                 found += error.problems
+    found += non_finite_weights(experts)
     parameters = Parameters()
     found += match_vocabularies(model, experts, private, grow_vocabulary)
     if experts:
@@ -231,6 +233,7 @@ def execute(
         layers=records,
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
+        skipped=run.skipped,
         warnings=list(plan.parameters.warnings),
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Literal, Optional, Union
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -36,6 +36,7 @@ class MergeTrainer(Trainer):
         dry_run: bool = False,
         files: Optional[Dict[str, str]] = None,
         grow_vocabulary: bool = False,
+        on_bad_batch: Literal["raise", "skip"] = "raise",
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -56,6 +57,8 @@ class MergeTrainer(Trainer):
             files: further files for the folder, name -> text.
             grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
                 all have are merged, the others kept. Otherwise such tables are an error.
+            on_bad_batch: what NaN or infinity in a calibration batch does: "raise" an error that names task, batch and
+                layer, or "skip" the batch from that layer on, and go on.
 
         Returns:
             The report, which is also printed.
@@ -67,7 +70,7 @@ class MergeTrainer(Trainer):
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
+        merger.files, merger.grow_vocabulary, merger.on_bad_batch = files or {}, grow_vocabulary, on_bad_batch
         data.trainer = self
         data.prepare_data()
         data.setup("validate")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any, TypeVar
 
 import torch
@@ -61,7 +62,8 @@ class ProcessGroup(Peers):
         if not self._over:  # or else all know
             self._over = True
             told = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
-            self._exchange(_Failure(told))
+            with suppress(PeerError):  # others have failed too: each tells its own error
+                self._exchange(_Failure(told))
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
