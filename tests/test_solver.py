@@ -17,7 +17,7 @@ from com_lightning.core.gathering import CalibrationForward, Inputs, Layer
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.lockstep import Arrival
 from com_lightning.core.rule import Rule, Task
-from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.solver import factorize, residual, solve, solve_or_average
 from com_lightning.core.statistics import InputStatistics
 from com_lightning.core.watch import Part
 
@@ -154,6 +154,28 @@ def test_the_rows_of_a_table_are_solved_a_few_at_a_time(size: int, monkeypatch: 
     assert residual(grams, ones[0], apart, importance) == pytest.approx(residual(joint, ones[1], whole, importance))
 
 
+def test_a_matrix_that_is_none_of_squares_keeps_the_average() -> None:
+    """Not what gathering can give, but what rounding might: the other groups are solved as ever."""
+    grams = [torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 9.0], [9.0, 1.0]]])] * 2
+    weights = [torch.randn(2, 3, 2) for _ in range(2)]
+    drifts: list[Tensor | None] = [torch.randn(2, 3, 2) for _ in range(2)]
+    factor = factorize(grams, [0.5, 0.5], 0.0)
+    solution, kept = solve_or_average(factor, grams, drifts, weights, [0.5, 0.5])
+    assert kept == 1
+    mean = (weights[0] + weights[1]).double() / 2
+    torch.testing.assert_close(solution[1], mean[1])
+    alone = [[entry[:1] for entry in part if entry is not None] for part in (grams, drifts, weights)]
+    first = solve(factorize(alone[0], [0.5, 0.5], 0.0), alone[0], alone[1], alone[2], [0.5, 0.5])
+    torch.testing.assert_close(solution[:1], first)
+
+
+def test_a_solution_that_overflows_keeps_the_average() -> None:
+    grams, weights = [torch.full((1, 1, 1), 1e-300).double()], [torch.ones(1, 1, 1).double()]
+    drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300).double()]
+    solution, kept = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
+    assert (solution.item(), kept) == (1.0, 1)
+
+
 # What a layer may be given, at random
 
 
@@ -288,4 +310,4 @@ def test_whatever_a_layer_is_given_the_result_is_finite_and_no_worse_than_the_av
     assert bool(solution.isfinite().all())
     mean = sum(a * w.double() for a, w in zip(case.importance, case.weights))
     assert isinstance(mean, Tensor)
-    assert bool((loss(case, solution) <= loss(case, mean) + 1e-5 * size(case)).all())
+    assert bool((loss(case, solution) <= loss(case, mean) + 1e-9 * size(case)).all())
