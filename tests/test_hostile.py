@@ -84,7 +84,7 @@ PLACES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
     "weights": lambda content, bad: {**content, "state_dict": bad},
     "a weight": lambda content, bad: {**content, "state_dict": {**content["state_dict"], "head.bias": bad}},
 }
-FORMATS: dict[str, Callable[[Any, Path], None]] = {
+FORMATS: dict[str, Callable[[Any, Path], object]] = {
     "zip": lambda content, path: torch.save(content, path),
     "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
     "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),

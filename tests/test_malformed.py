@@ -68,12 +68,14 @@ def load(name: str, content: bytes) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(content)
+        told = "loaded"
         try:
             expert = load_expert("a", path, Classifier())
             sort_parameters(Classifier(), {"a": expert, "b": Classifier()}, None)
             expert(torch.randn(2, 6))
         except MergeError as error:
-            assert str(error).strip()
+            told = str(error)
+        assert told.strip()
 
 
 def mutated_bytes(examples: int) -> Callable[[], None]:
@@ -218,7 +220,7 @@ def mutated_configs(examples: int) -> Callable[[], None]:
     @settings(max_examples=examples, **FEW)
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        config = copy.deepcopy(CONFIG)
+        config: Any = copy.deepcopy(CONFIG)
         with tempfile.TemporaryDirectory() as folder:
             config["experts"] = {}
             for task, expert in zip("ab", make_experts((3, 3))):
@@ -240,21 +242,23 @@ def mutated_configs(examples: int) -> Callable[[], None]:
             path = Path(folder) / "config.yaml"
             path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
             command = data.draw(st.sampled_from(["merge", "merge", "dry run"]))
+            code: Any = "merged"
             try:
                 main(["merge", f"--config={path}", *(["--dry_run"] if command == "dry run" else [])])
-            except SystemExit as stop:
-                assert stop.code not in (None, 0)
+            except SystemExit as stop:  # with a message, or after the command line's own
+                code = stop.code
+            assert code
 
     return run
 
 
-@pytest.mark.parametrize("run", [mutated_bytes(150), mutated_content(120)], ids=["bytes", "content"])
+@pytest.mark.parametrize("run", [mutated_bytes(100), mutated_content(40)], ids=["bytes", "content"])
 def test_broken_checkpoints(run: Callable[[], None]) -> None:
     run()
 
 
 def test_broken_configurations() -> None:
-    mutated_configs(25)()
+    mutated_configs(10)()
 
 
 @pytest.mark.slow
