@@ -136,6 +136,8 @@ def make_plan(
     Raises:
         MergeError: with all problems at once.
     """
+    if strange := [name for name in (*sources, *data.tasks, *(method.importance or ())) if not isinstance(name, str)]:
+        raise MergeError([f"names of tasks are text; put quotes around {strange[0]!r} wherever it stands"])
     if is_overridden("configure_model", model):  # Lightning calls it later, and asks that it may be called again
         with torch.inference_mode(False):
             model.configure_model()

@@ -19,10 +19,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from com_lightning import MergeError
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.cli import main
 from com_lightning.experts import load_expert, sort_parameters
-from tests.helpers import Classifier, make_experts, quiet_trainer
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 FEW: dict[str, Any] = {"derandomize": True, "deadline": None, "database": None}
@@ -259,6 +259,14 @@ def test_broken_checkpoints(run: Callable[[], None]) -> None:
 
 def test_broken_configurations() -> None:
     mutated_configs(10)()
+
+
+def test_numbers_that_name_tasks_are_told_of() -> None:
+    """As YAML reads what has no quotes."""
+    experts: Any = dict(zip((1, "b"), make_experts((3, 3))))
+    data: Any = {1: make_data(0), "b": make_data(1)}
+    with pytest.raises(MergeError, match="names of tasks are text; put quotes around 1"):
+        ChainOfMergesCallback(experts).plan(Classifier(), MergeDataModule(data))
 
 
 @pytest.mark.slow
