@@ -170,8 +170,8 @@ def test_a_matrix_that_is_none_of_squares_keeps_the_average() -> None:
 
 
 def test_a_solution_that_overflows_keeps_the_average() -> None:
-    grams, weights = [torch.full((1, 1, 1), 1e-300).double()], [torch.ones(1, 1, 1).double()]
-    drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300).double()]
+    grams, weights = [torch.full((1, 1, 1), 1e-300, dtype=torch.float64)], [torch.ones(1, 1, 1).double()]
+    drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300, dtype=torch.float64)]
     solution, kept = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
     assert (solution.item(), kept) == (1.0, 1)
 
