@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from com_lightning.checkpoints import MergeError, MergeWarning, read_checkpoint, reason
+from com_lightning.checkpoints import MergeError, MergeWarning, folder_problems, read_checkpoint, reason
 from com_lightning.state_dicts import plain, shape_of, some, submodule
 
 CONFIG = "adapter_config.json"
@@ -135,12 +135,16 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise MergeError([f"{label}: has no {' or '.join(_WEIGHTS)}"])
+    if problems := folder_problems(folder):
+        raise MergeError([f"{label}: {problem}" for problem in problems])
     state = read_checkpoint(path, f"{label}: {path.name}")["state_dict"]
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
         raise MergeError([f"{label}: {CONFIG} cannot be read ({reason(error)})"]) from error
     kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind == "XLORA" or getattr(config, "megatron_config", None):  # files and modules that the configuration names
+        raise MergeError([f"{label}: {CONFIG} makes PEFT load what is not in the folder, which is not done"])
     if config.is_prompt_learning:
         raise MergeError([f"{label}: {kind} changes what a model is given, not its weights: there is nothing to merge"])
     if wrapped := [part for part in module.modules() if isinstance(part, PeftModel)]:

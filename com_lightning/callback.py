@@ -26,6 +26,7 @@ from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems, save_results, space_problems
+from com_lightning.state_dicts import some
 from com_lightning.workplace import Workplace
 
 
@@ -55,6 +56,8 @@ class ChainOfMergesCallback(Callback):
         output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
         verbose: print the report at the end, for where there is no line of code to print it.
+        on_bad_batch: what NaN or infinity in a calibration batch, or in what the models make of it, does: ``"raise"``
+            an error that names task, batch and layer, or ``"skip"`` the batch from that layer on, and go on.
         grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
             have are merged, the others kept. Otherwise such tables are an error.
         no_resume: keep no record of merged layers. Otherwise an ``output_dir`` has one beside it until the result is
@@ -92,12 +95,14 @@ class ChainOfMergesCallback(Callback):
         grow_vocabulary: bool = False,
         no_resume: bool = False,
         experts_device: Optional[Literal["cpu"]] = None,
+        on_bad_batch: Literal["raise", "skip"] = "raise",
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary, self.no_resume, self.experts_device = grow_vocabulary, no_resume, experts_device
+        self.grow_vocabulary, self.on_bad_batch = grow_vocabulary, on_bad_batch
+        self.no_resume, self.experts_device = no_resume, experts_device
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -126,6 +131,12 @@ class ChainOfMergesCallback(Callback):
             writes: whether this process is to write the result; others may be on a machine without that folder.
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir and writes else []
+        if self.on_bad_batch not in ("raise", "skip"):
+            problems.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
+        if self.experts_device not in (None, "cpu"):
+            problems.append(f"experts_device: must be 'cpu' or not given, got {self.experts_device!r}")
+        if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
+            problems.append(f"files: {some(outside)} would be written outside the result's folder; give plain names")
         self._plan = make_plan(
             model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
         )
@@ -178,7 +189,7 @@ class ChainOfMergesCallback(Callback):
                 step += 1
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
-            run = Run(on_layer, self._peers)
+            run = Run(on_layer, self._peers, on_bad_batch=self.on_bad_batch)
             if self._workplace and not self.no_resume:
                 run.journal = FileJournal(self._workplace.journal)
             try:

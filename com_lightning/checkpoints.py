@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import difflib
+import json
+import math
 import pickle
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
+_ANY_SIZE = 2**24
+"""Bytes that nobody minds."""
+_LONGEST = 2**26
+"""Bytes that a JSON file may have."""
 
 
 class MergeError(ValueError):
@@ -80,6 +88,8 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     label = label or str(path)
     if path.is_dir():
         raise MergeError([f"{label}: {_folder(path)}"])
+    if path.exists() and not path.is_file():  # a pipe, say, that one would wait at
+        raise MergeError([f"{label}: neither a file nor a folder"])
     if not path.is_file():
         raise MergeError([f"{label}: no such file{_nearby(path)}"])
     if path.suffix == ".safetensors":
@@ -89,6 +99,8 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
             return {"state_dict": load_file(path)}
         except Exception as error:
             raise MergeError([f"{label}: not a readable safetensors file ({error})"]) from error
+    if problem := archive_problem(path):
+        raise MergeError([f"{label}: {problem}"])
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:
@@ -100,7 +112,64 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict):
         raise MergeError([f"{label}: holds a {type(state).__name__}, not a checkpoint or state dict"])
+    if problems := state_problems(state, max(path.stat().st_size, _ANY_SIZE)):
+        raise MergeError([f"{label}: {problem}" for problem in problems])
     return content if "state_dict" in content else {"state_dict": content}
+
+
+def archive_problem(path: Path) -> str | None:
+    """What is wrong with an archive that unpacks to more than it is. PyTorch stores tensors without compression."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # no archive, or a broken one: whoever reads it says so
+        return None
+    if size <= path.stat().st_size + _ANY_SIZE:
+        return None
+    return f"an archive that unpacks to {size:,} bytes, but has {path.stat().st_size:,}: no checkpoint of PyTorch"
+
+
+def folder_problems(folder: Path) -> list[str]:
+    """What in a folder is not to be read by anybody: pipes, archives that explode, texts of absurd size, and lists of
+    files that lead elsewhere."""
+    problems = []
+    for path in sorted(folder.iterdir()):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            problems.append(f"{path.name} is neither a file nor a folder")
+        elif path.suffix == ".bin" and (problem := archive_problem(path)):
+            problems.append(f"{path.name}: {problem}")
+        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > _LONGEST:
+            problems.append(f"{path.name} has {path.stat().st_size:,} bytes; at most {_LONGEST:,} are read")
+    for path in () if problems else sorted(folder.glob("*.index.json")):
+        try:
+            files = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            problems.append(f"{path.name} cannot be read ({type(error).__name__}: {error})")
+            continue
+        if outside := sorted(name for name in files if name in ("", ".", "..") or name != Path(name).name):
+            problems.append(f"{path.name} names files outside of the folder: {', '.join(outside[:5])}")
+    return problems
+
+
+def state_problems(state: Mapping[Any, Any], limit: float = math.inf) -> list[str]:
+    """What in a state dict is of no use to anybody.
+
+    Args:
+        state: names and tensors.
+        limit: bytes that a tensor may have; more are claimed than are there.
+    """
+    if strange := [name for name in state if not isinstance(name, str)]:
+        return [f"names are text, but {strange[0]!r} is {type(strange[0]).__name__}"]
+    problems = []
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+                kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+                told = "complex" if value.is_complex() else kind.removeprefix("torch.")
+                problems.append(f"{name} is {told}; give plain tensors")
+            elif value.numel() * value.element_size() > limit:
+                problems.append(f"{name} claims {value.numel():,} values, more than the file has room for")
+    return problems[:5]
 
 
 def _folder(path: Path) -> str:
@@ -184,7 +253,7 @@ def _unsafe_keys(path: Path) -> dict[str, str]:
     class Plain(dict[Any, Any]):  # unlike a dict it takes attributes, such as a state dict's metadata
         pass
 
-    class Reader(pickle.Unpickler):
+    class Reader(pickle._Unpickler):  # the one in C makes room for whatever number a file gives to an object
         def find_class(self, module: str, name: str) -> Any:
             full = f"{module}.{name}"
             if full == "collections.OrderedDict":
@@ -200,7 +269,12 @@ def _unsafe_keys(path: Path) -> dict[str, str]:
             content = Reader(stream).load()
     found: dict[str, str] = {}
 
+    seen: dict[int, Any] = {}
+
     def walk(value: Any, key: str) -> None:
+        if isinstance(value, (dict, list, tuple)) and id(value) in seen:  # or else it may take forever
+            return
+        seen[id(value)] = value
         if kind := getattr(value, "kind", ""):
             found[key] = kind
         elif isinstance(value, dict):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from importlib import import_module
 from typing import Any
 
@@ -12,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from com_lightning.checkpoints import reason
 from com_lightning.core.peers import PeerError
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import MergeError
@@ -61,6 +63,16 @@ class MergeCLI(LightningCLI):
         # to keep their own, and MergeDataModule saves none.
         if isinstance(data := self._get(self.config, "data"), Namespace) and _is_merge_data(data.get("class_path")):
             self.parser.add_instantiator(_plainly, LightningDataModule, subclasses=True, prepend=True)
+
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except MergeError:
+            raise
+        except Exception as error:  # a class was given what it cannot take
+            at = traceback.extract_tb(error.__traceback__)[-1]
+            told = f"what is configured cannot be made: {reason(error)} (raised at {at.filename}:{at.lineno})"
+            raise MergeError([told]) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         if self.subcommand != "fit":  # a merge keeps its configuration with its result

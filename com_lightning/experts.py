@@ -78,7 +78,13 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule, as_stor
     elif isinstance(source, Mapping):
         expert = _filled(model, source, label, assign=False)
     elif isinstance(source, (str, Path)):
-        expert = _from_path(Path(source), model, f"{label} ({source})")
+        label = f"{label} ({source})"
+        try:
+            expert = _from_path(Path(source), model, label)
+        except MergeError:
+            raise
+        except Exception as error:  # whatever else somebody has put into a file
+            raise MergeError([f"{label}: cannot be loaded ({reason(error)})"]) from error
     else:
         raise MergeError([f"{label}: a {type(source).__name__} is neither a file, a folder, a module nor a state dict"])
     _eager(expert)

@@ -35,9 +35,9 @@ def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]
     return result
 
 
-def plain_fingerprint(value: Any) -> str:
-    """Settings and the like, readable."""
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True, default=str)
+def readable(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Settings as they are."""
+    return {n: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for n, v in settings.items()}
 
 
 def _state(module: nn.Module) -> list[Any]:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from com_lightning.checkpoints import MergeError
-from com_lightning.core.rule import LayerRecord
+from com_lightning.core.rule import LayerRecord, SkippedBatch
 from com_lightning.core.run import Journal, Solved
 from com_lightning.state_dicts import some
 from com_lightning.workplace import write_whole
@@ -71,7 +71,8 @@ class FileJournal(Journal):
             written = [(name, (first, last)) for name, first, last in json.loads(metadata["written"])]
             values = [content.get_tensor(str(number)) for number in range(len(written))]
         self.resumed += 1
-        return Solved(LayerRecord(**json.loads(metadata["record"])), written, values)
+        skipped = [SkippedBatch(**entry) for entry in json.loads(metadata["skipped"])]
+        return Solved(LayerRecord(**json.loads(metadata["record"])), written, values, skipped)
 
     def add(self, layer: str, solved: Solved) -> None:
         try:
@@ -82,6 +83,7 @@ class FileJournal(Journal):
             metadata = {
                 "layer": layer,
                 "record": json.dumps(asdict(solved.record)),
+                "skipped": json.dumps([asdict(entry) for entry in solved.skipped]),
                 "written": json.dumps([(name, *extent) for name, extent in solved.written]),
             }
             tensors = {str(n): value.detach().cpu().contiguous() for n, value in enumerate(solved.values)}

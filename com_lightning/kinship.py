@@ -5,15 +5,34 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import UninitializedParameter
 
 from com_lightning.core.sharing import named_tensors
 from com_lightning.state_dicts import some
 
+_PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOREIGN = 0.2
 """Share of values without a counterpart above which modules are taken for different architectures."""
 _UNRELATED = 0.2
 """Cosine between weights below which experts are taken for trainings of their own."""
+
+
+def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
+    """Experts whose parameters hold NaN or infinity, shared or private. (Buffers may: masks of minus infinity.)"""
+    problems = []
+    for task, expert in experts.items():
+        broken = [name for name, tensor, is_parameter in named_tensors(expert) if is_parameter and not _finite(tensor)]
+        if broken:
+            problems.append(f"expert '{task}': NaN or infinity in {some(broken)}; its training has diverged")
+    return problems
+
+
+def _finite(tensor: Tensor) -> bool:
+    if tensor.dtype not in _PRECISIONS or isinstance(tensor, UninitializedParameter):
+        return True
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return bool(tensor.detach().sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
 
 
 def foreign_values(modules: Mapping[str, nn.Module], expected: Collection[str] = ()) -> list[str]:

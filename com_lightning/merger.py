@@ -28,7 +28,8 @@ from com_lightning.core.run import Run
 from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, size_of, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
-from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, plain_fingerprint
+from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
+from com_lightning.kinship import non_finite_weights
 from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod
 from com_lightning.report import MergeReport, table
@@ -150,6 +151,8 @@ def make_plan(
     Raises:
         MergeError: with all problems at once.
     """
+    if strange := [name for name in (*sources, *data.tasks, *(method.importance or ())) if not isinstance(name, str)]:
+        raise MergeError([f"names of tasks are text; put quotes around {strange[0]!r} wherever it stands"])
     if is_overridden("configure_model", model):  # Lightning calls it later, and asks that it may be called again
         with torch.inference_mode(False):
             model.configure_model()
@@ -159,8 +162,8 @@ def make_plan(
     if missing := [task for task in data.tasks if task not in sources]:
         found.append(f"data.tasks: no expert for {', '.join(missing)}; experts has {', '.join(sources) or 'none'}")
     for task in sources:
-        if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task):
-            found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
+        if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task) or len(task) > 60:
+            found.append(f"experts: '{task}' cannot name a file; use at most 60 letters, digits, '-', '_' and '.'")
     found += method.problems(list(data.tasks)) + data.problems()
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
@@ -171,6 +174,7 @@ def make_plan(
                 stored[task] = take_precision(experts[task], model)
             except MergeError as error:
                 found += error.problems
+    found += non_finite_weights(experts)
     parameters = Parameters()
     found += match_vocabularies(model, experts, private, grow_vocabulary)
     if experts:
@@ -247,12 +251,17 @@ def execute(
         step = _CalibrationStep(trainer)
         tasks.append(Task(name, expert, batches, step, lambda batch: batch.keep, numbers, move, experts_stay))
     if any(peers.exchange(run.journal.keeps)):
-        parts = peers.exchange(fingerprint_of_data(tasks))
-        settings = {"method": describe(plan.method), "shared parameters": plan.parameters.shared}
-        settings.update({"precision": trainer.precision, "device": device.type, "processes": str(peers.size)})
-        settings.update({f"version of {package}": version for package, version in _versions().items()})
-        told = {name: plain_fingerprint(value) for name, value in settings.items()}
-        run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, parts), **told})
+        told = {
+            "method": describe(plan.method),
+            "shared parameters": plan.parameters.shared,
+            "on_bad_batch": run.on_bad_batch,
+            "precision": trainer.precision,
+            "device": device.type,
+            "processes": peers.size,
+            **{f"version of {package}": version for package, version in _versions().items()},
+        }
+        data_of_all = peers.exchange(fingerprint_of_data(tasks))
+        run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, data_of_all), **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         records = plan.method.merge(MergeJob(tasks, merged, run))
@@ -263,6 +272,7 @@ def execute(
         layers=records,
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
+        skipped=run.skipped,
         warnings=list(plan.parameters.warnings),
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),

@@ -14,7 +14,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from com_lightning.adapters import adapter_parameters
-from com_lightning.checkpoints import MergeError
+from com_lightning.checkpoints import MergeError, folder_problems
 from com_lightning.core.sharing import copy_module
 from com_lightning.state_dicts import plain, some
 
@@ -49,10 +49,17 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
         import transformers
     except ImportError as error:
         raise MergeError([f'{label}: needs transformers: pip install "com_lightning[text]"']) from error
+    if found := folder_problems(folder):
+        raise MergeError([f"{label}: {problem}" for problem in found])
     try:
-        names = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("architectures") or []
-    except (OSError, ValueError, AttributeError) as error:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        names = config.get("architectures") or []
+        names = [str(name) for name in (names if isinstance(names, list) else [names])]
+        kernels = [v for n, v in config.items() if "attn_implementation" in n and "/" in str(v)]
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise MergeError([f"{label}: {CONFIG} cannot be read ({error})"]) from error
+    if kernels:  # which transformers would download and run
+        raise MergeError([f"{label}: {CONFIG} names code of others, {kernels[0]}, which is not run; remove it there"])
     kind = getattr(transformers, names[0], None) if names else None
     if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
         named = f"names {names[0]}" if names else "names no architecture"
@@ -67,13 +74,13 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
     except Exception as error:
         reason = " ".join(str(error).split())
         raise MergeError([f"{label}: {names[0]} cannot be loaded ({type(error).__name__}: {reason})"]) from error
-    model, found = loaded
+    model, told = loaded
     problems = []
-    if missing := sorted(found["missing_keys"]):
+    if missing := sorted(told["missing_keys"]):
         problems.append(f"{label}: missing keys, which {names[0]} would fill at random: {some(missing)}")
-    if extra := sorted(found["unexpected_keys"]):
+    if extra := sorted(told["unexpected_keys"]):
         problems.append(f"{label}: keys that {names[0]} does not have: {some(extra)}")
-    if wrong := sorted(str(entry) for entry in found["mismatched_keys"]):
+    if wrong := sorted(str(entry) for entry in told["mismatched_keys"]):
         problems.append(f"{label}: shapes that differ from those of {CONFIG}: {some(wrong)}")
     if problems:
         raise MergeError(problems)

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from com_lightning.core.rule import LayerRecord
+from com_lightning.core.rule import LayerRecord, SkippedBatch
 
 Metrics = Mapping[str, float]
 
@@ -33,6 +33,7 @@ class MergeReport:
             are averaged.
         samples: task -> calibration samples used.
         overlap: task -> how many of them are among those validated; ``None`` where that cannot be known.
+        skipped: calibration batches that were left out because they hold NaN or infinity.
         warnings: what was odd.
         seconds: of the merge, without validation.
         peak_memory: bytes: of the process on a CPU, allocated on the device otherwise.
@@ -49,6 +50,7 @@ class MergeReport:
     sizes: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, int | None] = field(default_factory=dict)
+    skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
@@ -129,6 +131,7 @@ class MergeReport:
             told = [note] if note else []
             told += [f"{layer.unpaired} calls one-sided"] if layer.unpaired else []
             told += [_idle(layer)] if layer.idle else []
+            told += [f"{layer.kept:,} of {layer.groups:,} keep the average, which is better"] if layer.kept else []
             shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))
             numbers = [shift, cosine, layer.residual, layer.condition]
             rows.append(
@@ -137,7 +140,7 @@ class MergeReport:
         return table(rows)
 
     def summary(self) -> str:
-        """Two lines on data and cost."""
+        """Two lines on data and cost, and one for each batch that was skipped."""
         samples = sorted(set(self.samples.values()))
         told = f"{samples[0]}" if len(samples) == 1 else f"{samples[0]} to {samples[-1]}" if samples else ""
         overlaps = list(self.overlap.values())
@@ -155,7 +158,7 @@ class MergeReport:
             f"{self.method.get('class', 'merge')}: {data}; "
             f"{resumed}{self.seconds:.1f} s, peak memory {self.peak_memory / 2**30:.2f} GiB.\n"
             f"Values: {parts}."
-        )
+        ) + "".join(f"\nSkipped: {batch}." for batch in self.skipped)
 
     def __str__(self) -> str:
         if not self.tasks:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from com_lightning.checkpoints import MergeError
+from com_lightning.checkpoints import MergeError, state_problems
 from com_lightning.core.sharing import tied_names
 
 # Segments that torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
@@ -89,6 +89,8 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
     Raises:
         MergeError: keys that are missing or too many, shapes that differ, or several submodules that fit.
     """
+    if problems := state_problems(state):
+        raise MergeError([f"{label}: {problem}" for problem in problems])
     state = plain_state(state)
     found = places(module, state)
     if len(found) > 1:
@@ -109,7 +111,6 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
                 "save_pretrained and give the folder, or call merge_and_unload() before saving"
             ]
         )
-    problems = []
     if missing := sorted(own.keys() - state.keys()):
         problems.append(f"{label}: missing keys: {some(missing)}")
     if extra := sorted(state.keys() - own.keys()):

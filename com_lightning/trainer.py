@@ -46,6 +46,7 @@ class MergeTrainer(Trainer):
         grow_vocabulary: bool = False,
         no_resume: bool = False,
         experts_device: Optional[Literal["cpu"]] = None,
+        on_bad_batch: Literal["raise", "skip"] = "raise",
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -70,6 +71,8 @@ class MergeTrainer(Trainer):
                 when it is started again.
             experts_device: "cpu": experts stay in memory or their files, and each weight is brought to the device when
                 the expert's forward uses it, and no sooner.
+            on_bad_batch: what NaN or infinity in a calibration batch does: "raise" an error that names task, batch and
+                layer, or "skip" the batch from that layer on, and go on.
 
         Returns:
             The report, which is also printed.
@@ -81,7 +84,7 @@ class MergeTrainer(Trainer):
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
+        merger.files, merger.grow_vocabulary, merger.on_bad_batch = files or {}, grow_vocabulary, on_bad_batch
         merger.no_resume, merger.experts_device = no_resume, experts_device
         data.trainer = self
         end_with_parent()

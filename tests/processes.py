@@ -31,7 +31,7 @@ from com_lightning.core import chain
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.lockstep import running
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
-from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, SkippedBatch, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
 from com_lightning.processes import together
@@ -197,7 +197,7 @@ def _dying(place: str, culprit: int) -> None:
     """Kill a process at some place of its merge."""
     for mortal in (Mortal, MortalData):
         mortal.place, mortal.culprit = place, culprit
-    for holder, name in ((trainer_module, "early_peers"), (chain, "solve"), (ProcessGroup, "add")):
+    for holder, name in ((trainer_module, "early_peers"), (chain, "solve_or_average"), (ProcessGroup, "add")):
         if place == name:
             _wrap(holder, name, culprit)
     if place == "broadcast":
@@ -236,7 +236,7 @@ def _host(rank: int, size: int, port: int, place: str, culprit: int, folder: str
         raise SystemExit(1) from error
 
 
-PLACES = ["early_peers", "loading", "forward", "add", "solve", "broadcast", "validation"]
+PLACES = ["early_peers", "loading", "forward", "add", "solve_or_average", "broadcast", "validation"]
 
 
 @pytest.mark.parametrize(
@@ -308,6 +308,38 @@ def test_what_fails_in_all_processes_is_told_by_each(tmp_path: Path) -> None:
             raise ValueError(f"in {peers.rank}")
 
     assert [str(error) for error in processes(2, work, tmp_path)] == ["in 0", "in 1"]
+
+
+def with_bad_batches(*places: tuple[int, int]) -> list[Task]:
+    tasks = mixture()
+    for task, batch in places:
+        tasks[task].batches[batch][0, 1] = float("nan")
+    return tasks
+
+
+def merge_skipping(tasks: list[Task], peers: Peers) -> tuple[dict[str, Tensor], list[SkippedBatch]]:
+    merged, run = averages([task.expert for task in tasks]), Run(peers=peers, on_bad_batch="skip")
+    merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], Rule(), run)
+    return merged, run.skipped
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_bad_batches_are_skipped_as_by_one(size: int, tmp_path: Path) -> None:
+    """One process has none of them, and one loses all that it has of a task."""
+    tasks = with_bad_batches((0, 1), (1, 1), (0, 3))
+    expected, skipped = merge_skipping(tasks, Peers())
+    assert sorted((entry.task, entry.batch) for entry in skipped) == [("task0", 1), ("task0", 3), ("task1", 1)]
+    for merged, theirs in processes(size, lambda peers: merge_skipping(tasks, peers), tmp_path):
+        assert [(e.task, e.batch, e.layer) for e in theirs] == [(e.task, e.batch, e.layer) for e in skipped]
+        for name, value in expected.items():
+            assert relative(merged[name], value) < 1e-6, name
+
+
+def test_a_task_that_loses_all_its_batches_over_all_processes_is_named_by_each(tmp_path: Path) -> None:
+    tasks = with_bad_batches(*((1, batch) for batch in range(5)))
+    for error in processes(2, lambda peers: merge_skipping(tasks, peers), tmp_path):
+        assert isinstance(error, NonFiniteError)
+        assert "task 'task1': none of its calibration batches is left" in str(error)
 
 
 @pytest.fixture

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
 
 from com_lightning.core import solver
-from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer
+from com_lightning.core.layers.linear import Linear
+from com_lightning.core.lockstep import Arrival
+from com_lightning.core.rule import Rule, Task
+from com_lightning.core.solver import factorize, residual, solve, solve_or_average
 from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.watch import Part
 
 
 def brute_force(
@@ -141,3 +152,162 @@ def test_the_rows_of_a_table_are_solved_a_few_at_a_time(size: int, monkeypatch: 
     whole = solve(factorize(joint, importance, 0.01), joint, [d.T[None] for d in drifts], ones[1], importance)
     torch.testing.assert_close(apart[:, :, 0], whole[0].T)
     assert residual(grams, ones[0], apart, importance) == pytest.approx(residual(joint, ones[1], whole, importance))
+
+
+def test_a_matrix_that_is_none_of_squares_keeps_the_average() -> None:
+    """Not what gathering can give, but what rounding might: the other groups are solved as ever."""
+    grams = [torch.tensor([[[1.0, 0.0], [0.0, 1.0]], [[1.0, 9.0], [9.0, 1.0]]])] * 2
+    weights = [torch.randn(2, 3, 2) for _ in range(2)]
+    drifts: list[Tensor | None] = [torch.randn(2, 3, 2) for _ in range(2)]
+    factor = factorize(grams, [0.5, 0.5], 0.0)
+    solution, kept = solve_or_average(factor, grams, drifts, weights, [0.5, 0.5])
+    assert kept == 1
+    mean = (weights[0] + weights[1]).double() / 2
+    torch.testing.assert_close(solution[1], mean[1])
+    alone = [[entry[:1] for entry in part if entry is not None] for part in (grams, drifts, weights)]
+    first = solve(factorize(alone[0], [0.5, 0.5], 0.0), alone[0], alone[1], alone[2], [0.5, 0.5])
+    torch.testing.assert_close(solution[:1], first)
+
+
+def test_a_solution_that_overflows_keeps_the_average() -> None:
+    grams, weights = [torch.full((1, 1, 1), 1e-300, dtype=torch.float64)], [torch.ones(1, 1, 1).double()]
+    drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300, dtype=torch.float64)]
+    solution, kept = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
+    assert (solution.item(), kept) == (1.0, 1)
+
+
+# What a layer may be given, at random
+
+
+@dataclass
+class Case:
+    """A layer's data and weights: rows of merged model and expert per task, ``(n, g, f)``, and weights."""
+
+    merged: list[Tensor]
+    expert: list[Tensor]
+    weights: list[Tensor]
+    importance: list[float]
+    ridge: float
+    normalize: bool
+    bias: bool
+    two_sided: bool
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    groups, features, outputs = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(1, 3))
+    bias, tasks = draw(st.booleans()), draw(st.integers(2, 3))
+    kinds = ["random", "low rank", "duplicated", "dead", "constant", "zero", "one hot", "uneven", "huge feature"]
+    scales, merged, expert = [1e-20, 1e-8, 1.0, 1e6, 1e18], [], []
+    scale = draw(st.sampled_from(scales))
+    for _ in range(tasks):
+        n = draw(st.sampled_from([1, 2, 7, 20]))
+        kind = draw(st.sampled_from(kinds))
+        rows = torch.randn(n, groups, features)
+        if kind == "low rank":
+            rows = rows[..., :1] * torch.randn(features)
+        elif kind == "duplicated":
+            rows[..., features // 2 :] = rows[..., :1]
+        elif kind == "dead":
+            rows[..., 0] = 0
+            rows[:, 0] = 0
+        elif kind == "constant":
+            rows = rows[:1].expand(n, groups, features).clone()
+        elif kind == "zero":
+            rows = torch.zeros_like(rows)
+        elif kind == "one hot":
+            rows = (rows == rows.amax(-1, keepdim=True)).float()
+        elif kind == "uneven":
+            rows = rows * 10.0 ** torch.arange(n)[:, None, None].clamp_max(6)
+        elif kind == "huge feature":
+            rows[..., 0] *= 1e6
+        drift = draw(st.sampled_from([0.0, 1e-3, 0.3, 10.0]))
+        merged.append(rows * scale)
+        expert.append((rows + drift * torch.randn_like(rows)) * scale)
+    far = draw(st.sampled_from([0.0, 1e-6, 1.0, 1e4]))
+    base = torch.randn(groups, outputs, features + bias)
+    weights = [base + far * torch.randn_like(base) for _ in range(tasks)]
+    if draw(st.booleans()):
+        weights[0] = weights[0] * draw(st.sampled_from([0.0, 1e-10, 1e10]))
+    share = [draw(st.sampled_from([0.0, 1.0, 3.0])) for _ in range(tasks)]
+    share = [s / sum(share) for s in share] if sum(share) else [1.0 / tasks] * tasks
+    ridge = draw(st.sampled_from([0.0, 1e-8, 0.01, 10.0]))
+    return Case(merged, expert, weights, share, ridge, draw(st.booleans()), bias, draw(st.booleans()))
+
+
+class OneLayer(nn.Module):
+    """A layer of independent groups, with which each task's rows are what it is called with."""
+
+    def __init__(self, weight: Tensor, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight[..., :-1] if bias else weight)
+        self.bias = nn.Parameter(weight[..., -1]) if bias else None
+
+
+class Rows(Linear):
+    """The rows are given as they are."""
+
+    def rows(self, module: nn.Module, args: Any, kwargs: Any) -> Iterator[tuple[Tensor, bool]]:
+        yield args[0], False
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        bias = layer.bias
+        weight = layer.get_parameter("weight").detach()
+        return weight if bias is None else torch.cat([weight, bias.detach()[..., None]], -1)  # type: ignore[operator]
+
+
+def gathered(case: Case) -> list[InputStatistics]:
+    """As a chain gathers them, with what it does about squares that overflow."""
+    layers = [OneLayer(w, case.bias) for w in case.weights]
+    parts = {name: Part(name) for name in ("weight", "bias")}
+    layer = Layer("layer", Rows(), layers[0], list(layers), parts)
+    tasks = [Task(f"task{n}", expert, [None]) for n, expert in enumerate(layers)]
+    arrivals = []
+    for n, (x_hat, x) in enumerate(zip(case.merged, case.expert)):
+        for stream, rows in {"merged": x_hat, "expert": x}.items():
+            forward = CalibrationForward(layers[n], lambda: None, task=n, batch=0, stream=stream)  # type: ignore[arg-type]
+            arrivals.append(Arrival(forward, "layer", (0,), (rows,), {}))
+    target = "expert" if case.two_sided else "merged"
+    inputs = Inputs.gathered(layer, arrivals, tasks, Rule("merged", target, case.normalize, case.ridge))  # type: ignore[arg-type]
+    assert not inputs.bad
+    return inputs.statistics
+
+
+def loss(case: Case, solution: Tensor) -> Tensor:
+    """The objective at the top of the solver, from the rows themselves, for each group."""
+    mean = sum(a * w.double() for a, w in zip(case.importance, case.weights))
+    fit, diagonal = torch.zeros(len(solution), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for x_hat, x, weight, share in zip(case.merged, case.expert, case.weights, case.importance):
+        ours, theirs = x_hat.double(), (x if case.two_sided else x_hat).double()
+        if case.bias:
+            ours, theirs = (torch.cat([rows, torch.ones_like(rows[..., :1])], -1) for rows in (ours, theirs))
+        norms = torch.maximum(ours.square().sum((1, 2)), theirs.square().sum((1, 2))).sqrt()[:, None, None]
+        root = torch.where(norms > 0, 1 / norms, 0.0) if case.normalize else 1.0
+        root = root * (share / len(ours)) ** 0.5
+        outputs = torch.einsum("ngk,gok->ngo", ours * root, solution)
+        targets = torch.einsum("ngk,gok->ngo", theirs * root, weight.double())
+        fit = fit + (outputs - targets).square().sum((0, 2))
+        diagonal = diagonal + (ours * root).square().sum(0).mean()
+    return fit + case.ridge * diagonal * (solution - mean).square().sum((1, 2))
+
+
+def size(case: Case) -> Tensor:
+    """What the terms of the loss amount to before they cancel: that times the precision is rounding."""
+    zero = torch.zeros_like(case.weights[0]).double()
+    largest = [torch.stack(case.weights).abs().amax(0).double() * sign for sign in (-1, 1)]
+    return torch.stack([loss(case, each) for each in (zero, *largest)]).amax(0)
+
+
+@settings(derandomize=True, deadline=None, max_examples=400)
+@given(cases())
+def test_whatever_a_layer_is_given_the_result_is_finite_and_no_worse_than_the_average(case: Case) -> None:
+    statistics = gathered(case)
+    grams = [entry.mean_gram() for entry in statistics]
+    drifts = [entry.mean_drift(w) for entry, w in zip(statistics, case.weights)]
+    factor = factorize(grams, case.importance, case.ridge)
+    solution = solve(factor, grams, drifts, case.weights, case.importance)
+    assert bool(solution.isfinite().all())
+    mean = sum(a * w.double() for a, w in zip(case.importance, case.weights))
+    assert isinstance(mean, Tensor)
+    assert bool((loss(case, solution) <= loss(case, mean) + 1e-9 * size(case)).all())

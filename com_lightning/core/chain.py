@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,16 +14,17 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.attention import split_attention
+from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
-from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
 from com_lightning.core.placement import Placement, Running, is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module, named_tensors, tied_names
-from com_lightning.core.solver import factorize, residual, solve
+from com_lightning.core.solver import factorize, residual, solve_or_average
 from com_lightning.core.statistics import exact_products
 from com_lightning.core.watch import Part, Watched, Writes, brought, name_of, plain, tensors_in, watched_in
 
@@ -69,6 +71,7 @@ class _Chain:
     ) -> None:
         self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
+        self.bad = BadBatches(tasks, run)
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.whole: dict[str, str] = {}
@@ -154,7 +157,7 @@ class _Chain:
                     forwards.append(
                         CalibrationForward(
                             module=module,
-                            call=_Call(task, module, content, index),
+                            call=partial(self.bad.ending, number, batch, _Call(task, module, content, index)),
                             label=f"task '{task.name}', batch {index}, {stream} model",
                             seed=100_003 * number + index,
                             on_output=self._on_output(number, batch, stream),
@@ -178,10 +181,14 @@ class _Chain:
         return tensors
 
     def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
-        if len(self.rule.streams) < 2:
+        two_sided = len(self.rule.streams) == 2
+        if not (two_sided or self.bad.skip):
             return None
 
         def receive(layer: str, output: Any) -> None:
+            self.bad.check(task, batch)
+            if not two_sided:
+                return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
             self.outputs.add((task, batch), plain(output), keep, stream == "expert")
 
@@ -290,6 +297,7 @@ class _Chain:
 
     def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
         start = time.perf_counter()
+        arrivals = self.bad.good(arrivals)
         layer = self._layer(name) if arrivals else None  # a function call is known only where a forward makes it
         known = self.journal.get(name)
         # Under autocast the statistics would be gathered in half precision.
@@ -300,26 +308,29 @@ class _Chain:
             for _, told, _, _ in verdicts:
                 if told:
                     return LayerRecord(name, layer.kind.name if layer else "", note=told)
+            if not any(arrived for arrived, _, _, _ in verdicts):
+                return LayerRecord(name, "", note="only batches that are skipped get there")
             repeated = all(same for _, _, same, _ in verdicts)
             owners = [rank for rank, (_, _, _, knows) in enumerate(verdicts) if knows]
+            skipped = []
             if owners:  # solved in an earlier run
                 self.owner = owners[0]
                 if not repeated:
                     self.inputs, self.gathered = Inputs.at(layer, arrivals) if layer else None, False
             elif not (repeated and self.gathered):
                 first = self.inputs.layer if self.inputs and repeated else name
-                self.inputs = Inputs.at(layer, arrivals, first) if layer else None
-                if layer and self.inputs:
-                    self.inputs.gather(layer, arrivals, self.tasks, self.rule)
+                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule, first) if layer else None
+                skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
                 self.owner, self.gathered = reached[len(self.solved) % len(reached)], True  # solves go round
                 add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)
             mine = None
             if known:
-                mine = self._restore(known)
+                mine = (*self._restore(known), known.skipped)
             elif layer and self.inputs and self.owner == self.peers.rank:
-                mine = self._solve(layer, self.inputs)
-            record, written = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [])
+                mine = (*self._solve(layer, self.inputs), [])
+            record, written, before = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [], [])
+            self.bad.recall(before)
         for own, extent in written:
             self.solved.setdefault(self.tied[own], []).append(extent)
         for own in dict.fromkeys(own for own, _ in written):
@@ -333,7 +344,7 @@ class _Chain:
         if not owners:
             record.seconds = time.perf_counter() - start
             values = [self.merged[own].detach().flatten()[first : last + 1] for own, (first, last) in written]
-            self.journal.add(name, Solved(record, written, values))
+            self.journal.add(name, Solved(record, written, values, skipped))
         return record
 
     def _restore(self, known: Solved) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
@@ -365,13 +376,14 @@ class _Chain:
         if inputs.factor is None:
             inputs.factor = factorize(grams, self.importance, self.rule.ridge)
         drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-        solution = solve(inputs.factor, grams, drifts, weights, self.importance)
+        solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance)
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
         values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         record = LayerRecord(layer.name, kind.name)
         if isinstance(values, str):
             record.note = values
             return record, []
+        check_solution(layer, values, self.merged)
         written = []
         for own, part in layer.parts.items():
             whole = self.merged[part.name]
@@ -388,6 +400,7 @@ class _Chain:
                 record.parameters[name] = record.parameters.get(name, 0) + size
         reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
         record.groups, record.idle = len(reached), int((reached == 0).sum())
+        record.kept = kept
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import weakref
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from com_lightning.core.bad_batches import BadBatch
 from com_lightning.core.layers import LayerType, kept
+from com_lightning.core.layers.base import Call
 from com_lightning.core.lockstep import Arrival, Forward
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import NonFiniteError, Rule, Stream, Task
@@ -74,6 +78,7 @@ class Inputs:
         statistics: per task.
         unpaired: calls whose expert rows could not be matched.
         masked: names of tasks whose padding masks fit.
+        bad: batches that are not in the statistics because they cannot be counted.
         factor: of the sum of the Gram matrices.
     """
 
@@ -83,6 +88,7 @@ class Inputs:
     statistics: list[InputStatistics]
     unpaired: int = 0
     masked: set[str] = field(default_factory=set)
+    bad: list[BadBatch] = field(default_factory=list)
     factor: Factor | None = None
 
     def repeated_at(self, layer: Layer, arrivals: Sequence[Arrival]) -> bool:
@@ -98,54 +104,134 @@ class Inputs:
         )
 
     @staticmethod
-    def at(layer: Layer, arrivals: Sequence[Arrival], first: str | None = None) -> Inputs:
-        """What arrives at a layer, without statistics yet. ``first``: the first layer that got it, if not this one."""
-        return Inputs(first or layer.name, layer.key, _seen(arrivals), [])
+    def at(layer: Layer, arrivals: Sequence[Arrival]) -> Inputs:
+        """What arrives at a layer, without statistics."""
+        return Inputs(layer.name, layer.key, _seen(arrivals), [])
 
-    def gather(self, layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule) -> None:
-        """Gather the statistics.
+    @staticmethod
+    def gathered(
+        layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule, first: str | None = None
+    ) -> Inputs:
+        """Gather the statistics, without what is not finite. ``first``: the layer that had these inputs first.
+
+        Nothing is looked at twice where all is well: the sums tell. Where they do not, each batch is gathered anew, on
+        its own and in float64, and added only if it is finite.
 
         Raises:
-            NonFiniteError: naming the layer, and the expert or the batch.
+            NonFiniteError: naming the layer and the expert whose weights hold NaN or infinity.
         """
-        kind, module, weights = layer.kind, layer.merged, layer.weights
-        self.statistics = [InputStatistics(kind.has_bias(module), rule.normalize, layer.multiply) for _ in tasks]
-        statistics = self.statistics
-        calls = {where(arrival): arrival for arrival in arrivals}
-        two_sided = rule.streams == ("merged", "expert")
-        traces: list[tuple[Arrival, Tensor]] = []
-        for (task, batch, stream), arrival in calls.items():
-            if stream != rule.streams[0]:
-                continue
-            other = calls.get((task, batch, "expert")) if two_sided else None
-            keep = tasks[task].keep(tasks[task].batches[batch])
-            lead = arrival.input.shape[: arrival.input.dim() - arrival.input.is_floating_point()]
-            self.masked |= {tasks[task].name} if kept(keep, lead) is not None else set()
-            paired = kind.gather(
-                module,
-                statistics[task],
-                (arrival.args, arrival.kwargs),
-                None if other is None else (other.args, other.kwargs),
-                weights[task],
-                keep,
-            )
-            self.unpaired += int(two_sided and not paired)
-            gram = statistics[task].gram
-            assert gram is not None
-            traces.append((arrival, gram.diagonal(dim1=-2, dim2=-1).sum()))
-        self._check_finite(layer, traces, tasks)
-
-    def _check_finite(self, layer: Layer, traces: Sequence[tuple[Arrival, Tensor]], tasks: Sequence[Task]) -> None:
-        name, told = layer.name, "NaN or infinity"
         for task, weight in zip(tasks, layer.weights):
             if not bool(torch.isfinite(weight).all()):
-                raise NonFiniteError(f"layer '{name}' of expert '{task.name}' holds {told}")
-        for arrival, trace in traces:
-            if not bool(torch.isfinite(trace)):
-                raise NonFiniteError(f"the inputs of layer '{name}' hold {told}: {arrival.forward.label}")
-        for task, entry in zip(tasks, self.statistics):
-            if entry.drift is not None and not bool(torch.isfinite(entry.drift).all()):
-                raise NonFiniteError(f"the inputs of layer '{name}' in expert '{task.name}' hold {told}")
+                raise NonFiniteError(f"layer '{layer.name}' of expert '{task.name}' holds NaN or infinity")
+        first = first or layer.name
+        inputs = Inputs(first, layer.key, _seen(arrivals), [_empty(layer, rule) for _ in tasks])
+        pairs = list(_paired(arrivals, rule))
+        for merged, expert in pairs:
+            inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks)
+        if not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
+            inputs = Inputs(first, layer.key, inputs.seen, [_empty(layer, rule) for _ in tasks])
+            for merged, expert in pairs:
+                inputs._add_if_finite(layer, merged, expert, tasks, rule)
+            lost = {(batch.task, batch.batch) for batch in inputs.bad}
+            inputs.seen = {place: seen for place, seen in inputs.seen.items() if place[:2] not in lost}
+        return inputs
+
+    def _add(
+        self,
+        layer: Layer,
+        statistics: InputStatistics,
+        merged: Arrival,
+        expert: Arrival | None,
+        tasks: Sequence[Task],
+        exact: bool = False,
+    ) -> None:
+        """Add a batch, in float64 if it is to be exact."""
+        number, batch, _ = where(merged)
+        task = tasks[number]
+        keep = task.keep(task.batches[batch])
+        lead = merged.input.shape[: merged.input.dim() - merged.input.is_floating_point()]
+        calls = [None if a is None else _in_float64(a) if exact else (a.args, a.kwargs) for a in (merged, expert)]
+        assert calls[0] is not None
+        paired = layer.kind.gather(layer.merged, statistics, calls[0], calls[1], layer.weights[number], keep)
+        self.masked |= {task.name} if kept(keep, lead) is not None else set()
+        self.unpaired += int(expert is not None and not paired)
+
+    def _add_if_finite(
+        self, layer: Layer, merged: Arrival, expert: Arrival | None, tasks: Sequence[Task], rule: Rule
+    ) -> None:
+        number, batch, _ = where(merged)
+        part = _empty(layer, rule)
+        self._add(layer, part, merged, expert, tasks, exact=True)
+        if _is_sound(part):
+            self.statistics[number].join(part)
+            return
+        label, why = merged.forward.label, "hold NaN or infinity"
+        tensors = {a.forward.label: _floating(a) for a in (merged, expert) if a is not None}
+        broken = [name for name, own in tensors.items() if not all(bool(t.isfinite().all()) for t in own)]
+        if not broken:
+            largest = max((float(t.abs().amax()) for own in tensors.values() for t in own if t.numel()), default=0.0)
+            why = f"are finite, but what is computed from them is not (they are {largest:.3g} at most)"
+        self.bad.append(BadBatch(number, batch, broken[0] if broken else label, why))
+
+
+def _empty(layer: Layer, rule: Rule) -> InputStatistics:
+    return InputStatistics(layer.kind.has_bias(layer.merged), rule.normalize, layer.multiply)
+
+
+def _paired(arrivals: Sequence[Arrival], rule: Rule) -> Iterator[tuple[Arrival, Arrival | None]]:
+    """Each arrival whose input is regressed on, and that of its batch in the expert where the rule is two-sided."""
+    calls = {where(arrival): arrival for arrival in arrivals}
+    two_sided = rule.streams == ("merged", "expert")
+    for (task, batch, stream), arrival in calls.items():
+        if stream == rule.streams[0]:
+            yield arrival, calls.get((task, batch, "expert")) if two_sided else None
+
+
+# Below it, sums of squares in float32 are made of numbers that have lost digits.
+_SMALLEST = 1e-25
+
+
+def _is_sound(statistics: InputStatistics, smallest: float = 0.0) -> bool:
+    """Whether all sums are finite, and not so small that they are inexact."""
+    if statistics.gram is None:
+        return True
+    trace = statistics.gram.diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
+    sums: list[Tensor | float] = [trace, statistics.shift.distance, statistics.shift.energy, statistics.shift.cosine]
+    if statistics.drift is not None:
+        sums.append(statistics.drift.sum(dtype=torch.float64))
+    for moments in (statistics.moments, statistics.expert_moments):
+        sums += [torch.as_tensor(moments.square).sum()]
+    told = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=trace.device) for value in sums])
+    total, small = torch.stack([told.sum(), trace]).tolist()  # one wait for the device
+    return math.isfinite(total) and not 0.0 < small < smallest
+
+
+def _floating(arrival: Arrival) -> list[Tensor]:
+    values = (*arrival.args, *arrival.kwargs.values())
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]
+
+
+def _in_float64(arrival: Arrival) -> Call:
+    def cast(value: Any) -> Any:
+        return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, arrival.args)), {name: cast(value) for name, value in arrival.kwargs.items()}
+
+
+def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
+    """Make sure that a solution can be written.
+
+    Raises:
+        NonFiniteError: naming the layer, and what to do.
+    """
+    for own, value in values.items():
+        dtype = merged[layer.parts[own].name].dtype
+        if not bool(value.to(dtype).isfinite().all()):
+            largest = float(value.nan_to_num(0.0).abs().amax())
+            raise NonFiniteError(
+                f"the solution of layer '{layer.name}' holds NaN or infinity: {own}, with values up to {largest:.3g}, "
+                f"is stored in {dtype}. Merge in a wider precision (the trainer's), or raise the ridge"
+            )
 
 
 def add_up(inputs: Inputs | None, tasks: int, peers: Peers, owner: int, device: torch.device) -> None:
@@ -159,8 +245,10 @@ def add_up(inputs: Inputs | None, tasks: int, peers: Peers, owner: int, device: 
             known = [small.matrices[number][which] for small in met if small and which in small.matrices[number]]
             if known:
                 tensor: Tensor | None = getattr(entry, which, None)
-                shape, dtype = known[0]
-                tensor = torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor.contiguous()
+                shape = known[0][0]
+                dtype = reduce(torch.promote_types, [dtype for _, dtype in known])  # what was gathered anew is float64
+                tensor = torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor
+                tensor = tensor.to(dtype).contiguous()
                 peers.add(tensor, owner)
                 if entry is not None:
                     setattr(entry, which, tensor)

@@ -35,6 +35,10 @@ class OutputError:
             expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
         expert, merged = expert.float(), merged.float()
         error, energy = (merged - expert).square().sum(), expert.square().sum()
+        if not bool((error + energy).isfinite()):  # scores that a mask has ruled out, or squares that overflow
+            counted = merged.isfinite() & expert.isfinite()
+            expert, merged = expert[counted].double(), merged[counted].double()
+            error, energy = (merged - expert).square().sum(), expert.square().sum()
         self.error = error if self.error is None else self.error + error
         self.energy = energy if self.energy is None else self.energy + energy
 

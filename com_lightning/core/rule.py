@@ -82,6 +82,8 @@ class LayerRecord:
         masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
         groups, idle: independent regressions (rows of a table, experts of a mixture, channels), and how many of them no
             data reached, which keep the average.
+        kept: those of them that keep the average because what they were solved for is no better, which only rounding
+            brings about.
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
@@ -102,6 +104,7 @@ class LayerRecord:
     masked: list[str] = field(default_factory=list)
     groups: int = 0
     idle: int = 0
+    kept: int = 0
     unpaired: int = 0
     shared_with: str | None = None
     seconds: float = 0.0
@@ -109,5 +112,24 @@ class LayerRecord:
     note: str | None = None
 
 
+@dataclass(frozen=True)
+class SkippedBatch:
+    """A calibration batch that was left out.
+
+    Attributes:
+        task, batch: its task, and its number among those of all processes.
+        layer: the first one whose statistics it is not in.
+        why: what its inputs there were.
+    """
+
+    task: str
+    batch: int
+    layer: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"task '{self.task}', batch {self.batch}, from layer '{self.layer}' on: its inputs {self.why}"
+
+
 class NonFiniteError(ValueError):
-    """NaN or infinity in an expert's weights or in the inputs of a layer."""
+    """NaN or infinity in an expert's weights, in the inputs of a layer, or in what it was solved for."""

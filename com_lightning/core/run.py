@@ -9,7 +9,7 @@ from typing import Literal
 from torch import Tensor
 
 from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord
+from com_lightning.core.rule import LayerRecord, SkippedBatch
 
 
 @dataclass
@@ -20,11 +20,13 @@ class Solved:
         record: what happened there.
         written: name of a parameter or buffer, and the first and last of its flattened elements that were written.
         values: those elements, for each of them.
+        skipped: batches that were left out from there on.
     """
 
     record: LayerRecord
     written: list[tuple[str, tuple[int, int]]]
     values: list[Tensor]
+    skipped: list[SkippedBatch] = field(default_factory=list)
 
 
 class Journal:
@@ -62,6 +64,7 @@ class Run:
             ``None``: no limit.
         on_bad_batch: what NaN or infinity in the inputs of a layer does: ``"raise"``, or ``"skip"`` the batch from
             there on.
+        skipped: the batches of all processes that have been skipped.
     """
 
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
@@ -69,3 +72,4 @@ class Run:
     journal: Journal = field(default_factory=Journal)
     memory_budget: int | None = None
     on_bad_batch: Literal["raise", "skip"] = "raise"
+    skipped: list[SkippedBatch] = field(default_factory=list)

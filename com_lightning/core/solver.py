@@ -38,12 +38,15 @@ class Factor:
     Attributes:
         lower: ``(g, k, k)`` float64, lower triangular.
         condition: estimate of the condition number, from the factor's diagonal (a lower bound), worst group.
-        jitter: what had to be added to the diagonal for the factorisation to succeed, relative to its mean.
+        jitter: what had to be added to the diagonal for the factorisation to succeed, relative to its mean in the
+            group, worst group.
+        failed: ``(g,)``, groups whose matrix has no factor even so; they keep the average.
     """
 
     lower: Tensor
     condition: float
     jitter: float
+    failed: Tensor
 
 
 def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float) -> Factor:
@@ -70,20 +73,20 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         raise ValueError("the statistics of a layer hold NaN or infinity")
     if scale <= 0.0:  # no row carries anything: any solution fits, and the average is kept
         scale, ridge = 1.0, max(ridge, 1.0)
+    own = diagonal.mean(-1, keepdim=True)
+    own = torch.where(own > 0, own, scale)  # a group without data
     diagonal.add_(ridge * scale)
     jitter = 0.0
-    while True:
-        lower, failed = torch.linalg.cholesky_ex(total)
-        if not bool(failed.any()):
-            break
+    lower, info = torch.linalg.cholesky_ex(total)
+    while bool((failed := info != 0).any()) and jitter < 1.0:
         step = 9 * jitter if jitter else 1e-12
-        if jitter + step > 1.0:
-            raise ValueError("the Gram matrix of a layer is not positive definite, even with its diagonal doubled")
-        diagonal.add_(step * scale)
+        diagonal.add_(step * own * failed[:, None])
         jitter += step
+        lower, info = torch.linalg.cholesky_ex(total)
+    lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().amax())
-    return Factor(lower, condition, jitter)
+    return Factor(lower, condition, jitter, failed)
 
 
 def solve(
@@ -112,7 +115,23 @@ def solve(
         >>> solve(factor, grams, [None, None], weights, [0.5, 0.5]).item()
         9.0
     """
+    return solve_or_average(factor, grams, drifts, weights, importance)[0]
+
+
+def solve_or_average(
+    factor: Factor,
+    grams: Sequence[Tensor],
+    drifts: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    importance: Sequence[float],
+) -> tuple[Tensor, int]:
+    """As :func:`solve`, and how many groups keep the average because their solution is not better than that.
+
+    With ``R`` the right-hand side and ``A = L Lᵀ`` the regularised Gram matrix, a difference ``D`` to the average
+    lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution.
+    """
     solution = torch.empty_like(weights[0], dtype=torch.float64)
+    kept = 0
     for part in _parts(solution):
         mean = torch.zeros_like(solution[part])
         for weight, share in zip(weights, importance):
@@ -122,8 +141,13 @@ def solve(
             right.add_(_product(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)
             if drift is not None:
                 right.add_(drift[part].to(torch.float64), alpha=share)
-        solution[part] = mean + _divided(right, factor.lower[part])
-    return solution
+        lower = factor.lower[part]
+        difference = _divided(right, lower)
+        gain = (2.0 * (right * difference) - _product(difference, lower).square()).sum((1, 2))
+        worse = factor.failed[part] | ~(gain >= 0.0)
+        kept += int(worse.sum())
+        solution[part] = mean + difference.masked_fill_(worse[:, None, None], 0.0)
+    return solution, kept
 
 
 def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor, importance: Sequence[float]) -> float:

@@ -178,7 +178,10 @@ class InputStatistics:
             square = merged.square().sum((1, 2))
             square = square if expert is None else torch.maximum(square, expert.square().sum((1, 2)))
             norm = (square + float(self.bias)).sqrt()
-            root = torch.where(norm > 0, 1.0 / norm, 0.0)
+            # A square that overflows, or has lost its digits, must not pass for a row that counts nothing.
+            smallest = 1e-30 if merged.dtype == torch.float32 else 0.0
+            unknown = ~norm.isfinite() | ((square > 0) & (norm.square() < smallest))
+            root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(unknown, torch.nan)
         scaled = _appended(merged, root) if self.bias else merged * root[:, None, None]
         self.gram = _add_product(self.gram, scaled, scaled)
         self.rows += len(merged)
@@ -197,6 +200,14 @@ class InputStatistics:
         if drift is not None:
             self.drift = drift if self.drift is None else self.drift.add_(drift)
         self.rows += rows
+
+    def join(self, other: InputStatistics) -> None:
+        """Add what another one of the same layer has seen."""
+        if other.gram is not None:
+            self.add(other.gram, other.drift, other.rows)
+        self.shift.add(other.shift)
+        self.moments.add(other.moments)
+        self.expert_moments.add(other.expert_moments)
 
     def mean_gram(self) -> Tensor:
         """``G_i = gram / rows``, ``(g, k, k)``."""

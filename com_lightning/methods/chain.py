@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Dict, Literal, Optional
 
@@ -19,8 +20,8 @@ class _ClosedForm(MergingMethod):
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
-        if not self.rule.ridge >= 0:
-            found.append(f"ridge: must be 0 or more, got {self.rule.ridge}")
+        if not 0 <= self.rule.ridge < math.inf:
+            found.append(f"ridge: must be 0 or more, and finite, got {self.rule.ridge}")
         return found
 
 
