@@ -55,6 +55,9 @@ class ChainOfMergesCallback(Callback):
         verbose: print the report at the end, for where there is no line of code to print it.
         grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
             have are merged, the others kept. Otherwise such tables are an error.
+        base: the model that the experts were fine-tuned from, given as an expert is, for methods that need it (task
+            arithmetic and its relatives); by default the module given to ``trainer.validate``, with its weights as they
+            are.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -82,12 +85,13 @@ class ChainOfMergesCallback(Callback):
         overwrite: bool = False,
         verbose: bool = False,
         grow_vocabulary: bool = False,
+        base: Optional[ExpertSource] = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary = grow_vocabulary
+        self.grow_vocabulary, self.base = grow_vocabulary, base
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -112,7 +116,15 @@ class ChainOfMergesCallback(Callback):
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
         self._plan = make_plan(
-            model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
+            model,
+            self.experts,
+            data,
+            self.method,
+            self.private,
+            problems,
+            becomes_first,
+            self.grow_vocabulary,
+            self.base,
         )
         return self._plan
 
@@ -146,7 +158,7 @@ class ChainOfMergesCallback(Callback):
         with (
             torch.inference_mode(False),
             together(self._peers),
-            tqdm(total=len(self._plan.layers), desc="merging", disable=_quiet(trainer), leave=False) as bar,
+            tqdm(total=len(self._plan.layers) or None, desc="merging", disable=_quiet(trainer), leave=False) as bar,
         ):
             step = 0
 

@@ -53,7 +53,7 @@ class Parameters:
     warnings: list[str] = field(default_factory=list)
 
 
-def load_expert(name: str, source: ExpertSource, model: LightningModule) -> LightningModule:
+def load_expert(name: str, source: ExpertSource, model: LightningModule, label: str | None = None) -> LightningModule:
     """The module of one expert, in eval mode on the CPU. Nothing is unpickled but tensors and plain values.
 
     Args:
@@ -63,11 +63,12 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule) -> Ligh
             loaded into the part that it fits, another module and a folder of ``save_pretrained`` take its place, and a
             folder with an adapter is folded into it.
         model: gives the class, and the weights that an adapter was trained on.
+        label: what messages call it, if not an expert.
 
     Raises:
         MergeError: if the source cannot be read, is not safe, or does not fit, naming the file and the keys.
     """
-    label = f"expert '{name}'"
+    label = label or f"expert '{name}'"
     if isinstance(source, nn.Module):
         source = _unwrapped(source)
     if isinstance(source, LightningModule):

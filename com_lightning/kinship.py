@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from com_lightning.core.sharing import named_tensors
 from com_lightning.state_dicts import some
@@ -77,6 +77,32 @@ def unrelated_weights(experts: Mapping[str, nn.Module], shared: Collection[str])
         f"matrices and the mean of the others' is {cosine:.2f}; {judged}"
         for task, cosine in odd.items()
     ]
+
+
+def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module], shared: Collection[str]) -> str | None:
+    """Why experts seem not to be fine-tuned from a base: the cosine between it and their mean, over weight matrices.
+
+    Args:
+        base: name of each shared parameter -> its value.
+        experts: task -> its module.
+        shared: names of what is merged.
+    """
+    states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts.values()]
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, origin in base.items():
+        if name in shared and isinstance(states[0][name], nn.Parameter) and origin.dim() > 1:
+            own = origin.detach().flatten().float()
+            mean = torch.zeros_like(own)
+            for state in states:
+                mean += state[name].detach().flatten().to(own)
+            products += torch.stack([own @ mean, own @ own, mean @ mean]).double().cpu()
+    across, own, mean = products
+    if mean == 0 or (cosine := float(across / (own * mean).sqrt().clamp_min(1e-30))) >= _UNRELATED:
+        return None
+    return (
+        f"the experts seem not to be fine-tuned from it: the cosine between its weight matrices and their mean is "
+        f"{cosine:.2f}; it is mostly above 0.9"
+    )
 
 
 def _whose(tasks: Sequence[str]) -> str:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from com_lightning.account import account
 from com_lightning.adapters import adapter_parameters
+from com_lightning.base_model import load_base
 from com_lightning.checkpoints import collected_warnings
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
@@ -28,7 +29,7 @@ from com_lightning.core.sharing import average, copy_module, named_tensors, tied
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters
 from com_lightning.masks import padding_mask, unmasked
-from com_lightning.methods import MergeJob, MergingMethod
+from com_lightning.methods import Average, MergeJob, MergingMethod, ParameterRecord
 from com_lightning.report import MergeReport, table
 from com_lightning.state_dicts import some
 from com_lightning.vocabulary import match_vocabularies
@@ -45,6 +46,7 @@ class MergePlan:
         layers: the layers to be solved, by name.
         frozen: parameters that no expert trains.
         data: in words, for each task.
+        base: name of what is shared -> its value in the base, if the method needs it.
     """
 
     experts: dict[str, LightningModule]
@@ -53,6 +55,7 @@ class MergePlan:
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
     data: str = ""
+    base: Mapping[str, Tensor] | None = None
 
     def others(self) -> dict[str, str]:
         """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
@@ -90,7 +93,7 @@ class MergePlan:
             entry = loose.setdefault(what, [0, 0])
             entry[0] += 1
             entry[1] += tensors[name].numel()
-        told = "to be seen" if self.layers else "averaged"
+        told = "to be seen" if self.layers else "averaged" if isinstance(self.method, Average) else "merged"
         rows = [["what", "layers", "values"]]
         rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
         rows += [[f"{told}: {what}", str(n), f"{values:,}"] for what, (n, values) in loose.items()]
@@ -119,6 +122,7 @@ def make_plan(
     problems: Sequence[str] = (),
     becomes_first: bool = False,
     grow_vocabulary: bool = False,
+    base: ExpertSource | None = None,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
 
@@ -131,6 +135,7 @@ def make_plan(
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         grow_vocabulary: see :func:`~com_lightning.vocabulary.match_vocabularies`; ``model`` grows too.
+        base: what the experts were fine-tuned from, for a method that needs it; ``None``: ``model``.
 
     Raises:
         MergeError: with all problems at once.
@@ -164,6 +169,13 @@ def make_plan(
         if becomes_first:
             found += _unlike(model, *next(iter(experts.items())))
     parameters.warnings[:0] = warnings
+    origin: dict[str, Tensor] | None = None
+    if method.needs_base and parameters.shared:
+        try:
+            origin, odd = load_base(base, model, experts, parameters.shared, grow_vocabulary)
+            parameters.warnings += odd
+        except MergeError as error:
+            found += error.problems
     if found:
         for warning in parameters.warnings:
             rank_zero_warn(warning)
@@ -175,10 +187,10 @@ def make_plan(
     for expert in experts.values():
         expert.requires_grad_(False)
     if not method.needs_data:
-        return MergePlan(experts, method, parameters, {}, frozen)
+        return MergePlan(experts, method, parameters, {}, frozen, base=origin)
     held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
     told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
-    return MergePlan(experts, method, parameters, layers, frozen, told)
+    return MergePlan(experts, method, parameters, layers, frozen, told, origin)
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,12 +235,12 @@ def execute(
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, run))
+        records = plan.method.merge(MergeJob(tasks, merged, run, plan.base))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),
         tasks=list(plan.experts),
-        layers=records,
+        layers=[record for record in records if not isinstance(record, ParameterRecord)],
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         warnings=list(plan.parameters.warnings),
@@ -276,7 +288,11 @@ def load_into(model: LightningModule, module: LightningModule) -> None:
 
 def describe(method: MergingMethod) -> dict[str, Any]:
     """Class and settings of a method, in plain values."""
-    settings = {name: value for name, value in vars(method).items() if name != "rule"}
+    settings = {
+        name: describe(value) if isinstance(value, MergingMethod) else value
+        for name, value in vars(method).items()
+        if name not in ("rule", "needs_data", "needs_base")
+    }
     rule = getattr(method, "rule", None)
     return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
 

@@ -36,6 +36,7 @@ class MergeTrainer(Trainer):
         dry_run: bool = False,
         files: Optional[Dict[str, str]] = None,
         grow_vocabulary: bool = False,
+        base: Optional[str] = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -56,6 +57,8 @@ class MergeTrainer(Trainer):
             files: further files for the folder, name -> text.
             grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
                 all have are merged, the others kept. Otherwise such tables are an error.
+            base: the model that the experts were fine-tuned from, for methods that need it (task arithmetic and its
+                relatives); a file or folder as for experts. By default the model, with its weights as they are.
 
         Returns:
             The report, which is also printed.
@@ -67,7 +70,7 @@ class MergeTrainer(Trainer):
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
+        merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
         data.trainer = self
         data.prepare_data()
         data.setup("validate")

@@ -33,6 +33,11 @@ class MergeJob:
     base: Mapping[str, Tensor] | None = None
 
 
+@dataclass
+class ParameterRecord(LayerRecord):
+    """A parameter that a rule has merged as such, whatever layer it belongs to; ``kind`` is the rule's name."""
+
+
 class MergingMethod(ABC):
     """A rule that merges experts into one set of shared parameters.
 
@@ -42,6 +47,8 @@ class MergingMethod(ABC):
 
     needs_data: bool = True
     """Whether the method reads calibration batches."""
+    needs_base: bool = False
+    """Whether the method reads the weights that the experts were fine-tuned from."""
 
     def __init__(self, importance: Optional[Dict[str, float]] = None) -> None:
         self.importance = importance
