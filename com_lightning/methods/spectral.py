@@ -47,7 +47,8 @@ class TSVM(_Spectral):
     vectors side by side in ``U`` and ``V``, the merged task matrix is ``U' S V'ᵀ``, where ``U'`` is the matrix with
     orthonormal columns nearest to ``U`` (the solution of the orthogonal Procrustes problem), and ``V'`` that to ``V``.
     One expert is given back; identical ones are, with ``r / T`` of their singular values. Where there are more tasks
-    than ``r``, no singular value would stay, and the average does.
+    than ``r``, no singular value would stay, and the average does. Directions that a task matrix does not have (LoRA)
+    are left out, where the authors' code fills in arbitrary ones, to which the others are made orthogonal.
 
     Args:
         scale: ``α``, of the averaged parameters too; 1 in the paper.
@@ -65,9 +66,10 @@ class TSVM(_Spectral):
         lefts, values, rights = [], [], []
         for task in tasks:
             left, value, right = torch.linalg.svd(parameter.vector(task), full_matrices=False)
-            lefts.append(left[:, :rank].clone())  # not a view of all of it
-            values.append(value[:rank] * parameter.share(task))
-            rights.append(right[:rank].clone())
+            own = min(rank, _rank(value, parameter.target))
+            lefts.append(left[:, :own].clone())  # not a view of all of it
+            values.append(value[:own] * parameter.share(task))
+            rights.append(right[:own].clone())
         left, right = orthogonal(torch.cat(lefts, 1)), orthogonal(torch.cat(rights))
         merged: Tensor = (left * torch.cat(values)) @ right
         return merged
@@ -77,8 +79,8 @@ class IsoC(_Spectral):
     """Iso-C: the sum of the task matrices, with all its singular values replaced by their mean.
 
     Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
-    arXiv 2502.04959, section 4. One expert is not given back, but made isotropic too. The paper chooses the scale on
-    held-out data.
+    arXiv 2502.04959, section 4. One expert is not given back, but made isotropic too; in directions that no task matrix
+    has (LoRA), what this adds is arbitrary, as in the authors' code. The paper chooses the scale on held-out data.
 
     Args:
         scale: ``α``, of the averaged parameters too.
@@ -90,7 +92,8 @@ class IsoC(_Spectral):
 
     def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
         left, values, right = torch.linalg.svd(parameter.sum(), full_matrices=False)
-        return (left @ right).mul_(values.mean())
+        merged: Tensor = left @ right
+        return merged.mul_(values.mean())
 
 
 class IsoCTS(_Spectral):
@@ -137,12 +140,21 @@ class IsoCTS(_Spectral):
 def orthogonal(matrix: Tensor) -> Tensor:
     """The nearest matrix with orthonormal columns, or rows where there are fewer of these: the polar factor.
 
+    In directions that ``matrix`` does not have, it is not unique, and is taken to be 0.
+
     Example::
 
         >>> orthogonal(torch.tensor([[3.0, 0.0], [0.0, 0.5]]))
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
-    nearest: Tensor = left @ right
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    rank = _rank(values, matrix)
+    nearest: Tensor = left[:, :rank] @ right[:rank]
     return nearest
+
+
+def _rank(values: Tensor, matrix: Tensor) -> int:
+    """How many singular values, largest first, are more than rounding."""
+    bound = torch.finfo(values.dtype).eps * max(matrix.shape) * values[:1]
+    return int((values > bound).sum())

@@ -65,12 +65,12 @@ class KarcherMean(ParameterRule):
 
     Args:
         steps: at most.
-        tolerance: length of the mean tangent, in radians, at which to stop.
+        tolerance: change of the experts' coefficients at which to stop.
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
     def __init__(
-        self, steps: int = 100, tolerance: float = 1e-7, importance: Optional[Dict[str, float]] = None
+        self, steps: int = 100, tolerance: float = 1e-10, importance: Optional[Dict[str, float]] = None
     ) -> None:
         super().__init__(importance)
         self.steps, self.tolerance = steps, tolerance
@@ -102,10 +102,12 @@ class KarcherMean(ParameterRule):
             stretch = torch.where(sines > _TINY, angles / sines.clamp_min(_TINY), 1.0) * weights
             tangent = stretch - (stretch @ near) * direction
             length = _length(tangent, cosines)
-            if length < self.tolerance:
-                break
-            direction = math.cos(length) * direction + math.sin(length) / length * tangent
+            before = direction
+            direction = math.cos(length) * before + (math.sin(length) / length if length else 1.0) * tangent
             direction = direction / _length(direction, cosines)
+            # Not the length of the tangent, which is rounded at the square root of what its coefficients are.
+            if float((direction - before).abs().max()) < self.tolerance:
+                break
         return direction
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
