@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import List, Optional
@@ -106,12 +107,12 @@ class ChainOfMergesCallback(Callback):
         """Whether the merge has been done."""
         return bool(self.modules)
 
-    def plan(self, model: LightningModule, data: MergeDataModule, becomes_first: bool = True) -> MergePlan:
+    def plan(self, model: LightningModule, data: MergeDataModule | None, becomes_first: bool = True) -> MergePlan:
         """Load the experts and check everything, before any data is read. ``data`` must be set up.
 
         Args:
             model: a module of the experts' class.
-            data: the tasks' data.
+            data: the tasks' data; ``None``: none is at hand.
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
@@ -127,6 +128,37 @@ class ChainOfMergesCallback(Callback):
             self.base,
         )
         return self._plan
+
+    def merge(self, model: LightningModule, trainer: Trainer | None = None) -> MergeReport:
+        """Merge now, without data: by a method that needs none, and without validating anything.
+
+        Args:
+            model: a module of the experts' class; it is not changed.
+            trainer: whose device and precision are used; by default a CPU and that of the experts.
+
+        Returns:
+            The report, without metrics. The merged modules are in :attr:`modules`, and in ``output_dir`` if it is set.
+
+        Raises:
+            MergeError: before anything is merged, with all problems at once.
+
+        Example::
+
+            merger = ChainOfMergesCallback({"mnist": "mnist.ckpt", "digits": "digits.ckpt"}, TIES(), base="base.ckpt")
+            merger.merge(model)
+            merger.modules["mnist"]
+        """
+        with quiet_lightning():
+            trainer = trainer or Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        require_mergeable(trainer, self.output_dir)
+        plan = self._plan or self.plan(copy.deepcopy(model) if self.grow_vocabulary else model, None, False)
+        self._plan = None  # whatever becomes of its experts
+        for warning in plan.parameters.warnings:
+            rank_zero_warn(warning)
+        with torch.inference_mode(False):
+            self.modules, self.report = execute(plan, trainer, None, Run())
+            self._finish(plan)
+        return self.report
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""

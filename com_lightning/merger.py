@@ -107,8 +107,8 @@ class MergePlan:
         return (
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
             f"{table(rows)}\n\n{self.data}{unseen if loose and self.layers else ''}"
-            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); the activations of "
-            "the calibration data come on top."
+            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes})"
+            + ("; the activations of the calibration data come on top." if self.layers else ".")
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
 
@@ -116,7 +116,7 @@ class MergePlan:
 def make_plan(
     model: LightningModule,
     sources: Mapping[str, ExpertSource],
-    data: MergeDataModule,
+    data: MergeDataModule | None,
     method: MergingMethod,
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
@@ -129,7 +129,7 @@ def make_plan(
     Args:
         model: a module of the experts' class.
         sources: task -> where its expert comes from.
-        data: of the same tasks, set up.
+        data: of the same tasks, set up; ``None``: none is at hand, and the method must need none.
         method: the rule.
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
@@ -144,17 +144,25 @@ def make_plan(
         with torch.inference_mode(False):
             model.configure_model()
     found = list(problems)
-    if unknown := [task for task in sources if task not in data.tasks]:
+    known = list(sources) if data is None else list(data.tasks)
+    if data is None and method.needs_data:
+        found.append(
+            f"data: {type(method).__name__} needs the tasks' data, a MergeDataModule; without data there are the rules "
+            "of docs/methods.md that need none"
+        )
+    if data is None and not sources:
+        found.append("experts: none is given")
+    if data is not None and (unknown := [task for task in sources if task not in data.tasks]):
         found.append(f"experts: no data for {', '.join(unknown)}; data.tasks has {', '.join(data.tasks)}")
-    if missing := [task for task in data.tasks if task not in sources]:
+    if missing := [task for task in known if task not in sources]:
         found.append(f"data.tasks: no expert for {', '.join(missing)}; experts has {', '.join(sources) or 'none'}")
     for task in sources:
         if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task):
             found.append(f"experts: '{task}' cannot name a file; use letters, digits, '-', '_' and '.'")
-    found += method.problems(list(data.tasks)) + data.problems()
+    found += method.problems(known) + (data.problems() if data is not None else [])
     experts: dict[str, LightningModule] = {}
     with collected_warnings() as warnings:
-        for task in [*(t for t in data.tasks if t in sources), *(t for t in sources if t not in data.tasks)]:
+        for task in [*(t for t in known if t in sources), *(t for t in sources if t not in known)]:
             try:
                 experts[task] = load_expert(task, sources[task], model)
             except MergeError as error:
@@ -186,7 +194,7 @@ def make_plan(
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
     for expert in experts.values():
         expert.requires_grad_(False)
-    if not method.needs_data:
+    if data is None or not method.needs_data:
         return MergePlan(experts, method, parameters, {}, frozen, base=origin)
     held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
     told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
@@ -200,7 +208,7 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def execute(
     plan: MergePlan,
     trainer: Trainer,
-    data: MergeDataModule,
+    data: MergeDataModule | None,
     run: Run,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
@@ -210,7 +218,7 @@ def execute(
     Args:
         plan: what to merge.
         trainer: whose device, precision and limits are used.
-        data: the tasks' data.
+        data: the tasks' data; ``None`` where the method needs none.
         run: how it is carried out.
     """
     peers = run.peers
@@ -222,10 +230,11 @@ def execute(
     tasks = []
     for name, expert in plan.experts.items():
         trainer.precision_plugin.convert_module(expert)
-        expert.to(device)
+        if plan.method.needs_data:
+            expert.to(device)
         expert.trainer = trainer
         batches: list[_Batch] = []
-        if plan.method.needs_data:
+        if plan.method.needs_data and data is not None:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, peers.rank, peers.size)
             for number, (batch, index) in zip(samples[name].numbers, samples[name].batches):
@@ -235,7 +244,7 @@ def execute(
         tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, run, plan.base))
+        records = plan.method.merge(MergeJob(tasks, merged, run, plan.base, device))
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),
@@ -246,7 +255,7 @@ def execute(
         warnings=list(plan.parameters.warnings),
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
-        seed=data.seed,
+        seed=data.seed if data is not None else None,
         versions=_versions(),
     )
     report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)

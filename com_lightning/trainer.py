@@ -25,8 +25,8 @@ class MergeTrainer(Trainer):
     def merge(
         self,
         model: LightningModule,
-        datamodule: LightningDataModule,
-        experts: Dict[str, str],
+        datamodule: Optional[LightningDataModule] = None,
+        experts: Optional[Dict[str, str]] = None,
         method: Optional[MergingMethod] = None,
         private: Optional[List[str]] = None,
         metric: Optional[str] = None,
@@ -42,7 +42,8 @@ class MergeTrainer(Trainer):
 
         Args:
             model: a module of the experts' class; it is not changed.
-            datamodule: a MergeDataModule, the data of all tasks.
+            datamodule: a MergeDataModule, the data of all tasks. Without it, nothing is validated, and the method must
+                be one that needs no data.
             experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file, or a folder that
                 transformers' or PEFT's save_pretrained has written. Relative paths are relative to the working
                 directory.
@@ -67,16 +68,22 @@ class MergeTrainer(Trainer):
             MergeError: with all problems at once, before any calibration batch is read.
         """
         require_mergeable(self, output_dir)
-        data = _tasks(datamodule)
-        sources: Dict[str, Any] = dict(experts)
+        data = _tasks(datamodule) if datamodule is not None else None
+        sources: Dict[str, Any] = dict(experts or {})
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
         merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
-        data.trainer = self
-        data.prepare_data()
-        data.setup("validate")
+        if data is not None:
+            data.trainer = self
+            data.prepare_data()
+            data.setup("validate")
         plan = merger.plan(copy.deepcopy(model) if grow_vocabulary else model, data, becomes_first=False)
         if dry_run:
             print(plan)
+            return merger.report
+        if data is None:
+            if self.is_global_zero:  # the others would do the same
+                merger.merge(model, self)
+                print(f"\n{merger.report}\n\nWritten to {output_dir}.")
             return merger.report
         self.callbacks.append(merger)  # type: ignore[attr-defined]
         try:

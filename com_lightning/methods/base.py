@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Dict, Optional
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.rule import LayerRecord, Task
@@ -25,12 +26,15 @@ class MergeJob:
         run: how it is carried out.
         base: the same names -> value in the model that the experts were fine-tuned from; ``None`` unless the method
             needs it.
+        device: where to compute; ``None``: where the merged tensors are. Experts of a method that needs no data may be
+            elsewhere, so that they need not fit there.
     """
 
     tasks: Sequence[Task]
     merged: Mapping[str, Tensor]
     run: Run = field(default_factory=Run)
     base: Mapping[str, Tensor] | None = None
+    device: torch.device | None = None
 
 
 @dataclass

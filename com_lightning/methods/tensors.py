@@ -7,7 +7,7 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +21,8 @@ from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 class SharedParameter:
     """One parameter, in all experts and in the base.
 
-    Its values are made when they are asked for, in float32 at least and on the device of the merged model, so that a
-    rule holds no more of them than it works on.
+    Its values are made when they are asked for, in float32 at least and on the device to compute on, so that a rule
+    holds no more of them there than it works on.
 
     Attributes:
         name: in the experts; of a tied parameter, its first name.
@@ -30,6 +30,7 @@ class SharedParameter:
         weights: task -> its importance; their sum is one.
         origin: its value in the base; ``None`` where the rule needs none.
         target: the merged parameter.
+        device: to compute on.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SharedParameter:
     weights: Mapping[str, float]
     origin: Tensor | None
     target: Tensor
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def tasks(self) -> list[str]:
@@ -68,7 +70,7 @@ class SharedParameter:
     def sum(self, vector: Callable[[str], Tensor] | None = None) -> Tensor:
         """The sum over tasks of (something made of) the task vectors, each counted by its :meth:`share`."""
         vector = vector or self.vector
-        total = torch.zeros_like(self.target, dtype=self.dtype, requires_grad=False)
+        total = torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
         for task in self.tasks:
             total.add_(vector(task), alpha=self.share(task))
         return total
@@ -78,10 +80,10 @@ class SharedParameter:
         in which parameters or tasks come, the number of processes, or the device."""
         digest = hashlib.sha256(f"{seed}/{task}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        return torch.rand(self.target.shape, generator=generator).to(self.target.device)
+        return torch.rand(self.target.shape, generator=generator).to(self.device)
 
     def _working(self, value: Tensor) -> Tensor:
-        return value.detach().to(self.target.device, self.dtype)
+        return value.detach().to(self.device, self.dtype)
 
 
 Combine = Callable[[SharedParameter], "Tensor | None"]
@@ -120,10 +122,11 @@ class ParameterRule(MergingMethod):
         for number, parameter in enumerate(parameters):
             start, owner = time.perf_counter(), number % peers.size
             value = _finite(combine(parameter), parameter) if owner == peers.rank else None
-            if value is not None:
-                parameter.target.copy_(value)
             if peers.exchange(value is not None)[owner]:  # where nobody has failed
-                peers.broadcast(parameter.target, owner)
+                if value is None:
+                    value = torch.empty_like(parameter.target, device=parameter.device)
+                peers.broadcast(value, owner)
+                parameter.target.copy_(value)
                 count = {parameter.name: parameter.target.numel()}
                 record = ParameterRecord(parameter.name, type(self).__name__, count)
                 record.seconds = time.perf_counter() - start
@@ -150,7 +153,8 @@ def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[S
             seen.add(id(target))
             values = {task: state[name] for task, state in states.items()}
             origin = job.base[name] if job.base is not None else None
-            yield SharedParameter(name, values, {task: weights[task] for task in values}, origin, target)
+            device = job.device or target.device
+            yield SharedParameter(name, values, {task: weights[task] for task in values}, origin, target, device)
 
 
 def scale_problems(scale: float) -> list[str]:
@@ -159,8 +163,9 @@ def scale_problems(scale: float) -> list[str]:
 
 
 def _finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
-    if value is None or bool(torch.isfinite(value.to(parameter.target.dtype)).all()):
-        return value
+    rounded = value.to(parameter.target.dtype) if value is not None else None
+    if rounded is None or bool(torch.isfinite(rounded).all()):
+        return rounded
     for task, own in parameter.values.items():
         if not bool(torch.isfinite(own).all()):
             raise NonFiniteError(f"{parameter.name} of expert '{task}' holds NaN or infinity")
