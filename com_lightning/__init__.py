@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         KarcherMean,
         MergingMethod,
         RegMean,
+        RegMeanPlusPlus,
         TaskArithmetic,
     )
     from com_lightning.report import MergeReport
@@ -50,6 +51,7 @@ __all__ = [
     "MergeTrainer",
     "MergingMethod",
     "RegMean",
+    "RegMeanPlusPlus",
     "SLERP",
     "TaskArithmetic",
     "TaskLoaders",
@@ -76,6 +78,7 @@ _HOMES = {
     "MergeTrainer": "trainer",
     "MergingMethod": "methods",
     "RegMean": "methods",
+    "RegMeanPlusPlus": "methods",
     "SLERP": "methods",
     "TaskArithmetic": "methods",
     "TaskLoaders": "datamodule",

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from com_lightning.core.rule import Task
 from com_lightning.methods import (
     DARE,
     DELLA,
@@ -21,14 +22,18 @@ from com_lightning.methods import (
     IsoC,
     IsoCTS,
     KarcherMean,
+    MergeJob,
     MergingMethod,
+    RegMean,
+    RegMeanPlusPlus,
     TaskArithmetic,
 )
 from com_lightning.methods.tensors import SharedParameter
 from tests.helpers import relative
 from tests.rules import merge
 
-ALL = load_file(Path(__file__).parent / "references" / "rules.safetensors")
+REFERENCES = Path(__file__).parent / "references"
+ALL = load_file(REFERENCES / "rules.safetensors")
 TASKS = ["a", "b", "c"]
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 3.0}
 
@@ -71,6 +76,24 @@ def test_as_others_compute_it(rule: str) -> None:
     bound = 1e-6 if rule in ("della", "karcher") else 1e-9  # of these, theirs computes in float32, or norms
     for name, value in expected.items():
         assert relative(result[name] - ALL[f"base/{name}"], value - ALL[f"base/{name}"]) < bound, name
+
+
+@pytest.mark.parametrize("rule", [RegMean(ridge=0.0), RegMeanPlusPlus(ridge=0.0)], ids=lambda rule: type(rule).__name__)
+def test_rules_on_activations(rule: MergingMethod) -> None:
+    """Layers here are what blocks are to the authors of RegMean++."""
+    known = load_file(REFERENCES / "regmean.safetensors")
+    tasks = []
+    for task in TASKS:
+        layers = [nn.Linear(known[f"{task}/{n}"].shape[1], len(known[f"{task}/{n}"]), bias=False) for n in range(3)]
+        for number, layer in enumerate(layers):
+            layer.weight = nn.Parameter(known[f"{task}/{number}"], requires_grad=False)
+        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        tasks.append(Task(task, network, list(known[f"x.{task}"].split(11))))  # type: ignore[no-untyped-call]
+    merged = {f"{2 * n}.weight": nn.Parameter(torch.zeros_like(known[f"a/{n}"]), requires_grad=False) for n in range(3)}
+    rule.merge(MergeJob(tasks, merged))
+    key = "regmean" if isinstance(rule, RegMean) else "regmean_plus_plus"
+    for number in range(3):
+        assert relative(merged[f"{2 * number}.weight"], known[f"{key}/{number}"]) < 1e-9
 
 
 def test_slerp() -> None:

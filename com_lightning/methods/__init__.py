@@ -2,7 +2,7 @@
 
 from com_lightning.methods.averaging import Average
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
-from com_lightning.methods.chain import ChainOfMerges, RegMean
+from com_lightning.methods.chain import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.methods.combined import Combined
 from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
 from com_lightning.methods.spherical import SLERP, KarcherMean
@@ -23,6 +23,7 @@ __all__ = [
     "MergingMethod",
     "ParameterRecord",
     "RegMean",
+    "RegMeanPlusPlus",
     "SLERP",
     "TaskArithmetic",
     "TIES",
