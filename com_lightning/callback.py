@@ -158,6 +158,8 @@ class ChainOfMergesCallback(Callback):
         with torch.inference_mode(False):
             self.modules, self.report = execute(plan, trainer, None, Run())
             self._finish(plan)
+        if self.verbose:
+            print(f"\n{self.report}")
         return self.report
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:

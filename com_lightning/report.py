@@ -28,7 +28,8 @@ class MergeReport:
         metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, from ``trainer.validate``.
         layers: what happened at each layer, in the order of merging.
         parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``,
-            ``"re-estimated"`` (running statistics), ``"buffer"``, ``"folded"`` (what is left of adapters).
+            ``"re-estimated"`` (running statistics), ``"buffer"``, ``"folded"`` (what is left of adapters), ``"merged by
+            TIES"`` or another rule that merges each parameter on its own.
         sizes: the same kinds -> number of values; private ones are summed over tasks, and those that no data reached
             are averaged.
         samples: task -> calibration samples used.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import com_lightning
 from com_lightning import (
     TIES,
     TSVM,
@@ -25,6 +28,7 @@ from com_lightning import (
     MergeError,
     MergeTrainer,
     TaskArithmetic,
+    methods,
 )
 from com_lightning.cli import main
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
@@ -281,3 +285,28 @@ def test_dry_run_without_data(files: list[str], tmp_path: Path, capsys: pytest.C
     assert "merged: Linear.weight" in out
     assert "calibration" not in out.lower()
     assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.slow
+def test_several_processes(files: list[str], tmp_path: Path) -> None:
+    """Parameters are shared out among processes, and all of them come back."""
+    data = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
+    data = ["--data=com_lightning.MergeDataModule", *data, "--data.tasks.b.classes=4"]
+    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
+        options = [*MODEL, *QUIET, *files, *data, *several, f"--output_dir={tmp_path / name}", "--method=TIES"]
+        command = [sys.executable, "-m", "com_lightning", "merge", *options]
+        subprocess.run(command, check=True, timeout=180, cwd=Path(__file__).parent.parent)
+    one, two = (load_file(tmp_path / name / "merged.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+
+def test_every_rule_has_a_row_and_an_overlay() -> None:
+    root = Path(__file__).parent.parent
+    rows = (root / "docs" / "methods.md").read_text()
+    overlays = [path.read_text() for path in (root / "configs").glob("*.yaml")]
+    for name in methods.__all__:
+        kind = getattr(methods, name)
+        if issubclass(kind, methods.MergingMethod) and kind is not methods.MergingMethod:
+            assert f"| `{name}` |" in rows, name
+            assert any(f"com_lightning.{name}\n" in overlay for overlay in overlays), name
+            assert getattr(com_lightning, name) is kind
