@@ -27,11 +27,15 @@ from com_lightning import (
     MergeDataModule,
     MergeError,
     MergeTrainer,
+    MergingMethod,
     TaskArithmetic,
     methods,
 )
 from com_lightning.cli import main
+from com_lightning.experts import load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
+from tests.test_adapters import adapted, trained
+from tests.test_pretrained import TextModule
 
 MODEL = ["--model=tests.helpers.Classifier"]
 QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
@@ -310,3 +314,42 @@ def test_every_rule_has_a_row_and_an_overlay() -> None:
             assert f"| `{name}` |" in rows, name
             assert any(f"com_lightning.{name}\n" in overlay for overlay in overlays), name
             assert getattr(com_lightning, name) is kind
+
+
+# -- adapters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", [TaskArithmetic(1.0), TSVM()], ids=lambda method: type(method).__name__)
+def test_adapters_are_what_an_expert_has_learned(method: MergingMethod, tmp_path: Path) -> None:
+    """The base of folders with adapters is the model that they are folded into."""
+    model = TextModule()
+    for seed, task in enumerate("ab"):
+        net = adapted(0)
+        torch.manual_seed(seed)
+        for parameter in net.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.03 * torch.randn_like(parameter)
+        net.save_pretrained(str(tmp_path / task))
+    merger = ChainOfMergesCallback({task: tmp_path / task for task in "ab"}, method)
+    merger.merge(model)
+    name = "net.bert.encoder.layer.0.attention.self.query.weight"
+    base = model.get_parameter(name)
+    experts = [load_expert(task, tmp_path / task, model).get_parameter(name) for task in "ab"]
+    change = merger.modules["a"].get_parameter(name) - base
+    if isinstance(method, TaskArithmetic):
+        assert relative(change, experts[0] + experts[1] - 2 * base) < 1e-4
+    assert int(torch.linalg.matrix_rank(change.detach(), rtol=1e-4)) == 4  # two of each
+    table = "net.bert.embeddings.word_embeddings.weight"
+    assert relative(merger.modules["a"].get_parameter(table), model.get_parameter(table)) < 1e-6
+
+
+def test_the_base_of_modules_with_adapters_is_the_model_without_them() -> None:
+    model, experts = trained(0), [trained(1), trained(2)]
+    before = copy.deepcopy(model.state_dict())
+    merger = ChainOfMergesCallback(dict(zip("ab", experts)), TaskArithmetic(0.0))
+    merger.merge(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    folded = load_expert("base", model, model)
+    for name, parameter in merger.modules["a"].named_parameters():
+        if name in merger._shared:
+            assert relative(parameter, folded.get_parameter(name)) < 1e-6, name

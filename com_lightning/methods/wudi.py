@@ -26,7 +26,8 @@ class WUDI(ParameterRule):
 
     Args:
         steps: of Adam.
-        learning_rate: of Adam.
+        learning_rate: of Adam. The default suits CLIP's weights; raise it where task vectors are larger, as those of
+            small models mostly are.
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
