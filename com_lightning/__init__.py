@@ -10,15 +10,40 @@ if TYPE_CHECKING:
     from com_lightning.cli import MergeCLI
     from com_lightning.datamodule import MergeDataModule, TaskLoaders
     from com_lightning.experts import MergeError
-    from com_lightning.methods import Average, ChainOfMerges, MergingMethod, RegMean
+    from com_lightning.methods import (
+        DARE,
+        DELLA,
+        SLERP,
+        TIES,
+        TSVM,
+        WUDI,
+        Average,
+        Breadcrumbs,
+        ChainOfMerges,
+        Combined,
+        IsoC,
+        IsoCTS,
+        KarcherMean,
+        MergingMethod,
+        RegMean,
+        RegMeanPlusPlus,
+        TaskArithmetic,
+    )
     from com_lightning.report import MergeReport
     from com_lightning.trainer import MergeTrainer
 
 __version__ = "0.1.0"
 __all__ = [
     "Average",
+    "Breadcrumbs",
     "ChainOfMerges",
     "ChainOfMergesCallback",
+    "Combined",
+    "DARE",
+    "DELLA",
+    "IsoC",
+    "IsoCTS",
+    "KarcherMean",
     "MergeCLI",
     "MergeDataModule",
     "MergeError",
@@ -26,13 +51,26 @@ __all__ = [
     "MergeTrainer",
     "MergingMethod",
     "RegMean",
+    "RegMeanPlusPlus",
+    "SLERP",
+    "TaskArithmetic",
     "TaskLoaders",
+    "TIES",
+    "TSVM",
+    "WUDI",
 ]
 # Imported when first asked for, so that `com_lightning.core` needs nothing but torch.
 _HOMES = {
     "Average": "methods",
+    "Breadcrumbs": "methods",
     "ChainOfMerges": "methods",
     "ChainOfMergesCallback": "callback",
+    "Combined": "methods",
+    "DARE": "methods",
+    "DELLA": "methods",
+    "IsoC": "methods",
+    "IsoCTS": "methods",
+    "KarcherMean": "methods",
     "MergeCLI": "cli",
     "MergeDataModule": "datamodule",
     "MergeError": "experts",
@@ -40,7 +78,13 @@ _HOMES = {
     "MergeTrainer": "trainer",
     "MergingMethod": "methods",
     "RegMean": "methods",
+    "RegMeanPlusPlus": "methods",
+    "SLERP": "methods",
+    "TaskArithmetic": "methods",
     "TaskLoaders": "datamodule",
+    "TIES": "methods",
+    "TSVM": "methods",
+    "WUDI": "methods",
 }
 
 

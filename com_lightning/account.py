@@ -9,6 +9,7 @@ from torch import nn
 from com_lightning.core.rule import LayerRecord
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.experts import Parameters
+from com_lightning.methods import ParameterRecord
 
 
 def account(
@@ -27,8 +28,9 @@ def account(
     ties = tied_names(expert)
     solved: dict[str, int] = {}
     notes = {record.name: record.note for record in records if record.note}
+    by_rule = {ties[record.name]: record.kind for record in records if isinstance(record, ParameterRecord)}
     for record in records:
-        for name, count in record.parameters.items():
+        for name, count in record.parameters.items() if not isinstance(record, ParameterRecord) else ():
             reached = count - count * record.idle // max(record.groups, 1)
             solved[ties[name]] = solved.get(ties[name], 0) + reached
             if not reached:
@@ -45,6 +47,8 @@ def account(
             result[name] = "re-estimated" if name in renewed else "buffer"
         elif count == tensor.numel():
             result[name] = "solved"
+        elif first in by_rule and not count:
+            result[name] = f"merged by {by_rule[first]}"
         elif count:
             result[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
         else:
@@ -52,7 +56,8 @@ def account(
             result[name] = f"averaged: {note}" if needs_data else "averaged"
         if first == name:
             sizes["solved"] += count
-            sizes["averaged" if is_parameter else result[name]] += tensor.numel() - count
+            kind = result[name] if not is_parameter or result[name].startswith("merged") else "averaged"
+            sizes[kind] = sizes.get(kind, 0) + tensor.numel() - count
     for task, names in parameters.private.items():
         own = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
         result.update(dict.fromkeys(names, "private"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -66,6 +67,9 @@ class ChainOfMergesCallback(Callback):
         experts_device: ``"cpu"``: experts stay where they were loaded, and each weight is brought to the device when
             the expert's forward uses it, and no sooner. By default those whose forwards are needed are on the device
             during the merge.
+        base: the model that the experts were fine-tuned from, given as an expert is, for methods that need it (task
+            arithmetic and its relatives); by default the module given to ``trainer.validate``, with its weights as they
+            are.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -96,12 +100,13 @@ class ChainOfMergesCallback(Callback):
         no_resume: bool = False,
         experts_device: Optional[Literal["cpu"]] = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
+        base: Optional[ExpertSource] = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary, self.on_bad_batch = grow_vocabulary, on_bad_batch
+        self.grow_vocabulary, self.base, self.on_bad_batch = grow_vocabulary, base, on_bad_batch
         self.no_resume, self.experts_device = no_resume, experts_device
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
@@ -120,13 +125,13 @@ class ChainOfMergesCallback(Callback):
         return bool(self.modules)
 
     def plan(
-        self, model: LightningModule, data: MergeDataModule, becomes_first: bool = True, writes: bool = True
+        self, model: LightningModule, data: MergeDataModule | None, becomes_first: bool = True, writes: bool = True
     ) -> MergePlan:
         """Load the experts and check everything, before any data is read. ``data`` must be set up.
 
         Args:
             model: a module of the experts' class.
-            data: the tasks' data.
+            data: the tasks' data; ``None``: none is at hand.
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
             writes: whether this process is to write the result; others may be on a machine without that folder.
         """
@@ -138,12 +143,53 @@ class ChainOfMergesCallback(Callback):
         if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
             problems.append(f"files: {some(outside)} would be written outside the result's folder; give plain names")
         self._plan = make_plan(
-            model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
+            model,
+            self.experts,
+            data,
+            self.method,
+            self.private,
+            problems,
+            becomes_first,
+            self.grow_vocabulary,
+            self.base,
         )
         experts, folder = self._plan.experts, self.output_dir
         if folder and writes and (problems := space_problems(Path(folder), experts, not self.no_resume)):
             raise MergeError(problems)
         return self._plan
+
+    def merge(self, model: LightningModule, trainer: Trainer | None = None) -> MergeReport:
+        """Merge now, without data: by a method that needs none, and without validating anything.
+
+        Args:
+            model: a module of the experts' class; it is not changed.
+            trainer: whose device and precision are used; by default a CPU and that of the experts.
+
+        Returns:
+            The report, without metrics. The merged modules are in :attr:`modules`, and in ``output_dir`` if it is set.
+
+        Raises:
+            MergeError: before anything is merged, with all problems at once.
+
+        Example::
+
+            merger = ChainOfMergesCallback({"mnist": "mnist.ckpt", "digits": "digits.ckpt"}, TIES(), base="base.ckpt")
+            merger.merge(model)
+            merger.modules["mnist"]
+        """
+        with quiet_lightning():
+            trainer = trainer or Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        require_mergeable(trainer, self.output_dir)
+        plan = self._plan or self.plan(copy.deepcopy(model) if self.grow_vocabulary else model, None, False)
+        self._plan = None  # whatever becomes of its experts
+        for warning in plan.parameters.warnings:
+            rank_zero_warn(warning)
+        with torch.inference_mode(False):
+            self.modules, self.report = execute(plan, trainer, None, Run())
+            self._finish(plan)
+        if self.verbose:
+            print(f"\n{self.report}")
+        return self.report
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
@@ -177,7 +223,7 @@ class ChainOfMergesCallback(Callback):
         with (
             torch.inference_mode(False),
             together(self._peers),
-            tqdm(total=len(self._plan.layers), desc="merging", disable=_quiet(trainer), leave=False) as bar,
+            tqdm(total=len(self._plan.layers) or None, desc="merging", disable=_quiet(trainer), leave=False) as bar,
         ):
             step = 0
 

@@ -43,10 +43,11 @@ class MergeCLI(LightningCLI):
             "trainer_class": MergeTrainer,
             "parser_class": _Parser,
             "subclass_mode_model": model_class is LightningModule,
-            "subclass_mode_data": datamodule_class is LightningDataModule,
             "save_config_kwargs": {"overwrite": True},
             "auto_configure_optimizers": False,
         }
+        # `None` is any datamodule, or none: a merge may need no data.
+        datamodule_class = None if datamodule_class is LightningDataModule else datamodule_class
         super().__init__(model_class, datamodule_class, **{**defaults, **kwargs})
 
     @staticmethod

@@ -53,7 +53,9 @@ class Parameters:
     warnings: list[str] = field(default_factory=list)
 
 
-def load_expert(name: str, source: ExpertSource, model: LightningModule, as_stored: bool = False) -> LightningModule:
+def load_expert(
+    name: str, source: ExpertSource, model: LightningModule, label: str | None = None, as_stored: bool = False
+) -> LightningModule:
     """The module of one expert, in eval mode on the CPU. Nothing is unpickled but tensors and plain values.
 
     Args:
@@ -64,11 +66,12 @@ def load_expert(name: str, source: ExpertSource, model: LightningModule, as_stor
             folder with an adapter is folded into it.
         model: gives the class, and the weights that an adapter was trained on.
         as_stored: leave the tensors in the precision of the source, see :func:`take_precision`.
+        label: what messages call it, if not an expert.
 
     Raises:
         MergeError: if the source cannot be read, is not safe, or does not fit, naming the file and the keys.
     """
-    label = f"expert '{name}'"
+    label = label or f"expert '{name}'"
     if isinstance(source, nn.Module):
         source = _unwrapped(source)
     if isinstance(source, LightningModule):

@@ -98,6 +98,32 @@ def unrelated_weights(experts: Mapping[str, nn.Module], shared: Collection[str])
     ]
 
 
+def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module], shared: Collection[str]) -> str | None:
+    """Why experts seem not to be fine-tuned from a base: the cosine between it and their mean, over weight matrices.
+
+    Args:
+        base: name of each shared parameter -> its value.
+        experts: task -> its module.
+        shared: names of what is merged.
+    """
+    states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts.values()]
+    products = torch.zeros(3, dtype=torch.float64)
+    for name, origin in base.items():
+        if name in shared and isinstance(states[0][name], nn.Parameter) and origin.dim() > 1:
+            own = origin.detach().flatten().float()
+            mean = torch.zeros_like(own)
+            for state in states:
+                mean += state[name].detach().flatten().to(own)
+            products += torch.stack([own @ mean, own @ own, mean @ mean]).double().cpu()
+    across, own, mean = products
+    if mean == 0 or (cosine := float(across / (own * mean).sqrt().clamp_min(1e-30))) >= _UNRELATED:
+        return None
+    return (
+        f"the experts seem not to be fine-tuned from it: the cosine between its weight matrices and their mean is "
+        f"{cosine:.2f}; it is mostly above 0.9"
+    )
+
+
 def _whose(tasks: Sequence[str]) -> str:
     names = some([f"'{task}'" for task in tasks])
     return f"the two experts {names} seem not to" if len(tasks) == 2 else f"no two of the experts {names} seem to"

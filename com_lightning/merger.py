@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from com_lightning.account import account
 from com_lightning.adapters import adapter_parameters
+from com_lightning.base_model import load_base
 from com_lightning.checkpoints import collected_warnings
 from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
@@ -31,7 +32,7 @@ from com_lightning.experts import ExpertSource, MergeError, Parameters, load_exp
 from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.kinship import non_finite_weights
 from com_lightning.masks import padding_mask, unmasked
-from com_lightning.methods import MergeJob, MergingMethod
+from com_lightning.methods import Average, MergeJob, MergingMethod, ParameterRecord
 from com_lightning.report import MergeReport, table
 from com_lightning.state_dicts import some
 from com_lightning.vocabulary import match_vocabularies
@@ -49,6 +50,7 @@ class MergePlan:
         frozen: parameters that no expert trains.
         data: in words, for each task.
         stored: task -> name of each tensor that its source stores in another precision than the model's -> that one.
+        base: name of what is shared -> its value in the base, if the method needs it.
     """
 
     experts: dict[str, LightningModule]
@@ -58,6 +60,7 @@ class MergePlan:
     frozen: set[str] = field(default_factory=set)
     data: str = ""
     stored: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
+    base: Mapping[str, Tensor] | None = None
 
     def precision(self, task: str) -> dict[str, torch.dtype]:
         """Precision in which a task's merged parameters are stored: that of its source, and for shared ones the lowest
@@ -106,7 +109,7 @@ class MergePlan:
             entry = loose.setdefault(what, [0, 0])
             entry[0] += 1
             entry[1] += tensors[name].numel()
-        told = "to be seen" if self.layers else "averaged"
+        told = "to be seen" if self.layers else "averaged" if isinstance(self.method, Average) else "merged"
         rows = [["what", "layers", "values"]]
         rows += [[f"solved: {kind}", str(n), f"{values:,}"] for kind, (n, values) in counts.items()]
         rows += [[f"{told}: {what}", str(n), f"{values:,}"] for what, (n, values) in loose.items()]
@@ -120,8 +123,8 @@ class MergePlan:
         return (
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
             f"{table(rows)}\n\n{self.data}{unseen if loose and self.layers else ''}"
-            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); the activations of "
-            "the calibration data come on top."
+            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes})"
+            + ("; the activations of the calibration data come on top." if self.layers else ".")
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
 
@@ -129,46 +132,57 @@ class MergePlan:
 def make_plan(
     model: LightningModule,
     sources: Mapping[str, ExpertSource],
-    data: MergeDataModule,
+    data: MergeDataModule | None,
     method: MergingMethod,
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
     becomes_first: bool = False,
     grow_vocabulary: bool = False,
+    base: ExpertSource | None = None,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
 
     Args:
         model: a module of the experts' class.
         sources: task -> where its expert comes from.
-        data: of the same tasks, set up.
+        data: of the same tasks, set up; ``None``: none is at hand, and the method must need none.
         method: the rule.
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         grow_vocabulary: see :func:`~com_lightning.vocabulary.match_vocabularies`; ``model`` grows too.
+        base: what the experts were fine-tuned from, for a method that needs it; ``None``: ``model``.
 
     Raises:
         MergeError: with all problems at once.
     """
-    if strange := [name for name in (*sources, *data.tasks, *(method.importance or ())) if not isinstance(name, str)]:
+    named = (*sources, *(data.tasks if data is not None else ()), *(method.importance or ()))
+    if strange := [name for name in named if not isinstance(name, str)]:
         raise MergeError([f"names of tasks are text; put quotes around {strange[0]!r} wherever it stands"])
     if is_overridden("configure_model", model):  # Lightning calls it later, and asks that it may be called again
         with torch.inference_mode(False):
             model.configure_model()
     found = list(problems)
-    if unknown := [task for task in sources if task not in data.tasks]:
+    known = list(sources) if data is None else list(data.tasks)
+    if data is None and method.needs_data:
+        found.append(
+            f"data: {type(method).__name__} needs the tasks' data, a MergeDataModule; without data there are the rules "
+            "of docs/methods.md that need none"
+        )
+    if data is None and not sources:
+        found.append("experts: none is given")
+    if data is not None and (unknown := [task for task in sources if task not in data.tasks]):
         found.append(f"experts: no data for {', '.join(unknown)}; data.tasks has {', '.join(data.tasks)}")
-    if missing := [task for task in data.tasks if task not in sources]:
+    if missing := [task for task in known if task not in sources]:
         found.append(f"data.tasks: no expert for {', '.join(missing)}; experts has {', '.join(sources) or 'none'}")
     for task in sources:
         if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task) or len(task) > 60:
             found.append(f"experts: '{task}' cannot name a file; use at most 60 letters, digits, '-', '_' and '.'")
-    found += method.problems(list(data.tasks)) + data.problems()
+    found += method.problems(known) + (data.problems() if data is not None else [])
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
     with collected_warnings() as warnings:
-        for task in [*(t for t in data.tasks if t in sources), *(t for t in sources if t not in data.tasks)]:
+        for task in [*(t for t in known if t in sources), *(t for t in sources if t not in known)]:
             try:
                 experts[task] = load_expert(task, sources[task], model, as_stored=True)
                 stored[task] = take_precision(experts[task], model)
@@ -185,6 +199,13 @@ def make_plan(
         if becomes_first:
             found += _unlike(model, *next(iter(experts.items())))
     parameters.warnings[:0] = warnings
+    origin: dict[str, Tensor] | None = None
+    if method.needs_base and parameters.shared:
+        try:
+            origin, odd = load_base(base, model, experts, parameters.shared, grow_vocabulary)
+            parameters.warnings += odd
+        except MergeError as error:
+            found += error.problems
     if found:
         for warning in parameters.warnings:
             rank_zero_warn(warning)
@@ -195,11 +216,11 @@ def make_plan(
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
     for expert in experts.values():
         expert.requires_grad_(False)
-    if not method.needs_data:
-        return MergePlan(experts, method, parameters, {}, frozen, stored=stored)
+    if data is None or not method.needs_data:
+        return MergePlan(experts, method, parameters, {}, frozen, stored=stored, base=origin)
     held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
     told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
-    return MergePlan(experts, method, parameters, layers, frozen, told, stored)
+    return MergePlan(experts, method, parameters, layers, frozen, told, stored, origin)
 
 
 def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -209,7 +230,7 @@ def _parameters(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def execute(
     plan: MergePlan,
     trainer: Trainer,
-    data: MergeDataModule,
+    data: MergeDataModule | None,
     run: Run,
     experts_stay: bool = False,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
@@ -220,7 +241,7 @@ def execute(
     Args:
         plan: what to merge.
         trainer: whose device, precision and limits are used.
-        data: the tasks' data.
+        data: the tasks' data; ``None`` where the method needs none.
         run: how it is carried out.
         experts_stay: whether the experts' weights are brought to the device where they are used, and no sooner.
     """
@@ -237,7 +258,7 @@ def execute(
 
     for name, expert in plan.experts.items():
         batches: list[_Batch] = []
-        if plan.method.needs_data:
+        if plan.method.needs_data and data is not None:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, peers.rank, peers.size)
             running = Placement(expert, move).module()  # whose hooks may compute on the device
@@ -264,19 +285,19 @@ def execute(
         run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, data_of_all), **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, run))
+        records = plan.method.merge(MergeJob(tasks, merged, run, plan.base, device))
     modules = with_shared(plan, merged)
     report = MergeReport(
         method=describe(plan.method),
         tasks=list(plan.experts),
-        layers=records,
+        layers=[record for record in records if not isinstance(record, ParameterRecord)],
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=run.skipped,
         warnings=list(plan.parameters.warnings),
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
-        seed=data.seed,
+        seed=data.seed if data is not None else None,
         resumed=run.journal.resumed,
         versions=_versions(),
     )
@@ -333,7 +354,11 @@ def load_into(model: LightningModule, module: LightningModule) -> None:
 
 def describe(method: MergingMethod) -> dict[str, Any]:
     """Class and settings of a method, in plain values."""
-    settings = {name: value for name, value in vars(method).items() if name != "rule"}
+    settings = {
+        name: describe(value) if isinstance(value, MergingMethod) else value
+        for name, value in vars(method).items()
+        if name not in ("rule", "needs_data", "needs_base")
+    }
     rule = getattr(method, "rule", None)
     return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
 

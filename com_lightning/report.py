@@ -28,7 +28,8 @@ class MergeReport:
         metrics: ``"expert"``, ``"average"``, ``"merged"`` -> task -> metric -> value, from ``trainer.validate``.
         layers: what happened at each layer, in the order of merging.
         parameters: name of each parameter or buffer -> ``"solved"``, ``"averaged: why"``, ``"private"``,
-            ``"re-estimated"`` (running statistics), ``"buffer"``, ``"folded"`` (what is left of adapters).
+            ``"re-estimated"`` (running statistics), ``"buffer"``, ``"folded"`` (what is left of adapters), ``"merged by
+            TIES"`` or another rule that merges each parameter on its own.
         sizes: the same kinds -> number of values; private ones are summed over tasks, and those that no data reached
             are averaged.
         samples: task -> calibration samples used.
@@ -89,10 +90,10 @@ class MergeReport:
         if merged > average if _lower_is_better(self.metric or "") else merged < average:
             ridge = f" (it is {self.method['ridge']})" if "ridge" in self.method else ""
             samples = sorted({0, *self.samples.values()})[-1]
+            data = f"Give more calibration samples (there are {samples} per task), a higher ridge{ridge}, or take"
             self.warnings.append(
                 f"the merge is worse than the plain average: the mean {self.metric} is {_number(merged)} merged and "
-                f"{_number(average)} averaged. Give more calibration samples (there are {samples} per task), a higher "
-                f"ridge{ridge}, or take the method Average"
+                f"{_number(average)} averaged. {data if samples else 'Try other settings, or'} the method Average"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -163,8 +164,8 @@ class MergeReport:
     def __str__(self) -> str:
         if not self.tasks:
             return "Nothing has been merged yet."
-        shown = f"{self.metric}\n\n{self.task_table()}\n" if self.metrics else ""
-        return f"{shown}\n{self.summary()}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
+        shown = f"{self.metric}\n\n{self.task_table()}\n\n" if self.metrics else ""
+        return f"{shown}{self.summary()}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
 
     def to_markdown(self) -> str:
         """The whole report as Markdown."""
@@ -185,7 +186,7 @@ class MergeReport:
             if self.layers
             else "",
             "## Averaged parameters\n\n" + table([["parameter", "why"], *unsolved]) if unsolved else "",
-            f"Calibration seed {self.seed}; {versions}.",
+            f"Calibration seed {self.seed}; {versions}." if self.seed is not None else f"{versions}.",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -33,8 +33,8 @@ class MergeTrainer(Trainer):
     def merge(
         self,
         model: LightningModule,
-        datamodule: LightningDataModule,
-        experts: Dict[str, str],
+        datamodule: Optional[LightningDataModule] = None,
+        experts: Optional[Dict[str, str]] = None,
         method: Optional[MergingMethod] = None,
         private: Optional[List[str]] = None,
         metric: Optional[str] = None,
@@ -47,12 +47,14 @@ class MergeTrainer(Trainer):
         no_resume: bool = False,
         experts_device: Optional[Literal["cpu"]] = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
+        base: Optional[str] = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
         Args:
             model: a module of the experts' class; it is not changed.
-            datamodule: a MergeDataModule, the data of all tasks.
+            datamodule: a MergeDataModule, the data of all tasks. Without it, nothing is validated, and the method must
+                be one that needs no data.
             experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file, or a folder that
                 transformers' or PEFT's save_pretrained has written. Relative paths are relative to the working
                 directory.
@@ -73,6 +75,8 @@ class MergeTrainer(Trainer):
                 the expert's forward uses it, and no sooner.
             on_bad_batch: what NaN or infinity in a calibration batch does: "raise" an error that names task, batch and
                 layer, or "skip" the batch from that layer on, and go on.
+            base: the model that the experts were fine-tuned from, for methods that need it (task arithmetic and its
+                relatives); a file or folder as for experts. By default the model, with its weights as they are.
 
         Returns:
             The report, which is also printed.
@@ -81,24 +85,31 @@ class MergeTrainer(Trainer):
             MergeError: with all problems at once, before any calibration batch is read.
         """
         require_mergeable(self, output_dir)
-        data = _tasks(datamodule)
-        sources: Dict[str, Any] = dict(experts)
+        data = _tasks(datamodule) if datamodule is not None else None
+        sources: Dict[str, Any] = dict(experts or {})
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files, merger.grow_vocabulary, merger.on_bad_batch = files or {}, grow_vocabulary, on_bad_batch
-        merger.no_resume, merger.experts_device = no_resume, experts_device
-        data.trainer = self
+        merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
+        merger.on_bad_batch, merger.no_resume, merger.experts_device = on_bad_batch, no_resume, experts_device
         end_with_parent()
         peers = Peers() if dry_run else early_peers(self)
         with together(peers):
-            if peers.size == 1 or self.local_rank == 0:
+            if data is not None and (peers.size == 1 or self.local_rank == 0):
+                data.trainer = self
                 data.prepare_data()
         with together(peers):
-            data.setup("validate")
+            if data is not None:
+                data.trainer = self
+                data.setup("validate")
             blank = copy.deepcopy(model) if grow_vocabulary else model
             plan = merger.plan(blank, data, becomes_first=False, writes=self.is_global_zero)
         if dry_run:
             if self.is_global_zero:
                 print(plan)
+            return merger.report
+        if data is None:
+            if self.is_global_zero:  # the others would do the same
+                merger.merge(model, self)
+                print(f"\n{merger.report}\n\nWritten to {output_dir}.")
             return merger.report
         self.callbacks.append(merger)  # type: ignore[attr-defined]
         try:

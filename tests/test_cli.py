@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from com_lightning.cli import main
-from tests.helpers import make_experts, quiet_trainer, relative
+from tests.helpers import Classifier, make_experts, quiet_trainer, relative
 
 ROOT = Path(__file__).parent.parent
 MODEL = ["--model=tests.helpers.Classifier"]
@@ -162,6 +162,9 @@ OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
 @pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
 def test_every_overlay_merges(overlay: Path, experts: list[str], tmp_path: Path) -> None:
     arguments = [*MODEL, *DATA, *QUIET, *experts, f"--config={overlay}", f"--output_dir={tmp_path / 'merged'}"]
+    torch.manual_seed(0)  # what make_experts starts from
+    torch.save(Classifier().state_dict(), tmp_path / "base.pt")
+    arguments.append(f"--base={tmp_path / 'base.pt'}")
     main(["merge", *arguments, "--trainer.accelerator=cpu", "--trainer.devices=1"])  # others would run pytest again
     assert (tmp_path / "merged" / "report.json").is_file()
 

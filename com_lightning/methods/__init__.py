@@ -1,7 +1,32 @@
 """Merging rules, one class each, all with one interface."""
 
 from com_lightning.methods.averaging import Average
-from com_lightning.methods.base import MergeJob, MergingMethod
-from com_lightning.methods.chain import ChainOfMerges, RegMean
+from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.methods.chain import ChainOfMerges, RegMean, RegMeanPlusPlus
+from com_lightning.methods.combined import Combined
+from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
+from com_lightning.methods.spherical import SLERP, KarcherMean
+from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, TaskArithmetic
+from com_lightning.methods.wudi import WUDI
 
-__all__ = ["Average", "ChainOfMerges", "MergeJob", "MergingMethod", "RegMean"]
+__all__ = [
+    "Average",
+    "Breadcrumbs",
+    "ChainOfMerges",
+    "Combined",
+    "DARE",
+    "DELLA",
+    "IsoC",
+    "IsoCTS",
+    "KarcherMean",
+    "MergeJob",
+    "MergingMethod",
+    "ParameterRecord",
+    "RegMean",
+    "RegMeanPlusPlus",
+    "SLERP",
+    "TaskArithmetic",
+    "TIES",
+    "TSVM",
+    "WUDI",
+]

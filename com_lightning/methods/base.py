@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Dict, Optional
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.rule import LayerRecord, Task
@@ -25,12 +26,20 @@ class MergeJob:
         run: how it is carried out.
         base: the same names -> value in the model that the experts were fine-tuned from; ``None`` unless the method
             needs it.
+        device: where to compute; ``None``: where the merged tensors are. Experts of a method that needs no data may be
+            elsewhere, so that they need not fit there.
     """
 
     tasks: Sequence[Task]
     merged: Mapping[str, Tensor]
     run: Run = field(default_factory=Run)
     base: Mapping[str, Tensor] | None = None
+    device: torch.device | None = None
+
+
+@dataclass
+class ParameterRecord(LayerRecord):
+    """A parameter that a rule has merged as such, whatever layer it belongs to; ``kind`` is the rule's name."""
 
 
 class MergingMethod(ABC):
@@ -42,6 +51,8 @@ class MergingMethod(ABC):
 
     needs_data: bool = True
     """Whether the method reads calibration batches."""
+    needs_base: bool = False
+    """Whether the method reads the weights that the experts were fine-tuned from."""
 
     def __init__(self, importance: Optional[Dict[str, float]] = None) -> None:
         self.importance = importance

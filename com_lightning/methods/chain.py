@@ -73,3 +73,25 @@ class RegMean(_ClosedForm):
     ) -> None:
         super().__init__(importance)
         self.rule = Rule("expert", "merged", normalize, ridge)
+
+
+class RegMeanPlusPlus(_ClosedForm):
+    """RegMean++: RegMean on the activations of the model merged so far.
+
+    Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging", arXiv
+    2508.03121: statistics are taken where layers before have been merged already. The authors go by transformer blocks,
+    and take what is within a block from the expert's block on the merged model's input; we go by layers, so that all
+    that comes before is merged. Ridge, bias and layers are as in :class:`RegMean`. It is the one-sided
+    :class:`ChainOfMerges` without its normalisation.
+
+    Args:
+        normalize: count each row by its direction rather than its size; the paper does not.
+        importance: task -> its weight, relative to the others; uniform by default.
+        ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+    """
+
+    def __init__(
+        self, normalize: bool = False, importance: Optional[Dict[str, float]] = None, ridge: float = 0.01
+    ) -> None:
+        super().__init__(importance)
+        self.rule = Rule("merged", "merged", normalize, ridge)

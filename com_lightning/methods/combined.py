@@ -1,0 +1,76 @@
+"""Two rules in one merge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.rule import LayerRecord
+from com_lightning.core.sharing import average, named_tensors
+from com_lightning.methods.base import MergeJob, MergingMethod
+
+
+class Combined(MergingMethod):
+    """One rule for the weight matrices, another for the rest: biases, normalisations, embedding tables.
+
+    Matrices are parameters of two dimensions or more, convolutions among them, that are not an embedding's table. Where
+    ``matrices`` merges layers rather than parameters (ChainOfMerges, RegMean), it takes all that it solves, biases and
+    normalisations included, and what it has no closed form for is left to ``rest``. Importance is that of each rule;
+    buffers are averaged by that of ``rest``.
+
+    Args:
+        matrices: the rule for the weight matrices.
+        rest: the rule for the rest; one that merges each parameter on its own, or Average.
+
+    Example::
+
+        Combined(matrices=TSVM(), rest=TIES(density=0.5))
+    """
+
+    def __init__(self, matrices: MergingMethod, rest: MergingMethod) -> None:
+        super().__init__(rest.importance)
+        self.matrices, self.rest = matrices, rest
+        self.needs_data = matrices.needs_data or rest.needs_data
+        self.needs_base = matrices.needs_base or rest.needs_base
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        if self.matrices.needs_data:
+            started = self.rest.merge(job)
+            return self.matrices.merge(job) + started
+        tables = _tables(job)
+        parts: list[dict[str, Tensor]] = [{}, {}]
+        for name, tensor in job.merged.items():
+            parts[tensor.dim() < 2 or not isinstance(tensor, nn.Parameter) or id(tensor) in tables][name] = tensor
+        if self.matrices.importance != self.importance:
+            _average(job, parts[0], self.matrices)
+        records = [rule.merge(replace(job, merged=part)) for rule, part in zip((self.matrices, self.rest), parts)]
+        return records[0] + records[1]
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = [f"matrices: {problem}" for problem in self.matrices.problems(tasks)]
+        found += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
+        if self.rest.needs_data:
+            found.append(
+                f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "
+                "a rule that needs no data"
+            )
+        return found
+
+
+def _tables(job: MergeJob) -> set[int]:
+    """``id`` of each merged tensor that is an embedding's table under one of its names."""
+    expert = job.tasks[0].expert
+    tables = {id(part.weight) for part in expert.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
+    return {id(job.merged[n]) for n, tensor, _ in named_tensors(expert) if n in job.merged and id(tensor) in tables}
+
+
+@torch.no_grad()
+def _average(job: MergeJob, merged: Mapping[str, Tensor], rule: MergingMethod) -> None:
+    """Start a rule from the average that its own importance gives."""
+    weights = rule.weights([task.name for task in job.tasks])
+    states = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in job.tasks]
+    for name, tensor in merged.items():
+        tensor.copy_(average([state[name] for state in states], weights))

@@ -1,0 +1,271 @@
+"""Rules that add the experts' task vectors to the base: what each expert has learned, ``τ_i = θ_i − θ_base``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Dict, Literal, Optional
+
+import torch
+from torch import Tensor
+
+from com_lightning.methods.tensors import Combine, ParameterRule, SharedParameter, scale_problems
+from com_lightning.methods.trimming import kth_largest
+
+
+class TaskVectorRule(ParameterRule):
+    """``θ_base + scale Σ_i sparse(τ_i)``, or the elected mean (see :func:`elected_mean`) in place of the sum.
+
+    A task vector's importance is relative to the mean importance, so that equal ones change nothing.
+
+    Args:
+        scale: factor of what is added to the base; 0 gives the base.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    needs_base = True
+    elects = False
+
+    def __init__(self, scale: float, importance: Optional[Dict[str, float]] = None) -> None:
+        super().__init__(importance)
+        self.scale = scale
+
+    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
+        """What is kept of a task vector; the same each time it is asked for."""
+        return parameter.vector(task)
+
+    def combine(self, parameter: SharedParameter) -> Tensor | None:
+        return self.added(parameter, lambda task: self.sparse(parameter, task))
+
+    def added(self, parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
+        """The base, and what these task vectors make."""
+        merged = elected_mean(parameter, vector) if self.elects else parameter.sum(vector)
+        return merged.mul_(self.scale).add_(parameter.base())
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        return super().problems(tasks) + scale_problems(self.scale)
+
+
+class TaskArithmetic(TaskVectorRule):
+    """Task arithmetic: the sum of the task vectors, scaled, on top of the base: ``θ_base + λ Σ_i τ_i``.
+
+    Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, sections 2 and 4. The paper chooses the
+    scale on held-out data; 0.3 is what comparisons on eight tasks mostly take. One over the number of tasks is the
+    average.
+
+    Args:
+        scale: ``λ``.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    def __init__(self, scale: float = 0.3, importance: Optional[Dict[str, float]] = None) -> None:
+        super().__init__(scale, importance)
+
+
+class TIES(TaskVectorRule):
+    """TIES: task vectors are trimmed to their largest values, and averaged where they agree on the sign.
+
+    Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708, algorithm 1, with the
+    values that the paper recommends where there is no validation data. Values that equal the smallest one kept are kept
+    too. Where signs weigh the same against each other, none is elected and the base stays, as in the algorithm; the
+    authors' code takes the sign of the majority of all parameters.
+
+    Args:
+        density: share of each task vector that is kept, above 0.
+        scale: ``λ``.
+        trim: ``"model"``: the largest values among all of an expert's shared parameters, as the paper has it;
+            ``"parameter"``: among those of each parameter, as mergekit has it.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    elects = True
+
+    def __init__(
+        self,
+        density: float = 0.2,
+        scale: float = 1.0,
+        trim: Literal["model", "parameter"] = "model",
+        importance: Optional[Dict[str, float]] = None,
+    ) -> None:
+        super().__init__(scale, importance)
+        self.density, self.trim = density, trim
+
+    def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
+        if self.trim == "parameter":
+            return self.combine
+        count = max(int(self.density * sum(p.target.numel() for p in parameters)), 1)
+        thresholds = {task: _threshold(parameters, task, count) for task in (parameters[0].tasks if parameters else ())}
+
+        def combine(parameter: SharedParameter) -> Tensor:
+            return self.added(parameter, lambda task: _trimmed(parameter.vector(task), thresholds[task]))
+
+        return combine
+
+    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
+        vector = parameter.vector(task)
+        count = max(int(self.density * vector.numel()), 1)
+        return _trimmed(vector, kth_largest(lambda: [vector], count))
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        return super().problems(tasks) + self._out_of(0, 1, density=self.density)
+
+
+class DARE(TaskVectorRule):
+    """DARE: most of each task vector is dropped at random, and the rest scaled up to make up for it.
+
+    Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", arXiv
+    2311.03099, section 3: each value is kept with probability ``1 − p``, and divided by it. The paper merges the result
+    by other rules; here by task arithmetic, or with ``ties`` by the elected mean of TIES, without trimming once more.
+
+    Args:
+        drop_rate: ``p``, below 1. The paper goes up to 0.99; 0.9 is what it shows most.
+        scale: factor of what is added to the base; by default that of the rule that merges: 0.3, with ``ties`` 1.
+        ties: average the values that agree on the elected sign, in place of the sum.
+        rescale: make up for what is dropped. Without it, DARE is plain dropping, which the paper advises against.
+        seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    def __init__(
+        self,
+        drop_rate: float = 0.9,
+        scale: Optional[float] = None,
+        ties: bool = False,
+        rescale: bool = True,
+        seed: int = 0,
+        importance: Optional[Dict[str, float]] = None,
+    ) -> None:
+        super().__init__((1.0 if ties else 0.3) if scale is None else scale, importance)
+        self.drop_rate, self.ties, self.rescale, self.seed = drop_rate, ties, rescale, seed
+        self.elects = ties
+
+    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
+        keep = 1 - self.drop_rate
+        kept = parameter.vector(task).mul_(parameter.uniform(task, self.seed) < keep)
+        return kept.div_(keep) if self.rescale else kept
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = [] if 0 <= self.drop_rate < 1 else [f"drop_rate: must be 0 or more and below 1, got {self.drop_rate}"]
+        return super().problems(tasks) + found
+
+
+class Breadcrumbs(TaskVectorRule):
+    """Model Breadcrumbs: task vectors without their smallest values and without their few largest ones, summed.
+
+    Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", arXiv 2312.06795,
+    section 3, whose ``β`` is ``1 − outliers − density`` and whose ``γ`` is ``1 − outliers``; masks are per parameter.
+    The paper searches for the settings; the defaults are where the search in the authors' code starts.
+
+    Args:
+        density: share of the values that is kept, above 0: the largest after the outliers.
+        outliers: share of the values, the largest, that is dropped.
+        scale: ``α``.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    def __init__(
+        self,
+        density: float = 0.15,
+        outliers: float = 0.006,
+        scale: float = 0.2,
+        importance: Optional[Dict[str, float]] = None,
+    ) -> None:
+        super().__init__(scale, importance)
+        self.density, self.outliers = density, outliers
+
+    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
+        vector = parameter.vector(task)
+        total = vector.numel()
+        kept = max(int(self.density * total), 1)
+        dropped = min(int(self.outliers * total), total - kept)
+        order = vector.flatten().abs().sort(descending=True, stable=True).indices[dropped : dropped + kept]
+        result = torch.zeros_like(vector).flatten()
+        result[order] = vector.flatten()[order]
+        return result.view_as(vector)
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = super().problems(tasks) + self._out_of(0, 1, density=self.density)
+        if not 0 <= self.outliers < 1:
+            found.append(f"outliers: must be 0 or more and below 1, got {self.outliers}")
+        return found
+
+
+class DELLA(TaskVectorRule):
+    """DELLA: as DARE, but the smaller a value, the likelier it is dropped; signs are elected as in TIES.
+
+    Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", arXiv
+    2406.11617, section 3. In each row, the value of rank ``r`` of ``n``, smallest first, is kept with probability
+    ``1 − drop_rate − window / 2 + window (r − 1) / (n − 1)``, and divided by it. A row is what belongs
+    to one index of the first dimension; a vector is one row. The defaults are those of the authors' example.
+
+    Args:
+        drop_rate: ``p``, the mean probability.
+        window: ``ε``, the probability of the smallest value less that of the largest.
+        scale: ``λ``.
+        seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
+        importance: task -> its weight, relative to the others; uniform by default.
+    """
+
+    elects = True
+
+    def __init__(
+        self,
+        drop_rate: float = 0.3,
+        window: float = 0.14,
+        scale: float = 1.1,
+        seed: int = 0,
+        importance: Optional[Dict[str, float]] = None,
+    ) -> None:
+        super().__init__(scale, importance)
+        self.drop_rate, self.window, self.seed = drop_rate, window, seed
+
+    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
+        vector = parameter.vector(task)
+        keep = self.kept_with(vector)
+        return vector.mul_(parameter.uniform(task, self.seed) < keep).div_(keep)
+
+    def kept_with(self, vector: Tensor) -> Tensor:
+        """The probability with which each value is kept; of the shape of ``vector``."""
+        rows = vector.reshape(len(vector), -1) if vector.dim() > 1 else vector.reshape(1, -1)
+        last = rows.shape[1] - 1
+        ranks = torch.empty_like(rows)
+        order = rows.abs().sort(dim=1, stable=True).indices
+        ranks.scatter_(1, order, torch.arange(last + 1, device=rows.device, dtype=rows.dtype).expand_as(rows))
+        place = ranks.div_(last) if last else ranks + 0.5
+        return (place - 0.5).mul_(self.window).add_(1 - self.drop_rate).view_as(vector)
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = super().problems(tasks)
+        if not (self.window >= 0 and self.window / 2 <= self.drop_rate < 1 - self.window / 2):
+            found.append(
+                f"drop_rate, window: drop_rate - window / 2 must be 0 or more, and drop_rate + window / 2 below 1; got "
+                f"{self.drop_rate} and {self.window}"
+            )
+        return found
+
+
+def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
+    """Of each element the sign that weighs more over all tasks, and the weighted mean of the values that have it.
+
+    Example: one of two experts has moved the last value the other way, but less.
+
+        >>> vectors = {"a": torch.tensor([1.0, 2.0, -1.0]), "b": torch.tensor([3.0, 0.0, 3.0])}
+        >>> shared = SharedParameter("w", vectors, {"a": 0.5, "b": 0.5}, torch.zeros(3), torch.empty(3))
+        >>> elected_mean(shared, shared.vector)
+        tensor([2., 2., 3.])
+    """
+    signs = parameter.sum(vector).sign_()
+    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+    for task in parameter.tasks:
+        value = vector(task)
+        agrees = (value.sign() * signs) > 0
+        total.add_(value.mul_(agrees), alpha=parameter.share(task))
+        count.add_(agrees, alpha=parameter.share(task))
+    return total.div_(count.where(count > 0, 1.0))
+
+
+def _trimmed(vector: Tensor, threshold: float) -> Tensor:
+    return vector.mul_(vector.abs().to(torch.float32) >= threshold)
+
+
+def _threshold(parameters: Sequence[SharedParameter], task: str, count: int) -> float:
+    return kth_largest(lambda: (parameter.vector(task) for parameter in parameters), count)

@@ -1,0 +1,177 @@
+"""Rules that merge one parameter at a time, from its values in the experts (and the base) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.rule import LayerRecord, NonFiniteError
+from com_lightning.core.sharing import named_tensors
+from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+
+
+@dataclass
+class SharedParameter:
+    """One parameter, in all experts and in the base.
+
+    Its values are made when they are asked for, in float32 at least and on the device to compute on, so that a rule
+    holds no more of them there than it works on.
+
+    Attributes:
+        name: in the experts; of a tied parameter, its first name.
+        values: task -> its value in that expert, in the order of the tasks. Tasks of importance 0 are left out.
+        weights: task -> its importance; their sum is one.
+        origin: its value in the base; ``None`` where the rule needs none.
+        target: the merged parameter.
+        device: to compute on.
+    """
+
+    name: str
+    values: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    origin: Tensor | None
+    target: Tensor
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in order."""
+        return list(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 if that is what is merged."""
+        return torch.promote_types(self.target.dtype, torch.float32)
+
+    def share(self, task: str) -> float:
+        """Importance of a task in a sum over tasks: 1 for each where all count alike."""
+        return self.weights[task] * len(self.values)
+
+    def expert(self, task: str) -> Tensor:
+        """The value in an expert."""
+        return self._working(self.values[task])
+
+    def base(self) -> Tensor:
+        """The value in the base."""
+        assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
+        return self._working(self.origin)
+
+    def vector(self, task: str) -> Tensor:
+        """The task vector: the expert less the base. A tensor of its own, which may be written into."""
+        return self.expert(task) - self.base()
+
+    def sum(self, vector: Callable[[str], Tensor] | None = None) -> Tensor:
+        """The sum over tasks of (something made of) the task vectors, each counted by its :meth:`share`."""
+        vector = vector or self.vector
+        total = torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
+        for task in self.tasks:
+            total.add_(vector(task), alpha=self.share(task))
+        return total
+
+    def uniform(self, task: str, seed: int) -> Tensor:
+        """Uniform random numbers in [0, 1), one per element, that depend on seed, task and name alone: not on the order
+        in which parameters or tasks come, the number of processes, or the device."""
+        digest = hashlib.sha256(f"{seed}/{task}/{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.rand(self.target.shape, generator=generator).to(self.device)
+
+    def _working(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.dtype)
+
+
+Combine = Callable[[SharedParameter], "Tensor | None"]
+
+
+class ParameterRule(MergingMethod):
+    """A rule that needs no data, and merges each parameter on its own.
+
+    Every shared floating-point parameter is given to :meth:`combine` once (tied ones under their first name); buffers,
+    running statistics for instance, are averaged. With several processes the parameters are shared out among them.
+    """
+
+    needs_data = False
+
+    @abstractmethod
+    def combine(self, parameter: SharedParameter) -> Tensor | None:
+        """The merged value; ``None`` keeps the average, which is there already."""
+
+    def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
+        """:meth:`combine`, with whatever has to be known of all parameters beforehand."""
+        return self.combine
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
+        try:
+            return self._merge(job, list(shared_parameters(job, weights)))
+        except BaseException as error:
+            job.run.peers.fail(error)
+            raise
+
+    @torch.no_grad()
+    def _merge(self, job: MergeJob, parameters: Sequence[SharedParameter]) -> list[LayerRecord]:
+        records: list[LayerRecord] = []
+        peers = job.run.peers
+        combine = self.combiner(parameters)
+        for number, parameter in enumerate(parameters):
+            start, owner = time.perf_counter(), number % peers.size
+            value = _finite(combine(parameter), parameter) if owner == peers.rank else None
+            if peers.exchange(value is not None)[owner]:  # where nobody has failed
+                if value is None:
+                    value = torch.empty_like(parameter.target, device=parameter.device)
+                peers.broadcast(value, owner)
+                parameter.target.copy_(value)
+                count = {parameter.name: parameter.target.numel()}
+                record = ParameterRecord(parameter.name, type(self).__name__, count)
+                record.seconds = time.perf_counter() - start
+                job.run.on_layer(record)
+                records.append(record)
+        return records
+
+    def _out_of(self, low: float, high: float, **settings: float) -> list[str]:
+        """What is wrong with settings that are to lie above ``low``, and at ``high`` or below."""
+        return [
+            f"{name}: must be above {low:g} and at most {high:g}, got {value}"
+            for name, value in settings.items()
+            if not low < value <= high
+        ]
+
+
+def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[SharedParameter]:
+    """The parameters of a job, each once, whatever its names."""
+    counted = [task for task in job.tasks if weights[task.name] > 0]
+    states = {task.name: {name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in counted}
+    seen: set[int] = set()
+    for name, target in job.merged.items():
+        if isinstance(target, nn.Parameter) and target.numel() and id(target) not in seen:
+            seen.add(id(target))
+            values = {task: state[name] for task, state in states.items()}
+            origin = job.base[name] if job.base is not None else None
+            device = job.device or target.device
+            yield SharedParameter(name, values, {task: weights[task] for task in values}, origin, target, device)
+
+
+def scale_problems(scale: float) -> list[str]:
+    """What is wrong with a factor of task vectors."""
+    return [] if math.isfinite(scale) else [f"scale: must be a finite number, got {scale}"]
+
+
+def _finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
+    rounded = value.to(parameter.target.dtype) if value is not None else None
+    if rounded is None or bool(torch.isfinite(rounded).all()):
+        return rounded
+    for task, own in parameter.values.items():
+        if not bool(torch.isfinite(own).all()):
+            raise NonFiniteError(f"{parameter.name} of expert '{task}' holds NaN or infinity")
+    if parameter.origin is not None and not bool(torch.isfinite(parameter.origin).all()):
+        raise NonFiniteError(f"{parameter.name} of the base holds NaN or infinity")
+    told = str(parameter.target.dtype).removeprefix("torch.")
+    raise NonFiniteError(
+        f"the merged value of {parameter.name} is too large for {told}; lower the rule's scale, or merge in float32"
+    )

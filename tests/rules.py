@@ -1,0 +1,61 @@
+"""Jobs for merging rules, without Lightning around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.rule import LayerRecord, Task
+from com_lightning.core.run import Run
+from com_lightning.core.sharing import average
+from com_lightning.methods import MergeJob, MergingMethod
+
+Values = Mapping[str, Tensor]
+SHAPES = {"scalar": (), "vector": (7,), "one": (1,), "matrix": (8, 6), "wide": (4, 6), "conv": (3, 2, 2, 2)}
+
+
+class Bag(nn.Module):
+    """A module of nothing but parameters."""
+
+    def __init__(self, values: Values) -> None:
+        super().__init__()
+        for name, value in values.items():
+            self.register_parameter(name, nn.Parameter(value.clone(), requires_grad=False))
+
+
+def make_values(count: int = 3, scale: float = 0.02, dtype: torch.dtype = torch.float64) -> tuple[Values, list[Values]]:
+    """A base and experts, of parameters of every number of dimensions; deterministic."""
+    generator = torch.Generator().manual_seed(3)
+
+    def noise(size: float) -> dict[str, Tensor]:
+        return {n: size * torch.randn(s, generator=generator, dtype=torch.float64) for n, s in SHAPES.items()}
+
+    base = {name: value.to(dtype) for name, value in noise(0.1).items()}
+    return base, [{n: (base[n] + change).to(dtype) for n, change in noise(scale).items()} for _ in range(count)]
+
+
+def make_job(
+    method: MergingMethod, base: Values | None, experts: Mapping[str, Values], run: Run | None = None
+) -> MergeJob:
+    """What a rule is given by a merge of these experts."""
+    tasks = [Task(task, Bag(values), []) for task, values in experts.items()]
+    weights = method.weights([task.name for task in tasks])
+    merged = {
+        name: nn.Parameter(average([values[name] for values in experts.values()], weights), requires_grad=False)
+        for name in next(iter(experts.values()))
+    }
+    return MergeJob(tasks, merged, run or Run(), base if method.needs_base else None)
+
+
+def merge(method: MergingMethod, base: Values | None, experts: Mapping[str, Values]) -> dict[str, Tensor]:
+    """The merged values."""
+    job = make_job(method, base, experts)
+    method.merge(job)
+    return {name: value.detach() for name, value in job.merged.items()}
+
+
+def records(method: MergingMethod, base: Values | None, experts: Mapping[str, Values]) -> list[LayerRecord]:
+    """What a merge tells."""
+    return method.merge(make_job(method, base, experts))
