@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import List, Optional
@@ -55,6 +56,8 @@ class ChainOfMergesCallback(Callback):
         verbose: print the report at the end, for where there is no line of code to print it.
         grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that all
             have are merged, the others kept. Otherwise such tables are an error.
+        memory_budget: GiB that paused calibration forwards may hold between them; what is more is paged out, from an
+            accelerator to host memory, from the CPU to temporary files. ``None``: no limit.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -82,12 +85,13 @@ class ChainOfMergesCallback(Callback):
         overwrite: bool = False,
         verbose: bool = False,
         grow_vocabulary: bool = False,
+        memory_budget: Optional[float] = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
-        self.grow_vocabulary = grow_vocabulary
+        self.grow_vocabulary, self.memory_budget = grow_vocabulary, memory_budget
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -111,6 +115,8 @@ class ChainOfMergesCallback(Callback):
             becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
         """
         problems = output_problems(Path(self.output_dir), self.overwrite) if self.output_dir else []
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+            problems.append(f"memory_budget: must be a number of GiB above 0, got {self.memory_budget}")
         self._plan = make_plan(
             model, self.experts, data, self.method, self.private, problems, becomes_first, self.grow_vocabulary
         )
@@ -158,8 +164,10 @@ class ChainOfMergesCallback(Callback):
                 step += 1
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
+            budget = None if self.memory_budget is None else int(self.memory_budget * 2**30)
+            run = Run(on_layer, self._peers, memory_budget=budget)
             try:
-                self.modules, self.report = execute(self._plan, trainer, data, Run(on_layer, self._peers))
+                self.modules, self.report = execute(self._plan, trainer, data, run)
             except BaseException:
                 self._plan = None  # its experts have been moved and converted already
                 raise

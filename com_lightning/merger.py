@@ -45,6 +45,7 @@ class MergePlan:
         layers: the layers to be solved, by name.
         frozen: parameters that no expert trains.
         data: in words, for each task.
+        need: in words, what the calibration forwards hold.
     """
 
     experts: dict[str, LightningModule]
@@ -53,6 +54,7 @@ class MergePlan:
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
     data: str = ""
+    need: str = "the activations of the calibration data come on top."
 
     def others(self) -> dict[str, str]:
         """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
@@ -104,8 +106,7 @@ class MergePlan:
         return (
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
             f"{table(rows)}\n\n{self.data}{unseen if loose and self.layers else ''}"
-            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); the activations of "
-            "the calibration data come on top."
+            f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes}); {self.need}"
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
 
@@ -206,24 +207,18 @@ def execute(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    samples: dict[str, CalibrationSample] = {}
-    tasks = []
-    for name, expert in plan.experts.items():
-        trainer.precision_plugin.convert_module(expert)
-        expert.to(device)
-        expert.trainer = trainer
-        batches: list[_Batch] = []
-        if plan.method.needs_data:
-            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
-            samples[name] = data.calibration(name, limit, peers.rank, peers.size)
-            for number, (batch, index) in zip(samples[name].numbers, samples[name].batches):
-                label = f"task '{name}', calibration batch {number}"
-                batches.append(_on_device(batch, index, expert, data.tasks[name], trainer, label))
-        numbers = samples[name].numbers if name in samples else None
-        tasks.append(Task(name, expert, batches, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
+    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size)
     merged = average_shared(plan, plan.method.weights(list(plan.experts)))
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, run))
+        try:
+            records = plan.method.merge(MergeJob(tasks, merged, run))
+        except torch.OutOfMemoryError as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    "all calibration forwards pause at each layer and hold their activations there: give the merge a "
+                    "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
+                )
+            raise
     modules = {name: with_shared(expert, merged) for name, expert in plan.experts.items()}
     report = MergeReport(
         method=describe(plan.method),
@@ -241,6 +236,31 @@ def execute(
     told = peers.exchange(unmasked(tasks, records))
     report.warnings += dict.fromkeys(warning for warnings in told for warning in warnings)
     return modules, report
+
+
+def calibration_tasks(
+    plan: MergePlan, trainer: Trainer, data: MergeDataModule, rank: int, processes: int, batches: int | None = None
+) -> tuple[list[Task], dict[str, CalibrationSample]]:
+    """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
+
+    Also returns the samples that the batches were taken from, where the method needs any.
+    """
+    samples: dict[str, CalibrationSample] = {}
+    tasks = []
+    for name, expert in plan.experts.items():
+        trainer.precision_plugin.convert_module(expert)
+        expert.to(trainer.strategy.root_device)
+        expert.trainer = trainer
+        moved: list[_Batch] = []
+        if plan.method.needs_data:
+            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+            samples[name] = data.calibration(name, limit, rank, processes)
+            for number, (batch, index) in list(zip(samples[name].numbers, samples[name].batches))[:batches]:
+                label = f"task '{name}', calibration batch {number}"
+                moved.append(_on_device(batch, index, expert, data.tasks[name], trainer, label))
+        numbers = samples[name].numbers if name in samples else None
+        tasks.append(Task(name, expert, moved, _CalibrationStep(trainer), lambda batch: batch.keep, numbers))
+    return tasks, samples
 
 
 def average_shared(plan: MergePlan, weights: Sequence[float] | None = None) -> dict[str, Tensor]:

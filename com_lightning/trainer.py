@@ -14,6 +14,7 @@ from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
 from com_lightning.methods import MergingMethod
+from com_lightning.needs import needed
 from com_lightning.processes import require_mergeable, returns_nothing
 from com_lightning.report import MergeReport
 from com_lightning.results import load_results
@@ -36,6 +37,7 @@ class MergeTrainer(Trainer):
         dry_run: bool = False,
         files: Optional[Dict[str, str]] = None,
         grow_vocabulary: bool = False,
+        memory_budget: Optional[float] = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -52,10 +54,13 @@ class MergeTrainer(Trainer):
             baselines: also validate the experts and their plain average, to compare with.
             output_dir: folder for the merged weights, one Lightning checkpoint per task, and the report.
             overwrite: replace an existing output_dir.
-            dry_run: only check everything and print what would be merged.
+            dry_run: only check everything and print what would be merged, and what memory that takes, which one
+                calibration batch of each task is run for.
             files: further files for the folder, name -> text.
             grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
                 all have are merged, the others kept. Otherwise such tables are an error.
+            memory_budget: GiB that paused calibration forwards may hold between them; what is more is paged out, from
+                an accelerator to host memory, from the CPU to temporary files. By default there is no limit.
 
         Returns:
             The report, which is also printed.
@@ -67,12 +72,13 @@ class MergeTrainer(Trainer):
         data = _tasks(datamodule)
         sources: Dict[str, Any] = dict(experts)
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
-        merger.files, merger.grow_vocabulary = files or {}, grow_vocabulary
+        merger.files, merger.grow_vocabulary, merger.memory_budget = files or {}, grow_vocabulary, memory_budget
         data.trainer = self
         data.prepare_data()
         data.setup("validate")
         plan = merger.plan(copy.deepcopy(model) if grow_vocabulary else model, data, becomes_first=False)
         if dry_run:
+            plan.need = needed(plan, self, data, memory_budget)
             print(plan)
             return merger.report
         self.callbacks.append(merger)  # type: ignore[attr-defined]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
+from com_lightning.core.paging import Pager
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run
@@ -70,6 +71,7 @@ class _Chain:
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.device = next(iter(merged.values()), torch.empty(0)).device
+        self.pager = None if run.memory_budget is None else Pager(run.memory_budget, self.device)
         self.whole: dict[str, str] = {}
         self.experts: list[nn.Module] = []
         for task in tasks:
@@ -110,8 +112,8 @@ class _Chain:
         last: LayerRecord | None = None
         places: dict[str, Place] = {name: (self.places.get(name, 0),) for name in self.candidates}
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
-            for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect):
+        with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
+            for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect, pager=self.pager):
                 self._finish(last)
                 start = time.perf_counter()
                 record = self._merge(layer, arrivals)
@@ -283,7 +285,7 @@ class _Chain:
                 if told:
                     return LayerRecord(name, layer.kind.name if layer else "", note=told)
             if not all(repeated for _, _, repeated in verdicts):
-                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule) if layer else None
+                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule, self.pager) if layer else None
                 reached = [rank for rank, (arrived, _, _) in enumerate(verdicts) if arrived]
                 self.owner = reached[len(self.solved) % len(reached)]  # solves go round
                 add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.device)

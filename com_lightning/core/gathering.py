@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.lockstep import Arrival, Forward
+from com_lightning.core.paging import Pager
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import NonFiniteError, Rule, Stream, Task
 from com_lightning.core.solver import Factor
@@ -98,7 +99,9 @@ class Inputs:
         )
 
     @staticmethod
-    def gathered(layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule) -> Inputs:
+    def gathered(
+        layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule, pager: Pager | None = None
+    ) -> Inputs:
         """Gather the statistics.
 
         Raises:
@@ -114,6 +117,9 @@ class Inputs:
             if stream != rule.streams[0]:
                 continue
             other = calls.get((task, batch, "expert")) if two_sided else None
+            if pager is not None:  # what the last ones were fetched for is done
+                pager.settle()
+                pager.fetch(*((a.args, a.kwargs) for a in (arrival, other) if a is not None))
             keep = tasks[task].keep(tasks[task].batches[batch])
             lead = arrival.input.shape[: arrival.input.dim() - arrival.input.is_floating_point()]
             inputs.masked |= {tasks[task].name} if kept(keep, lead) is not None else set()
@@ -129,6 +135,8 @@ class Inputs:
             gram = statistics[task].gram
             assert gram is not None
             traces.append((arrival, gram.diagonal(dim1=-2, dim2=-1).sum()))
+        if pager is not None:
+            pager.settle()
         inputs._check_finite(layer, traces, tasks)
         return inputs
 
