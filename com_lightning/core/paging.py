@@ -12,6 +12,7 @@ kept. The mode also sees what is about to be read, and fetches what is not there
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -50,6 +51,8 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.budget, self.device = budget, device
         self.held = self.peak = self.written = 0
         self.folder: Path | None = None
+        self._moved = 0
+        """Bytes moved since memory was last given back."""
         self._files = device.type == "cpu" if files is None else files
         self._temporary: tempfile.TemporaryDirectory[str] | None = None
         self._pages: dict[int, _Page] = {}
@@ -82,6 +85,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._paused[book] = None
         self.held += book.held
         self.settle()
+        self._trim()
 
     def finished(self, forward: Hashable) -> None:
         """A forward has ended: what is left of it belongs to whoever keeps it."""
@@ -90,6 +94,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._bring_back(book)
             for page in list(book.pages):
                 self._forget(page)
+        self._trim()
 
     def most(self) -> dict[Hashable, int]:
         """Each forward that has run -> the most that it has held at any of its pauses."""
@@ -153,6 +158,13 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     self._pages[address] = page = _Page(storage, book)
                     book.pages[page] = None
 
+    def _trim(self) -> None:
+        """Have the C library give freed memory back, which glibc keeps where anything that lies behind it is in use."""
+        if self._moved > 2**25 and self.device.type == "cpu":
+            self._moved = 0
+            with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+                ctypes.CDLL(None).malloc_trim(0)
+
     def _living(self, book: _Book) -> list[tuple[_Page, UntypedStorage]]:
         """The pages of a forward that somebody still refers to, with their storages."""
         found = []
@@ -205,6 +217,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     storage.copy_(page.home)
         for page, _ in out:
             page.out = False
+            self._moved += page.size
             self._count(page, page.size)
         self.peak = max(self.peak, self.held)
 
@@ -220,6 +233,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage.resize_(0)
             page.out = True
             self._count(page, -page.size)
+            self._moved += page.size
 
     def _write(self, book: _Book, pages: Sequence[tuple[_Page, UntypedStorage]]) -> None:
         if self.folder is None:
