@@ -63,9 +63,13 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)  # type: ignore[no-untyped-call]
-        if self._temporary is not None:
-            self._temporary.cleanup()
-            self._temporary = self.folder = None
+        try:
+            for forward in self._books:  # those that have not been ended
+                self.finished(forward)
+        finally:
+            if self._temporary is not None:
+                self._temporary.cleanup()
+                self._temporary = self.folder = None
 
     def resumed(self, forward: Hashable) -> None:
         """A forward is about to run: fetch all that it holds."""
