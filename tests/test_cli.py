@@ -14,7 +14,7 @@ import yaml
 from safetensors.torch import load_file
 
 from com_lightning.cli import main
-from tests.helpers import Classifier, make_experts, quiet_trainer, relative
+from tests.helpers import make_experts, quiet_trainer, relative
 
 ROOT = Path(__file__).parent.parent
 MODEL = ["--model=tests.helpers.Classifier"]
@@ -116,34 +116,7 @@ def test_dry_run_reads_and_writes_nothing(
     assert "solved: linear" in out
     assert "private to b: head.weight, head.bias" in out
     assert "Memory: at least" in out
-    assert "Paused forwards: about" in out
-    assert "for 40 samples of each task" in out
-    assert "memory_budget" not in out
     assert not (tmp_path / "merged").exists()
-
-
-def test_dry_run_tells_what_a_budget_does(
-    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    arguments = [*MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--memory_budget=1e-6"]
-    main(["merge", *arguments, "--dry_run"])
-    assert "With memory_budget=1e-06, 1.0 KiB of it stays, the rest is paged to files in" in capsys.readouterr().out
-    main(["merge", *arguments])
-    assert (tmp_path / "merged" / "merged.safetensors").is_file()
-
-
-def test_dry_run_gives_the_error_that_the_merge_would(
-    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Classifier, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-        raise LookupError("mine")
-
-    monkeypatch.setattr(Classifier, "validation_step", fail)
-    arguments = [*MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}"]
-    for more in ([], ["--dry_run"]):
-        with pytest.raises(LookupError, match="mine"):
-            main(["merge", *arguments, *more])
 
 
 def test_all_problems_at_once_and_no_traceback(experts: list[str], tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning.cli import main
 from com_lightning.core import chain
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.lockstep import Forward, lockstep
@@ -22,7 +23,8 @@ from com_lightning.core.paging import Pager
 from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
-from tests.helpers import built, make_data, make_experts, quiet_trainer
+from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
+from tests.test_cli import DATA, MODEL, QUIET
 from tests.zoo import averages, run
 from tests.zoo import make_experts as zoo_experts
 
@@ -352,3 +354,43 @@ def test_a_budget_that_is_none_is_a_problem(budget: float) -> None:
     merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), memory_budget=budget)
     with pytest.raises(MergeError, match="memory_budget: must be a number of GiB above 0"):
         quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> list[str]:
+    """Options that name experts in files."""
+    for task, expert in zip("ab", make_experts()):
+        trainer = quiet_trainer()
+        trainer.strategy.connect(expert)
+        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
+
+
+def test_dry_run_tells_what_a_budget_does(saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = [*MODEL, *DATA, *QUIET, *saved, f"--output_dir={tmp_path / 'merged'}"]
+    arguments = [*plain, "--memory_budget=1e-6"]
+    main(["merge", *plain, "--dry_run"])
+    out = capsys.readouterr().out
+    assert "Paused forwards: about" in out
+    assert "for 40 samples of each task" in out
+    assert "memory_budget" not in out
+    main(["merge", *arguments, "--dry_run"])
+    told = "With memory_budget=1e-06, 1.0 KiB of it stays, the rest is paged to files in"
+    assert told in capsys.readouterr().out
+    assert not (tmp_path / "merged").exists()
+    main(["merge", *arguments])
+    assert (tmp_path / "merged" / "merged.safetensors").is_file()
+
+
+def test_dry_run_gives_the_error_that_the_merge_would(
+    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: Classifier, batch: Any, batch_idx: int) -> None:
+        self(batch[0])
+        raise LookupError("mine")
+
+    monkeypatch.setattr(Classifier, "validation_step", fail)
+    arguments = [*MODEL, *DATA, *QUIET, *saved, f"--output_dir={tmp_path / 'merged'}"]
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(LookupError, match="mine"):
+            main(["merge", *arguments, *more])

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -111,9 +112,10 @@ class _Chain:
         records: list[LayerRecord] = []
         last: LayerRecord | None = None
         places: dict[str, Place] = {name: (self.places.get(name, 0),) for name in self.candidates}
+        together = lockstep if self.pager is None else partial(lockstep, pager=self.pager)
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
-            for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect, pager=self.pager):
+            for layer, arrivals in together(self._forwards(), places, elect=self._elect):
                 self._finish(last)
                 start = time.perf_counter()
                 record = self._merge(layer, arrivals)
