@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -70,6 +71,8 @@ class ChainOfMergesCallback(Callback):
         base: the model that the experts were fine-tuned from, given as an expert is, for methods that need it (task
             arithmetic and its relatives); by default the module given to ``trainer.validate``, with its weights as they
             are.
+        memory_budget: GiB that paused calibration forwards may hold between them; what is more is paged out, from an
+            accelerator to host memory, from the CPU to temporary files. ``None``: no limit.
 
     Attributes:
         report: the :class:`~com_lightning.MergeReport`, once merged.
@@ -101,13 +104,14 @@ class ChainOfMergesCallback(Callback):
         experts_device: Optional[Literal["cpu"]] = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
         base: Optional[ExpertSource] = None,
+        memory_budget: Optional[float] = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
         private = [private] if isinstance(private, str) else private
         self.experts, self.method, self.private, self.metric = experts, method or ChainOfMerges(), private, metric
         self.grow_vocabulary, self.base, self.on_bad_batch = grow_vocabulary, base, on_bad_batch
-        self.no_resume, self.experts_device = no_resume, experts_device
+        self.no_resume, self.experts_device, self.memory_budget = no_resume, experts_device, memory_budget
         self.baselines, self.output_dir, self.overwrite, self.verbose = baselines, output_dir, overwrite, verbose
         self.report = MergeReport()
         self.modules: dict[str, LightningModule] = {}
@@ -140,6 +144,8 @@ class ChainOfMergesCallback(Callback):
             problems.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
         if self.experts_device not in (None, "cpu"):
             problems.append(f"experts_device: must be 'cpu' or not given, got {self.experts_device!r}")
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+            problems.append(f"memory_budget: must be a number of GiB above 0, got {self.memory_budget}")
         if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
             problems.append(f"files: {some(outside)} would be written outside the result's folder; give plain names")
         self._plan = make_plan(
@@ -235,7 +241,8 @@ class ChainOfMergesCallback(Callback):
                 step += 1
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
-            run = Run(on_layer, self._peers, on_bad_batch=self.on_bad_batch)
+            budget = None if self.memory_budget is None else int(self.memory_budget * 2**30)
+            run = Run(on_layer, self._peers, memory_budget=budget, on_bad_batch=self.on_bad_batch)
             if self._workplace and not self.no_resume:
                 run.journal = FileJournal(self._workplace.journal)
             try:

@@ -51,6 +51,7 @@ class MergePlan:
         data: in words, for each task.
         stored: task -> name of each tensor that its source stores in another precision than the model's -> that one.
         base: name of what is shared -> its value in the base, if the method needs it.
+        need: in words, what the calibration forwards hold.
     """
 
     experts: dict[str, LightningModule]
@@ -72,6 +73,8 @@ class MergePlan:
                 own = self.stored.get(other, {}).get(name, shared[name])
                 result[name] = own if other == next(iter(self.experts)) else torch.promote_types(result[name], own)
         return {name: dtype for name, dtype in result.items() if dtype != shared[name]}
+
+    need: str = "the activations of the calibration data come on top."
 
     def others(self) -> dict[str, str]:
         """Name of each shared parameter that belongs to no layer -> what it is called in which class."""
@@ -124,7 +127,7 @@ class MergePlan:
             f"Merging {len(self.experts)} experts ({', '.join(self.experts)}) with {type(self.method).__name__}.\n\n"
             f"{table(rows)}\n\n{self.data}{unseen if loose and self.layers else ''}"
             f"Memory: at least {sum(memory.values()) / 2**20:,.1f} MiB ({sizes})"
-            + ("; the activations of the calibration data come on top." if self.layers else ".")
+            + (f"; {self.need}" if self.layers else ".")
             + "".join(f"\nWarning: {warning}" for warning in self.parameters.warnings)
         )
 
@@ -250,27 +253,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    samples: dict[str, CalibrationSample] = {}
-    tasks = []
-
-    def move(module: nn.Module) -> nn.Module:
-        return trainer.precision_plugin.convert_module(module).to(device)
-
-    for name, expert in plan.experts.items():
-        batches: list[_Batch] = []
-        if plan.method.needs_data and data is not None:
-            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
-            samples[name] = data.calibration(name, limit, peers.rank, peers.size)
-            running = Placement(expert, move).module()  # whose hooks may compute on the device
-            assert isinstance(running, LightningModule)
-            running.trainer = trainer
-            for number, (batch, index) in zip(samples[name].numbers, samples[name].batches):
-                label = f"task '{name}', calibration batch {number}"
-                batches.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
-            del running
-        numbers = samples[name].numbers if name in samples else None
-        step = _CalibrationStep(trainer)
-        tasks.append(Task(name, expert, batches, step, lambda batch: batch.keep, numbers, move, experts_stay))
+    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
     if any(peers.exchange(run.journal.keeps)):
         told = {
             "method": describe(plan.method),
@@ -285,7 +268,15 @@ def execute(
         run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, data_of_all), **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
-        records = plan.method.merge(MergeJob(tasks, merged, run, plan.base, device))
+        try:
+            records = plan.method.merge(MergeJob(tasks, merged, run, plan.base, device))
+        except torch.OutOfMemoryError as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    "all calibration forwards pause at each layer and hold their activations there: give the merge a "
+                    "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
+                )
+            raise
     modules = with_shared(plan, merged)
     report = MergeReport(
         method=describe(plan.method),
@@ -305,6 +296,43 @@ def execute(
     everyones = peers.exchange(unmasked(tasks, records))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     return modules, report
+
+
+def calibration_tasks(
+    plan: MergePlan,
+    trainer: Trainer,
+    data: MergeDataModule | None,
+    rank: int,
+    processes: int,
+    experts_stay: bool = False,
+    batches: int | None = None,
+) -> tuple[list[Task], dict[str, CalibrationSample]]:
+    """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
+
+    Also returns the samples that the batches were taken from, where the method needs any.
+    """
+
+    def move(module: nn.Module) -> nn.Module:
+        return trainer.precision_plugin.convert_module(module).to(trainer.strategy.root_device)
+
+    samples: dict[str, CalibrationSample] = {}
+    tasks = []
+    for name, expert in plan.experts.items():
+        moved: list[_Batch] = []
+        if plan.method.needs_data and data is not None:
+            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+            samples[name] = data.calibration(name, limit, rank, processes)
+            running = Placement(expert, move).module()  # whose hooks may compute on the device
+            assert isinstance(running, LightningModule)
+            running.trainer = trainer
+            for number, (batch, index) in list(zip(samples[name].numbers, samples[name].batches))[:batches]:
+                label = f"task '{name}', calibration batch {number}"
+                moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
+            del running
+        numbers = samples[name].numbers if name in samples else None
+        step = _CalibrationStep(trainer)
+        tasks.append(Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay))
+    return tasks, samples
 
 
 def average_shared(

@@ -15,6 +15,7 @@ from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
 from com_lightning.methods import MergingMethod
+from com_lightning.needs import needed
 from com_lightning.processes import (
     early_peers,
     end_with_parent,
@@ -48,6 +49,7 @@ class MergeTrainer(Trainer):
         experts_device: Optional[Literal["cpu"]] = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
         base: Optional[str] = None,
+        memory_budget: Optional[float] = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -65,7 +67,8 @@ class MergeTrainer(Trainer):
             baselines: also validate the experts and their plain average, to compare with.
             output_dir: folder for the merged weights, one Lightning checkpoint per task, and the report.
             overwrite: replace an existing output_dir.
-            dry_run: only check everything and print what would be merged.
+            dry_run: only check everything and print what would be merged, and what memory that takes, which one
+                calibration batch of each task is run for.
             files: further files for the folder, name -> text.
             grow_vocabulary: if embedding tables differ in length, give all of them the rows of the longest: rows that
                 all have are merged, the others kept. Otherwise such tables are an error.
@@ -77,6 +80,8 @@ class MergeTrainer(Trainer):
                 layer, or "skip" the batch from that layer on, and go on.
             base: the model that the experts were fine-tuned from, for methods that need it (task arithmetic and its
                 relatives); a file or folder as for experts. By default the model, with its weights as they are.
+            memory_budget: GiB that paused calibration forwards may hold between them; what is more is paged out, from
+                an accelerator to host memory, from the CPU to temporary files. By default there is no limit.
 
         Returns:
             The report, which is also printed.
@@ -90,6 +95,7 @@ class MergeTrainer(Trainer):
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
         merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
         merger.on_bad_batch, merger.no_resume, merger.experts_device = on_bad_batch, no_resume, experts_device
+        merger.memory_budget = memory_budget
         end_with_parent()
         peers = Peers() if dry_run else early_peers(self)
         with together(peers):
@@ -103,6 +109,8 @@ class MergeTrainer(Trainer):
             blank = copy.deepcopy(model) if grow_vocabulary else model
             plan = merger.plan(blank, data, becomes_first=False, writes=self.is_global_zero)
         if dry_run:
+            if data is not None:
+                plan.need = needed(plan, self, data, memory_budget)
             if self.is_global_zero:
                 print(plan)
             return merger.report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.functions import Use, recognise
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep, pause, running
+from com_lightning.core.paging import Pager
 from com_lightning.core.placement import Placement, Running, is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
@@ -99,6 +100,7 @@ class _Chain:
         self.computed = {name: tensor for model in merging for name, tensor in model.tensors.items()}
         """What merged models compute with: the merged tensors, or copies on another device, in another precision."""
         self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
+        self.pager = None if run.memory_budget is None else Pager(run.memory_budget, self.device)
         self.tied = tied_names(self.reference)
         self.places: dict[str, int] = {}
         """Place of each module among all; of one that has others within it, after the last of them."""
@@ -128,9 +130,10 @@ class _Chain:
         records: list[LayerRecord] = []
         last: LayerRecord | None = None
         places: dict[str, Place] = {name: (self.places.get(name, 0),) for name in self.candidates}
+        together = lockstep if self.pager is None else partial(lockstep, pager=self.pager)
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), _without_fast_path():
-            for layer, arrivals in lockstep(self._forwards(), places, elect=self._elect):
+        with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
+            for layer, arrivals in together(self._forwards(), places, elect=self._elect):
                 self._finish(last)
                 record = self._merge(layer, arrivals)
                 last = None if record.note else record
@@ -319,7 +322,9 @@ class _Chain:
                     self.inputs, self.gathered = Inputs.at(layer, arrivals) if layer else None, False
             elif not (repeated and self.gathered):
                 first = self.inputs.layer if self.inputs and repeated else name
-                self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule, first) if layer else None
+                self.inputs = (
+                    Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager) if layer else None
+                )
                 skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
                 self.owner, self.gathered = reached[len(self.solved) % len(reached)], True  # solves go round

@@ -16,6 +16,7 @@ from com_lightning.core.bad_batches import BadBatch
 from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.layers.base import Call
 from com_lightning.core.lockstep import Arrival, Forward
+from com_lightning.core.paging import Pager
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import NonFiniteError, Rule, Stream, Task
 from com_lightning.core.solver import Factor
@@ -110,7 +111,12 @@ class Inputs:
 
     @staticmethod
     def gathered(
-        layer: Layer, arrivals: Sequence[Arrival], tasks: Sequence[Task], rule: Rule, first: str | None = None
+        layer: Layer,
+        arrivals: Sequence[Arrival],
+        tasks: Sequence[Task],
+        rule: Rule,
+        first: str | None = None,
+        pager: Pager | None = None,
     ) -> Inputs:
         """Gather the statistics, without what is not finite. ``first``: the layer that had these inputs first.
 
@@ -126,11 +132,11 @@ class Inputs:
         first = first or layer.name
         inputs = Inputs(first, layer.key, _seen(arrivals), [_empty(layer, rule) for _ in tasks])
         pairs = list(_paired(arrivals, rule))
-        for merged, expert in pairs:
+        for merged, expert in _fetched(pairs, pager):
             inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks)
         if not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
             inputs = Inputs(first, layer.key, inputs.seen, [_empty(layer, rule) for _ in tasks])
-            for merged, expert in pairs:
+            for merged, expert in _fetched(pairs, pager):
                 inputs._add_if_finite(layer, merged, expert, tasks, rule)
             lost = {(batch.task, batch.batch) for batch in inputs.bad}
             inputs.seen = {place: seen for place, seen in inputs.seen.items() if place[:2] not in lost}
@@ -185,6 +191,19 @@ def _paired(arrivals: Sequence[Arrival], rule: Rule) -> Iterator[tuple[Arrival, 
     for (task, batch, stream), arrival in calls.items():
         if stream == rule.streams[0]:
             yield arrival, calls.get((task, batch, "expert")) if two_sided else None
+
+
+def _fetched(
+    pairs: Sequence[tuple[Arrival, Arrival | None]], pager: Pager | None
+) -> Iterator[tuple[Arrival, Arrival | None]]:
+    """Each pair while it is in memory, if others have been paged out."""
+    for pair in pairs:
+        if pager is not None:  # what the last ones were fetched for is done
+            pager.settle()
+            pager.fetch(*((a.args, a.kwargs) for a in pair if a is not None))
+        yield pair
+    if pager is not None:
+        pager.settle()
 
 
 # Below it, sums of squares in float32 are made of numbers that have lost digits.

@@ -21,6 +21,9 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from com_lightning.core.paging import Pager
 
 Place = tuple[int, ...]
 """Where a layer stands in the order of layers."""
@@ -72,6 +75,7 @@ def lockstep(
     layers: Sequence[str] | Mapping[str, Place],
     served: Collection[str] = (),
     elect: Callable[[Candidacy | None], Candidacy | None] = lambda mine: mine,
+    pager: Pager | None = None,
 ) -> Generator[tuple[str, list[Arrival]], None, None]:
     """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
 
@@ -90,6 +94,7 @@ def lockstep(
         served: layers that are not to be yielded.
         elect: given the layer that comes first here, the layer to yield. For several processes that are to yield the
             same layers, including those that none of their own forwards reaches, in which case nothing has arrived.
+        pager: entered by the caller; keeps what paused forwards hold within its budget.
 
     Example::
 
@@ -105,7 +110,7 @@ def lockstep(
     coroutines: list[_Coroutine] = []
     try:
         for forward in forwards:
-            coroutines.append(_Coroutine(forward, places, served))
+            coroutines.append(_Coroutine(forward, places, served, pager))
         for coroutine in coroutines:
             coroutine.advance()
         while elected := elect(min((c.candidacy for c in coroutines if c.candidacy), default=None)):
@@ -136,9 +141,11 @@ def pause(layer: str, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any
 class _Coroutine(greenlet):
     """A forward as a greenlet that switches back to the scheduler at each watched layer."""
 
-    def __init__(self, forward: Forward, places: Mapping[str, Place], served: set[str]) -> None:
+    def __init__(
+        self, forward: Forward, places: Mapping[str, Place], served: set[str], pager: Pager | None = None
+    ) -> None:
         super().__init__(self._work)
-        self.forward = forward
+        self.forward, self._pager = forward, pager
         self.arrival: Arrival | None = None
         self._served = served
         self._closing = False
@@ -164,12 +171,18 @@ class _Coroutine(greenlet):
         self.arrival = None
         self._outside = _Ambient.now()
         try:
+            if self._pager is not None:
+                self._pager.resumed(self.forward)
             self.switch()
+            if self._pager is not None and self:
+                self._pager.paused(self.forward)
         except BaseException as error:
             where = f"after layer '{self._last_layer}'" if self._last_layer else "before the first layer"
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(f"raised in the calibration forward of {self.forward.label}, {where}")
             raise
+        if self._pager is not None and not self:
+            self._pager.finished(self.forward)
 
     def close(self) -> None:
         """End the forward wherever it is; its context managers and ``finally`` clauses run."""
@@ -183,6 +196,8 @@ class _Coroutine(greenlet):
         for hook in self._hooks:
             hook.remove()
         self.arrival = None
+        if self._pager is not None:  # last, for it may fail
+            self._pager.finished(self.forward)
 
     def _work(self) -> None:
         self._inside.enter()
@@ -240,6 +255,7 @@ class _Ambient:
     device_random: Tensor | None
     attention: tuple[bool, ...]
     modes: tuple[Any, ...]
+    dispatch_modes: tuple[Any, ...]
 
     @staticmethod
     def now() -> _Ambient:
@@ -255,6 +271,7 @@ class _Ambient:
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
             modes=tuple(torch.overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
+            dispatch_modes=tuple(_get_current_dispatch_mode_stack()),
             attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
@@ -285,6 +302,10 @@ class _Ambient:
             torch._C._pop_torch_function_stack()
         for mode in self.modes:
             torch._C._push_on_torch_function_stack(mode)
+        while torch._C._len_torch_dispatch_stack():
+            torch._C._pop_torch_dispatch_stack(None)
+        for mode in self.dispatch_modes:
+            torch._C._push_on_torch_dispatch_stack(mode)
 
 
 # Which kernels scaled_dot_product_attention may use: what `torch.nn.attention.sdpa_kernel` sets, on CPUs too.
