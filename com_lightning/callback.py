@@ -23,8 +23,9 @@ from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
 from com_lightning.experts import ExpertSource, MergeError
 from com_lightning.journal import FileJournal
-from com_lightning.merger import MergePlan, average_shared, execute, load_into, make_plan, with_shared
+from com_lightning.merger import average_shared, execute, load_into, with_shared
 from com_lightning.methods import ChainOfMerges, MergingMethod
+from com_lightning.plan import MergePlan, make_plan
 from com_lightning.processes import peers_of, require_mergeable, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems, save_results, space_problems

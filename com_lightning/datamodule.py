@@ -362,6 +362,7 @@ def _fresh(loader: DataLoader[Any], dataset: Any, **batches: Any) -> DataLoader[
         dataset,
         collate_fn=loader.collate_fn,
         num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         multiprocessing_context=loader.multiprocessing_context,
         **batches,

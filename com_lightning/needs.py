@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from com_lightning.core.rehearsal import held_by_forwards
 from com_lightning.core.rule import Rule
 from com_lightning.datamodule import MergeDataModule
-from com_lightning.merger import MergePlan, average_shared, calibration_tasks
+from com_lightning.merger import average_shared, calibration_tasks
+from com_lightning.plan import MergePlan
 
 
 def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:

@@ -251,6 +251,7 @@ class _Ambient:
     autocast_cache: bool
     default_dtype: torch.dtype
     device_index: int | None
+    stream: torch.cuda.Stream | None
     random: Tensor
     device_random: Tensor | None
     attention: tuple[bool, ...]
@@ -268,6 +269,7 @@ class _Ambient:
             autocast_cache=torch.is_autocast_cache_enabled(),
             default_dtype=torch.get_default_dtype(),
             device_index=torch.cuda.current_device() if accelerator == "cuda" else None,
+            stream=torch.cuda.current_stream() if accelerator == "cuda" else None,
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
             modes=tuple(torch.overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
@@ -292,6 +294,9 @@ class _Ambient:
         torch.set_default_dtype(self.default_dtype)
         if self.device_index is not None:
             torch.cuda.set_device(self.device_index)
+        if self.stream is not None and (other := torch.cuda.current_stream()) != self.stream:
+            self.stream.wait_stream(other)  # what is about to be read was made there
+            torch.cuda.set_stream(self.stream)
         torch.set_rng_state(self.random)
         if self.device_random is not None:
             torch.cuda.set_rng_state(self.device_random)

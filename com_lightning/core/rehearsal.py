@@ -21,7 +21,7 @@ def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: 
     gathered, solved or written.
     """
     chain = _Rehearsal(tasks, merged, [1 / len(tasks)] * len(tasks), rule, Run())
-    chain.pager = Pager(None, chain.device)
+    chain.pager = Pager(None, chain.models.device)
     chain.run()
     held = [0] * len(tasks)
     for forward, most in chain.pager.most().items():
