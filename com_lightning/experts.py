@@ -24,7 +24,7 @@ from com_lightning.core.candidates import candidates
 from com_lightning.core.sharing import matches_any, named_tensors, tied_names
 from com_lightning.kinship import foreign_values, unrelated_weights
 from com_lightning.pretrained import load_pretrained, pretrained_parts
-from com_lightning.state_dicts import fill, load, places, plain, plain_state, shape_of, some, submodule
+from com_lightning.state_dicts import fill, places, plain, plain_state, shape_of, some, submodule
 from com_lightning.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
@@ -196,29 +196,26 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
     if "pytorch-lightning_version" not in content:
         return _filled(model, state, label)
     kind = type(model)
+    # What a hook of the class makes of the weights is not known, so that the class has to read them.
+    hooked = is_overridden("on_load_checkpoint", model)
+    if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
+        return rebuilt
     try:
-        expert = kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        hooked = is_overridden("on_load_checkpoint", model)
-        if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
-            return rebuilt
         raise MergeError(
             [
                 f"{label}: {kind.__name__} cannot be rebuilt from its hyperparameters ({reason(error)}). Call "
                 "save_hyperparameters() in its __init__ and save it again, or give the module itself or its state dict"
             ]
         ) from error
-    # The tensors of the mapped file take the place of the copies just read, unless a hook has made others of them.
-    if not is_overridden("on_load_checkpoint", expert) and state.keys() == expert.state_dict().keys():
-        load(expert, state, assign=True)
-    return expert
 
 
 def _rebuilt(
     content: Mapping[str, Any], state: Mapping[str, Any], kind: type[LightningModule], label: str
 ) -> LightningModule | None:
-    """A Lightning checkpoint whose names differ from its class's by what wrapped the module, or whose vocabulary has
-    grown. ``None`` if there is more to it."""
+    """A module built from the hyperparameters of a Lightning checkpoint, with the tensors of the mapped file. Names may
+    differ by what wrapped the module, and vocabularies may have grown. ``None`` if there is more to it."""
     buffer = io.BytesIO()
     torch.save({**content, "state_dict": {}}, buffer)
     buffer.seek(0)

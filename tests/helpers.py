@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
+import random
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -115,6 +118,15 @@ def built(make: Callable[[], nn.Module], count: int = 2, scale: float = 0.3) -> 
     torch.manual_seed(0)
     base = make().eval()
     return [perturb(copy.deepcopy(base), scale, seed=number + 1) for number in range(count)]
+
+
+def free_port() -> int:
+    """A port that nobody listens at, and that the system will not hand out for a connection of its own meanwhile."""
+    for port in random.SystemRandom().sample(range(10_000, 30_000), 100):
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no port is free")
 
 
 def run_apart(tests: str, timeout: float) -> None:

@@ -9,7 +9,6 @@ import copy
 import json
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,7 +34,7 @@ from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, SkippedBa
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
 from com_lightning.processes import together
-from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
+from tests.helpers import Classifier, free_port, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 from tests.zoo import make_experts as zoo_experts
 from tests.zoo import run as zoo_run
@@ -244,9 +243,7 @@ PLACES = ["early_peers", "loading", "forward", "add", "solve_or_average", "broad
     [*((place, 2, number % 2) for number, place in enumerate(PLACES)), ("forward", 3, 0), ("broadcast", 3, 1)],
 )
 def test_a_process_that_is_killed_ends_all_within_seconds(place: str, size: int, culprit: int, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     context = mp.get_context("fork")
     hosts = [context.Process(target=_host, args=(n, size, port, place, culprit, str(tmp_path))) for n in range(size)]
     for host in hosts:
@@ -346,6 +343,7 @@ def test_a_task_that_loses_all_its_batches_over_all_processes_is_named_by_each(t
 def forked() -> Iterator[dict[str, Any]]:
     """Settings of a trainer with two processes."""
     environment = dict(os.environ)
+    os.environ["MASTER_PORT"] = str(free_port())
     yield {"accelerator": "cpu", "devices": 2, "strategy": "ddp_fork"}
     os.environ.clear()
     os.environ.update(environment)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import make_experts, quiet_trainer, relative
+from tests.helpers import free_port, make_experts, quiet_trainer, relative
 
 ROOT = Path(__file__).parent.parent
 PROJECT = '''
@@ -106,12 +105,6 @@ def start(started: list[subprocess.Popen[str]], command: list[str], folder: Path
     )
     started.append(process)
     return process
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def hosts(

@@ -194,10 +194,12 @@ def test_an_exception_ends_all_and_surfaces_as_itself(error: BaseException) -> N
 
 
 def test_ctrl_c_in_the_middle_of_a_forward() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which Python sets only if none was set before
     net = Net(lambda: signal.raise_signal(signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         list(lockstep(passes(3, net), LAYERS))
     assert living() == 0
+    signal.signal(signal.SIGINT, before)
 
 
 def test_an_exception_in_the_consumer_ends_the_forwards() -> None:
