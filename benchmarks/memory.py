@@ -132,11 +132,12 @@ def main() -> None:
             results[mode] = json.loads((folder / "found.json").read_text())
     rows = [["mode", "memory / one model", "mapped files / one model", "seconds"]]
     for mode, found in results.items():
-        rows.append([mode, *(f"{found[kind] / size:.2f}" for kind in ("anonymous", "file")), f"{found['seconds']:.0f}"])
+        sizes = [f"{found[kind] / size:.1f}" for kind in ("anonymous", "file")]
+        rows.append([mode, *sizes, f"{found['seconds']:.0f}"])
     told = (
-        f"{options.experts} experts of {size / 2**20:,.0f} MiB ({options.blocks} blocks of width {options.width}), on one "
-        f"core; peak above what the process had once everything was imported. `python {shlex.join(sys.argv)}`, torch "
-        f"{torch.__version__}, {platform.machine()}.\n"
+        f"{options.experts} experts of {size / 2**20:,.0f} MiB ({options.blocks} blocks of width {options.width}), on "
+        f"one core; peak above what the process had once everything was imported. "
+        f"`python -m benchmarks.memory {shlex.join(sys.argv[1:])}`, torch {torch.__version__}, {platform.machine()}.\n"
     )
     print(f"\n{table(rows)}\n\n{told}")
     options.output.mkdir(parents=True, exist_ok=True)

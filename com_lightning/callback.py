@@ -123,6 +123,8 @@ class ChainOfMergesCallback(Callback):
         self._workplace: Workplace | None = None
         self._shared: list[str] = []
         self._precision: dict[str, dict[str, torch.dtype]] = {}
+        self._lent = False
+        """Whether the model that is validated may share its tensors with the merged ones."""
 
     @property
     def merged(self) -> bool:
@@ -253,7 +255,7 @@ class ChainOfMergesCallback(Callback):
                 raise
             finally:
                 trainer.loggers = loggers
-            load_into(pl_module, next(iter(self.modules.values())))
+            load_into(pl_module, next(iter(self.modules.values())), self._lent)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:

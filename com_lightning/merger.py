@@ -172,11 +172,14 @@ def with_shared(plan: MergePlan, shared: Mapping[str, Tensor]) -> dict[str, Ligh
 
 
 @torch.no_grad()
-def load_into(model: LightningModule, module: LightningModule) -> None:
-    """Copy all parameters and buffers of ``module`` into ``model``, in place."""
+def load_into(model: LightningModule, module: LightningModule, lend: bool = False) -> None:
+    """Copy all parameters and buffers of ``module`` into ``model``, or lend it those that need no conversion."""
     values = {name: tensor for name, tensor, _ in named_tensors(module)}
     for name, tensor, _ in named_tensors(model):
-        tensor.copy_(values[name])
+        if lend:
+            tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
+        else:
+            tensor.copy_(values[name])
 
 
 def describe(method: MergingMethod) -> dict[str, Any]:

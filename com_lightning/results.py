@@ -7,9 +7,11 @@ import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -178,11 +180,19 @@ def _warn_of_what_lacks(module: LightningModule, path: Path, shared: set[str]) -
         )
 
 
+class _StraightToDisk(TorchCheckpointIO):
+    """Lightning's own makes the whole file in memory first."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)
+
+
 def _save_checkpoint(module: LightningModule, path: Path) -> None:
     """As ``trainer.save_checkpoint`` writes it: hyperparameters and weights, no optimizer."""
     outer = module._trainer
     with quiet_lightning(), torch.inference_mode(False):
-        trainer = Trainer(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
+        settings: Any = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
+        trainer = Trainer(**settings, plugins=[_StraightToDisk()])
         trainer.strategy.connect(module)
         module.trainer = trainer
         trainer.save_checkpoint(path, weights_only=True)

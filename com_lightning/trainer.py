@@ -11,6 +11,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.peers import Peers
+from com_lightning.core.sharing import renewed
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import single_device_trainer, validate_tasks
 from com_lightning.experts import MergeError
@@ -120,9 +121,12 @@ class MergeTrainer(Trainer):
                 print(f"\n{merger.report}\n\nWritten to {output_dir}.")
             return merger.report
         self.callbacks.append(merger)  # type: ignore[attr-defined]
+        merger._lent = True
+        first = renewed(next(iter(plan.experts.values())))
+        assert isinstance(first, LightningModule)
         try:
             with known_as_parent():
-                self.validate(copy.deepcopy(next(iter(plan.experts.values()))), datamodule=data, verbose=False)
+                self.validate(first, datamodule=data, verbose=False)
         finally:
             self.callbacks.remove(merger)  # type: ignore[attr-defined]
         if merger.merged and self.is_global_zero:

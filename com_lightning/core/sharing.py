@@ -8,9 +8,13 @@ import functools
 import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
+
+PART_ELEMENTS = 2**20
+"""Numbers that are averaged at a time: 8 MiB in float64."""
 
 # Copied with the module, because a forward may change them; all else (tokenizer, trainer, config, ...) is shared.
 _COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.MethodType, functools.partial)
@@ -115,7 +119,16 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
         tensor([0.7500, 0.7500])
     """
     weights = [1.0] * len(tensors) if weights is None else weights
-    total = torch.zeros_like(tensors[0], dtype=torch.float64, requires_grad=False)
-    for tensor, weight in zip(tensors, weights):
-        total.add_(tensor.detach().to(total.device, torch.float64), alpha=weight)
-    return (total / sum(weights)).to(tensors[0].dtype)
+    result = torch.empty_like(tensors[0], requires_grad=False)
+    for part in _slices(result):  # float64 of a few rows at a time, not of all
+        total = torch.zeros_like(result[part], dtype=torch.float64)
+        for tensor, weight in zip(tensors, weights):
+            total.add_(tensor.detach()[part].to(total.device, torch.float64), alpha=weight)
+        result[part] = total / sum(weights)
+    return result
+
+
+def _slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+    rows = len(tensor) if tensor.dim() else 0
+    size = max(PART_ELEMENTS * rows // max(tensor.numel(), 1), 1)
+    yield from (slice(start, start + size) for start in range(0, rows, size)) if tensor.dim() else [...]

@@ -66,7 +66,7 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
     """
     total = torch.zeros_like(grams[0], dtype=torch.float64)
     for gram, weight in zip(grams, importance):
-        total.add_(gram.to(torch.float64), alpha=weight)
+        total.add_(gram, alpha=weight)
     diagonal = total.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean())
     if not math.isfinite(scale):

@@ -159,6 +159,7 @@ class InputStatistics:
     shift: Shift = field(default_factory=Shift)
     moments: Moments = field(default_factory=Moments)
     expert_moments: Moments = field(default_factory=Moments)
+    _averaged: bool = False
 
     def update(self, merged: Tensor, expert: Tensor | None = None, weight: Tensor | None = None) -> None:
         """Add rows.
@@ -210,18 +211,31 @@ class InputStatistics:
         self.expert_moments.add(other.expert_moments)
 
     def mean_gram(self) -> Tensor:
-        """``G_i = gram / rows``, ``(g, k, k)``."""
+        """``G_i = gram / rows``, ``(g, k, k)``.
+
+        The sums become means in place, because a second Gram matrix of every task may not fit: no row can be added
+        afterwards.
+        """
         assert self.gram is not None, "no rows were added"
-        return self.gram / max(self.rows, 1)
+        self._average()
+        return self.gram
 
     def mean_drift(self, weight: Tensor) -> Tensor | None:
         """``D_i``: the drift multiplied by the expert's weight ``(g, o, k)`` and divided by the number of rows."""
         if self.drift is None:
             return None
+        self._average()
         if self.multiply:
-            return self.drift / max(self.rows, 1)
+            return self.drift
         features = self.drift.shape[1]
-        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift) / max(self.rows, 1)
+        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift)
+
+    def _average(self) -> None:
+        if not self._averaged:
+            self._averaged = True
+            for sums in (self.gram, self.drift):
+                if sums is not None:
+                    sums /= max(self.rows, 1)
 
 
 def _appended(rows: Tensor, root: Tensor) -> Tensor:
