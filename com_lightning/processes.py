@@ -14,6 +14,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy
 from torchmetrics import Metric
 
@@ -25,7 +26,8 @@ def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
     """Refuse what would merge wrongly, or to no avail.
 
     Raises:
-        MergeError: for a strategy that shards the model, a result that nobody would see, a device without float64.
+        MergeError: for a strategy that shards the model, a result that nobody would see, layers that are
+            replaced, a device without float64.
     """
     problems, strategy = [], trainer.strategy
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
@@ -35,6 +37,11 @@ def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
         )
     if returns_nothing(trainer) and not output_dir:
         problems.append("output_dir: the processes of this strategy end with the merge; say where to write the result")
+    if isinstance(trainer.precision_plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        problems.append(
+            f"precision: {type(trainer.precision_plugin).__name__} puts other layers in the place of the experts'; "
+            "merge in 32-true or bf16-true, and convert the result"
+        )
     if isinstance(trainer.accelerator, MPSAccelerator):
         problems.append("merging solves in float64, which MPS does not have; set accelerator=cpu")
     if problems:

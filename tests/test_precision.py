@@ -10,15 +10,17 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.placement import Placement
 from com_lightning.core.rule import Rule, Task
 from com_lightning.core.sharing import named_tensors
 from com_lightning.core.statistics import InputStatistics
+from com_lightning.processes import require_mergeable
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 from tests.zoo import make_experts as zoo_experts
@@ -200,3 +202,10 @@ def test_experts_are_left_as_they_are(where: str, tmp_path: Path) -> None:
             assert p.dtype == q.dtype == torch.float32
             assert torch.equal(p, q), name
     assert content == ([path.read_bytes() for path in given] if where == "file" else [])
+
+
+def test_plugins_that_replace_layers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = quiet_trainer()
+    monkeypatch.setattr(trainer.strategy, "_precision_plugin", object.__new__(BitsandbytesPrecision))
+    with pytest.raises(MergeError, match="precision: BitsandbytesPrecision puts other layers in the place"):
+        require_mergeable(trainer, None)
