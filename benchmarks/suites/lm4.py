@@ -111,8 +111,8 @@ class LM4(Suite):
     metric = "perplexity"
     lower_is_better = True
     private = ()
-    base_recipe = Recipe(steps=800, batch_size=32, learning_rate=3e-3)
-    recipe = Recipe(steps=250, batch_size=32, learning_rate=1e-3)
+    base_recipe = Recipe(steps=1000, batch_size=16, learning_rate=3e-3)
+    recipe = Recipe(steps=250, batch_size=16, learning_rate=1e-3)
 
     def base_module(self) -> LightningModule:
         return LanguageModel(**(self.base_recipe or self.recipe).optimizer())

