@@ -157,6 +157,12 @@ def test_trained_modules_and_results_are_kept(monkeypatch: pytest.MonkeyPatch, t
 
     command = ["images8-resnet", "--seeds", "0", "--samples", "16", "--output", str(tmp_path / "out"), "--methods"]
     main([*command, "average"])
+    # On val, what was calibrated on is left out.
+    main(["images8-resnet", "--seeds", "0", "--samples", "16", "--split", "val", "--output", str(tmp_path / "val")])
+    assert {entry["method"] for entry in json.loads((tmp_path / "val.json").read_text())["entries"]} == {
+        "expert",
+        *METHODS,
+    }
     monkeypatch.setattr(Suite, "load", lambda self, seed: pytest.fail("nothing is missing"))
     main([*command, "average"])
 

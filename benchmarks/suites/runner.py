@@ -83,7 +83,7 @@ def merge(suite: Suite, loaded: Experts, data: MergeDataModule, method: str, see
     merger = ChainOfMergesCallback({**loaded.experts}, make_method(method), **options)
     # Lightning's limit cuts calibration too: what is calibrated on has to fit in, and hardly more is validated.
     limit = math.ceil(data.samples / CALIBRATION_BATCH)
-    trainer = _trainer(limit_val_batches=limit, callbacks=[merger])
+    trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
     with quiet_lightning():
         trainer.validate(copy.deepcopy(loaded.experts[suite.tasks[0]]), datamodule=data, verbose=False)
     return merger
@@ -125,13 +125,6 @@ def _tell(results: Results, entry: Entry) -> None:
 
 
 def _trainer(**options: Any) -> Trainer:
-    return Trainer(
-        accelerator="auto",
-        devices=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        inference_mode=False,  # tensors made in it could never be merged
-        **options,
-    )
+    quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
+    # Tensors made in inference mode could never be merged.
+    return Trainer(accelerator="auto", devices=1, logger=False, inference_mode=False, **{**quiet, **options})
