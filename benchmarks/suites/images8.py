@@ -125,6 +125,9 @@ class Images8ResNet(Images8):
     """The tasks with the ResNet."""
 
     name = "images8-resnet"
+    base_recipe = Recipe(steps=500, batch_size=128, learning_rate=5e-3)
+    recipe = Recipe(steps=300, batch_size=64, learning_rate=3e-3)
+    fashion_recipe = Recipe(steps=600, batch_size=64, learning_rate=3e-3)
 
     def module(self, classes: int, recipe: Recipe) -> LightningModule:
         return ResNetClassifier(classes, **recipe.optimizer())
