@@ -83,8 +83,8 @@ def merge(suite: Suite, loaded: Experts, data: MergeDataModule, method: str, see
     merger = ChainOfMergesCallback({**loaded.experts}, make_method(method), **options)
     # Lightning's limit cuts calibration too: what is calibrated on has to fit in, and hardly more is validated.
     limit = math.ceil(data.samples / CALIBRATION_BATCH)
-    trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
     with quiet_lightning():
+        trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
         trainer.validate(copy.deepcopy(loaded.experts[suite.tasks[0]]), datamodule=data, verbose=False)
     return merger
 
@@ -108,8 +108,8 @@ def evaluate(
                 .task(task, prepared=True)
                 .val_dataloader()
             )
-        trainer = _trainer()
         with quiet_lightning():
+            trainer = _trainer()
             measure = trainer.test if split == "test" else trainer.validate
             logged = measure(module, dataloaders=loader, verbose=False)[0]
         values[task] = float(logged[f"{split}_{suite.metric}"])

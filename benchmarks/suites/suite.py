@@ -147,9 +147,9 @@ def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Pa
         return
     print(f"Training {path.parent.parent.name}/{path.parent.name}/{path.stem}", file=sys.stderr, flush=True)
     start = time.perf_counter()
-    trainer = _trainer(recipe.steps)
     seed_everything(seed, verbose=False)
     with quiet_lightning():
+        trainer = _trainer(recipe.steps)
         trainer.fit(module, datamodule=data())
     seconds = time.perf_counter() - start
     if trainer.interrupted:
