@@ -121,7 +121,7 @@ class Results:
         suite, tasks, lower = self.suite, self.suite.tasks, self.suite.lower_is_better
         score = "geometric mean" if lower else "mean"
         scale, digits = (1.0, 3) if lower else (100.0, 1)
-        head = [["method", *tasks, score, "±", "seeds", "seconds"]]
+        head = [["method", *tasks, score, "spread", "seeds", "seconds"]]
         relative, absolute, excess = list(head), [head[0][:-1]], []
         experts = [e for e in self.entries() if e.method == EXPERT and e.trained == trained]
         for name, entries in [("experts", experts), *self.rows(trained)]:
@@ -144,8 +144,8 @@ class Results:
         parts = [
             f"# {suite.name}",
             f"Normalised ({what}, %) on {self.split} data, {_listed(samples)} calibration samples a task "
-            f"from {_listed(sources)}; mean over seeds of base, experts and sample, ± the standard deviation of the "
-            "last mean between seeds.",
+            f"from {_listed(sources)}; mean over seeds of base, experts and sample; spread: the standard deviation of "
+            "the mean over tasks between seeds.",
             table(relative),
             *([f"Perplexity above the experts', geometric mean over tasks: {'; '.join(excess)}."] if lower else []),
             f"{unit}:",
@@ -206,7 +206,7 @@ def _cells(
     """Mean of each task over runs, mean of them all, spread between runs."""
     means = [scale * mean(run) for run in runs]
     per_task = [scale * statistics.mean(column) for column in zip(*runs)]
-    spread = f"{_spread(means):.{digits}f}" if len(runs) > 1 else ""
+    spread = f"{_spread(means):.{digits}f}" if len(runs) > 1 else "-"
     return [*(f"{value:.{digits}f}" for value in [*per_task, statistics.mean(means) if means else math.nan]), spread]
 
 
