@@ -74,14 +74,21 @@ def run(
     return results.show(suite.folder(0).parent.name)
 
 
+class _Merger(ChainOfMergesCallback):
+    """Merges, and leaves it to :func:`evaluate` to measure the result."""
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        pass
+
+
 def merge(suite: Suite, loaded: Experts, data: MergeDataModule, method: str, seed: int) -> ChainOfMergesCallback:
-    """Merge the experts; validates no more than it has to."""
+    """Merge the experts, in a validation that is as short as can be."""
     seed_everything(seed, verbose=False)
     options: dict[str, Any] = {"private": list(suite.private), "baselines": False}
     if "base" in inspect.signature(ChainOfMergesCallback).parameters:  # for methods that need it
         options["base"] = loaded.base
-    merger = ChainOfMergesCallback({**loaded.experts}, make_method(method), **options)
-    # Lightning's limit cuts calibration too: what is calibrated on has to fit in, and hardly more is validated.
+    merger = _Merger({**loaded.experts}, make_method(method), **options)
+    # The limit cuts calibration too: what is calibrated on has to fit in.
     limit = math.ceil(data.samples / CALIBRATION_BATCH)
     with quiet_lightning():
         trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
