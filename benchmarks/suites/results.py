@@ -126,11 +126,11 @@ class Results:
         experts = [e for e in self.entries() if e.method == EXPERT and e.trained == trained]
         for name, entries in [("experts", experts), *self.rows(trained)]:
             values = [list(entry.values.values()) for entry in entries]
-            absolute.append([name, *_cells(values, _mean_of(suite), scale, digits), str(len(entries))])
+            absolute.append([name, *_cells(values, suite.mean, scale, digits), str(len(entries))])
             normalized = [list(n.values()) for n in map(self.normalized, entries) if n is not None]
             if name != "experts" and normalized:
                 seconds = statistics.mean(entry.seconds for entry in entries)
-                cells = _cells(normalized, _mean_of(suite), 100.0, 1)
+                cells = _cells(normalized, suite.mean, 100.0, 1)
                 relative.append([name, *cells, str(len(normalized)), f"{seconds:.1f}"])
                 above = [100 / statistics.geometric_mean(run) - 100 for run in normalized if all(run)]
                 excess.append(f"{name} {statistics.mean(above or [math.nan]):.1f} %")
@@ -169,10 +169,9 @@ class Results:
     def _picture(self, trained: str) -> None:
         from matplotlib.figure import Figure
 
-        mean = _mean_of(self.suite)
         rows = []
         for name, entries in self.rows(trained):
-            means = [100 * mean(list(n.values())) for n in map(self.normalized, entries) if n is not None]
+            means = [100 * self.suite.mean(list(n.values())) for n in map(self.normalized, entries) if n is not None]
             if means:
                 rows.append((name, statistics.mean(means), _spread(means)))
         figure = Figure(figsize=(8, 1.2 + 0.4 * len(rows)), layout="constrained")
@@ -194,10 +193,6 @@ def versions() -> dict[str, str]:
     packages = ("com_lightning", "torch", "lightning", "transformers")
     found = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
     return {**found, "threads": str(torch.get_num_threads())}
-
-
-def _mean_of(suite: Suite) -> Callable[[Sequence[float]], float]:
-    return statistics.geometric_mean if suite.lower_is_better else statistics.mean
 
 
 def _cells(

@@ -125,7 +125,7 @@ def evaluate(
 
 def _tell(results: Results, entry: Entry) -> None:
     normalized = results.normalized(entry)
-    mean = sum(normalized.values()) / len(normalized) if normalized else math.nan
+    mean = results.suite.mean(list(normalized.values())) if normalized else math.nan
     told = " ".join(f"{task} {value:.4f}" for task, value in entry.values.items())
     line = f"{results.suite.name}, seed {entry.seed}, {entry.method}: mean normalised {100 * mean:.1f} %"
     print(f"{line}, {entry.seconds:.1f} s; {told}", file=sys.stderr, flush=True)

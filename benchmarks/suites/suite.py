@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
@@ -130,6 +131,10 @@ class Suite(ABC):
     def normalized(self, value: float, expert: float) -> float:
         """Of the expert's performance, what is left: 1 is as good as the expert, more is better."""
         return expert / value if self.lower_is_better else value / expert
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Over tasks: geometric for perplexities, of which ratios count."""
+        return statistics.geometric_mean(values) if self.lower_is_better else statistics.mean(values)
 
 
 def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Path, seed: int) -> None:
