@@ -2,8 +2,8 @@
 
     python -m benchmarks.suites images8 --seeds 0 1 2 --samples 256 --methods average two-sided 'RegMean(ridge=0.1)'
 
-fetches what is missing, trains what is missing (one thread: about ten minutes a seed for ``images8-resnet``, half an
-hour for the others), merges by each method, tests every task, and writes ``benchmarks/results/SUITE.{json,md,png}``.
+fetches what is missing, trains what is missing (the longest is images8: 40 minutes a seed on one core that others used
+too), merges by each method, tests every task, and writes ``benchmarks/results/SUITE.{json,md,png}``.
 Packages and checkpoints are kept in ``$COM_LIGHTNING_CACHE`` (``~/.cache/com_lightning``), results in the JSON file:
 whatever is interrupted goes on where it was. ``npm`` and ``apt-get`` have to be there for the packages.
 
