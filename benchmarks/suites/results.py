@@ -84,9 +84,10 @@ class Results:
                 "suite": self.suite.name,
                 "tasks": self.suite.tasks,
                 "metric": f"{self.split}_{self.suite.metric}",
+                "training": {self.suite.folder(0).parent.name: self.suite.settings()},
+                "entries": [asdict(each) for each in entries],
             }
-            entries_ = [asdict(each) for each in entries]
-            _write(self.path.with_suffix(".json"), json.dumps({**content, "entries": entries_}, indent=1) + "\n")
+            _write(self.path.with_suffix(".json"), json.dumps(content, indent=1, default=str) + "\n")
 
     def normalized(self, entry: Entry) -> dict[str, float] | None:
         """Task -> normalised metric; ``None`` where the experts of its seed were not measured."""
