@@ -5,7 +5,9 @@ VENV ?= .venv
 RUN := $(abspath $(VENV))/bin
 INSTALLED := $(VENV)/.com_lightning-$(shell cksum pyproject.toml | cut -d' ' -f1)
 
-.PHONY: demo test test-all lint bench clean
+SUITES := images8 images8-resnet texts6 lm4 lora6
+
+.PHONY: demo test test-all lint bench bench-suites clean
 
 demo: $(INSTALLED)
 	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
@@ -24,6 +26,12 @@ lint: $(INSTALLED)
 bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.lockstep
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
+
+# Hours, most of them training; `make bench-lm4` runs one. What is trained, and what is measured already, is kept.
+bench-suites: $(SUITES:%=bench-%)
+
+bench-%: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.suites $*
 
 $(INSTALLED): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)

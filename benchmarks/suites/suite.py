@@ -1,0 +1,205 @@
+"""What a suite is: tasks of one base, their experts (trained once, then kept), their data, and one metric."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import TQDMProgressBar
+
+from benchmarks.suites.packages import cache_folder
+from com_lightning import MergeDataModule
+from com_lightning.evaluation import quiet_lightning
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a module is trained: AdamW, one cycle."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup: float = 0.2
+
+    def optimizer(self) -> dict[str, Any]:
+        """What the module is told."""
+        return {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "warmup": self.warmup}
+
+
+@dataclass
+class Experts:
+    """What there is to merge for one seed.
+
+    Attributes:
+        base: what all experts were fine-tuned from, in the experts' class; its head is of no use.
+        experts: task -> expert.
+    """
+
+    base: LightningModule
+    experts: dict[str, LightningModule] = field(default_factory=dict)
+
+
+class Suite(ABC):
+    """Tasks, their experts and their data.
+
+    Subclasses say what is trained on what; this class trains what is not in the cache yet.
+
+    Attributes:
+        name: of the suite, its files and its command.
+        tasks: in the order of tables.
+        metric: what ``test_step`` logs, as ``test_<metric>``, and ``validation_step``, as ``val_<metric>``.
+        lower_is_better: whether the metric is a perplexity rather than an accuracy.
+        private: patterns of parameters that stay with their task.
+        version: to be raised when data or modules change in a way that their settings do not tell.
+        base_recipe: ``None`` where the base is not trained here.
+        recipe: of the experts.
+    """
+
+    name: ClassVar[str]
+    tasks: ClassVar[Sequence[str]]
+    metric: ClassVar[str] = "acc"
+    lower_is_better: ClassVar[bool] = False
+    private: ClassVar[Sequence[str]] = ("head",)
+    version: ClassVar[int] = 1
+    base_recipe: Recipe | None = None
+    recipe: Recipe
+
+    @abstractmethod
+    def base_module(self) -> LightningModule:
+        """The base before it is trained, or as it is had."""
+
+    def base_data(self) -> LightningDataModule:
+        """What the base is trained on."""
+        raise NotImplementedError(f"the base of {self.name} is not trained")
+
+    @abstractmethod
+    def expert_module(self, task: str, base: LightningModule) -> LightningModule:
+        """The expert of a task before it is trained: the base with a fresh head."""
+
+    @abstractmethod
+    def data(self, task: str) -> LightningDataModule:
+        """The train, val and test data of a task."""
+
+    def expert_recipe(self, task: str) -> Recipe:
+        """How the expert of a task is trained."""
+        return self.recipe
+
+    def settings(self) -> dict[str, Any]:
+        """Everything that trained modules depend on, in plain values: other settings, other files in the cache."""
+        base = asdict(self.base_recipe) if self.base_recipe else None
+        experts = {task: asdict(self.expert_recipe(task)) for task in self.tasks}
+        return {"version": self.version, "base": base, "experts": experts}
+
+    def folder(self, seed: int) -> Path:
+        """Where the trained modules of a seed are kept."""
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:10]
+        return cache_folder() / "trained" / f"{self.name}-{digest}" / f"seed{seed}"
+
+    def load(self, seed: int) -> Experts:
+        """Base and experts of a seed; those that are not in the cache are trained."""
+        folder = self.folder(seed)
+        seed_everything(seed, verbose=False)
+        base = self.base_module()
+        if self.base_recipe:
+            trained_or_kept(base, self.base_data, self.base_recipe, folder / "base.ckpt", seed)
+        found = Experts(base)
+        for task in self.tasks:
+            seed_everything(seed, verbose=False)  # so that an expert does not depend on which others were kept
+            expert = self.expert_module(task, base)
+            path = folder / f"{task}.ckpt"
+            trained_or_kept(expert, partial(self.data, task), self.expert_recipe(task), path, seed)
+            found.experts[task] = expert
+        return found
+
+    def merge_data(self, samples: int, seed: int, **options: Any) -> MergeDataModule:
+        """The data of all tasks; see :class:`~com_lightning.MergeDataModule`."""
+        return MergeDataModule({task: self.data(task) for task in self.tasks}, samples, seed=seed, **options)
+
+    def normalized(self, value: float, expert: float) -> float:
+        """Of the expert's performance, what is left: 1 is as good as the expert, more is better."""
+        return expert / value if self.lower_is_better else value / expert
+
+    def mean(self, values: Sequence[float]) -> float:
+        """Over tasks: geometric for perplexities, of which ratios count."""
+        return statistics.geometric_mean(values) if self.lower_is_better else statistics.mean(values)
+
+
+def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Path, seed: int) -> None:
+    """Load a trained module's weights into it, or train it and keep them.
+
+    Args:
+        module: untrained; changed in place.
+        data: makes the datamodule to train on.
+        recipe: how.
+        path: of the checkpoint. It appears when training has ended, whole.
+        seed: of the order of batches.
+    """
+    if path.exists():
+        load_weights(module, path)
+        return
+    print(f"Training {path.parent.parent.name}/{path.parent.name}/{path.stem}", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    seed_everything(seed, verbose=False)
+    with quiet_lightning():
+        trainer = _trainer(recipe.steps)
+        trainer.fit(module, datamodule=data())
+    seconds = time.perf_counter() - start
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.global_step < recipe.steps:
+        raise RuntimeError(f"{path.stem}: training ended after {trainer.global_step} of {recipe.steps} steps")
+    values = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    print(f"{path.stem}: {seconds:.0f} s, {told}", file=sys.stderr, flush=True)
+    kept = {name: value for name, value in module.state_dict().items() if name in _saved(module)}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}-{os.getpid()}.part")
+    try:
+        torch.save({"state_dict": kept, "seconds": seconds, "metrics": values, "recipe": asdict(recipe)}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_weights(module: LightningModule, path: Path) -> None:
+    """Load what :func:`trained_or_kept` has kept."""
+    state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
+    missing, unexpected = module.load_state_dict(state, strict=False)
+    if unexpected or (lost := set(missing) & _saved(module)):
+        raise RuntimeError(f"{path} does not fit {type(module).__name__}: {sorted(unexpected or lost)[:5]}")
+
+
+def _saved(module: LightningModule) -> set[str]:
+    """Names of what training may change: what is frozen is there already."""
+    frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    return set(module.state_dict()) - frozen
+
+
+def _trainer(steps: int) -> Trainer:
+    return Trainer(
+        accelerator="auto",
+        devices=1,
+        max_steps=steps,
+        # Validate once, after the last step.
+        val_check_interval=steps,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        callbacks=[TQDMProgressBar(refresh_rate=50)],
+        log_every_n_steps=10,
+    )
