@@ -95,7 +95,7 @@ def test_statistics_are_not_gathered_in_tf32(monkeypatch: pytest.MonkeyPatch) ->
 # Where and how experts are stored
 
 
-@pytest.mark.parametrize("name", ["BERT", "ViT", "resnet18"])
+@pytest.mark.parametrize("name", ["BERT", "ViT", "resnet18", "Gemma", "Mamba"])  # the last two cast parameters
 def test_experts_that_stay_give_the_same_bits(name: str) -> None:
     """Their weights are converted where they are used, here to another precision, as to another device."""
     experts, batches = zoo_experts(name)

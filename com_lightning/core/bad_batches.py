@@ -81,13 +81,15 @@ class BadBatches:
                 )
         return skipped
 
-    def recall(self, skipped: Sequence[SkippedBatch]) -> None:
-        """Leave out what was left out at a layer in an earlier run."""
+    def recall(self, skipped: Sequence[SkippedBatch]) -> set[tuple[int, int]]:
+        """Leave out what was left out at a layer in an earlier run, and return task and batch of what is here of it."""
         self.run.skipped += skipped
-        names = {(entry.task, entry.batch) for entry in skipped}
+        names, lost = {(entry.task, entry.batch) for entry in skipped}, set()
         for number, task in enumerate(self.tasks):
             numbers = range(len(task.batches)) if task.numbers is None else task.numbers
-            self.places |= {(number, n) for n, batch in enumerate(numbers) if (task.name, batch) in names}
+            lost |= {(number, n) for n, batch in enumerate(numbers) if (task.name, batch) in names}
+        self.places |= lost
+        return lost
 
     def ending(self, task: int, batch: int, run: Callable[[], object]) -> None:
         """Run a forward that ends early, without an error, once its batch has been left out."""

@@ -193,9 +193,9 @@ class _Chain:
                 if not repeated:
                     self.inputs, self.gathered = Inputs.at(layer, arrivals) if layer else None, False
             elif not (repeated and self.gathered):
-                first = self.inputs.layer if self.inputs and repeated else name
+                first, exact = (self.inputs.layer, self.inputs.exact) if self.inputs and repeated else (name, False)
                 self.inputs = (
-                    Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager) if layer else None
+                    Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager, exact) if layer else None
                 )
                 skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
@@ -207,7 +207,9 @@ class _Chain:
             elif layer and self.inputs and self.owner == self.peers.rank:
                 mine = (*self._solve(layer, self.inputs), [])
             record, written, before = self.peers.exchange(mine)[self.owner] or (LayerRecord(name, ""), [], [])
-            self.bad.recall(before)
+            lost = self.bad.recall(before)
+            if self.inputs:
+                self.inputs.lose(lost)
         for own, extent in written:
             self.uses.solved.setdefault(self.models.tied[own], []).append(extent)
         for own in dict.fromkeys(own for own, _ in written):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property, reduce
 from typing import Any
@@ -80,6 +80,7 @@ class Inputs:
         unpaired: calls whose expert rows could not be matched.
         masked: names of tasks whose padding masks fit.
         bad: batches that are not in the statistics because they cannot be counted.
+        exact: whether batches had to be left out here, so that each of the others is gathered in float64.
         factor: of the sum of the Gram matrices.
     """
 
@@ -90,6 +91,7 @@ class Inputs:
     unpaired: int = 0
     masked: set[str] = field(default_factory=set)
     bad: list[BadBatch] = field(default_factory=list)
+    exact: bool = False
     factor: Factor | None = None
 
     def repeated_at(self, layer: Layer, arrivals: Sequence[Arrival]) -> bool:
@@ -109,6 +111,12 @@ class Inputs:
         """What arrives at a layer, without statistics."""
         return Inputs(layer.name, layer.key, _seen(arrivals), [])
 
+    def lose(self, lost: Set[tuple[int, int]]) -> None:
+        """Forget the batches, by task and number, that were left out here."""
+        if lost:
+            self.seen = {place: seen for place, seen in self.seen.items() if place[:2] not in lost}
+            self.exact = True
+
     @staticmethod
     def gathered(
         layer: Layer,
@@ -117,8 +125,10 @@ class Inputs:
         rule: Rule,
         first: str | None = None,
         pager: Pager | None = None,
+        exact: bool = False,
     ) -> Inputs:
-        """Gather the statistics, without what is not finite. ``first``: the layer that had these inputs first.
+        """Gather the statistics, without what is not finite. ``first``: the layer that had these inputs first, and
+        ``exact``: what was found there, in an earlier run.
 
         Nothing is looked at twice where all is well: the sums tell. Where they do not, each batch is gathered anew, on
         its own and in float64, and added only if it is finite.
@@ -132,14 +142,13 @@ class Inputs:
         first = first or layer.name
         inputs = Inputs(first, layer.key, _seen(arrivals), [_empty(layer, rule) for _ in tasks])
         pairs = list(_paired(arrivals, rule))
-        for merged, expert in _fetched(pairs, pager):
+        for merged, expert in () if exact else _fetched(pairs, pager):
             inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks)
-        if not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
+        if exact or not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
             inputs = Inputs(first, layer.key, inputs.seen, [_empty(layer, rule) for _ in tasks])
             for merged, expert in _fetched(pairs, pager):
                 inputs._add_if_finite(layer, merged, expert, tasks, rule)
-            lost = {(batch.task, batch.batch) for batch in inputs.bad}
-            inputs.seen = {place: seen for place, seen in inputs.seen.items() if place[:2] not in lost}
+            inputs.lose({(batch.task, batch.batch) for batch in inputs.bad})
         return inputs
 
     def _add(

@@ -86,9 +86,15 @@ class Uses:
 
     def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
-        own = self.models.running[forward.task, forward.stream].tensors
-        entries = [entry for entry in watched if entry.part.steps]
-        return all(torch.equal(plain(entry), entry.part.of(own[entry.part.name], casts=True)) for entry in entries)
+        model = self.models.running[forward.task, forward.stream]
+        for entry in watched:
+            if entry.part.steps:
+                name, own = entry.part.name, model.tensors[entry.part.name]
+                if entry.target is None and name in model.targets:  # it was brought there to be cast
+                    own = own.to(*model.targets[name])
+                if not torch.equal(plain(entry), entry.part.of(own, casts=True)):
+                    return False
+        return True
 
     def _placed(self, use: Use) -> tuple[str, Place]:
         """Name of a function call by the parameter that it uses, and its place among all layers."""

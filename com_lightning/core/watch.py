@@ -188,12 +188,14 @@ class Watched(Tensor):
             leaving = None if watched is None else watched.watcher(func, args, kwargs)
         if first is not None and first.target and name in _PLACES:
             return _PLACES[name](*first.target)
-        if not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook")):
+        # What is cast has the precision that it claims to be in: float32 of bfloat16 has its digits.
+        casts = picks and name in _CASTS
+        if casts or (not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
             args, kwargs = brought(args), brought(kwargs)
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **kwargs)
         if picks and first is not None:
-            return _picked(first, func, args[1:], kwargs, result)
+            return _picked(first, func, args[1:], kwargs, result, None if casts else first.target)
         if leaving is not None:
             leaving(result)
         return result
@@ -254,7 +256,14 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+def _picked(
+    first: Watched,
+    func: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    target: tuple[torch.device, torch.dtype] | None,
+) -> Any:
     """The result of a selection, watched on."""
     name = name_of(func)
     if name in _LIKE:  # the shape of another tensor, which is not to be kept alive for it
@@ -265,7 +274,7 @@ def _picked(first: Watched, func: Any, args: tuple[Any, ...], kwargs: dict[str, 
         version = first.version
         if version is None and not _same_storage(tensor, plain(first)):
             version = first.writes.count
-        return Watched.of(tensor, part, first.watcher, first.writes, version, first.target)
+        return Watched.of(tensor, part, first.watcher, first.writes, version, target)
 
     if isinstance(result, Tensor):
         return watched(result, None)
