@@ -194,9 +194,9 @@ class _Chain:
                     self.inputs, self.gathered = Inputs.at(layer, arrivals) if layer else None, False
             elif not (repeated and self.gathered):
                 first, exact = (self.inputs.layer, self.inputs.exact) if self.inputs and repeated else (name, False)
-                self.inputs = (
-                    Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager, exact) if layer else None
-                )
+                self.inputs = None  # the statistics of two layers need not fit into memory
+                if layer:
+                    self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager, exact)
                 skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
                 self.owner, self.gathered = reached[len(self.uses.solved) % len(reached)], True  # solves go round
