@@ -274,6 +274,24 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_stays_and_what_it_points_to_is_written(there: bool, tmp_path: Path) -> None:
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if there:
+        merge(real)
+    merge(link, overwrite=there)
+    assert link.is_symlink()
+    assert (real / "report.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_is_told(length: int, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match="File name too long"):
+        merge(tmp_path / ("l" * length))
+
+
 def test_a_lock_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "lock").touch()  # as a killed process leaves it
