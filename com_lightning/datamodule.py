@@ -262,8 +262,7 @@ class MergeDataModule(LightningDataModule):
         pairs = [(number, index) for number, population in enumerate(populations) for index in population or ()]
         order = torch.randperm(len(pairs), generator=self._generator(name))[: self.samples].tolist()
         chosen: list[list[int] | None] = [None if population is None else [] for population in populations]
-        for position in order:
-            number, index = pairs[position]
+        for number, index in (pairs[position] for position in order):
             chosen[number].append(index)
         return chosen
 
