@@ -201,13 +201,18 @@ class MergeDataModule(LightningDataModule):
             limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
             rank, processes: the batches that one process would get are dealt out in turn, without padding.
         """
-        with isolate_rng(include_cuda=False):
-            # Loaders draw a seed, and a dataset may augment at random.
-            seed = self._generator(name).initial_seed()
-            torch.default_generator.manual_seed(seed)
-            random.seed(seed)
-            numpy.random.seed(seed % 2**32)
+        with self.seeded(name):  # loaders draw a seed, and a dataset may augment at random
             return self._calibration(name, limit_batches, rank, processes)
+
+    @contextmanager
+    def seeded(self, name: str, number: int = 0, cuda: bool = False) -> Iterator[None]:
+        """The same random state whatever ran before."""
+        with isolate_rng(include_cuda=cuda):
+            seed = (self._generator(name).initial_seed() + number) % 2**32
+            (torch if cuda else torch.default_generator).manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed)
+            yield
 
     def _calibration(
         self, name: str, limit_batches: int | float | None, rank: int, processes: int
@@ -257,11 +262,8 @@ class MergeDataModule(LightningDataModule):
         pairs = [(number, index) for number, population in enumerate(populations) for index in population or ()]
         order = torch.randperm(len(pairs), generator=self._generator(name))[: self.samples].tolist()
         chosen: list[list[int] | None] = [None if population is None else [] for population in populations]
-        for position in order:
-            number, index = pairs[position]
-            part = chosen[number]
-            assert part is not None
-            part.append(index)
+        for number, index in (pairs[position] for position in order):
+            chosen[number].append(index)
         return chosen
 
     def _validation_loaders(self, name: str) -> Any:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy
@@ -24,6 +24,11 @@ def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
     """For each task: number of each calibration batch that this process has -> its content."""
     return [dict(zip(task.numbers or range(len(task.batches)), map(_digest, task.batches))) for task in tasks]
+
+
+def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """What the experts were fine-tuned from, where the method uses it."""
+    return {} if base is None else {"base": _digest(base)}
 
 
 def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]) -> dict[str, str]:
@@ -56,26 +61,36 @@ def _add(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
         return
     within = (*within, id(value))
     digest.update(f"<{type(value).__name__}>".encode())
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor) and value.is_nested:
+        _add(digest, value.unbind(), within)
+    elif isinstance(value, Tensor):
         value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
+        value = value.resolve_conj().resolve_neg()
         digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
         digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    elif isinstance(value, numpy.ndarray) and value.dtype != object:
+    elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
         digest.update(f"{value.dtype}{value.shape}".encode())
         digest.update(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
     elif value is None or isinstance(value, (str, bytes, int, float, complex)):
         digest.update(repr(value).encode())
     elif isinstance(value, Mapping):
+        digest.update(str(len(value)).encode())
         for key in value:
             _add(digest, key, within)
             _add(digest, value[key], within)
     elif isinstance(value, (list, tuple)):
+        digest.update(str(len(value)).encode())
         for part in value:
             _add(digest, part, within)
-    elif hasattr(value, "__dict__"):
-        _add(digest, vars(value), within)
+    elif isinstance(value, (set, frozenset)):  # whose order differs from process to process
+        digest.update("".join(sorted(map(_digest, value))).encode())
+    elif isinstance(value, (type, FunctionType, BuiltinFunctionType)):
+        digest.update(value.__qualname__.encode())
     else:
         try:
-            digest.update(pickle.dumps(value))
+            # What pickle would take, but not its bytes, which hold addresses.
+            reduced = value.__reduce_ex__(2)
         except Exception:  # cannot be told apart from others of its type
             return
+        for part in reduced if isinstance(reduced, tuple) else (reduced,):
+            _add(digest, list(part) if isinstance(part, Iterator) else part, within)

@@ -22,7 +22,13 @@ from com_lightning.core.rule import Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
-from com_lightning.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
+from com_lightning.fingerprint import (
+    combined,
+    fingerprint_of_base,
+    fingerprint_of_data,
+    fingerprint_of_experts,
+    readable,
+)
 from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.plan import MergePlan
@@ -64,7 +70,8 @@ def execute(
             **{f"version of {package}": version for package, version in _versions().items()},
         }
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
-        run.journal.bind({**fingerprint_of_experts(tasks), **combined(tasks, data_of_all), **readable(told)})
+        experts_and_base = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base)}
+        run.journal.bind({**experts_and_base, **combined(tasks, data_of_all), **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
@@ -126,7 +133,8 @@ def calibration_tasks(
             running.trainer = trainer
             for number, (batch, index) in list(zip(samples[name].numbers, samples[name].batches))[:batches]:
                 label = f"task '{name}', calibration batch {number}"
-                moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
+                with data.seeded(name, number, cuda=trainer.strategy.root_device.type == "cuda"):  # hooks may augment
+                    moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
             del running
         numbers = samples[name].numbers if name in samples else None
         step = _CalibrationStep(trainer)

@@ -30,15 +30,20 @@ from com_lightning.workplace import Workplace
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
     """Why a result could not be written to ``folder``, found out before the merge."""
-    if folder.exists() and not overwrite:
-        return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
-        return [f"output_dir: {folder} is not the result of a merge, and is not overwritten; name another"]
+    parent = Path(os.path.realpath(folder)).parent  # a link stays, and what it points to is written
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        there = folder.exists()
+        if there and not overwrite:
+            return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
+        if there and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
+            return [f"output_dir: {folder} is not the result of a merge, and is not overwritten; name another"]
+    except OSError as error:  # a name that is too long
+        return [f"output_dir: {folder} cannot be made ({error.strerror})"]
+    try:
+        parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return [f"output_dir: {folder.parent} cannot be made ({error.strerror})"]
-    return [] if os.access(folder.parent, os.W_OK) else [f"output_dir: {folder.parent} cannot be written to"]
+        return [f"output_dir: {parent} cannot be made ({error.strerror})"]
+    return [] if os.access(parent, os.W_OK) else [f"output_dir: {parent} cannot be written to"]
 
 
 def space_problems(folder: Path, modules: Mapping[str, LightningModule], journal: bool) -> list[str]:
@@ -46,11 +51,12 @@ def space_problems(folder: Path, modules: Mapping[str, LightningModule], journal
     sizes = [size_of(t for _, t, _ in named_tensors(module)) for module in modules.values()]
     twice = any(map(pretrained_parts, modules.values()))  # a folder for from_pretrained beside each checkpoint
     need = sum(sizes) * (2 if twice else 1) + max(sizes) * (2 if journal else 1)
-    free = shutil.disk_usage(folder.parent).free
+    parent = Path(os.path.realpath(folder)).parent
+    free = shutil.disk_usage(parent).free
     if need <= free:
         return []
     return [
-        f"output_dir: the result takes up to {need / 2**30:.2f} GiB, and {folder.parent} has {free / 2**30:.2f} GiB "
+        f"output_dir: the result takes up to {need / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB "
         "free; make room, or name another"
     ]
 

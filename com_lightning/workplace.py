@@ -18,7 +18,7 @@ class Workplace:
     the result while it is being written. One process at a time has it; a process that is killed loses it.
 
     Args:
-        folder: where the result will be.
+        folder: where the result will be; of a link, what it points to.
         afresh: drop the journal of an unfinished merge.
 
     Raises:
@@ -26,7 +26,7 @@ class Workplace:
     """
 
     def __init__(self, folder: Path, afresh: bool = False) -> None:
-        self.folder = folder = Path(os.path.abspath(folder))
+        self.folder = folder = Path(os.path.realpath(folder))
         self.path = folder.parent / f".{folder.name}.partial"
         self.journal = self.path / "journal"
         self._lock = FileLock(self.path / "lock", timeout=0)

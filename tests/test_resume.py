@@ -4,22 +4,37 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import shutil
+import subprocess
+import sys
+from collections import deque
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from filelock import FileLock
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 import com_lightning.journal
-from com_lightning import Average, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning import (
+    Average,
+    ChainOfMerges,
+    ChainOfMergesCallback,
+    Combined,
+    MergeDataModule,
+    MergeError,
+    TaskArithmetic,
+)
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import LayerRecord, Rule, SkippedBatch, Task
 from com_lightning.core.run import Run, Solved
-from com_lightning.fingerprint import combined, fingerprint_of_data
+from com_lightning.fingerprint import _digest, combined, fingerprint_of_data
 from com_lightning.journal import FileJournal
 from com_lightning.workplace import Workplace, write_whole
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
@@ -91,6 +106,36 @@ def test_another_merge_is_refused(change: dict[str, Any], told: str, unfinished:
     assert len(caught.value.problems) == 1
     assert merge(unfinished, **change, no_resume=True).report.resumed == 0
     assert not (unfinished.parent / ".out.partial").exists()
+
+
+def test_another_base_is_refused(tmp_path: Path) -> None:
+    """By rules that use it: layers may have been solved on what it has gone into."""
+    bases = make_experts()
+    method = Combined(ChainOfMerges(), TaskArithmetic())
+    interrupt(tmp_path / "out", 8, method=method, base=bases[0], private=["head"])  # six of them are parameters
+    with torch.no_grad():
+        bases[1].get_parameter("body.1.weight").add_(1)
+    with pytest.raises(MergeError, match="differs from this one: base"):
+        merge(tmp_path / "out", method=method, base=bases[1], private=["head"])
+    assert merge(tmp_path / "out", method=method, base=bases[0], private=["head"]).report.resumed == 2
+
+
+class Augmenting(Classifier):
+    """On the device, as the datamodule's seed does not tell."""
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch[0] + torch.randn_like(batch[0]), batch[1]
+
+
+def test_random_hooks_give_the_same_data(tmp_path: Path) -> None:
+    results = []
+    experts = {task: Augmenting(3) for task in "ab"}
+    for _ in range(2):
+        callback = ChainOfMergesCallback(experts, baselines=False)
+        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+        quiet_trainer(callbacks=[callback]).validate(Augmenting(3), datamodule=data, verbose=False)
+        results.append(callback.modules["a"].state_dict())
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
 
 
 def test_another_version_is_refused(unfinished: Path) -> None:
@@ -229,11 +274,70 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["new"]
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_link_stays_and_what_it_points_to_is_written(there: bool, tmp_path: Path) -> None:
+    real, link = tmp_path / "elsewhere" / "real", tmp_path / "link"
+    link.symlink_to(real)
+    if there:
+        merge(real)
+    merge(link, overwrite=there)
+    assert link.is_symlink()
+    assert (real / "report.json").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "link"]
+
+
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_is_told(length: int, tmp_path: Path) -> None:
+    with pytest.raises(MergeError, match="File name too long"):
+        merge(tmp_path / ("l" * length))
+
+
 def test_a_lock_of_a_process_that_is_gone_does_not_count(tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "lock").touch()  # as a killed process leaves it
     Workplace(tmp_path / "out").close()
     assert isinstance(FileLock(tmp_path / "x"), FileLock)
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("x",)
+    x: Tensor
+
+
+_DIGEST = """
+import torch
+from PIL import Image
+from com_lightning.fingerprint import _digest
+from tests.test_resume import Slotted
+print(_digest([Slotted(torch.ones(2)), {"one", "two", "three"}, Image.new("L", (2, 2), 3)]))
+"""
+
+
+def test_data_have_the_same_digest_in_every_process() -> None:
+    """Whatever the addresses of what they hold, and the order of sets."""
+    found = set()
+    for seed in "12":
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        command = [sys.executable, "-W", "ignore", "-c", _DIGEST]
+        root = Path(__file__).parents[1]
+        found.add(subprocess.run(command, cwd=root, env=environment, capture_output=True, check=True).stdout)
+    assert len(found) == 1
+
+
+def test_objects_are_told_apart_by_content() -> None:
+    jagged = torch.nested.nested_tensor
+    pairs: list[tuple[Any, Any]] = [
+        (Image.new("L", (2, 2), 3), Image.new("L", (2, 2), 4)),
+        (Slotted(torch.ones(2)), Slotted(torch.zeros(2))),
+        ({"one", "two"}, {"one", "three"}),
+        (deque([torch.ones(2)]), deque([torch.zeros(2)])),
+        (numpy.array([None, "a"], dtype=object), numpy.array([None, "b"], dtype=object)),
+        (jagged([torch.ones(2)], layout=torch.jagged), jagged([torch.zeros(2)], layout=torch.jagged)),
+        (torch.tensor([1j]).conj(), torch.tensor([1j])),
+    ]
+    for one, other in pairs:
+        assert _digest(one) == _digest(copy.deepcopy(one)) != _digest(other), one
 
 
 def test_data_are_told_apart_by_content() -> None:
