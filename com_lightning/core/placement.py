@@ -44,11 +44,11 @@ class Placement:
         tensor = self.stored[name] if tensor is None else tensor
         if id(tensor) not in self._placed:
             slot = self._slots[name]
-            placed = tensor.detach().to(slot.device, slot.dtype)
-            if placed.data_ptr() == tensor.data_ptr() and placed.dtype == tensor.dtype:
-                placed = tensor
-            elif isinstance(tensor, nn.Parameter):
-                placed = nn.Parameter(placed, requires_grad=tensor.requires_grad)
+            placed = tensor
+            if (tensor.device, tensor.dtype) != (slot.device, slot.dtype):
+                placed = tensor.detach().to(slot.device, slot.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    placed = nn.Parameter(placed, requires_grad=tensor.requires_grad)
             self._placed[id(tensor)] = placed
         return self._placed[id(tensor)]
 
