@@ -33,12 +33,11 @@ from com_lightning import (
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
 from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.sharing import average, named_tensors
 from com_lightning.methods import MergeJob
 from com_lightning.methods.adamerging import CoefficientRecord, entropy
 from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.processes import processes, share
-from tests.zoo import averages
 
 Values = Mapping[str, Tensor]
 
@@ -80,6 +79,12 @@ def tasks_of(experts: list[nn.Module], batches: int = 12, size: int = 1, scale: 
         task.size = lambda batch: len(batch[1])
         result.append(task)
     return result
+
+
+def averages(experts: list[nn.Module], weights: list[float]) -> dict[str, Tensor]:
+    states = [state(expert) for expert in experts]
+    means = {n: average([own[n] for own in states], weights) for n, t in states[0].items() if t.is_floating_point()}
+    return {n: nn.Parameter(t, False) if isinstance(states[0][n], nn.Parameter) else t for n, t in means.items()}
 
 
 def run(
@@ -215,6 +220,37 @@ def test_bad_batches_are_named_or_left_out() -> None:
     Fisher().merge(MergeJob(broken, merged, how))
     close(merged, run(Fisher(), tasks)[0])
     assert [(batch.task, batch.batch) for batch in how.skipped] == [("b", 12)]
+
+
+def test_tied_parameters_buffers_and_sparse_gradients() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm, self.head = (
+                nn.Embedding(7, 4, sparse=True),
+                nn.BatchNorm1d(4),
+                nn.Linear(4, 7, False),
+            )
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.table(x).mean(1)))  # type: ignore[no-any-return]
+
+    base, experts = made(make=Tied)
+    for number, expert in enumerate(experts):
+        expert.norm.running_mean += number + 1  # type: ignore[union-attr,operator]
+    data = [(torch.tensor([[0, 1, n]]), torch.tensor([n])) for n in range(4)]
+    tasks = [Task("ab"[n], expert, data) for n, expert in enumerate(experts)]
+    for task in tasks:
+        task.loss, task.predict = loss, lambda module, batch, index: module(batch[0])
+    for method in (Fisher(), AdaMerging(3)):
+        merged = averages(experts, [0.5, 0.5])
+        merged["head.weight"] = merged["table.weight"]
+        records = method.merge(MergeJob(tasks, merged, Run(), {**state(base)}))
+        assert [record.name for record in records] == ["table.weight", "norm.weight", "norm.bias"]
+        assert merged["head.weight"] is merged["table.weight"]
+        assert torch.equal(merged["norm.running_mean"], averages(experts, [0.5, 0.5])["norm.running_mean"])
+        assert relative(merged["table.weight"], averages(experts, [0.5, 0.5])["table.weight"]) > 1e-3
 
 
 # -- LOT ---------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from com_lightning.core.placement import Placement
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
 from com_lightning.core.sharing import copy_module
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
-from com_lightning.methods.differentiation import differentiated, seeded
+from com_lightning.methods.differentiation import differentiated, gradients_of, seeded
 from com_lightning.methods.task_vectors import TIES
 from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
 
@@ -202,7 +202,7 @@ class _Model:
             loss = entropy(logits)
             if not bool(loss.isfinite()):
                 raise NonFiniteError(f"task '{self.task.name}', batch {index}: the predictions hold NaN or infinity")
-            return torch.autograd.grad(loss, self.leaves, allow_unused=True)
+            return gradients_of(loss, self.leaves)
 
 
 def entropy(logits: Tensor) -> Tensor:

@@ -18,6 +18,12 @@ def differentiated(module: nn.Module) -> Iterator[None]:
         yield
 
 
+def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
+    """Gradient by each leaf, dense; ``None`` where it has no part in the loss."""
+    gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+    return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
+
+
 @contextmanager
 def seeded(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
     """Random numbers that depend on the seed alone, so that a batch gives the same in whichever process it is."""

@@ -16,7 +16,7 @@ from com_lightning.core.placement import Placement
 from com_lightning.core.rule import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.sharing import copy_module, renewed
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
-from com_lightning.methods.differentiation import differentiated, seeded
+from com_lightning.methods.differentiation import differentiated, gradients_of, seeded
 from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
 
 
@@ -183,7 +183,7 @@ def squared_gradients(
         with differentiated(module), seeded(100_003 * number + index, leaves):
             # A copy for each batch: what a module takes down (losses, for instance) is not to keep its graph.
             loss = task.loss(copy_module(module), batch, index)
-            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
+            gradients = gradients_of(loss, leaves)
         if not all(bool(g.isfinite().all()) for g in (loss.detach(), *gradients) if g is not None):
             why = "hold or give NaN or infinity: its loss, or the gradients of that"
             if job.run.on_bad_batch == "raise":
@@ -194,6 +194,6 @@ def squared_gradients(
         samples += size
         for parameter, gradient in zip(parameters, gradients):
             if gradient is not None:
-                whole = gradient.to(squares[parameter.name]).mul_(size)
-                squares[parameter.name].addcmul_(whole, whole)
+                mean = gradient.to(squares[parameter.name])
+                squares[parameter.name].addcmul_(mean, mean, value=size**2)
     return squares, samples, skipped
