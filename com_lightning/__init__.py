@@ -13,14 +13,17 @@ if TYPE_CHECKING:
     from com_lightning.methods import (
         DARE,
         DELLA,
+        LOT,
         SLERP,
         TIES,
         TSVM,
         WUDI,
+        AdaMerging,
         Average,
         Breadcrumbs,
         ChainOfMerges,
         Combined,
+        Fisher,
         IsoC,
         IsoCTS,
         KarcherMean,
@@ -34,6 +37,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "AdaMerging",
     "Average",
     "Breadcrumbs",
     "ChainOfMerges",
@@ -41,9 +45,11 @@ __all__ = [
     "Combined",
     "DARE",
     "DELLA",
+    "Fisher",
     "IsoC",
     "IsoCTS",
     "KarcherMean",
+    "LOT",
     "MergeCLI",
     "MergeDataModule",
     "MergeError",
@@ -61,6 +67,7 @@ __all__ = [
 ]
 # Imported when first asked for, so that `com_lightning.core` needs nothing but torch.
 _HOMES = {
+    "AdaMerging": "methods",
     "Average": "methods",
     "Breadcrumbs": "methods",
     "ChainOfMerges": "methods",
@@ -68,9 +75,11 @@ _HOMES = {
     "Combined": "methods",
     "DARE": "methods",
     "DELLA": "methods",
+    "Fisher": "methods",
     "IsoC": "methods",
     "IsoCTS": "methods",
     "KarcherMean": "methods",
+    "LOT": "methods",
     "MergeCLI": "cli",
     "MergeDataModule": "datamodule",
     "MergeError": "experts",

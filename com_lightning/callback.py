@@ -246,6 +246,7 @@ class ChainOfMergesCallback(Callback):
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             budget = None if self.memory_budget is None else int(self.memory_budget * 2**30)
             run = Run(on_layer, self._peers, memory_budget=budget, on_bad_batch=self.on_bad_batch)
+            run.quiet = _quiet(trainer)
             if self._workplace and not self.no_resume:
                 run.journal = FileJournal(self._workplace.journal)
             try:

@@ -21,14 +21,14 @@ def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
     return {f"expert '{task.name}'": _digest(_state(task.expert)) for task in tasks}
 
 
+def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
+    """All that is shared, as it is in the base; nothing where the method needs no base."""
+    return {} if base is None else {"base": _digest(sorted(base.items()))}
+
+
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
     """For each task: number of each calibration batch that this process has -> its content."""
     return [dict(zip(task.numbers or range(len(task.batches)), map(_digest, task.batches))) for task in tasks]
-
-
-def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """What the experts were fine-tuned from, where the method uses it."""
-    return {} if base is None else {"base": _digest(base)}
 
 
 def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]) -> dict[str, str]:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from importlib import metadata
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 
 from com_lightning.account import account
@@ -33,6 +30,7 @@ from com_lightning.masks import padding_mask, unmasked
 from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.plan import MergePlan
 from com_lightning.report import MergeReport
+from com_lightning.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
 
 
 def execute(
@@ -70,8 +68,8 @@ def execute(
             **{f"version of {package}": version for package, version in _versions().items()},
         }
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
-        experts_and_base = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base)}
-        run.journal.bind({**experts_and_base, **combined(tasks, data_of_all), **readable(told)})
+        known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
+        run.journal.bind({**known, **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
@@ -99,7 +97,7 @@ def execute(
         versions=_versions(),
     )
     report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)
-    everyones = peers.exchange(unmasked(tasks, records))
+    everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     return modules, report
 
@@ -124,7 +122,7 @@ def calibration_tasks(
     samples: dict[str, CalibrationSample] = {}
     tasks = []
     for name, expert in plan.experts.items():
-        moved: list[_Batch] = []
+        moved: list[Batch] = []
         if plan.method.needs_data and data is not None:
             limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, rank, processes)
@@ -137,8 +135,10 @@ def calibration_tasks(
                     moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
             del running
         numbers = samples[name].numbers if name in samples else None
-        step = _CalibrationStep(trainer)
-        tasks.append(Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay))
+        step = CalibrationStep(trainer)
+        task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay)
+        task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
+        tasks.append(task)
     return tasks, samples
 
 
@@ -201,54 +201,14 @@ def describe(method: MergingMethod) -> dict[str, Any]:
     return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
 
 
-@dataclass
-class _Batch:
-    """A calibration batch on the device."""
-
-    content: Any
-    dataloader_idx: int
-    keep: Tensor | None
-
-
 def _on_device(
     batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer, label: str
-) -> _Batch:
+) -> Batch:
     """Lightning's own steps from the loader to ``validation_step``, with the hooks of whoever overrides them."""
     batch = trainer.precision_plugin.convert_input(batch)
     before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
     batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
-    return _Batch(batch, index, padding_mask(batch, expert, label))
-
-
-@dataclass
-class _CalibrationStep:
-    """Runs a module's own ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
-
-    trainer: Trainer
-
-    def __call__(self, module: nn.Module, batch: _Batch, index: int) -> None:
-        assert isinstance(module, LightningModule)
-        module.trainer = self.trainer
-        for part in module.modules():
-            if isinstance(part, LightningModule):
-                for name in ("log", "log_dict"):
-                    object.__setattr__(part, name, lambda *args, **kwargs: None)
-        # Two forwards run on each batch, and a step may take things out of it, or change them in place.
-        content = apply_to_collection(batch.content, Tensor, torch.clone)
-        with self.trainer.precision_plugin.forward_context():
-            if callable(calibration_step := getattr(module, "calibration_step", None)):
-                calibration_step(content)
-                return
-            module.on_validation_start()
-            module.on_validation_epoch_start()
-            module.on_validation_batch_start(content, index, batch.dataloader_idx)
-            # Lightning's own way to tell what a step takes.
-            arguments = [content]
-            if is_param_in_hook_signature(module.validation_step, "batch_idx", min_args=2):
-                arguments.append(index)
-            if is_param_in_hook_signature(module.validation_step, "dataloader_idx", min_args=3):
-                arguments.append(batch.dataloader_idx)
-            module.validation_step(*arguments)
+    return Batch(batch, index, padding_mask(batch, expert, label))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -197,12 +197,26 @@ def make_plan(
             parameters.warnings += odd
         except MergeError as error:
             found += error.problems
+    if method.needs_loss:
+        found += [
+            f"task '{task}': {type(method).__name__} needs a loss, but {type(expert).__name__} has no training_step; "
+            "give it one, or take a method that needs none"
+            for task, expert in experts.items()
+            if not is_overridden("training_step", expert)
+        ]
+        if data is not None and data.batch_size != 1:
+            parameters.warnings.append(
+                f"data.batch_size is {data.batch_size or 'that of the loaders'}: {type(method).__name__} squares the "
+                "gradients of single samples, and those of larger batches only stand in for them; set it to 1"
+            )
     if found:
         for warning in parameters.warnings:
             rank_zero_warn(warning)
         raise MergeError(found)
     shared = set(parameters.shared)
-    layers = {name: layer for expert in experts.values() for name, layer in candidates(expert, shared).items()}
+    layers: dict[str, Candidate] = {}
+    for expert in experts.values() if method.solves_layers else ():
+        layers.update(candidates(expert, shared))
     trained = {n for expert in experts.values() for n, p in _parameters(expert) if p.requires_grad}
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
     for expert in experts.values():

@@ -22,7 +22,7 @@ from com_lightning.core.placement import is_watchable
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
-from com_lightning.core.sharing import copy_module
+from com_lightning.core.sharing import average, copy_module
 from com_lightning.core.solver import factorize, residual, solve_or_average
 from com_lightning.core.statistics import exact_products
 from com_lightning.core.uses import Uses
@@ -35,6 +35,7 @@ def merge_layers(
     importance: Sequence[float],
     rule: Rule,
     run: Run | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -46,13 +47,15 @@ def merge_layers(
         rule: what is solved.
         run: how it is carried out. If there are other processes, all must be given the same experts. Statistics are
             added up, each layer is solved by one process, and all end with the same merged weights and records.
+        base: the same names -> value in the model that the experts were fine-tuned from; needed where the rule's anchor
+            is the base.
 
     Returns:
         The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
         weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
         from its first call.
     """
-    chain = _Chain(tasks, merged, importance, rule, run or Run())
+    chain = _Chain(tasks, merged, importance, rule, run or Run(), base)
     try:
         return chain.run()
     except BaseException as error:
@@ -68,11 +71,12 @@ class _Chain:
         importance: Sequence[float],
         rule: Rule,
         run: Run,
+        base: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
         self.bad = BadBatches(tasks, run)
-        self.models = Models(tasks, merged, rule.streams)
+        self.models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None)
         self.uses = Uses(self.models)
         self.pager = None if run.memory_budget is None else Pager(run.memory_budget, self.models.device)
         self.writes = {name: Writes() for name in self.models.merged}
@@ -249,10 +253,21 @@ class _Chain:
             if entry.gram is None:  # no forward of this task got here
                 entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
         grams = [s.mean_gram() for s in inputs.statistics]
+        reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
+        averaged = kind.has_bias(module) and not self.rule.joint
+        if averaged:  # weight and bias have no say in each other
+            for gram in grams:
+                gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
         if inputs.factor is None:
             inputs.factor = factorize(grams, self.importance, self.rule.ridge)
         drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-        solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance)
+        mean = average(weights, self.importance) if averaged or layer.base is not None else weights[0]
+        anchor = None
+        if layer.base is not None:  # what no data reached is the average, as with any rule
+            anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
+        solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance, anchor)
+        if averaged:
+            solution[..., -1] = mean[..., -1]
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
         values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         record = LayerRecord(layer.name, kind.name)
@@ -274,7 +289,6 @@ class _Chain:
                 record.buffers.append(name)
             else:
                 record.parameters[name] = record.parameters.get(name, 0) + size
-        reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
         record.groups, record.idle = len(reached), int((reached == 0).sum())
         record.kept = kept
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter

@@ -44,6 +44,7 @@ class Layer:
 
     Attributes:
         parts: own name of each parameter and buffer that is written -> what it is of the whole model's.
+        base: the layer in the model that the experts were fine-tuned from, for rules that need it.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Layer:
     merged: nn.Module
     experts: list[nn.Module]
     parts: dict[str, Part]
+    base: nn.Module | None = None
 
     @cached_property
     def weights(self) -> list[Tensor]:

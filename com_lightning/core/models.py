@@ -36,9 +36,16 @@ class Models:
         places: of each module among all; of one that has others within it, after the last of them.
         order: of each parameter and buffer among all.
         buffers: names of those that are buffers.
+        base: the model that the experts were fine-tuned from, for rules that need it, and its tensors.
     """
 
-    def __init__(self, tasks: Sequence[Task], merged: Mapping[str, Tensor], streams: Sequence[Stream]) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        merged: Mapping[str, Tensor],
+        streams: Sequence[Stream],
+        base: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.whole: dict[str, str] = {}
@@ -52,6 +59,12 @@ class Models:
                     self.whole[name] = whole
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
+        self.base: tuple[nn.Module, dict[str, Tensor]] | None = None
+        if base is not None:
+            own = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
+            module = copy_module(tasks[0].expert, {id(own[n]): _like(own[n], t.detach()) for n, t in base.items()})
+            split_attention(module)
+            self.base = (module, {name: tensor for name, tensor, _ in named_tensors(module)})
         shared = {id(tensor): self.merged[name] for name, tensor in self.tensors[0].items()}
         self.reference = copy_module(self.experts[0], shared)
         placements = [Placement(task.expert, task.move) for task in tasks]
@@ -81,11 +94,13 @@ class Models:
             candidate = self.candidates[name]
             parts = {own: Part(full) for own, full in candidate.written(name).items()}
             merged, *experts = [self._here(model.get_submodule(name)) for model in (self.reference, *self.experts)]
-            return Layer(name, candidate.kind, merged, experts, parts)
-        everyone = [self.merged, *self.tensors]
+            base = self._here(self.base[0].get_submodule(name)) if self.base else None
+            return Layer(name, candidate.kind, merged, experts, parts, base)
+        everyone = [self.merged, *self.tensors, *([self.base[1]] if self.base else [])]
         chosen = [{own: p.of(t[p.name]).to(self.device) for own, p in use.parts.items()} for t in everyone]
         merged, *experts = [use.module(values) for values in chosen]
-        return Layer(name, use.kind, merged, experts, dict(use.parts))
+        base = experts.pop() if self.base else None
+        return Layer(name, use.kind, merged, experts, dict(use.parts), base)
 
     def _here(self, layer: nn.Module) -> nn.Module:
         """A layer on the device where statistics are gathered."""

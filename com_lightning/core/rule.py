@@ -27,6 +27,9 @@ class Task:
         move: puts a module on the device and into the precision that its forwards run in. The expert itself stays where
             it is stored, a mapped file for instance, and is solved with in the precision it has there.
         stays: whether what the expert's forward uses is moved when it is used, and no sooner.
+        loss: ``loss(module, batch, index)`` is what the module is trained to lower, for rules that differentiate it.
+        predict: ``predict(module, batch, index)`` gives logits, ``(n, classes)``, for rules that look at predictions.
+        size: number of samples in a batch.
     """
 
     name: str
@@ -37,6 +40,9 @@ class Task:
     numbers: Sequence[int] | None = None
     move: Move = lambda module: module
     stays: bool = False
+    loss: Callable[[nn.Module, Any, int], Tensor] | None = None
+    predict: Callable[[nn.Module, Any, int], Tensor] | None = None
+    size: Callable[[Any], int] = lambda batch: 1
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,17 @@ class Rule:
             merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
         normalize: count each row by its direction, not its size (cosine normalisation), see
             :class:`~com_lightning.core.statistics.InputStatistics`.
-        ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
+        anchor: what a layer is where data do not tell: the average of the experts, or the base.
+        joint: solve a layer's bias together with its weight; otherwise biases are averaged.
     """
 
     inputs: Stream = "merged"
     target: Stream = "expert"
     normalize: bool = True
     ridge: float = 0.01
+    anchor: Literal["average", "base"] = "average"
+    joint: bool = True
 
     @property
     def streams(self) -> tuple[Stream, ...]:

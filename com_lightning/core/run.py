@@ -65,6 +65,7 @@ class Run:
         on_bad_batch: what NaN or infinity in the inputs of a layer does: ``"raise"``, or ``"skip"`` the batch from
             there on.
         skipped: the batches of all processes that have been skipped.
+        quiet: whether a rule that takes steps shows no progress.
     """
 
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
@@ -73,3 +74,4 @@ class Run:
     memory_budget: int | None = None
     on_bad_batch: Literal["raise", "skip"] = "raise"
     skipped: list[SkippedBatch] = field(default_factory=list)
+    quiet: bool = True

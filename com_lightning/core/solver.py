@@ -124,8 +124,11 @@ def solve_or_average(
     drifts: Sequence[Tensor | None],
     weights: Sequence[Tensor],
     importance: Sequence[float],
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """As :func:`solve`, and how many groups keep the average because their solution is not better than that.
+
+    With an ``anchor``, ``(g, o, k)``, it takes the place of the average ``W̄``.
 
     With ``R`` the right-hand side and ``A = L Lᵀ`` the regularised Gram matrix, a difference ``D`` to the average
     lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution.
@@ -136,6 +139,8 @@ def solve_or_average(
         mean = torch.zeros_like(solution[part])
         for weight, share in zip(weights, importance):
             mean.add_(weight[part].to(torch.float64), alpha=share)
+        if anchor is not None:
+            mean = anchor[part].to(torch.float64)
         right = torch.zeros_like(mean)
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
             right.add_(_product(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)

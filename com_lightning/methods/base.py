@@ -53,6 +53,13 @@ class MergingMethod(ABC):
     """Whether the method reads calibration batches."""
     needs_base: bool = False
     """Whether the method reads the weights that the experts were fine-tuned from."""
+    needs_loss: bool = False
+    """Whether the method differentiates what the module's ``training_step`` returns, sample by sample."""
+    solves_layers: bool = True
+    """Whether a method that reads data merges layer by layer, as layers are met, and all that it can; otherwise it
+    merges the parameters that it is given."""
+    keeps_to_parts: bool = True
+    """Whether the method can merge some of the parameters and leave the others alone."""
 
     def __init__(self, importance: Optional[Dict[str, float]] = None) -> None:
         self.importance = importance

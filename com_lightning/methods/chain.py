@@ -11,12 +11,14 @@ from com_lightning.core.rule import LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 
-class _ClosedForm(MergingMethod):
+class ClosedForm(MergingMethod):
+    """A rule whose layers are solved by :func:`~com_lightning.core.chain.merge_layers`."""
+
     rule: Rule
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = self.weights([task.name for task in job.tasks])
-        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run)
+        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run, job.base)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
@@ -25,7 +27,7 @@ class _ClosedForm(MergingMethod):
         return found
 
 
-class ChainOfMerges(_ClosedForm):
+class ChainOfMerges(ClosedForm):
     """Chain of Merges: layer by layer, in closed form, on the activations of the model merged so far.
 
     Each layer ``W`` minimises ``sum_i a_i / N_i sum_n s_n || W x̂_n - t_n ||² + l || W - W̄ ||²``, where ``x̂`` is the
@@ -55,7 +57,7 @@ class ChainOfMerges(_ClosedForm):
         self.rule = Rule("merged", target, normalize, ridge)
 
 
-class RegMean(_ClosedForm):
+class RegMean(ClosedForm):
     """RegMean: every layer is merged on its own, on the experts' activations.
 
     Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, section 3.2. We
@@ -75,7 +77,7 @@ class RegMean(_ClosedForm):
         self.rule = Rule("expert", "merged", normalize, ridge)
 
 
-class RegMeanPlusPlus(_ClosedForm):
+class RegMeanPlusPlus(ClosedForm):
     """RegMean++: RegMean on the activations of the model merged so far.
 
     Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging", arXiv

@@ -17,9 +17,9 @@ class Combined(MergingMethod):
     """One rule for the weight matrices, another for the rest: biases, normalisations, embedding tables.
 
     Matrices are parameters of two dimensions or more, convolutions among them, that are not an embedding's table. Where
-    ``matrices`` merges layers rather than parameters (ChainOfMerges, RegMean), it takes all that it solves, biases and
-    normalisations included, and what it has no closed form for is left to ``rest``. Importance is that of each rule;
-    buffers are averaged by that of ``rest``.
+    ``matrices`` merges layers rather than parameters (ChainOfMerges, RegMean, LOT), it takes all that it solves, biases
+    and normalisations included, and what it has no closed form for is left to ``rest``. AdaMerging merges all or
+    nothing, and is no part of another rule. Importance is that of each rule; buffers are averaged by that of ``rest``.
 
     Args:
         matrices: the rule for the weight matrices.
@@ -34,10 +34,12 @@ class Combined(MergingMethod):
         super().__init__(rest.importance)
         self.matrices, self.rest = matrices, rest
         self.needs_data = matrices.needs_data or rest.needs_data
+        self.needs_loss = matrices.needs_loss or rest.needs_loss
+        self.solves_layers = matrices.needs_data and matrices.solves_layers
         self.needs_base = matrices.needs_base or rest.needs_base
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
-        if self.matrices.needs_data:
+        if self.solves_layers:
             started = self.rest.merge(job)
             return self.matrices.merge(job) + started
         tables = _tables(job)
@@ -52,7 +54,10 @@ class Combined(MergingMethod):
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = [f"matrices: {problem}" for problem in self.matrices.problems(tasks)]
         found += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
-        if self.rest.needs_data:
+        for name, rule in {"matrices": self.matrices, "rest": self.rest}.items():
+            if not rule.keeps_to_parts:
+                found.append(f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part")
+        if self.rest.needs_data and self.rest.solves_layers:
             found.append(
                 f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "
                 "a rule that needs no data"

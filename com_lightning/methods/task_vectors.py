@@ -90,15 +90,16 @@ class TIES(TaskVectorRule):
         self.density, self.trim = density, trim
 
     def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
+        sparse = self.sparsifier(parameters)
+        return lambda parameter: self.added(parameter, lambda task: sparse(parameter, task))
+
+    def sparsifier(self, parameters: Sequence[SharedParameter]) -> Callable[[SharedParameter, str], Tensor]:
+        """:meth:`sparse`, with whatever has to be known of all parameters beforehand."""
         if self.trim == "parameter":
-            return self.combine
+            return self.sparse
         count = max(int(self.density * sum(p.target.numel() for p in parameters)), 1)
         thresholds = {task: _threshold(parameters, task, count) for task in (parameters[0].tasks if parameters else ())}
-
-        def combine(parameter: SharedParameter) -> Tensor:
-            return self.added(parameter, lambda task: _trimmed(parameter.vector(task), thresholds[task]))
-
-        return combine
+        return lambda parameter, task: _trimmed(parameter.vector(task), thresholds[task])
 
     def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
         vector = parameter.vector(task)

@@ -63,6 +63,10 @@ class SharedParameter:
         assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
         return self._working(self.origin)
 
+    def average(self) -> Tensor:
+        """The average of the experts, until something else is written to the merged parameter."""
+        return self._working(self.target)
+
     def vector(self, task: str) -> Tensor:
         """The task vector: the expert less the base. A tensor of its own, which may be written into."""
         return self.expert(task) - self.base()
@@ -121,7 +125,7 @@ class ParameterRule(MergingMethod):
         combine = self.combiner(parameters)
         for number, parameter in enumerate(parameters):
             start, owner = time.perf_counter(), number % peers.size
-            value = _finite(combine(parameter), parameter) if owner == peers.rank else None
+            value = finite(combine(parameter), parameter) if owner == peers.rank else None
             if peers.exchange(value is not None)[owner]:  # where nobody has failed
                 if value is None:
                     value = torch.empty_like(parameter.target, device=parameter.device)
@@ -162,7 +166,12 @@ def scale_problems(scale: float) -> list[str]:
     return [] if math.isfinite(scale) else [f"scale: must be a finite number, got {scale}"]
 
 
-def _finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
+def finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
+    """A merged value in the precision that it is stored in.
+
+    Raises:
+        NonFiniteError: if it holds NaN or infinity there, naming whose fault that is.
+    """
     rounded = value.to(parameter.target.dtype) if value is not None else None
     if rounded is None or bool(torch.isfinite(rounded).all()):
         return rounded

@@ -1,0 +1,236 @@
+"""AdaMerging: coefficients of task vectors, learned without labels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Dict, Optional
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from com_lightning.core.placement import Placement
+from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
+from com_lightning.core.sharing import copy_module
+from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.methods.differentiation import differentiated, gradients_of, seeded
+from com_lightning.methods.task_vectors import TIES
+from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
+
+
+@dataclass
+class CoefficientRecord(ParameterRecord):
+    """A parameter that AdaMerging has merged; ``coefficients``: task -> that of its task vector."""
+
+    coefficients: Dict[str, float] | None = None
+
+
+class AdaMerging(MergingMethod):
+    """AdaMerging, layer-wise: task arithmetic with a coefficient for each parameter and task, learned without labels.
+
+    Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", arXiv 2310.02575, section 3.2:
+    ``W_l = W_l,base + Σ_i λ_l,i τ_l,i``, where the ``λ``, all 0.3 at first, are trained by Adam to lower the sum over
+    tasks of the mean entropy of the merged model's predictions, each task with its own private parameters. As in the
+    authors' code a "layer" ``l`` is one parameter, and coefficients are kept between 0 and 1.
+
+    Predictions are the logits, ``(n, classes)``, that the module's ``predict_step`` returns, if it overrides that, or
+    else its ``forward`` for the first element of the batch (the batch itself, if it is a tensor). Entropy is that of a
+    classifier: AdaMerging does not suit other modules.
+
+    We go through the calibration data in random order, one batch of each task a step, of the loader's batch size or
+    that of the MergeDataModule; the authors take two batches of 16 of the shuffled test data. Labels are not read. The
+    default runs ``500 × tasks`` batches forward and backward, and holds all task vectors on the device: about as many
+    models as there are tasks, and four. Importance weighs a task's entropy. Buffers are averaged. Several processes
+    share the batches out, and take the same steps as one. A batch that holds NaN or infinity is an error, whatever
+    ``on_bad_batch`` says.
+
+    Args:
+        steps: of Adam, 500 in the authors' code; 0 gives task arithmetic with the scale ``start``.
+        learning_rate: of Adam.
+        start: the coefficients at first.
+        plus_plus: AdaMerging++: what TIES leaves of each task vector, trimmed and where it agrees with the elected
+            sign.
+        density: share of each task vector that ``plus_plus`` keeps.
+        seed: of the order of batches.
+        importance: task -> its weight, relative to the others; uniform by default.
+
+    Raises:
+        MergeError: during the merge, if predictions are no logits that the shared parameters have a part in.
+        NonFiniteError: for NaN or infinity in a task's entropy, naming task and batch.
+    """
+
+    needs_base = True
+    solves_layers = False
+    keeps_to_parts = False
+
+    def __init__(
+        self,
+        steps: int = 500,
+        learning_rate: float = 1e-3,
+        start: float = 0.3,
+        plus_plus: bool = False,
+        density: float = 0.2,
+        seed: int = 0,
+        importance: Optional[Dict[str, float]] = None,
+    ) -> None:
+        super().__init__(importance)
+        self.steps, self.learning_rate, self.start = steps, learning_rate, start
+        self.plus_plus, self.density, self.seed = plus_plus, density, seed
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
+        try:
+            return self._merge(job, weights)
+        except BaseException as error:
+            job.run.peers.fail(error)
+            raise
+
+    @torch.no_grad()
+    def _merge(self, job: MergeJob, weights: Mapping[str, float]) -> list[LayerRecord]:
+        start = time.perf_counter()
+        parameters = list(shared_parameters(job, weights))
+        if not parameters:
+            return []
+        vectors = self._vectors(parameters)
+        tasks = [(number, task) for number, task in enumerate(job.tasks) if weights[task.name] > 0]
+        # In float64 and on the host: the same in all processes, whatever computes the gradients.
+        raw = torch.full((len(parameters), len(tasks)), self.start, dtype=torch.float64)
+        if self.steps:
+            self._learn(job, tasks, weights, parameters, vectors, raw)
+        records: list[LayerRecord] = []
+        for parameter, coefficients, vector in zip(parameters, raw.clamp(0, 1), vectors):
+            value = finite(_merged(parameter, vector, coefficients), parameter)
+            assert value is not None
+            parameter.target.copy_(value)
+            told = {task.name: float(c) for (_, task), c in zip(tasks, coefficients)}
+            name, count = parameter.name, {parameter.name: parameter.target.numel()}
+            record = CoefficientRecord(name, type(self).__name__, count, coefficients=told)
+            record.seconds, start = time.perf_counter() - start, time.perf_counter()
+            job.run.on_layer(record)
+            records.append(record)
+        return records
+
+    def _learn(
+        self,
+        job: MergeJob,
+        tasks: Sequence[tuple[int, Task]],
+        weights: Mapping[str, float],
+        parameters: Sequence[SharedParameter],
+        vectors: Sequence[Tensor],
+        raw: Tensor,
+    ) -> None:
+        """Train the coefficients, in place. All processes take the same steps, each on the batches that it has."""
+        peers = job.run.peers
+        models = [_Model(job, task, parameters) for _, task in tasks]
+        orders = [_order(job, task, self.seed + number) for number, task in tasks]
+        adam = torch.optim.Adam([raw], lr=self.learning_rate)
+        for step in tqdm(range(self.steps), type(self).__name__, disable=job.run.quiet or peers.rank > 0, leave=False):
+            coefficients = raw.clamp(0, 1)
+            merged = [_merged(p, vector, own) for p, vector, own in zip(parameters, vectors, coefficients)]
+            gradient = torch.zeros_like(raw)
+            for (number, task), model, order in zip(tasks, models, orders):
+                index = order(step)
+                own = list(range(len(task.batches)) if task.numbers is None else task.numbers)
+                if index in own:
+                    share = weights[task.name] * len(tasks)
+                    slopes = model.slopes(merged, task.batches[own.index(index)], index, 100_003 * number + step)
+                    for place, (slope, vector) in enumerate(zip(slopes, vectors)):
+                        if slope is not None:
+                            dot = vector.reshape(len(vector), -1) @ slope.to(vector).flatten()
+                            gradient[place] += share * dot.cpu()
+            # Where a coefficient has been cut off, it has no slope.
+            total = torch.stack(peers.exchange(gradient)).sum(0)
+            raw.grad = total.mul_((raw >= 0) & (raw <= 1))
+            adam.step()
+
+    def _vectors(self, parameters: Sequence[SharedParameter]) -> list[Tensor]:
+        """The task vectors of each parameter, ``(tasks, *shape)``."""
+        if not self.plus_plus:
+            return [torch.stack([p.vector(task) for task in p.tasks]) for p in parameters]
+        sparse = TIES(self.density).sparsifier(parameters)
+        vectors = []
+        for parameter in parameters:
+            own = torch.stack([sparse(parameter, task) for task in parameter.tasks])
+            sign = sum(own[n] * parameter.share(task) for n, task in enumerate(parameter.tasks))
+            assert isinstance(sign, Tensor)
+            vectors.append(own.mul_(own.sign() * sign.sign() > 0))
+        return vectors
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = super().problems(tasks)
+        if self.steps < 0:
+            found.append(f"steps: must be 0 or more, got {self.steps}")
+        for name, value in {"learning_rate": self.learning_rate, "density": self.density}.items():
+            if not 0 < value <= 1:
+                found.append(f"{name}: must be above 0 and at most 1, got {value}")
+        if not 0 <= self.start <= 1:
+            found.append(f"start: must be between 0 and 1, got {self.start}")
+        return found
+
+
+def _merged(parameter: SharedParameter, vectors: Tensor, coefficients: Tensor) -> Tensor:
+    """``base + Σ_i λ_i τ_i``, where ``vectors`` are the ``τ_i``, ``(tasks, *shape)``."""
+    change = coefficients.to(vectors) @ vectors.reshape(len(vectors), -1)
+    return change.view(parameter.target.shape).add_(parameter.base())
+
+
+class _Model:
+    """A task's model with merged parameters, which are its own to differentiate by; buffers are the average."""
+
+    def __init__(self, job: MergeJob, task: Task, parameters: Sequence[SharedParameter]) -> None:
+        assert task.predict is not None, "a job for a rule that looks at predictions says how to get them"
+        self.task, self.predict = task, task.predict
+        placement = Placement(task.expert, task.move)
+        shared = {name: tensor for name, tensor in job.merged.items() if name in placement.stored}
+        leaves: dict[int, Tensor] = {}
+        for parameter in parameters:
+            device, dtype = placement.target(parameter.name)
+            leaves[id(parameter.target)] = nn.Parameter(torch.empty(parameter.target.shape, dtype=dtype, device=device))
+        # Under every name of a tied one.
+        tensors = {n: leaves[id(t)] if id(t) in leaves else placement.place(n, t) for n, t in shared.items()}
+        self.module = placement.module(tensors)
+        self.leaves = [leaves[id(parameter.target)] for parameter in parameters]
+
+    def slopes(self, merged: Sequence[Tensor], batch: Any, index: int, seed: int) -> Sequence[Tensor | None]:
+        """Gradients of the mean entropy on a batch by the merged parameters."""
+        for leaf, value in zip(self.leaves, merged):
+            leaf.copy_(value)
+        with differentiated(self.module), seeded(seed, self.leaves):
+            logits = self.predict(copy_module(self.module), batch, index)
+            loss = entropy(logits)
+            if not bool(loss.isfinite()):
+                raise NonFiniteError(f"task '{self.task.name}', batch {index}: the predictions hold NaN or infinity")
+            return gradients_of(loss, self.leaves)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """The mean entropy of predictions, from logits ``(n, classes)``.
+
+    Example::
+
+        >>> round(entropy(torch.zeros(3, 4)).item(), 4)  # log 4
+        1.3863
+    """
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(1)
+    return -(logs.exp() * logs).sum(1).mean()
+
+
+def _order(job: MergeJob, task: Task, seed: int) -> Callable[[int], int]:
+    """Step -> number of the batch, among those of all processes, each once a round, in random order."""
+    own = list(range(len(task.batches)) if task.numbers is None else task.numbers)
+    numbers = sorted(number for part in job.run.peers.exchange(own) for number in part)
+    if not numbers:
+        raise ValueError(f"task '{task.name}': there is no calibration batch")
+    rounds: dict[int, list[int]] = {}
+
+    def batch(step: int) -> int:
+        turn = step // len(numbers)
+        if turn not in rounds:
+            rounds.clear()
+            generator = torch.Generator().manual_seed(1_000_003 * seed + turn)
+            rounds[turn] = torch.randperm(len(numbers), generator=generator).tolist()
+        return numbers[rounds[turn][step % len(numbers)]]
+
+    return batch

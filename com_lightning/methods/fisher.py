@@ -1,0 +1,199 @@
+"""Fisher merging: an average in which each value counts by how much the loss of its task depends on it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Dict, Optional
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from com_lightning.core.placement import Placement
+from com_lightning.core.rule import LayerRecord, NonFiniteError, SkippedBatch, Task
+from com_lightning.core.sharing import copy_module, renewed
+from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.methods.differentiation import differentiated, gradients_of, seeded
+from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
+
+
+class Fisher(MergingMethod):
+    """Fisher merging: the average of the experts, weighted by the diagonals of their Fisher information.
+
+    Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832, section 3.2:
+    ``W = Σ_i a_i F_i W_i / Σ_i a_i F_i``, element by element, where ``a_i`` is the importance of task i and
+    ``F_i = 1/N Σ_n g_n²`` is made of the gradients ``g_n`` of the samples' losses at expert i; ``F_i`` has the shape of
+    ``W_i``. A common factor of all losses cancels.
+
+    The loss is what the module's own ``training_step`` returns (a tensor, or a dictionary with ``"loss"``), with
+    ``log`` muted, in eval mode, on the calibration batches with their labels. So it is the *empirical* Fisher; the
+    paper takes the expectation over labels that the model predicts itself, for which there is no hook in a
+    LightningModule. Where an expert fits its calibration data, its gradients vanish, and with them its say: calibrate
+    on data that it was not trained on, or set ``normalize``.
+
+    Squares are those of single samples: give ``MergeDataModule(batch_size=1)``. A batch of ``B`` samples, whose loss is
+    taken for their mean, counts as ``B`` samples of ``B ḡ²``, with ``ḡ`` the mean gradient: without bias where the
+    gradients' mean is zero, as at the optimum, but with few batches noisy. Pre-flight warns of it.
+
+    Where all ``F_i`` are zero, it is the average. The authors replace values below a floor of 1e-6 by it; we add to
+    the sum of the ``F_i`` a floor relative to its mean, which pulls what hardly matters to anyone towards the average,
+    and does not depend on the scale of the loss. Buffers are averaged.
+
+    One expert at a time is on the device, with its gradients and their squares; beside it, numerator and denominator:
+    about six models. Several processes add their squares up, and hold those two in parts.
+
+    Args:
+        importance: task -> its weight ``a_i``, relative to the others; uniform by default.
+        normalize: divide each ``F_i`` by its norm over all parameters, as the authors' code does.
+        floor: weight of the average, relative to the mean of ``Σ a_i F_i``.
+
+    Raises:
+        MergeError: in pre-flight if a module has no ``training_step``; during the merge if that returns no loss.
+        NonFiniteError: for NaN or infinity in a loss or a gradient, naming task and batch, unless such batches are to
+            be skipped.
+    """
+
+    needs_loss = True
+    solves_layers = False
+
+    def __init__(
+        self, importance: Optional[Dict[str, float]] = None, normalize: bool = False, floor: float = 1e-6
+    ) -> None:
+        super().__init__(importance)
+        self.normalize, self.floor = normalize, floor
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
+        try:
+            return self._merge(job, weights)
+        except BaseException as error:
+            job.run.peers.fail(error)
+            raise
+
+    @torch.no_grad()
+    def _merge(self, job: MergeJob, weights: Mapping[str, float]) -> list[LayerRecord]:
+        peers, start = job.run.peers, time.perf_counter()
+        parameters = list(shared_parameters(job, weights))
+        sums = _Sums()
+        for number, task in enumerate(job.tasks):
+            if weights[task.name] > 0:
+                self._add(sums, job, number, task, parameters, weights[task.name])
+        told = peers.exchange((sums.total(), sum(parameter.target.numel() for parameter in parameters)))
+        floor = self.floor * sum(total for total, _ in told) / max(told[0][1], 1)
+        records: list[LayerRecord] = []
+        for number, parameter in enumerate(parameters):
+            owner, value = number % peers.size, None
+            if owner == peers.rank:
+                change = sums.change(parameter.name, floor)
+                value = finite(change.add_(parameter.average()), parameter)
+            peers.exchange(value is not None)  # where nobody has failed
+            value = torch.empty_like(parameter.target) if value is None else value.to(parameter.target.device)
+            peers.broadcast(value, owner)
+            parameter.target.copy_(value)
+            record = ParameterRecord(parameter.name, type(self).__name__, {parameter.name: parameter.target.numel()})
+            record.seconds, start = time.perf_counter() - start, time.perf_counter()
+            job.run.on_layer(record)
+            records.append(record)
+        return records
+
+    def _add(
+        self,
+        sums: _Sums,
+        job: MergeJob,
+        number: int,
+        task: Task,
+        parameters: Sequence[SharedParameter],
+        weight: float,
+    ) -> None:
+        """Add what an expert has to say; of each parameter at the process that it belongs to."""
+        peers = job.run.peers
+        squares, samples, skipped = squared_gradients(job, number, task, parameters)
+        met = peers.exchange((samples, skipped))
+        job.run.skipped += [batch for _, batches in met for batch in batches]
+        total = sum(count for count, _ in met)
+        if not total:
+            raise NonFiniteError(f"task '{task.name}': no calibration batch is left")
+        own = []
+        for place, parameter in enumerate(parameters):
+            peers.add(squares[parameter.name], place % peers.size)
+            if place % peers.size == peers.rank:
+                own.append(parameter)
+                squares[parameter.name] /= total
+            else:
+                del squares[parameter.name]
+        if self.normalize:
+            mine = sum(float(square.double().square().sum()) for square in squares.values())
+            norm = math.sqrt(sum(peers.exchange(mine)))
+            weight /= norm or 1.0
+        for parameter in own:
+            sums.add(parameter, task.name, squares.pop(parameter.name), weight)
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = super().problems(tasks)
+        if not 0 <= self.floor < math.inf:
+            found.append(f"floor: must be 0 or more, and finite, got {self.floor}")
+        return found
+
+
+@dataclass
+class _Sums:
+    """Of each parameter ``Σ a_i F_i (W_i − W̄)`` and ``Σ a_i F_i``, with ``W̄`` the average: a difference to it loses no
+    digits where experts are close, and gives identical ones back."""
+
+    above: dict[str, Tensor] = field(default_factory=dict)
+    below: dict[str, Tensor] = field(default_factory=dict)
+
+    def add(self, parameter: SharedParameter, task: str, square: Tensor, weight: float) -> None:
+        name, square = parameter.name, square.mul_(weight)
+        gap = parameter.expert(task) - parameter.average()
+        self.above[name] = gap.mul_(square) if name not in self.above else self.above[name].addcmul_(gap, square)
+        self.below[name] = square if name not in self.below else self.below[name].add_(square)
+
+    def total(self) -> float:
+        return sum(float(tensor.sum(dtype=torch.float64)) for tensor in self.below.values())
+
+    def change(self, name: str, floor: float) -> Tensor:
+        below = self.below.pop(name).add_(floor)
+        return self.above.pop(name).div_(below.masked_fill_(below == 0, 1.0))
+
+
+def squared_gradients(
+    job: MergeJob, number: int, task: Task, parameters: Sequence[SharedParameter]
+) -> tuple[dict[str, Tensor], int, list[SkippedBatch]]:
+    """Sum of the squared gradients of an expert's samples over this process's batches; their number; what was left out.
+
+    Args:
+        job: the merge.
+        number: of the task.
+        task: whose expert and batches these are.
+        parameters: which gradients are wanted.
+    """
+    assert task.loss is not None, "a rule that asks for the loss says so in `needs_loss`"
+    module = renewed(Placement(task.expert, task.move).module())
+    named = dict(module.named_parameters(remove_duplicate=False))
+    leaves = [named[parameter.name].requires_grad_(True) for parameter in parameters]
+    squares = {p.name: torch.zeros(p.target.shape, dtype=p.dtype, device=p.device) for p in parameters}
+    samples, skipped = 0, list[SkippedBatch]()
+    bar = tqdm(task.batches, f"Fisher: {task.name}", disable=job.run.quiet or job.run.peers.rank > 0, leave=False)
+    for place, batch in enumerate(bar):
+        index = place if task.numbers is None else task.numbers[place]
+        with differentiated(module), seeded(100_003 * number + index, leaves):
+            # A copy for each batch: what a module takes down (losses, for instance) is not to keep its graph.
+            loss = task.loss(copy_module(module), batch, index)
+            gradients = gradients_of(loss, leaves)
+        if not all(bool(g.isfinite().all()) for g in (loss.detach(), *gradients) if g is not None):
+            why = "hold or give NaN or infinity: its loss, or the gradients of that"
+            if job.run.on_bad_batch == "raise":
+                raise NonFiniteError(f"task '{task.name}', batch {index}: NaN or infinity in the loss or its gradients")
+            skipped.append(SkippedBatch(task.name, index, "training_step", why))
+            continue
+        size = task.size(batch)
+        samples += size
+        for parameter, gradient in zip(parameters, gradients):
+            if gradient is not None:
+                mean = gradient.to(squares[parameter.name])
+                squares[parameter.name].addcmul_(mean, mean, value=size**2)
+    return squares, samples, skipped

@@ -1,0 +1,561 @@
+"""What Fisher merging, LOT Merging and AdaMerging promise."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from com_lightning import (
+    LOT,
+    AdaMerging,
+    Average,
+    ChainOfMergesCallback,
+    Combined,
+    Fisher,
+    MergeDataModule,
+    MergeError,
+    MergeTrainer,
+    MergingMethod,
+    RegMean,
+    TaskArithmetic,
+)
+from com_lightning.core.peers import Peers
+from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
+from com_lightning.core.run import Run
+from com_lightning.core.sharing import average, named_tensors
+from com_lightning.methods import MergeJob
+from com_lightning.methods.adamerging import CoefficientRecord, entropy
+from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer, relative
+from tests.processes import processes, share
+
+Values = Mapping[str, Tensor]
+
+
+class Net(nn.Module):
+    def __init__(self, bias: bool = True) -> None:
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(4, 6, bias), nn.LayerNorm(6), nn.Linear(6, 3, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.norm(self.first(x))))  # type: ignore[no-any-return]
+
+
+def loss(module: nn.Module, batch: Any, index: int) -> Tensor:
+    return F.cross_entropy(module(batch[0]), batch[1])
+
+
+def made(count: int = 2, seed: int = 0, make: Callable[[], nn.Module] = Net) -> tuple[nn.Module, list[nn.Module]]:
+    torch.manual_seed(seed)
+    base = make().double().eval()
+    experts = [perturb(copy.deepcopy(base), 0.3, seed + number + 1) for number in range(count)]
+    return base.requires_grad_(False), [expert.requires_grad_(False) for expert in experts]
+
+
+def tasks_of(experts: list[nn.Module], batches: int = 12, size: int = 1, scale: float = 1.0) -> list[Task]:
+    result = []
+    for number, expert in enumerate(experts):
+        generator = torch.Generator().manual_seed(number)
+        data = [
+            (
+                torch.randn(size, 4, generator=generator, dtype=torch.float64),
+                torch.randint(0, 3, (size,), generator=generator),
+            )
+            for _ in range(batches)
+        ]
+        task = Task("abc"[number], expert, data, lambda module, batch, index: module(batch[0]))
+        task.loss = lambda module, batch, index: scale * loss(module, batch, index)
+        task.predict = lambda module, batch, index: module(batch[0])
+        task.size = lambda batch: len(batch[1])
+        result.append(task)
+    return result
+
+
+def averages(experts: list[nn.Module], weights: list[float]) -> dict[str, Tensor]:
+    states = [state(expert) for expert in experts]
+    means = {n: average([own[n] for own in states], weights) for n, t in states[0].items() if t.is_floating_point()}
+    return {n: nn.Parameter(t, False) if isinstance(states[0][n], nn.Parameter) else t for n, t in means.items()}
+
+
+def run(
+    method: MergingMethod, tasks: list[Task], base: nn.Module | None = None, peers: Peers | None = None
+) -> tuple[dict[str, Tensor], list[LayerRecord], Run]:
+    merged = averages([task.expert for task in tasks], method.weights([task.name for task in tasks]))
+    how = Run(peers=peers or Peers())
+    origin = {name: tensor for name, tensor, _ in named_tensors(base)} if base is not None else None
+    records = method.merge(MergeJob(tasks, merged, how, origin))
+    return merged, records, how
+
+
+def state(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor for name, tensor, _ in named_tensors(module)}
+
+
+def close(actual: Values, expected: Values, bound: float = 1e-9) -> None:
+    for name, value in expected.items():
+        assert relative(actual[name], value) < bound, name
+
+
+# -- Fisher ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("importance", [None, {"a": 3.0, "b": 1.0}])
+def test_fisher_weighs_by_squares_of_single_gradients(importance: Any) -> None:
+    """By hand: the loss ½ (w x − y)² has the gradient (w x − y) x."""
+
+    class Line(nn.Module):
+        def __init__(self, weight: list[float]) -> None:
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor(weight, dtype=torch.float64), requires_grad=False)
+
+    weights = [[1.0, -2.0], [0.5, 3.0]]
+    data = [[([1.0, 2.0], 1.0), ([0.0, 1.0], 2.0)], [([2.0, 1.0], 0.0), ([1.0, 0.0], 1.0), ([0.0, 3.0], 1.0)]]
+    tasks = []
+    for name, weight, own in zip("ab", weights, data):
+        batches = [(torch.tensor(x, dtype=torch.float64), y) for x, y in own]
+        task = Task(name, Line(weight), batches)
+        task.loss = lambda module, batch, index: 0.5 * (module.w @ batch[0] - batch[1]).square()
+        tasks.append(task)
+    merged, _, _ = run(Fisher(importance, floor=0.0), tasks)
+    above, below = torch.zeros(2).double(), torch.zeros(2).double()
+    for weight, own, say in zip(weights, data, (importance or {"a": 1.0, "b": 1.0}).values()):
+        for x, y in own:
+            residual = weight[0] * x[0] + weight[1] * x[1] - y
+            square = torch.tensor([(residual * x[0]) ** 2, (residual * x[1]) ** 2]).double() / len(own)
+            above += say * square * torch.tensor(weight).double()
+            below += say * square
+    assert relative(merged["w"], above / below) < 1e-12
+
+
+def test_identical_experts_come_back_from_fisher_and_from_lot() -> None:
+    base, (expert, _) = made()
+    for method in (Fisher(), Fisher(normalize=True), LOT(ridge=1e-13)):
+        merged, _, _ = run(method, tasks_of([expert, expert], 30), base)
+        close(merged, state(expert), 1e-9)
+
+
+def test_a_factor_of_all_losses_cancels() -> None:
+    _, experts = made()
+    one, _, _ = run(Fisher(), tasks_of(experts))
+    for scale in (1e-4, 1e3):
+        close(run(Fisher(), tasks_of(experts, scale=scale))[0], one)
+
+
+def test_normalized_fishers_do_not_depend_on_one_tasks_scale() -> None:
+    _, experts = made()
+    tasks, louder = tasks_of(experts), tasks_of(experts)
+    louder[1].loss = lambda module, batch, index: 100 * loss(module, batch, index)
+    close(run(Fisher(normalize=True, floor=0), tasks)[0], run(Fisher(normalize=True, floor=0), louder)[0])
+    gap = relative(run(Fisher(), tasks)[0]["first.weight"], run(Fisher(), louder)[0]["first.weight"])
+    assert gap > 1e-2
+
+
+@pytest.mark.parametrize("floor", [0.0, 1e-6])
+def test_without_gradients_it_is_the_average(floor: float) -> None:
+    _, experts = made()
+    tasks = tasks_of(experts)
+    for task in tasks:
+        task.loss = lambda module, batch, index: module.last.bias.sum() * 0  # type: ignore[union-attr,operator]
+    close(run(Fisher(floor=floor), tasks)[0], averages(experts, [0.5, 0.5]))
+    for task in tasks:  # of one parameter alone
+        task.loss = lambda module, batch, index: module.last.bias.square().sum()  # type: ignore[union-attr,operator]
+    merged, _, _ = run(Fisher(floor=floor), tasks)
+    close({"first.weight": merged["first.weight"]}, {"first.weight": averages(experts, [0.5, 0.5])["first.weight"]})
+    assert relative(merged["last.bias"], averages(experts, [0.5, 0.5])["last.bias"]) > 1e-3
+
+
+def test_importance_0_leaves_a_task_out_of_fisher_and_adamerging() -> None:
+    base, experts = made(3)
+    importance = {"a": 1.0, "b": 1.0, "c": 0.0}
+    close(run(Fisher(importance), tasks_of(experts))[0], run(Fisher(), tasks_of(experts[:2]))[0])
+    one, two = AdaMerging(5, importance=importance), AdaMerging(5)
+    close(run(one, tasks_of(experts), base)[0], run(two, tasks_of(experts[:2]), base)[0])
+
+
+def test_batches_count_as_their_samples() -> None:
+    """The mean gradient of equal samples is that of each."""
+    _, experts = made()
+    single = tasks_of(experts, 3)
+    for task in single:
+        task.batches = [batch for batch in task.batches for _ in range(4)]
+    double = tasks_of(experts, 3)
+    for task in double:
+        task.batches = [(x.repeat(4, 1), y.repeat(4)) for x, y in task.batches]
+    one, four = run(Fisher(), single)[0], run(Fisher(), double)[0]
+    # B ḡ² a sample overstates gradients that agree, by B: the same factor everywhere here, which cancels.
+    close(four, one, 1e-9)
+
+
+def test_nothing_of_the_experts_changes() -> None:
+    base, experts = made()
+    before = [copy.deepcopy(expert.state_dict()) for expert in experts]
+    for method in (Fisher(), AdaMerging(3), LOT()):
+        run(method, tasks_of(experts), base)
+    for expert, values in zip(experts, before):
+        assert all(torch.equal(value, values[name]) for name, value in expert.state_dict().items())
+        assert not any(p.requires_grad or p.grad is not None for p in expert.parameters())
+
+
+def test_bad_batches_are_named_or_left_out() -> None:
+    base, experts = made()
+    tasks = tasks_of(experts)
+    broken = tasks_of(experts)
+    broken[1].batches = [*broken[1].batches, (torch.full((1, 4), torch.nan).double(), torch.tensor([0]))]
+    with pytest.raises(NonFiniteError, match="task 'b', batch 12"):
+        run(Fisher(), broken)
+    with pytest.raises(NonFiniteError, match="task 'b', batch 12"):
+        run(AdaMerging(13), broken, base)
+    merged = averages(experts, [0.5, 0.5])
+    how = Run(on_bad_batch="skip")
+    Fisher().merge(MergeJob(broken, merged, how))
+    close(merged, run(Fisher(), tasks)[0])
+    assert [(batch.task, batch.batch) for batch in how.skipped] == [("b", 12)]
+
+
+def test_tied_parameters_buffers_and_sparse_gradients() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.norm, self.head = (
+                nn.Embedding(7, 4, sparse=True),
+                nn.BatchNorm1d(4),
+                nn.Linear(4, 7, False),
+            )
+            self.head.weight = self.table.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.norm(self.table(x).mean(1)))  # type: ignore[no-any-return]
+
+    base, experts = made(make=Tied)
+    for number, expert in enumerate(experts):
+        expert.norm.running_mean += number + 1  # type: ignore[union-attr,operator]
+    data = [(torch.tensor([[0, 1, n]]), torch.tensor([n])) for n in range(4)]
+    tasks = [Task("ab"[n], expert, data) for n, expert in enumerate(experts)]
+    for task in tasks:
+        task.loss, task.predict = loss, lambda module, batch, index: module(batch[0])
+    for method in (Fisher(), AdaMerging(3)):
+        merged = averages(experts, [0.5, 0.5])
+        merged["head.weight"] = merged["table.weight"]
+        records = method.merge(MergeJob(tasks, merged, Run(), {**state(base)}))
+        assert [record.name for record in records] == ["table.weight", "norm.weight", "norm.bias"]
+        assert merged["head.weight"] is merged["table.weight"]
+        assert torch.equal(merged["norm.running_mean"], averages(experts, [0.5, 0.5])["norm.running_mean"])
+        assert relative(merged["table.weight"], averages(experts, [0.5, 0.5])["table.weight"]) > 1e-3
+
+
+# -- LOT ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_lot_is_the_papers_formula(rows: int) -> None:
+    """Also where fewer rows than inputs leave directions that the pseudo-inverse keeps as in the base."""
+    base, experts = made(make=lambda: nn.Sequential(nn.Linear(9, 5)))
+    inputs = [torch.randn(rows, 9, generator=torch.Generator().manual_seed(n)).double() for n in range(2)]
+    merged, _, _ = run(LOT(ridge=1e-11), [Task("ab"[n], e, [inputs[n]]) for n, e in enumerate(experts)], base)
+    taus = [(expert[0].weight - base[0].weight).T for expert in experts]  # type: ignore[index]
+    grams = [x.T @ x for x in inputs]
+    tau = torch.linalg.pinv(grams[0] + grams[1], rtol=1e-9) @ (grams[0] @ taus[0] + grams[1] @ taus[1])
+    assert relative(merged["0.weight"], base[0].weight + tau.T) < 1e-5  # type: ignore[index]
+    assert relative(merged["0.bias"], (experts[0][0].bias + experts[1][0].bias) / 2) < 1e-12  # type: ignore[index]
+    if rows > 9:  # the regression of RegMean, but for the bias
+        for module in (base, *experts):
+            module[0].bias.zero_()  # type: ignore[index]
+        without = [nn.Sequential(nn.Linear(9, 5, bias=False)).double() for _ in experts]
+        for module, expert in zip(without, experts):
+            module[0].weight = expert[0].weight  # type: ignore[index]
+        other, _, _ = run(RegMean(ridge=1e-13), [Task("ab"[n], e, [inputs[n]]) for n, e in enumerate(without)])
+        assert relative(merged["0.weight"], other["0.weight"]) < 1e-6
+
+
+def test_lot_of_scales_and_biases() -> None:
+    base, experts = made(make=lambda: nn.Sequential(nn.LayerNorm(5)))
+    inputs = [torch.randn(20, 5, generator=torch.Generator().manual_seed(n)).double() for n in range(2)]
+    merged, _, _ = run(LOT(ridge=0.0), [Task("ab"[n], e, [inputs[n]]) for n, e in enumerate(experts)], base)
+    squares = [F.layer_norm(x, (5,)).square().sum(0) for x in inputs]
+    taus = [expert[0].weight - base[0].weight for expert in experts]  # type: ignore[index]
+    scale = base[0].weight + sum(s * t for s, t in zip(squares, taus)) / sum(squares)  # type: ignore[index]
+    assert relative(merged["0.weight"], scale) < 1e-9
+    assert relative(merged["0.bias"], (experts[0][0].bias + experts[1][0].bias) / 2) < 1e-12  # type: ignore[index]
+
+
+def test_lot_takes_attention_and_functions_apart_in_the_base_too() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.MultiheadAttention(6, 2, batch_first=True)
+            self.raw = nn.Parameter(torch.randn(6, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.mix(x, x, x)[0], self.raw)
+
+    base, experts = made(make=Attention)
+    data = torch.randn(4, 5, 6, generator=torch.Generator().manual_seed(0)).double()
+    merged, records, _ = run(LOT(ridge=1e-13), [Task(n, experts[0], [data]) for n in "ab"], base)
+    close(merged, state(experts[0]), 1e-6)
+    assert {name for r in records for name in r.parameters} >= {"mix.in_proj_weight", "raw"}
+    # A ridge so large that nothing else counts: matrices are the base's, biases the average.
+    merged, _, _ = run(LOT(ridge=1e12), [Task("ab"[n], e, [data]) for n, e in enumerate(experts)], base)
+    for name in ("mix.in_proj_weight", "raw"):
+        assert relative(merged[name], state(base)[name]) < 1e-6
+
+
+def test_what_no_data_reach_is_averaged_by_lot() -> None:
+    base, experts = made(make=lambda: nn.Sequential(nn.Embedding(5, 3)))
+    tasks = [Task("ab"[n], expert, [torch.tensor([[0, 1, n]])]) for n, expert in enumerate(experts)]
+    merged, _, _ = run(LOT(), tasks, base)
+    assert relative(merged["0.weight"][2:], averages(experts, [0.5, 0.5])["0.weight"][2:]) < 1e-12
+
+
+# -- AdaMerging --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("start", [0.3, 0.7])
+def test_adamerging_starts_as_task_arithmetic(start: float) -> None:
+    base, experts = made(3)
+    close(
+        run(AdaMerging(0, start=start), tasks_of(experts), base)[0],
+        run(TaskArithmetic(start), tasks_of(experts), base)[0],
+    )
+
+
+def entropies(merged: Values, tasks: list[Task]) -> float:
+    total = 0.0
+    for task in tasks:
+        module = copy.deepcopy(task.expert)
+        module.load_state_dict(dict(merged))
+        total += sum(float(entropy(module(batch[0]))) for batch in task.batches) / len(task.batches)
+    return total
+
+
+@pytest.mark.parametrize("plus_plus", [False, True])
+def test_adamerging_lowers_the_entropy(plus_plus: bool) -> None:
+    base, experts = made()
+    tasks = tasks_of(experts, 4, 8)
+    found = []
+    for steps in (0, 20, 80):
+        merged, records, _ = run(AdaMerging(steps, 1e-2, plus_plus=plus_plus, density=0.5), tasks, base)
+        found.append(entropies(merged, tasks))
+        for record in records:
+            assert isinstance(record, CoefficientRecord)
+            assert record.coefficients
+            assert all(0 <= value <= 1 for value in record.coefficients.values())
+            assert steps or set(record.coefficients.values()) == {0.3}
+    assert found[0] > found[1] > found[2]
+
+
+def test_the_first_step_goes_against_the_slope_of_each_coefficient() -> None:
+    """Adam's first step is the learning rate times the sign of the slope, which differences tell."""
+    base, experts = made()
+    tasks = tasks_of(experts, 1, 16)
+    vectors = [{n: t - state(base)[n] for n, t in state(expert).items()} for expert in experts]
+
+    def value(name: str, number: int, change: float) -> float:
+        merged = {n: t + 0.3 * (vectors[0][n] + vectors[1][n]) for n, t in state(base).items()}
+        merged[name] = merged[name] + change * vectors[number][name]
+        return entropies(merged, tasks)
+
+    _, records, _ = run(AdaMerging(1, 1e-3), tasks, base)
+    for record in records:
+        assert isinstance(record, CoefficientRecord)
+        assert record.coefficients
+        for number, task in enumerate("ab"):
+            slope = value(record.name, number, 1e-4) - value(record.name, number, -1e-4)
+            assert record.coefficients[task] == pytest.approx(0.3 - (1e-3 if slope > 0 else -1e-3), abs=1e-6)
+
+
+def test_adamerging_depends_on_its_seed_alone() -> None:
+    base, experts = made()
+    results = []
+    for seed in (0, 0, 1):
+        torch.rand(3)
+        results.append(run(AdaMerging(7, seed=seed), tasks_of(experts), base)[0])
+    assert all(torch.equal(results[0][name], value) for name, value in results[1].items())
+    assert not torch.equal(results[0]["first.weight"], results[2]["first.weight"])
+
+
+def test_plus_plus_keeps_what_ties_keeps() -> None:
+    base, experts = made(1)
+    one, _, _ = run(AdaMerging(0, start=1.0, plus_plus=True, density=1.0), tasks_of(experts), base)
+    close(one, state(experts[0]))
+    few, _, _ = run(AdaMerging(0, start=1.0, plus_plus=True, density=0.2), tasks_of(experts), base)
+    changed = sum(int((few[name] != value).sum()) for name, value in state(base).items())
+    assert changed == pytest.approx(0.2 * sum(value.numel() for value in state(base).values()), abs=1)
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    """In an interpreter of its own: processes are forked, which is safe only where nothing has started threads."""
+    command = [sys.executable, "-m", "tests.test_methods_gradients", str(tmp_path)]
+    root = Path(__file__).parents[1]
+    done = subprocess.run(
+        command, cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=120, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def _compare(folder: Path) -> None:
+    base, experts = made()
+    for method in (Fisher(), Fisher(normalize=True), AdaMerging(8), LOT()):
+        one, _, _ = run(method, tasks_of(experts, 5), base)
+
+        def work(peers: Peers, method: MergingMethod = method) -> dict[str, Tensor]:
+            tasks = tasks_of(experts, 5)
+            parts = share(tasks, peers.rank, peers.size)
+            for part, task in zip(parts, tasks):
+                part.loss, part.predict, part.size = task.loss, task.predict, task.size
+            return run(method, parts, base, peers)[0]
+
+        place = folder / f"{type(method).__name__}{id(method)}"
+        place.mkdir()
+        for result in processes(2, work, place):
+            assert isinstance(result, dict), result
+            close(result, one, 1e-9 if not isinstance(method, LOT) else 1e-6)
+
+
+# -- settings, and the whole way ---------------------------------------------------------------------------------------
+
+BAD: list[tuple[MergingMethod, str]] = [
+    (Fisher(floor=-1.0), "floor: must be 0 or more"),
+    (Fisher({"a": 1}), "no weight for b"),
+    (LOT(ridge=-1.0), "ridge: must be 0 or more"),
+    (AdaMerging(-1), "steps: must be 0 or more"),
+    (AdaMerging(learning_rate=0.0), "learning_rate: must be above 0"),
+    (AdaMerging(start=1.5), "start: must be between 0 and 1"),
+    (AdaMerging(density=0.0), "density: must be above 0"),
+    (Combined(AdaMerging(), Average()), "matrices: AdaMerging merges the model as a whole"),
+    (Combined(Fisher(), LOT()), "rest: LOT merges whole layers"),
+]
+
+
+@pytest.mark.parametrize(("method", "message"), BAD)
+def test_bad_settings(method: MergingMethod, message: str) -> None:
+    assert any(message in problem for problem in method.problems(["a", "b"]))
+
+
+@pytest.mark.parametrize("method", [Fisher(), LOT(), AdaMerging(), AdaMerging(0), Combined(Fisher(), TaskArithmetic())])
+def test_the_settings_here_are_good(method: MergingMethod) -> None:
+    assert not method.problems(["a", "b"])
+
+
+def test_fisher_of_the_matrices_alone() -> None:
+    base, experts = made()
+    whole, rest = run(Fisher(), tasks_of(experts))[0], run(TaskArithmetic(0.7), tasks_of(experts), base)[0]
+    both, _, _ = run(Combined(Fisher(floor=0.0), TaskArithmetic(0.7)), tasks_of(experts), base)
+    for name, value in both.items():
+        assert relative(value, (whole if value.dim() > 1 else rest)[name]) < 1e-4, name
+
+
+def make_base() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier()
+
+
+@pytest.mark.parametrize("method", [Fisher(), LOT(), AdaMerging(3), Combined(LOT(), TaskArithmetic())])
+def test_the_trainer_merges(method: MergingMethod, tmp_path: Path) -> None:
+    data = MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, samples=20, batch_size=1)
+    trainer = MergeTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
+    experts: dict[str, Any] = dict(zip("ab", make_experts()))
+    report = trainer.merge(make_base(), data, experts, method, output_dir=str(tmp_path / "out"))
+    told = {name: what for name, what in report.parameters.items() if name.startswith("body")}
+    kind = type(method).__name__
+    assert set(told.values()) == {f"merged by {kind}" if kind in ("Fisher", "AdaMerging") else "solved"}
+    assert report.method["class"] == kind
+    assert not any("batch_size" in warning for warning in report.warnings)
+    assert report.samples == {"a": 20, "b": 20}
+
+
+def merge_modules(method: MergingMethod, kind: type[Classifier], **settings: Any) -> ChainOfMergesCallback:
+    torch.manual_seed(0)
+    base = kind()
+    experts: dict[str, Any] = {task: perturb(copy.deepcopy(base), 0.3, n + 1) for n, task in enumerate("ab")}
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=20, **settings)
+    merger = ChainOfMergesCallback(experts, method)
+    quiet_trainer(callbacks=[merger]).validate(base, datamodule=data, verbose=False)
+    return merger
+
+
+def test_larger_batches_are_warned_of() -> None:
+    with pytest.warns(UserWarning, match="data.batch_size is that of the loaders: Fisher squares the gradients"):
+        assert any("set it to 1" in warning for warning in merge_modules(Fisher(), Classifier).report.warnings)
+
+
+class Dictionary(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.log("loss", 1.0)
+        assert not self.training
+        return {"loss": super().training_step(batch, batch_idx), "more": 1}
+
+
+class Nothing(Classifier):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        return None
+
+
+class Labels(Classifier):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0]).argmax(1)
+
+
+class Logits(Labels):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+
+class Detached(Labels):
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0]).detach()
+
+
+def test_a_loss_may_come_in_a_dictionary() -> None:
+    one, other = (merge_modules(Fisher(), kind, batch_size=1).modules["a"] for kind in (Classifier, Dictionary))
+    close(dict(other.named_parameters()), dict(one.named_parameters()), 1e-6)
+
+
+def test_predict_step_goes_before_forward() -> None:
+    one, other = (merge_modules(AdaMerging(3), kind).modules["a"] for kind in (Classifier, Logits))
+    close(dict(other.named_parameters()), dict(one.named_parameters()), 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "message"),
+    [
+        (Fisher(), Nothing, "task 'a', batch 0: training_step returns nothing; the method needs a loss"),
+        (AdaMerging(1), Labels, r"predict_step returns a tensor \(16,\) of int64, without a gradient, not logits"),
+        (AdaMerging(1), Detached, "what predict_step returns does not depend on the shared parameters"),
+    ],
+)
+def test_steps_that_do_not_fit_are_told_of(method: MergingMethod, kind: type[Classifier], message: str) -> None:
+    with pytest.raises(MergeError, match=message):
+        merge_modules(method, kind)
+
+
+def test_a_module_without_training_step_is_told_of_beforehand() -> None:
+    class Plain(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(FEATURES, 3)
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None: ...
+
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)})
+    data.setup("validate")
+    merger = ChainOfMergesCallback({"a": Plain(), "b": Plain()}, Fisher())
+    with pytest.raises(MergeError, match="task 'b': Fisher needs a loss, but Plain has no training_step"):
+        merger.plan(Plain(), data)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _compare(Path(sys.argv[1]))
