@@ -12,7 +12,8 @@ class LOT(ClosedForm):
     """LOT Merging: in each layer the task vector that drifts least from the experts' on the experts' features.
 
     Sun et al., "Towards Minimizing Feature Drift in Model Merging: Layer-wise Task Vector Fusion for Adaptive Knowledge
-    Integration", arXiv 2505.23859. With ``x`` the inputs of a layer in expert i, a matrix ``(outputs, inputs)`` becomes
+    Integration", arXiv 2505.23859; its abstract was at hand, not its full text, so the formulas are the idea
+    as we understand it. With ``x`` the inputs of a layer in expert i, a matrix ``(outputs, inputs)`` becomes
     ``W = W_base + (Σ_i τ_i G_i) (Σ_i G_i)⁺``, where ``G_i = Σ_n x_n x_nᵀ``, of shape ``(inputs, inputs)``,
     and ``⁺`` is the pseudo-inverse; a scale ``γ_base + Σ_i x²τ_i / Σ_i x²``, element by element; and a bias
     ``b_base + mean_i τ_i``, which is the average.
