@@ -37,18 +37,19 @@ def _drawn(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -
 
 def _bars(axes: Any, comparison: Comparison) -> None:
     rows, name = comparison.rows, f"mean {comparison.metric}"
-    values, spreads = [row.mean or 0.0 for row in rows], [0.0 for _ in rows]
+    values, spreads = [row.mean or 0.0 for row in rows], [float("nan") for _ in rows]
     if comparison.by_share:
         name += " / expert (%)"
         values = [100 * (row.mean_normalized or 0.0) for row in rows]
-        spreads = [100 * (row.spread or 0.0) for row in rows]
+        spreads = [float("nan") if row.spread is None else 100 * row.spread for row in rows]
+    spread = any(value == value for value in spreads)
     places = range(len(values))
     colors = ["#2a6f97" if row.outcomes[0].shift else "#e0a458" for row in comparison.rows]
-    axes.barh(places, values, xerr=spreads if any(spreads) else None, color=colors, capsize=3)
+    axes.barh(places, values, xerr=spreads if spread else None, color=colors, capsize=3)
     axes.set_yticks(places, [row.label for row in comparison.rows], fontsize=8)
     axes.invert_yaxis()
     seeds = max(len(row.outcomes) for row in comparison.rows)
-    told = f"; standard deviation between {seeds} seeds" if any(spreads) else ""
+    told = f"; standard deviation between {seeds} seeds" if spread else ""
     axes.set_xlabel(f"{name}{', lower is better' if comparison.lower_is_better else ''}{told}")
 
 

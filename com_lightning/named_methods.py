@@ -186,7 +186,7 @@ def _variants(spec: Any) -> tuple[str, list[_Variant]]:
     given = dict(spec.get("init_args") or {})
     known = [parameter for parameter in inspect.signature(kind).parameters if parameter not in preset]
     if unknown := [own for own in given if own not in known]:
-        raise _Wrong(f"{name} has no setting '{unknown[0]}'{_meant(unknown[0], known)}. It has {', '.join(known)}")
+        raise _Wrong(f"{name} has no setting '{unknown[0]}'{_meant(unknown[0], known)} It has {', '.join(known)}")
     hints = get_type_hints(kind.__init__)
     options: list[list[_Variant]] = []
     for own, value in given.items():
@@ -223,7 +223,7 @@ def _lookup(path: str) -> tuple[str, type[MergingMethod], dict[str, Any]]:
         if isinstance(kind, type) and issubclass(kind, MergingMethod):
             return last, kind, {}
         raise _Wrong(f"{path} is no MergingMethod")
-    raise _Wrong(f"'{path}' is no method{_meant(path, NAMES)}. Known are {', '.join(NAMES)}")
+    raise _Wrong(f"'{path}' is no method{_meant(path, NAMES)} Known are {', '.join(NAMES)}")
 
 
 def _made(variant: _Variant) -> MergingMethod:
@@ -265,4 +265,4 @@ def _text(value: Any) -> str:
 
 def _meant(word: str, known: Any) -> str:
     near = difflib.get_close_matches(word.lower(), list(known), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {near[0]}?" if near else "."

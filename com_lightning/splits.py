@@ -73,9 +73,7 @@ class Splits:
         chosen, told = [_range([c[split] for c in self.counts.values()]) for split in ("selection", "report")]
         if self.selection is not None:
             lines.append(f"Selection of settings: {chosen} samples of each task's val data.")
-        used = [
-            what for what, there in (("calibrated", held != "0"), ("selected", self.selection is not None)) if there
-        ]
+        used = ["calibrated"] * (held != "0") + ["chosen"] * (self.selection is not None)
         on = f" that nothing was {' or '.join(used)} on" if used else ""
         lines.append(f"Reported: {told} samples of each task's val data{on}.")
         return "\n".join(lines)
