@@ -187,10 +187,24 @@ class Comparison:
                 rows.append([row.label, value, _percent(row.spread), told])
         return table(rows) if len(rows) > 1 else ""
 
+    def edges(self) -> list[str]:
+        """Which of the settings chosen are the smallest or largest of their grid, so that others may be better."""
+        found = []
+        for row in self.rows:
+            settings = self._settings(row.outcomes[0].name)
+            for name, value in row.outcomes[0].method.items():
+                tried = [own[0].method.get(name) for own in settings]
+                known = [other for other in tried if isinstance(other, float)]
+                if not isinstance(value, float) or len(set(known)) < 2 or min(known) < value < max(known):
+                    continue
+                end = "largest" if value == max(known) else "smallest"
+                found.append(f"{row.label}: no {name} beyond the {end} of the grid was tried")
+        return found
+
     def __str__(self) -> str:
         better = ", lower is better" if self.lower_is_better else ""
         settings = self.settings_table()
-        notes = [f"Warning: {warning}" for warning in self.warnings]
+        notes = [f"Warning: {warning}" for warning in (*self.warnings, *self.edges())]
         if not self.memory_is_of_each:
             notes.insert(0, "GiB: the most that the process has held so far, in the order listed, not of each merge.")
         parts = [f"{self.metric}{better}", self.table(), settings, self.splits, "\n".join(notes)]

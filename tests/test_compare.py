@@ -335,6 +335,18 @@ def test_settings_are_chosen_on_the_selection_split() -> None:
     assert "yes" not in lines[3]
 
 
+def test_a_setting_at_the_edge_of_its_grid_is_told() -> None:
+    def grid(best: float) -> Comparison:
+        outcomes = [outcome("m", f"m({scale})", 0.1, 0.5 - abs(scale - best)) for scale in (0.1, 0.2, 0.3)]
+        for one, scale in zip(outcomes, (0.1, 0.2, 0.3)):
+            one.method = {"class": "M", "scale": scale, "density": 0.5}
+        return found(outcomes)
+
+    assert not grid(0.2).edges()
+    assert grid(0.1).edges() == ["m(0.1): no scale beyond the smallest of the grid was tried"]
+    assert "Warning: m(0.3): no scale beyond the largest" in str(grid(0.3))
+
+
 @pytest.mark.parametrize("expert", [0.5, -0.5, 0.0])
 def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
     """Also where a ratio to the expert's says nothing."""
