@@ -132,11 +132,12 @@ class Compare(Callback):
     on_bad_batch: Any = "raise"
     memory_budget: int | None = None
     comparison: Comparison | None = None
+    _peers: Peers = field(default_factory=Peers)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.comparison is not None or trainer.sanity_checking:
             return
-        peers = peers_of(trainer)
+        peers = self._peers = peers_of(trainer)
         loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
         workplace: Workplace | None = None
         try:
@@ -150,6 +151,9 @@ class Compare(Callback):
             trainer.loggers = loggers
             if workplace:
                 workplace.close(keep=True)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._peers.explain(exception)
 
     def _compare(self, trainer: Trainer, peers: Peers, workplace: Workplace | None) -> Comparison:
         plan, quiet = self.plan, trainer.progress_bar_callback is None or not trainer.is_global_zero

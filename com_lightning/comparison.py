@@ -51,13 +51,15 @@ class Row:
         outcomes: one for each seed.
         tried: how many settings it was chosen from.
         absolute, normalized: task -> mean over seeds of the metric, and of the metric divided by the expert's.
-        means: of each seed, the mean over tasks of the normalised metric; ``None`` where an expert's metric is 0.
+        mean_normalized: of the normalised metric, over tasks and seeds; ``None`` where an expert's metric is 0.
+        means: of each seed, what rules are ranked by, see :attr:`Comparison.by_share`.
     """
 
     outcomes: list[Outcome]
     tried: int
     absolute: dict[str, float | None]
     normalized: dict[str, float | None]
+    mean_normalized: float | None
     means: list[float | None]
 
     @property
@@ -70,12 +72,13 @@ class Row:
         return _mean(list(self.absolute.values()))
 
     @property
-    def mean_normalized(self) -> float | None:
+    def score(self) -> float | None:
+        """What rules are ranked by: the mean over seeds."""
         return None if None in self.means else _mean(self.means)
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of the mean normalised metric between seeds; ``None`` for one seed."""
+        """Standard deviation of that between seeds; ``None`` for one seed."""
         known = [mean for mean in self.means if mean is not None]
         return statistics.stdev(known) if len(known) == len(self.means) > 1 else None
 
@@ -143,7 +146,13 @@ class Comparison:
         ]
         absolute = {t: _mean([r.metrics["merged"].get(t, {}).get(metric) for r in reports]) for t in self.tasks}
         normalized = {t: _mean([r.normalized("merged", t) for r in reports]) for t in self.tasks}
-        return Row(list(outcomes), tried, absolute, normalized, [r.mean_normalized("merged") for r in reports])
+        shares = [r.mean_normalized("merged") for r in reports]
+        means = [_mean([r.metrics["merged"].get(t, {}).get(metric) for t in self.tasks]) for r in reports]
+        whole = None if None in shares else _mean(shares)
+        return Row(list(outcomes), tried, absolute, normalized, whole, shares if self.by_share else means)
+
+    def _told(self, score: float | None) -> str:
+        return _percent(score) if self.by_share else _number(score)
 
     @cached_property
     def by_share(self) -> bool:
@@ -154,7 +163,7 @@ class Comparison:
 
     def _place(self, row: Row) -> tuple[bool, float]:
         """What is sorted by: the smaller, the better."""
-        value = row.mean_normalized if self.by_share else row.mean
+        value = row.score
         if value is None or not math.isfinite(value):
             return True, 0.0
         return False, value if self.lower_is_better else -value
@@ -168,7 +177,7 @@ class Comparison:
         rows.append(["(experts)", *map(_number, experts), _number(_mean(experts)), *["-"] * 4] + [""] * grids)
         for row in self.rows:
             cells = [f"{_number(row.absolute[t])} ({_percent(row.normalized[t])})" for t in self.tasks]
-            cells += [_number(row.mean), _percent(row.mean_normalized), _percent(row.spread)]
+            cells += [_number(row.mean), _percent(row.mean_normalized), self._told(row.spread)]
             cells += [f"{row.seconds:.1f}", f"{row.peak_memory / 2**30:.2f}"]
             rows.append([row.label, *cells] + [str(row.tried) if row.tried > 1 else ""] * grids)
         return table(rows)
@@ -183,8 +192,7 @@ class Comparison:
             found = [self._row(own, "selection") for own in settings] if len(settings) > 1 else []
             for row in sorted(found, key=self._place):
                 told = "yes" if row.label in chosen else ""
-                value = _percent(row.mean_normalized) if self.by_share else _number(row.mean)
-                rows.append([row.label, value, _percent(row.spread), told])
+                rows.append([row.label, self._told(row.score), self._told(row.spread), told])
         return table(rows) if len(rows) > 1 else ""
 
     def edges(self) -> list[str]:
@@ -202,6 +210,8 @@ class Comparison:
         return found
 
     def __str__(self) -> str:
+        if not self.outcomes:
+            return "Nothing has been compared yet."
         better = ", lower is better" if self.lower_is_better else ""
         settings = self.settings_table()
         notes = [f"Warning: {warning}" for warning in (*self.warnings, *self.edges())]

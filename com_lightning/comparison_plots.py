@@ -36,12 +36,10 @@ def _drawn(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -
 
 
 def _bars(axes: Any, comparison: Comparison) -> None:
-    rows, name = comparison.rows, f"mean {comparison.metric}"
-    values, spreads = [row.mean or 0.0 for row in rows], [float("nan") for _ in rows]
-    if comparison.by_share:
-        name += " / expert (%)"
-        values = [100 * (row.mean_normalized or 0.0) for row in rows]
-        spreads = [float("nan") if row.spread is None else 100 * row.spread for row in rows]
+    rows, factor = comparison.rows, 100 if comparison.by_share else 1
+    name = f"mean {comparison.metric}{' / expert (%)' if comparison.by_share else ''}"
+    values = [factor * (row.score or 0.0) for row in rows]
+    spreads = [float("nan") if row.spread is None else factor * row.spread for row in rows]
     spread = any(value == value for value in spreads)
     places = range(len(values))
     colors = ["#2a6f97" if row.outcomes[0].shift else "#e0a458" for row in comparison.rows]
@@ -55,10 +53,11 @@ def _bars(axes: Any, comparison: Comparison) -> None:
 
 def _heat_map(axes: Any, comparison: Comparison) -> None:
     rows, tasks = comparison.rows, comparison.tasks
-    shares = [[row.normalized[task] for task in tasks] for row in rows]
-    cells = [[float("nan") if share is None else 100 * share for share in row] for row in shares]
+    factor = 100 if comparison.by_share else 1
+    found = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
+    cells = [[float("nan") if value is None else factor * value for value in row] for row in found]
     image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_is_better else "viridis")
-    axes.figure.colorbar(image, ax=axes, label=f"{comparison.metric} / expert (%)")
+    axes.figure.colorbar(image, ax=axes, label=f"{comparison.metric}{' / expert (%)' if comparison.by_share else ''}")
     middle = sum(image.get_clim()) / 2
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Optional
 
 import torch
@@ -83,7 +84,7 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
     """Split the val data of all tasks.
 
     What is left when the calibration samples of all seeds are taken out is reported; if settings are to be chosen, a
-    seeded half of it (of each loader) is for that.
+    seeded half of it (of each dataset) is for that.
 
     Args:
         data: set up, and without problems of its own.
@@ -99,34 +100,43 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
     result, problems = Splits(data, seeds), []
     hold = calibrates and data.source == "val"
     for name in data.tasks:
-        populations = [_population(loader) for loader in data._loaders(name, "val")]
+        loaders = data._loaders(name, "val")
+        populations = [_population(loader) for loader in loaders]
         if (hold or selects) and None in populations:
             problems.append(
                 f"task '{name}': the samples of an iterable dataset cannot be split; set data.source to train, and "
                 "give each method one setting"
             )
             continue
-        held: list[set[int]] = [set() for _ in populations]
+        # Loaders of one dataset have its samples in common.
+        owners = [id(getattr(loader, "dataset", loader)) for loader in loaders]
+        held: dict[int, set[int]] = {owner: set() for owner in owners}
+        chosen: dict[int, set[int]] = {owner: set() for owner in owners}
         for seed in seeds if hold else ():
-            for own, chosen in zip(held, PartOfData(data, seed, {})._chosen(name)):
-                own |= set(chosen or ())
+            for owner, drawn in zip(owners, PartOfData(data, seed, {})._chosen(name)):
+                held[owner].update(drawn or ())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{data.seed}/{name}/selection".encode()))
+        for owner in dict.fromkeys(owners) if selects else ():
+            mine = [population or () for own, population in zip(owners, populations) if own == owner]
+            rest = [index for index in dict.fromkeys(chain(*mine)) if index not in held[owner]]
+            order = torch.randperm(len(rest), generator=generator)[: len(rest) // 2].tolist()
+            chosen[owner].update(rest[place] for place in order)
         report[name], selection[name] = [], []
-        for population, own in zip(populations, held):
-            rest = [index for index in population or () if index not in own]
-            half = torch.randperm(len(rest), generator=generator)[: len(rest) // 2].tolist() if selects else []
-            selection[name].append({rest[place] for place in half})
-            report[name].append(set(rest) - {rest[place] for place in half} if hold or selects else None)
+        for owner, population in zip(owners, populations):
+            all_of_it = set(population or ())
+            selection[name].append(all_of_it & chosen[owner])
+            report[name].append(all_of_it - chosen[owner] - held[owner] if hold or selects else None)
         total = sum(len(population or ()) for population in populations)
         sizes = [sum(len(part or ()) for part in parts[name]) for parts in (selection, report)]
         sizes[1] = sizes[1] if hold or selects else total
         known = None not in populations
-        taken = sum(map(len, held)) if hold else data.samples if calibrates else 0
+        taken = sum(map(len, held.values())) if hold else data.samples if calibrates else 0
         told = zip(("calibration", "selection", "report"), (taken, sizes[0], sizes[1] if known else None))
         result.counts[name] = dict(told)
+        gone = sum(map(len, held.values()))
         if known and (not sizes[1] or (selects and not sizes[0])):
             problems.append(
-                f"task '{name}': {len(seeds)} seeds calibrate on {sum(map(len, held))} of its {total} val samples, and "
+                f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and "
                 f"too few are left to {'choose settings on and ' if selects else ''}report; lower data.samples, give "
                 "fewer seeds, or set data.source to train"
             )

@@ -184,6 +184,19 @@ def test_no_sample_is_for_two_things(kind: str, selects: bool) -> None:
         assert sorted(validated(again, "selection")) == sorted(selection)
 
 
+def test_loaders_of_one_dataset_share_no_sample() -> None:
+    dataset = TensorDataset(torch.arange(60))
+    loaders = [DataLoader(dataset, 4), DataLoader(dataset, 5)]
+    data = MergeDataModule({"a": TaskLoaders(val=loaders)}, samples=10)
+    data.setup("validate")
+    splits = split(data, [0], calibrates=True, selects=True)
+    calibrated = {int(v) for (batch,), _ in splits.part("report").calibration("a").batches for v in batch}
+    report, selection = set(validated(splits, "report")), set(validated(splits, "selection"))
+    assert not calibrated & report
+    assert not calibrated & selection
+    assert not report & selection
+
+
 def test_train_data_hold_nothing_out() -> None:
     tasks = {"a": TaskLoaders(val=numbered(20), train=numbered(50))}
     data = MergeDataModule(tasks, samples=30, source="train")
@@ -357,6 +370,8 @@ def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
         assert labels[0] == best
         assert labels[-1] == "none"
         assert ("lower is better" in str(comparison)) == (best == "low")
+        seeds = [Outcome("m", "m", {}, n, {"report": {"a": {metric: 0.1 * n}}}) for n in (1, 2)]
+        assert (found(seeds, metric, expert).rows[0].spread or 0) > 0.05
 
 
 def test_a_metric_that_is_not_logged_is_told(files: list[str], tmp_path: Path) -> None:
