@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with ``merge``."""
+"""The command line: Lightning's own, with ``merge`` and ``compare``."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class _Parser(LightningArgumentParser):
 
 
 class MergeCLI(LightningCLI):
-    """``LightningCLI`` with the subcommands ``fit``, ``merge``, ``validate`` and ``test``.
+    """``LightningCLI`` with the subcommands ``fit``, ``merge``, ``compare``, ``validate`` and ``test``.
 
     Model and data are any LightningModule and LightningDataModule, named by ``class_path``; a project of one model can
     fix its class: ``MergeCLI(MyModule)``.
@@ -55,6 +55,7 @@ class MergeCLI(LightningCLI):
         return {
             "fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"},
             "merge": {"model", "datamodule", "files"},
+            "compare": {"model", "datamodule", "files"},
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
         }
@@ -82,9 +83,17 @@ class MergeCLI(LightningCLI):
 
     def merge(self, **kwargs: Any) -> None:
         """Run the merge, and keep the resolved configuration with its result."""
-        config = yaml.safe_load(self.parser.dump(self.config))["merge"]
         assert isinstance(self.trainer, MergeTrainer)
-        self.trainer.merge(**kwargs, files={"config.yaml": yaml.safe_dump(config, sort_keys=False)})
+        self.trainer.merge(**kwargs, files=self._config_file("merge"))
+
+    def compare(self, **kwargs: Any) -> None:
+        """Run the comparison, and keep the resolved configuration with its result."""
+        assert isinstance(self.trainer, MergeTrainer)
+        self.trainer.compare(**kwargs, files=self._config_file("compare"))
+
+    def _config_file(self, subcommand: str) -> dict[str, str]:
+        config = yaml.safe_load(self.parser.dump(self.config))[subcommand]
+        return {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
 
 
 def _is_merge_data(class_path: str | None) -> bool:

@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.compare import Compare, SeveralRules, checked, compared
+from com_lightning.comparison import Comparison
 from com_lightning.core.peers import Peers
 from com_lightning.core.sharing import renewed
 from com_lightning.datamodule import MergeDataModule
@@ -26,7 +28,7 @@ from com_lightning.processes import (
     together,
 )
 from com_lightning.report import MergeReport
-from com_lightning.results import load_results
+from com_lightning.results import load_results, output_problems
 
 
 class MergeTrainer(Trainer):
@@ -136,6 +138,106 @@ class MergeTrainer(Trainer):
         elif not merger.merged:
             rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
         return merger.report
+
+    def compare(
+        self,
+        model: LightningModule,
+        datamodule: Optional[LightningDataModule] = None,
+        experts: Optional[Dict[str, str]] = None,
+        methods: Union[str, List[Any]] = "regmean,chain",
+        seeds: Optional[List[int]] = None,
+        method: Optional[MergingMethod] = None,
+        private: Optional[List[str]] = None,
+        metric: Optional[str] = None,
+        output_dir: str = "outputs/comparison",
+        overwrite: bool = False,
+        dry_run: bool = False,
+        files: Optional[Dict[str, str]] = None,
+        grow_vocabulary: bool = False,
+        no_resume: bool = False,
+        experts_device: Optional[Literal["cpu"]] = None,
+        on_bad_batch: Literal["raise", "skip"] = "raise",
+        base: Optional[str] = None,
+        memory_budget: Optional[float] = None,
+    ) -> Comparison:
+        """Merge the same experts by several rules, and write tables and pictures of what each is worth.
+
+        What is calibrated on is held out of what is reported. Where a rule has several settings, the best one on a half
+        of the other samples is reported on the other half. No weights are written: merge by the rule of your choice.
+
+        Args:
+            model: a module of the experts' class; it is not changed.
+            datamodule: a MergeDataModule, the data of all tasks.
+            experts: as for merge.
+            methods: rules by name, with their settings: "task_arithmetic(scale=[0.2,0.3]),regmean,chain". A list of
+                values where a rule takes one is a grid. Or a list of such texts, and of class_path with init_args. The
+                plain average is always compared with.
+            seeds: of the calibration samples; rules that need data merge once for each. By default that of the
+                datamodule.
+            method: one more rule, as for merge, so that the configuration of a merge will do.
+            private: as for merge.
+            metric: the logged metric that tables show, and that settings are chosen by; by default the first one that
+                is not a loss.
+            output_dir: folder for the tables and pictures.
+            overwrite: replace an existing output_dir.
+            dry_run: only check everything, and print what would be merged and what data are for what.
+            files: further files for the folder, name -> text.
+            grow_vocabulary: as for merge.
+            no_resume: drop what a comparison that was interrupted has found already; it goes on from there otherwise.
+            experts_device: as for merge.
+            on_bad_batch: as for merge.
+            base: as for merge.
+            memory_budget: as for merge.
+
+        Returns:
+            What was found, which is also printed.
+
+        Raises:
+            MergeError: with all problems at once, before any calibration batch is read.
+        """
+        require_mergeable(self, output_dir)
+        data = _tasks(datamodule)
+        settings = compared(methods, method)
+        sources: Dict[str, Any] = dict(experts or {})
+        merger = ChainOfMergesCallback(sources, SeveralRules(settings), private, metric)
+        merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
+        merger.on_bad_batch, merger.experts_device, merger.memory_budget = on_bad_batch, experts_device, memory_budget
+        end_with_parent()
+        peers = Peers() if dry_run else early_peers(self)
+        data.trainer = self
+        with together(peers):
+            if peers.size == 1 or self.local_rank == 0:
+                data.prepare_data()
+        with together(peers):
+            data.setup("validate")
+            blank = copy.deepcopy(model) if grow_vocabulary else model
+            problems = output_problems(Path(output_dir), overwrite) if self.is_global_zero else []
+            plan, splits = checked(merger, blank, data, settings, seeds, problems)
+        if dry_run:
+            if self.is_global_zero:
+                rules = "".join(f"\n- {setting.label}" for setting in settings)
+                print(f"{plan}\n\n{splits}\n\nTo be compared:{rules}")
+            return Comparison(list(plan.experts))
+        for warning in plan.parameters.warnings:
+            rank_zero_warn(warning)
+        budget = None if memory_budget is None else int(memory_budget * 2**30)
+        compare = Compare(plan, settings, splits, output_dir, overwrite, metric, merger.files, no_resume)
+        compare.experts_stay, compare.on_bad_batch = experts_device == "cpu", on_bad_batch
+        compare.memory_budget = budget
+        self.callbacks.append(compare)  # type: ignore[attr-defined]
+        try:
+            with known_as_parent():
+                first = copy.deepcopy(next(iter(plan.experts.values())))
+                super().validate(first, datamodule=splits.part("report"), verbose=False)
+        finally:
+            self.callbacks.remove(compare)  # type: ignore[attr-defined]
+        if compare.comparison is not None and self.is_global_zero:
+            print(f"\n{compare.comparison}\n\nWritten to {output_dir}.")
+        elif returns_nothing(self):
+            print(f"\n{(Path(output_dir) / 'report.md').read_text(encoding='utf-8')}\n\nWritten to {output_dir}.")
+        elif compare.comparison is None:
+            rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
+        return compare.comparison or Comparison(list(plan.experts))
 
     def validate(
         self,

@@ -578,3 +578,18 @@ def test_combined_rules_have_an_importance_each() -> None:
     rule = Combined(Average(importance={"a": 1, "b": 0}), Average(importance={"a": 0, "b": 1}))
     result = merge(rule, base, named(experts))
     close(result, {n: experts[len(SHAPES[n]) < 2][n] for n in SHAPES})
+
+
+@every_rule
+def test_nothing_is_computed_in_less_than_float32(rule: MergingMethod) -> None:
+    """Whatever a user has set for the sake of forwards: reduced products, autocast."""
+    base, experts = make_values(few(rule), dtype=torch.float32)
+    expected = merge(rule, base, named(experts))
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with torch.autocast("cpu", torch.bfloat16):
+            result = merge(rule, base, named(experts))
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert all(torch.equal(result[name], value) for name, value in expected.items())

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.rule import LayerRecord, NonFiniteError
 from com_lightning.core.sharing import named_tensors
+from com_lightning.core.statistics import exact_products
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
 
@@ -113,7 +114,9 @@ class ParameterRule(MergingMethod):
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
         try:
-            return self._merge(job, list(shared_parameters(job, weights)))
+            # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
+            with torch.autocast((job.device or torch.device("cpu")).type, enabled=False), exact_products():
+                return self._merge(job, list(shared_parameters(job, weights)))
         except BaseException as error:
             job.run.peers.fail(error)
             raise

@@ -1,0 +1,37 @@
+"""The covariate shift of merged weights that are there already, as a chain measures it on its way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from com_lightning.core.chain import _Chain
+from com_lightning.core.gathering import Inputs, Layer
+from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.run import Run
+
+
+def measure_shift(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> list[LayerRecord]:
+    """How far each layer's inputs are from those of the experts, with these weights everywhere.
+
+    Takes what :func:`~com_lightning.core.chain.merge_layers` does; nothing is solved or written. For the average it is
+    what a chain would meet if it changed nothing.
+    """
+    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), Rule("merged", "expert"), run)
+    try:
+        return chain.run()
+    except BaseException as error:
+        chain.peers.fail(error)
+        raise
+
+
+class _Measuring(_Chain):
+    def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
+        record = LayerRecord(layer.name, layer.kind.name)
+        for task, statistics in zip(self.tasks, inputs.statistics):
+            if statistics.shift.rows:
+                record.distance[task.name] = statistics.shift.relative_distance
+                record.cosine[task.name] = statistics.shift.mean_cosine
+        # As if they had been solved, so that the same layers are measured as in a chain.
+        return record, [(part.name, part.extent(self.models.merged[part.name])) for part in layer.parts.values()]
