@@ -252,7 +252,7 @@ class ChainOfMergesCallback(Callback):
             try:
                 self.modules, self.report = execute(self._plan, trainer, data, run, self.experts_device == "cpu")
             except BaseException:
-                self._plan = None  # its experts have been moved and converted already
+                self._plan = None  # a second attempt looks at everything anew
                 raise
             finally:
                 trainer.loggers = loggers

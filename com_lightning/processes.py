@@ -123,12 +123,9 @@ def _exists(process: int) -> bool:
 @contextmanager
 def together(peers: Peers) -> Iterator[None]:
     """Where one process fails, all do, instead of waiting for it."""
-    try:
+    with peers.told():
         yield
         peers.exchange(None)  # nobody goes on before all have come this far
-    except BaseException as error:
-        peers.fail(error)
-        raise
 
 
 @contextmanager

@@ -19,11 +19,8 @@ def measure_shift(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run)
     what a chain would meet if it changed nothing.
     """
     chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), Rule("merged", "expert"), run)
-    try:
+    with run.peers.told():
         return chain.run()
-    except BaseException as error:
-        chain.peers.fail(error)
-        raise
 
 
 class _Measuring(_Chain):

@@ -56,11 +56,8 @@ def merge_layers(
         from its first call.
     """
     chain = _Chain(tasks, merged, importance, rule, run or Run(), base)
-    try:
+    with chain.peers.told():
         return chain.run()
-    except BaseException as error:
-        chain.peers.fail(error)
-        raise
 
 
 class _Chain:

@@ -53,6 +53,15 @@ class Peers:
     def explain(self, error: BaseException) -> None:
         """Note what it means if an error is that of a lost connection, in a call that is not ours."""
 
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """What is raised here is told to the others, which would wait for this process otherwise."""
+        try:
+            yield
+        except BaseException as error:
+            self.fail(error)
+            raise
+
 
 class ProcessGroup(Peers):
     """The processes of ``torch.distributed``'s default group. All meet in the same order of calls.

@@ -81,11 +81,8 @@ class AdaMerging(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        try:
+        with job.run.peers.told():
             return self._merge(job, weights)
-        except BaseException as error:
-            job.run.peers.fail(error)
-            raise
 
     @torch.no_grad()
     def _merge(self, job: MergeJob, weights: Mapping[str, float]) -> list[LayerRecord]:

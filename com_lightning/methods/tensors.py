@@ -113,13 +113,10 @@ class ParameterRule(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        try:
-            # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
-            with torch.autocast((job.device or torch.device("cpu")).type, enabled=False), exact_products():
-                return self._merge(job, list(shared_parameters(job, weights)))
-        except BaseException as error:
-            job.run.peers.fail(error)
-            raise
+        device = job.device or torch.device("cpu")
+        # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
+        with job.run.peers.told(), torch.autocast(device.type, enabled=False), exact_products():
+            return self._merge(job, list(shared_parameters(job, weights)))
 
     @torch.no_grad()
     def _merge(self, job: MergeJob, parameters: Sequence[SharedParameter]) -> list[LayerRecord]:
