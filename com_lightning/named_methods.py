@@ -35,6 +35,9 @@ NAMES: dict[str, tuple[type[MergingMethod], dict[str, Any]]] = {
     "ties": (rules.TIES, {}),
     "tsvm": (rules.TSVM, {}),
     "wudi": (rules.WUDI, {}),
+    "lot": (rules.LOT, {}),
+    "fisher": (rules.Fisher, {}),
+    "ada_merging": (rules.AdaMerging, {}),
 }
 """Name -> class, and the settings that the name stands for."""
 _ALIASES = {"chainofmerges": "chain", "karcher": "karcher_mean"}
