@@ -69,6 +69,28 @@ def compared(methods: str | Sequence[Any], method: MergingMethod | None = None) 
     return settings
 
 
+def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
+    """A copy of a method that draws at random by its own seed and that of a run, and so do the rules that it takes.
+
+    Example::
+
+        >>> reseeded(DARE(seed=10), 2).seed
+        12
+    """
+    copied = copy.copy(method)
+    for name, value in vars(method).items():
+        if isinstance(value, MergingMethod):
+            setattr(copied, name, reseeded(value, seed))
+        elif name == "seed":
+            setattr(copied, name, value + seed)
+    return copied
+
+
+def _differs(method: MergingMethod) -> bool:
+    """Whether runs with different seeds may give different merges."""
+    return method.needs_data or describe(reseeded(method, 1)) != describe(method)
+
+
 def checked(
     merger: ChainOfMergesCallback,
     model: LightningModule,
@@ -182,16 +204,17 @@ class Compare(Callback):
         merges = [
             (setting, seed)
             for setting in self.settings
-            for seed in (self.splits.seeds if setting.method.needs_data else [None])
+            for seed in (self.splits.seeds if _differs(setting.method) else [None])
         ]
         with tqdm(merges, desc="comparing", disable=quiet) as bar:
             for setting, seed in bar:
                 bar.set_postfix_str(setting.label if seed is None else f"{setting.label}, seed {seed}")
                 # What is validated depends on all seeds, and on whether settings are chosen.
                 parts = [part for part in names if part == "report" or self._has_choice(setting)]
-                key = {"method": describe(setting.method), "seed": seed, "of": [self._samples(p) for p in parts]}
+                own = replace(setting, method=reseeded(setting.method, seed or 0))
+                key = {"method": describe(own.method), "seed": seed, "of": [self._samples(p) for p in parts]}
                 if (found := known.get(key)) is None:
-                    outcome, modules = self._merge(trainer, peers, setting, seed, quiet)
+                    outcome, modules = self._merge(trainer, peers, own, seed, quiet)
                     outcome.metrics = {part: validated(modules, part, setting.label) for part in parts}
                     del modules
                     found = known.add(key, asdict(outcome))

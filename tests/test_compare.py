@@ -261,6 +261,17 @@ def test_seeds_are_those_of_the_calibration_sample(files: list[str], tmp_path: P
     assert [o.seed for o in one.outcomes] == [None, 1]
 
 
+def test_rules_that_draw_at_random_draw_anew_for_each_seed(files: list[str], tmp_path: Path) -> None:
+    listed = "dare(seed=5),combined(matrices=della,rest=average),ties"
+    comparison = compare(tmp_path / "out", listed, seeds=[0, 2])
+    found = {row.label.partition("(")[0]: row.outcomes for row in comparison.rows}
+    assert [(one.seed, one.method["seed"]) for one in found["dare"]] == [(0, 5), (2, 7)]
+    assert [one.method["matrices"]["seed"] for one in found["combined"]] == [0, 2]
+    losses = [[one.metrics["report"][task]["val_loss"] for task in "ab"] for one in found["dare"]]
+    assert losses[0] != losses[1]
+    assert [one.seed for one in found["ties"]] == [None]
+
+
 @pytest.mark.parametrize("after", [0, 1, 3])
 def test_a_comparison_goes_on_where_it_was(
     after: int, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -7,9 +7,10 @@ import os
 from pathlib import Path
 
 from benchmarks.suites import SUITES, make_suite
-from benchmarks.suites.methods import METHODS
 from benchmarks.suites.packages import CACHE_VARIABLE, cache_folder
+from benchmarks.suites.rules import settings_for
 from benchmarks.suites.runner import run
+from com_lightning import MergeError
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -20,13 +21,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
-        help="names (by default all of %(default)s), or calls such as 'ChainOfMerges(ridge=0.1)'",
+        help="names, with settings in brackets; a list of values is a grid, of which one is chosen on val: "
+        "'ties(density=[0.1,0.2])' (by default all rules, see benchmarks/suites/rules.py)",
     )
-    parser.add_argument("--samples", type=int, default=256, help="calibration samples per task")
+    parser.add_argument("--samples", type=int, nargs="+", default=[256], help="calibration samples per task")
     parser.add_argument("--source", choices=["val", "train"], default="val", help="where they are from")
     parser.add_argument(
-        "--split", choices=["test", "val"], default="test", help="what is measured on; val to choose a setting"
+        "--split", choices=["test", "val"], default="test", help="what is measured on; val to see all settings of grids"
     )
     parser.add_argument("--again", action="store_true", help="measure also what has been measured before")
     parser.add_argument("--train-only", action="store_true", help="train what is missing, and merge nothing")
@@ -38,20 +39,27 @@ def main(arguments: list[str] | None = None) -> None:
     if options.cache:
         os.environ[CACHE_VARIABLE] = str(options.cache)
     suite = make_suite(options.suite)
+    try:
+        settings = settings_for(suite, options.methods)  # what is wrong is told before anything is trained
+    except MergeError as error:
+        parser.error(str(error))
     if options.train_only:
         for seed in options.seeds:
             suite.load(seed)
         return
     # What was measured to choose a setting is no result.
-    folder = Path("benchmarks/results") if options.split == "test" else Path("outputs/suites-val")
-    output = options.output or folder / options.suite
+    choices = Path("outputs/suites-val") / suite.name
+    output = choices if options.split == "val" else Path("benchmarks/results") / suite.name
+    if options.output:
+        output, choices = options.output, options.output.with_name(f"{options.output.name}-val")
     print(
         run(
             suite,
             options.seeds,
-            options.methods,
+            settings,
             options.samples,
             output,
+            choices,
             options.source,
             options.split,
             options.again,

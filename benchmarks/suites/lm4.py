@@ -6,8 +6,9 @@ The base is pretrained on a mixture of three of them: speeches, quotations and m
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
@@ -111,6 +112,10 @@ class LM4(Suite):
     metric = "perplexity"
     lower_is_better = True
     private = ()
+    not_applicable: ClassVar[Mapping[str, str]] = {
+        **Suite.not_applicable,
+        "ada_merging": "its entropy is that of a classifier",
+    }
     base_recipe = Recipe(steps=1000, batch_size=16, learning_rate=3e-3)
     recipe = Recipe(steps=250, batch_size=16, learning_rate=1e-3)
 

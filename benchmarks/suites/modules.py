@@ -88,3 +88,6 @@ class Classifier(OneCycle):
         labels = self.labels(batch)
         self.test_acc(self(batch), labels)
         self.log("test_acc", self.test_acc, batch_size=len(labels))
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self(batch)  # type: ignore[no-any-return]

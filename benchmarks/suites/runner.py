@@ -3,75 +3,149 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from tqdm.auto import tqdm
 
-from benchmarks.suites.methods import make_method
 from benchmarks.suites.results import EXPERT, Entry, Results, versions
 from benchmarks.suites.suite import Experts, Suite
-from com_lightning import ChainOfMergesCallback, MergeDataModule
+from benchmarks.suites.tables import VAL_SAMPLES, show
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
+from com_lightning.compare import reseeded
 from com_lightning.evaluation import quiet_lightning
 from com_lightning.merger import describe
+from com_lightning.named_methods import Setting
 
-CALIBRATION_BATCH = 32  # it decides how much is paused at a time, not the result
+CALIBRATION_BATCH = 32  # it decides how much is paused at a time; to AdaMerging it is the batch of a step
 
 
 def run(
     suite: Suite,
     seeds: Sequence[int],
-    methods: Sequence[str],
-    samples: int,
+    settings: Sequence[Setting],
+    samples: Sequence[int],
     output: Path,
+    choices: Path,
     source: Literal["val", "train"] = "val",
     split: Literal["val", "test"] = "test",
     again: bool = False,
 ) -> str:
     """Measure methods on a suite; what the output's JSON file holds already is not measured again.
 
+    The settings of a grid are one row: for each seed, and each number of calibration samples, all of them are measured
+    on val, and the best of them, and no other, on test.
+
     Args:
         suite: tasks, experts and data.
-        seeds: of base, experts and calibration sample.
-        methods: names, see :mod:`benchmarks.suites.methods`.
-        samples: calibration samples per task.
-        output: of JSON file, table and picture, without a suffix.
+        seeds: of base, experts, calibration sample, and whatever a rule draws at random.
+        settings: of the methods, see :func:`~benchmarks.suites.rules.settings_for`.
+        samples: numbers of calibration samples per task.
+        output: of JSON file, table and pictures, without a suffix.
+        choices: the same for the JSON file of what grids gave on val.
         source: the split that calibration samples are from.
-        split: what is measured on: ``"test"``, or ``"val"`` to choose a setting (without the calibration samples).
-        again: measure also what the file holds.
+        split: what is measured on: ``"test"``, or ``"val"`` to look at every setting of a grid. Of val it is the first
+            :data:`~benchmarks.suites.tables.VAL_SAMPLES` samples of each task, without those that were calibrated on.
+        again: measure also what the files hold.
 
     Returns:
         The table.
+
+    Raises:
+        ValueError: if a task has fewer samples to calibrate on.
     """
-    made = {name: make_method(name) for name in methods}  # a wrong name is told before anything is trained
     results = Results(suite, output, split)
+    rows: dict[str, list[Setting]] = {}
+    for setting in settings:
+        rows.setdefault(setting.name if split == "test" else setting.label, []).append(setting)
     for seed in seeds:
-        loaded = None
-        trained = suite.folder(seed).parent.name
-        keys: list[tuple[str, int, str]] = [(EXPERT, 0, "")]
-        keys += [(name, samples, source) if m.needs_data else (name, 0, "") for name, m in made.items()]
-        for name, number, origin in keys:
-            entry = Entry(name, seed, number, origin, trained, {})
-            if results.find(entry.key) and (name == EXPERT or not again):
-                continue
-            loaded = loaded or suite.load(seed)
-            data = suite.merge_data(samples, seed, source=source, batch_size=CALIBRATION_BATCH)
-            entry.versions = versions()
-            if name == EXPERT:
-                modules: Mapping[str, LightningModule] = loaded.experts
-            else:
-                merger = merge(suite, loaded, data, name, seed)
-                modules = merger.modules
-                entry.seconds, entry.settings = round(merger.report.seconds, 2), describe(made[name])
-            entry.values = evaluate(suite, modules, data, split, held_out=split == source and name != EXPERT)
-            results.add(entry)
-            _tell(results, entry)
-    return results.show(suite.folder(0).parent.name)
+        bench = _Bench(suite, seed, source, Results(suite, choices, "val"), again)
+        bench.measure_experts(results)
+        for number in samples:
+            for name, some in rows.items():
+                if number == samples[0] or any(setting.method.needs_data for setting in some):
+                    bench.measured(results, name, some, number)
+    return show(results, suite.folder(0).parent.name)
+
+
+@dataclass
+class _Bench:
+    """The experts of one seed, and what is measured of them and of their merges.
+
+    Attributes:
+        choices: where the settings of grids are kept with what they gave on val.
+    """
+
+    suite: Suite
+    seed: int
+    source: Literal["val", "train"]
+    choices: Results
+    again: bool
+
+    @cached_property
+    def loaded(self) -> Experts:
+        """Loaded, or trained, when something is to be measured."""
+        return self.suite.load(self.seed)
+
+    def measure_experts(self, results: Results) -> None:
+        """What all merges are compared with."""
+        entry = self._entry(EXPERT)
+        if not results.find(entry.key):
+            entry.values = evaluate(self.suite, self.loaded.experts, self._data(1), results.split)
+            self._keep(results, entry)
+
+    def measured(self, results: Results, name: str, settings: Sequence[Setting], samples: int) -> Entry:
+        """The entry of a method, or of the setting that is best on val, if there are several."""
+        reads = any(setting.method.needs_data for setting in settings)
+        entry = self._entry(name, samples, self.source) if reads else self._entry(name)
+        if (known := results.find(entry.key)) and not self.again:
+            return known
+        best = settings[0]
+        if len(settings) > 1:
+            self.measure_experts(self.choices)
+            for setting in settings:
+                tried = self.measured(self.choices, setting.label, [setting], samples)
+                entry.tried[setting.label] = self.choices.score(tried)
+            # What came out as NaN is no choice.
+            best = max(settings, key=lambda setting: _or_worst(entry.tried[setting.label]))
+            entry.chosen = best.label
+        method = reseeded(best.method, self.seed)
+        # Fisher squares the gradients of single samples.
+        data = self._data(samples, 1 if method.needs_loss else CALIBRATION_BATCH)
+        merger = merge(self.suite, self.loaded, data, method, self.seed)
+        entry.seconds, entry.settings = round(merger.report.seconds, 2), describe(method)
+        held_out = results.split == entry.source == "val"
+        entry.values = evaluate(self.suite, merger.modules, data, results.split, held_out)
+        self._keep(results, entry)
+        return entry
+
+    def _entry(self, name: str, samples: int = 0, source: str = "") -> Entry:
+        return Entry(
+            name, self.seed, samples, source, self.suite.folder(self.seed).parent.name, {}, versions=versions()
+        )
+
+    def _data(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> MergeDataModule:
+        data = self.suite.merge_data(samples, self.seed, source=self.source, batch_size=batch_size)
+        data.setup("validate")
+        for task, own in data.tasks.items():
+            if (there := len(getattr(own, f"{self.source}_dataloader")().dataset)) < samples:
+                told = f"{self.suite.name}: {samples} samples of {task} are asked for, and {self.source} has {there}"
+                raise ValueError(f"{told}; give fewer --samples, or another --source")
+        return data
+
+    def _keep(self, results: Results, entry: Entry) -> None:
+        results.add(entry)
+        told = " ".join(f"{task} {value:.4f}" for task, value in entry.values.items())
+        what = f"{entry.method}{f' = {entry.chosen}' if entry.chosen else ''} on {results.split}"
+        what += f" with {entry.samples} samples" if entry.samples else ""
+        line = f"{self.suite.name}, seed {self.seed}, {what}: mean normalised {100 * results.score(entry):.1f} %"
+        print(f"{line}, {entry.seconds:.1f} s; {told}", file=sys.stderr, flush=True)
 
 
 class _Merger(ChainOfMergesCallback):
@@ -81,15 +155,14 @@ class _Merger(ChainOfMergesCallback):
         pass
 
 
-def merge(suite: Suite, loaded: Experts, data: MergeDataModule, method: str, seed: int) -> ChainOfMergesCallback:
+def merge(
+    suite: Suite, loaded: Experts, data: MergeDataModule, method: MergingMethod, seed: int
+) -> ChainOfMergesCallback:
     """Merge the experts, in a validation that is as short as can be."""
     seed_everything(seed, verbose=False)
-    options: dict[str, Any] = {"private": list(suite.private), "baselines": False}
-    if "base" in inspect.signature(ChainOfMergesCallback).parameters:  # for methods that need it
-        options["base"] = loaded.base
-    merger = _Merger({**loaded.experts}, make_method(method), **options)
+    merger = _Merger({**loaded.experts}, method, list(suite.private), baselines=False, base=loaded.base)
     # The limit cuts calibration too: what is calibrated on has to fit in.
-    limit = math.ceil(data.samples / CALIBRATION_BATCH)
+    limit = math.ceil(data.samples / (data.batch_size or 1)) if method.needs_data else 1
     with quiet_lightning():
         trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
         trainer.validate(copy.deepcopy(loaded.experts[suite.tasks[0]]), datamodule=data, verbose=False)
@@ -100,10 +173,18 @@ def evaluate(
     suite: Suite,
     modules: Mapping[str, LightningModule],
     data: MergeDataModule,
-    split: Literal["val", "test"],
+    split: str,
     held_out: bool = False,
 ) -> dict[str, float]:
-    """Task -> metric of its module on a split, without the calibration samples if ``held_out``."""
+    """Task -> metric of its module on a split; of val, on the first :data:`VAL_SAMPLES` samples.
+
+    Args:
+        suite: whose metric it is.
+        modules: task -> module.
+        data: of all tasks.
+        split: ``"test"`` or ``"val"``.
+        held_out: leave out of val what was calibrated on.
+    """
     values = {}
     for task, module in tqdm(modules.items(), desc="testing", leave=False):
         own = data.tasks[task]
@@ -116,19 +197,15 @@ def evaluate(
                 .val_dataloader()
             )
         with quiet_lightning():
-            trainer = _trainer()
+            trainer = _trainer(limit_val_batches=max(VAL_SAMPLES // loader.batch_size, 1))
             measure = trainer.test if split == "test" else trainer.validate
             logged = measure(module, dataloaders=loader, verbose=False)[0]
         values[task] = float(logged[f"{split}_{suite.metric}"])
     return values
 
 
-def _tell(results: Results, entry: Entry) -> None:
-    normalized = results.normalized(entry)
-    mean = results.suite.mean(list(normalized.values())) if normalized else math.nan
-    told = " ".join(f"{task} {value:.4f}" for task, value in entry.values.items())
-    line = f"{results.suite.name}, seed {entry.seed}, {entry.method}: mean normalised {100 * mean:.1f} %"
-    print(f"{line}, {entry.seconds:.1f} s; {told}", file=sys.stderr, flush=True)
+def _or_worst(score: float) -> float:
+    return -math.inf if math.isnan(score) else score
 
 
 def _trainer(**options: Any) -> Trainer:

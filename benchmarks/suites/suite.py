@@ -9,7 +9,7 @@ import statistics
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -63,6 +63,7 @@ class Suite(ABC):
         metric: what ``test_step`` logs, as ``test_<metric>``, and ``validation_step``, as ``val_<metric>``.
         lower_is_better: whether the metric is a perplexity rather than an accuracy.
         private: patterns of parameters that stay with their task.
+        not_applicable: rules that the suite is not measured with -> why.
         version: to be raised when data or modules change in a way that their settings do not tell.
         base_recipe: ``None`` where the base is not trained here.
         recipe: of the experts.
@@ -73,6 +74,7 @@ class Suite(ABC):
     metric: ClassVar[str] = "acc"
     lower_is_better: ClassVar[bool] = False
     private: ClassVar[Sequence[str]] = ("head",)
+    not_applicable: ClassVar[Mapping[str, str]] = {"slerp": "it takes two experts"}
     version: ClassVar[int] = 1
     base_recipe: Recipe | None = None
     recipe: Recipe
@@ -133,8 +135,10 @@ class Suite(ABC):
         return expert / value if self.lower_is_better else value / expert
 
     def mean(self, values: Sequence[float]) -> float:
-        """Over tasks: geometric for perplexities, of which ratios count."""
-        return statistics.geometric_mean(values) if self.lower_is_better else statistics.mean(values)
+        """Over tasks: geometric for perplexities, of which ratios count; 0 where one is (a perplexity is infinite)."""
+        if not self.lower_is_better:
+            return statistics.mean(values)
+        return statistics.geometric_mean(values) if all(values) else 0.0
 
 
 def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Path, seed: int) -> None:

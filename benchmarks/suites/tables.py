@@ -1,0 +1,153 @@
+"""Results as tables (.md) and pictures (.png)."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import statistics
+from collections.abc import Iterator, Sequence
+
+from benchmarks.suites.pictures import draw_bars, draw_samples
+from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
+from com_lightning.report import table
+
+MAIN_SAMPLES = 256  # what the main table shows of several numbers of calibration samples
+VAL_SAMPLES = 1000  # of each task, at most, that settings are chosen on: enough to tell them apart, and soon done
+
+
+def show(results: Results, trained: str) -> str:
+    """Write the table and the pictures of experts that were trained alike; returns the table."""
+    rows = results.rows(trained)
+    text = "\n\n".join(_parts(results, trained, rows)) + "\n"
+    with locked(results.path):
+        write(results.path.with_suffix(".md"), text)
+        main = _main(rows)
+        draw_bars(results, main)
+        if several := _by_samples(rows):
+            average = next((row for row in main if row.label == "average"), None)
+            draw_samples(results, several, average)
+    return text
+
+
+def _main(rows: Sequence[Row]) -> list[Row]:
+    """Those without calibration data, and those of one number of samples."""
+    numbers = {row.samples for row in rows if row.samples}
+    number = MAIN_SAMPLES if MAIN_SAMPLES in numbers else max(numbers, default=0)
+    return [row for row in rows if row.samples in (0, number)]
+
+
+def _by_samples(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
+    """Label -> samples -> row, of what is not in the main table alone; in its order."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in sorted(rows, key=lambda row: row not in _main(rows)):
+        if row.samples:
+            found.setdefault(row.label, {})[row.samples] = row
+    shown = {row.label for row in rows if row not in _main(rows)}
+    return {label: numbers for label, numbers in found.items() if label in shown}
+
+
+def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]:
+    suite, main, several = results.suite, _main(rows), _by_samples(rows)
+    lower = suite.lower_is_better
+    experts = [entry for entry in results.entries() if entry.method == EXPERT and entry.trained == trained]
+    entries = [entry for row in rows for entry in row.entries]
+    what = "experts' perplexity / merged" if lower else "merged accuracy / expert's"
+    sources = " or ".join(sorted({entry.source for entry in entries if entry.samples}))
+    number = next((row.samples for row in main if row.samples), 0)
+    calibrated = f"{number} calibration samples a task from {sources}" if number else "no calibration data"
+    yield f"# {suite.name}"
+    yield (
+        f"Normalised ({what}, %) on {results.split} data, {calibrated}; mean over seeds of base, experts, sample and "
+        "random choices, best first; spread: the standard deviation of the mean over tasks between seeds."
+    )
+    yield _relative(results, main)
+    if not_here := [f"`{name}` ({why})" for name, why in suite.not_applicable.items()]:
+        yield f"Not here: {'; '.join(not_here)}."
+    if any(row.entries[0].tried for row in main):
+        yield (
+            f"`=val`: chosen on val, for each seed on its own, on up to {VAL_SAMPLES:,} samples of each task that the "
+            "rule was not calibrated on. Test was measured with what was chosen, and with nothing else."
+        )
+        yield _chosen(main)
+    if several:
+        yield "By calibration samples a task (mean normalised, %, ± spread):"
+        yield _samples(several)
+    yield "Perplexity:" if lower else "Accuracy (%):"
+    yield _absolute(results, experts, main)
+    for command in _commands(results, rows, sorted({entry.seed for entry in experts})):
+        yield f"`{command}`"
+    versions = sorted({", ".join(f"{k} {v}" for k, v in e.versions.items()) for e in [*experts, *entries]})
+    yield f"{'; '.join(versions)}. Trained as `{trained}`."
+
+
+def _relative(results: Results, rows: Sequence[Row]) -> str:
+    suite = results.suite
+    lines = [["method", *suite.tasks, _mean_name(results), "spread", "seeds", "seconds"]]
+    for row in rows:
+        seconds = statistics.mean(entry.seconds for entry in row.entries)
+        cells = _cells(row.normalized, row.scores, 100.0, 1)
+        lines.append([row.label, *cells, str(len(row.scores)), f"{seconds:.1f}"])
+    return table(lines)
+
+
+def _absolute(results: Results, experts: Sequence[Entry], rows: Sequence[Row]) -> str:
+    suite, lower = results.suite, results.suite.lower_is_better
+    scale, digits = (1.0, 3) if lower else (100.0, 1)
+    lines = [["method", *suite.tasks, _mean_name(results), "spread", "seeds", *["above experts (%)"] * lower]]
+    for label, entries, scores in [("experts", experts, []), *((row.label, row.entries, row.scores) for row in rows)]:
+        values = [list(entry.values.values()) for entry in entries]
+        cells = _cells(values, [suite.mean(run) for run in values], scale, digits)
+        above = statistics.mean([100 / score - 100 if score else math.inf for score in scores] or [0.0])
+        lines.append([label, *cells, str(len(entries)), *[f"{above:.1f}"] * lower])
+    return table(lines)
+
+
+def _chosen(rows: Sequence[Row]) -> str:
+    """What was chosen of each grid, with its score on val."""
+    grids = [row for row in rows if row.entries[0].tried]
+    seeds = sorted({entry.seed for row in grids for entry in row.entries})
+    lines = [["chosen on val (mean normalised there, %)", "of", *(f"seed {seed}" for seed in seeds)]]
+    for row in grids:
+        by_seed = {e.seed: f"`{e.chosen}` ({100 * e.tried[e.chosen]:.1f})" for e in row.entries}
+        lines.append([row.label, str(len(row.entries[0].tried)), *(by_seed.get(seed, "") for seed in seeds)])
+    return table(lines)
+
+
+def _samples(several: dict[str, dict[int, Row]]) -> str:
+    numbers = sorted({number for rows in several.values() for number in rows})
+    lines = [["method", *map(str, numbers)]]
+    for label, rows in several.items():
+        lines.append([label, *(_with_spread(rows[number]) if number in rows else "-" for number in numbers)])
+    return table(lines)
+
+
+def _with_spread(row: Row) -> str:
+    return f"{100 * row.mean:.1f}" + (f" ± {100 * row.spread:.1f}" if len(row.scores) > 1 else "")
+
+
+def _mean_name(results: Results) -> str:
+    return "geometric mean" if results.suite.lower_is_better else "mean"
+
+
+def _cells(runs: Sequence[Sequence[float]], means: Sequence[float], scale: float, digits: int) -> list[str]:
+    """Mean of each task over runs, mean of them all, spread between runs."""
+    values = [*(statistics.mean(column) for column in zip(*runs)), statistics.mean(means) if means else math.nan]
+    between = f"{scale * spread(means):.{digits}f}" if len(means) > 1 else "-"
+    return [*(f"{scale * value:.{digits}f}" for value in values), between]
+
+
+def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[str]:
+    """What measures all of it again."""
+    numbers: dict[tuple[str, str], set[int]] = {}
+    for entry in (entry for row in rows for entry in row.entries):
+        numbers.setdefault((entry.source, entry.method), set()).update([entry.samples] if entry.samples else [])
+    groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (source, method), own in numbers.items():
+        groups.setdefault((source, tuple(sorted(own))), []).append(method)
+    without = groups.pop(("", ()), [])
+    for (source, several), methods in sorted(groups.items() or [(("", ()), [])]):
+        command = ["python", "-m", "benchmarks.suites", results.suite.name, "--seeds", *map(str, seeds)]
+        command += ["--samples", *map(str, several), "--source", source] if source else []
+        # What needs no samples is told with the first.
+        yield shlex.join([*command, "--split", results.split, "--methods", *without, *methods])
+        without = []
