@@ -27,11 +27,12 @@ bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.lockstep
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
 
-# Hours, most of them training; `make bench-lm4` runs one. What is trained, and what is measured already, is kept.
+# Many hours: training, then every rule, also with settings chosen on val. `make bench-lm4` runs one suite, and
+# `make bench-lm4 ARGS="--seeds 0 --methods chain"` some of it. What is trained, and what is measured already, is kept.
 bench-suites: $(SUITES:%=bench-%)
 
 bench-%: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.suites $*
+	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.suites $* $(ARGS)
 
 $(INSTALLED): pyproject.toml
 	test -x $(RUN)/python || $(PYTHON) -m venv $(VENV)

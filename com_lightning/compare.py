@@ -74,6 +74,7 @@ def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
 
     Example::
 
+        >>> from com_lightning import DARE
         >>> reseeded(DARE(seed=10), 2).seed
         12
     """

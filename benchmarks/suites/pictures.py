@@ -42,7 +42,7 @@ def draw_bars(results: Results, rows: Sequence[Row]) -> None:
 
 def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], average: Row | None) -> None:
     """Each method over its numbers of calibration samples: ``<suite>-samples.png``."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     colors: Any = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for place, (label, rows) in enumerate(several.items()):
@@ -57,8 +57,8 @@ def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], ave
     ticks = sorted({number for rows in several.values() for number in rows})
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.set_xlabel("calibration samples a task")
-    axes.set_ylabel(_what(results).replace(", mean", ",\nmean"))
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_ylabel(_what(results).replace(", mean", ",\nmean"), fontsize=9)
+    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
     axes.grid(alpha=0.3)
     _save(figure, results, "-samples.png")
 
