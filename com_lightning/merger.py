@@ -99,6 +99,12 @@ def execute(
     report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
+    rule = getattr(plan.method, "rule", None)
+    if rule and rule.sensitivity and all(record.steps is None for record in report.layers):
+        report.warnings.append(
+            "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
+            "all errors count alike; a calibration_step of the module's own would be run in its place"
+        )
     return modules, report
 
 

@@ -107,6 +107,7 @@ def zoo(name: str) -> list[Task]:
 
 
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
+SENSITIVE = Rule(sensitivity="numbers")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -139,6 +140,18 @@ def test_architectures_are_merged_as_by_one(name: str, tmp_path: Path) -> None:
         assert any(r.shared_with for r in theirs) or name in ("U-Net", "swin_t")
         for own, value in expected.items():
             assert relative(merged[own], value) < 1e-6, own
+
+
+def test_sensitivities_are_those_of_all_processes(tmp_path: Path) -> None:
+    tasks = mixture()
+    expected, records = merge(tasks, SENSITIVE, Peers())
+    plain, _ = merge(tasks, Rule(), Peers())
+    assert any(record.steps for record in records)
+    assert any(relative(plain[name], value) > 1e-3 for name, value in expected.items())
+    for merged, theirs in processes(2, lambda peers: merge(tasks, SENSITIVE, peers), tmp_path):
+        assert [record.name for record in theirs] == [record.name for record in records]
+        for name, value in expected.items():
+            assert relative(merged[name], value) < 1e-4, name
 
 
 def test_identical_experts_come_back_from_several_processes(tmp_path: Path) -> None:

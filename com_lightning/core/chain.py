@@ -16,6 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
+from com_lightning.core.metric import solve_in_metrics
 from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
 from com_lightning.core.placement import is_watchable
@@ -55,7 +56,11 @@ def merge_layers(
         weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
         from its first call.
     """
+    from com_lightning.core.sensitivity import roots  # which is a chain of its own
+
     chain = _Chain(tasks, merged, importance, rule, run or Run(), base)
+    if rule.sensitivity:
+        chain.roots = roots(tasks, merged, rule.sensitivity, chain.peers, run is None or run.quiet)
     with chain.peers.told():
         return chain.run()
 
@@ -70,6 +75,8 @@ class _Chain:
         run: Run,
         base: Mapping[str, Tensor] | None = None,
     ) -> None:
+        self.roots: Mapping[str, Sequence[Tensor | None]] = {}
+        """Of the matrices by which errors in a layer's outputs count, for each task."""
         self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
         self.bad = BadBatches(tasks, run)
@@ -139,7 +146,7 @@ class _Chain:
                 )
         return tensors
 
-    def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], None] | None:
+    def _on_output(self, task: int, batch: int, stream: Stream) -> Callable[[str, Any], Any] | None:
         two_sided = len(self.rule.streams) == 2
         if not (two_sided or self.bad.skip):
             return None
@@ -263,6 +270,12 @@ class _Chain:
         if layer.base is not None:  # what no data reached is the average, as with any rule
             anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
         solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance, anchor)
+        steps = None
+        roots = [root for root in self.roots.get(layer.name, ()) if root is not None and len(root) == solution.shape[1]]
+        if len(solution) == 1 and len(roots) == len(self.tasks) and not kept:
+            solution, steps = solve_in_metrics(
+                inputs.factor, grams, drifts, weights, self.importance, self.rule.ridge, roots, solution
+            )
         if averaged:
             solution[..., -1] = mean[..., -1]
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
@@ -287,7 +300,7 @@ class _Chain:
             else:
                 record.parameters[name] = record.parameters.get(name, 0) + size
         record.groups, record.idle = len(reached), int((reached == 0).sum())
-        record.kept = kept
+        record.kept, record.steps = kept, steps
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired

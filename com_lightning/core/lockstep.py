@@ -44,14 +44,14 @@ class Forward:
         label: how errors name this forward, e.g. ``"task 'mnist', batch 3, expert"``.
         seed: random state the forward starts from, so that two forwards with one seed draw the same numbers.
         on_output: called with the name and the output of each watched layer that is a module and at which this forward
-            has paused.
+            has paused. What it returns, if not ``None``, takes the place of the output.
     """
 
     module: nn.Module
     call: Callable[[], object]
     label: str = "forward"
     seed: int = 0
-    on_output: Callable[[str, Any], None] | None = None
+    on_output: Callable[[str, Any], Any] | None = None
 
 
 @dataclass(eq=False)
@@ -232,11 +232,12 @@ class _Coroutine(greenlet):
 
         return hook
 
-    def _leaving(self, name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            if getcurrent() is self and name == self._inside_of and self.forward.on_output is not None:
-                self._inside_of = None  # a second call of the layer is not reported
-                self.forward.on_output(name, output)
+    def _leaving(self, name: str) -> Callable[..., Any]:
+        def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if getcurrent() is not self or name != self._inside_of or self.forward.on_output is None:
+                return None
+            self._inside_of = None  # a second call of the layer is not reported
+            return self.forward.on_output(name, output)
 
         return hook
 

@@ -12,6 +12,9 @@ from com_lightning.core.placement import Move
 
 Stream = Literal["merged", "expert"]
 
+Distance = Literal["probabilities", "numbers"]
+"""What predictions are compared by: the probabilities that they stand for as logits, or their numbers."""
+
 
 @dataclass
 class Task:
@@ -59,6 +62,8 @@ class Rule:
         ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
         anchor: what a layer is where data do not tell: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight; otherwise biases are averaged.
+        sensitivity: count errors in a layer's outputs by what they do to the experts' predictions, as
+            :mod:`~com_lightning.core.sensitivity` has it; ``None``: all alike.
     """
 
     inputs: Stream = "merged"
@@ -67,6 +72,7 @@ class Rule:
     ridge: float = 0.01
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
+    sensitivity: Distance | None = None
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -94,6 +100,7 @@ class LayerRecord:
             data reached, which keep the average.
         kept: those of them that keep the average because what they were solved for is no better, which only rounding
             brings about.
+        steps: of conjugate gradients, where errors in the outputs count by direction; ``None``: they count alike.
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
@@ -115,6 +122,7 @@ class LayerRecord:
     groups: int = 0
     idle: int = 0
     kept: int = 0
+    steps: int | None = None
     unpaired: int = 0
     shared_with: str | None = None
     seconds: float = 0.0

@@ -36,10 +36,10 @@ class Uses:
         self.solved: dict[str, list[tuple[int, int]]] = {}
         self.notes: dict[str, LayerRecord] = {}
 
-    def watch(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], None] | None:
+    def watch(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
 
-        Returns what to call with the function's result.
+        Returns what to call with the function's result; what that returns, if not ``None``, takes its place.
         """
         forward = running()
         if not isinstance(forward, CalibrationForward):

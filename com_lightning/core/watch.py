@@ -138,7 +138,7 @@ class Watched(Tensor):
     writes: Writes
     version: int | None
     target: tuple[torch.device, torch.dtype] | None
-    watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], None] | None]
+    watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], Any] | None]
     _own: int
 
     @classmethod
@@ -196,9 +196,8 @@ class Watched(Tensor):
             result = func(*args, **kwargs)
         if picks and first is not None:
             return _picked(first, func, args[1:], kwargs, result, None if casts else first.target)
-        if leaving is not None:
-            leaving(result)
-        return result
+        replaced = None if leaving is None else leaving(result)
+        return result if replaced is None else replaced
 
 
 _PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Dict, Literal, Optional
 
 from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule
+from com_lightning.core.rule import Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 
@@ -44,6 +44,11 @@ class ChainOfMerges(ClosedForm):
         normalize: count each row by its direction rather than its size (cosine normalisation, ``s`` above).
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix.
+        sensitivity: count errors in a layer's outputs by what they do to the expert's predictions (beyond the paper,
+            see :mod:`com_lightning.core.sensitivity`): to the ``"probabilities"`` that the outputs of its last layer
+            stand for as logits, or to these ``"numbers"`` themselves, for what is no classifier and no language model.
+            No labels are needed; each expert is run forward and backward once, and layers are solved by conjugate
+            gradients. ``None``: all errors count alike.
     """
 
     def __init__(
@@ -52,9 +57,10 @@ class ChainOfMerges(ClosedForm):
         normalize: bool = True,
         importance: Optional[Dict[str, float]] = None,
         ridge: float = 0.01,
+        sensitivity: Optional[Distance] = None,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("merged", target, normalize, ridge)
+        self.rule = Rule("merged", target, normalize, ridge, sensitivity=sensitivity)
 
 
 class RegMean(ClosedForm):
