@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import nn
 
@@ -13,7 +13,11 @@ from com_lightning.methods import ParameterRecord
 
 
 def account(
-    experts: Mapping[str, nn.Module], parameters: Parameters, records: Sequence[LayerRecord], needs_data: bool
+    experts: Mapping[str, nn.Module],
+    parameters: Parameters,
+    records: Sequence[LayerRecord],
+    needs_data: bool,
+    own: Collection[str] = (),
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Name of each parameter or buffer -> what became of it, and each kind -> number of values, as in
     :class:`~com_lightning.report.MergeReport`. Values that no data reached count as averaged, which they are.
@@ -23,6 +27,7 @@ def account(
         parameters: which are shared, private, folded.
         records: of all layers.
         needs_data: whether the method reads data at all.
+        own: names of what each task keeps for itself, solved for it.
     """
     expert = next(iter(experts.values()))
     ties = tied_names(expert)
@@ -41,6 +46,10 @@ def account(
     shared = set(parameters.shared)
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in shared:
+            continue
+        if name in own:
+            result[name] = "private, solved for each task"
+            sizes["private"] += len(experts) * tensor.numel()
             continue
         first, count = ties[name], solved.get(ties[name], 0)
         if not is_parameter:

@@ -287,7 +287,9 @@ class ChainOfMergesCallback(Callback):
                     tensor.data = tensor.data.clone()
                 tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
         self._precision = {task: plan.precision(task) for task in self.modules}
-        self._shared, self._plan = plan.parameters.shared, None
+        tensors = [{name: tensor for name, tensor, _ in named_tensors(m)} for m in self.modules.values()]
+        apart = {name for name in shared if len({id(own[name]) for own in tensors}) > 1}
+        self._shared, self._plan = [name for name in plan.parameters.shared if name not in apart], None
         if self.report.metrics and self.report.metric is None:
             self.report.choose_metric(self.metric)
         self._leave_workplace()

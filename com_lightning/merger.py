@@ -73,7 +73,8 @@ def execute(
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
-            records = plan.method.merge(MergeJob(tasks, merged, run, plan.base, device))
+            job = MergeJob(tasks, merged, run, plan.base, device)
+            records = plan.method.merge(job)
         except torch.OutOfMemoryError as error:
             if hasattr(error, "add_note"):  # Python 3.11
                 error.add_note(
@@ -81,7 +82,7 @@ def execute(
                     "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
                 )
             raise
-    modules = with_shared(plan, merged)
+    modules = with_shared(plan, merged, job.own)
     report = MergeReport(
         method=describe(plan.method),
         tasks=list(plan.experts),
@@ -96,7 +97,7 @@ def execute(
         resumed=run.journal.resumed,
         versions=_versions(),
     )
-    report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data)
+    report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data, job.own)
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     rule = getattr(plan.method, "rule", None)
@@ -167,15 +168,18 @@ def average_shared(
     return result
 
 
-def with_shared(plan: MergePlan, shared: Mapping[str, Tensor]) -> dict[str, LightningModule]:
-    """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision; the private ones are
-    those of the expert."""
+def with_shared(
+    plan: MergePlan, shared: Mapping[str, Tensor], own: Mapping[str, Sequence[Tensor]] | None = None
+) -> dict[str, LightningModule]:
+    """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision, or, where there are
+    any of that name, its ``own``; the private ones are those of the expert."""
     converted: dict[int, Tensor] = {}
     modules = {}
-    for task, expert in plan.experts.items():
+    for number, (task, expert) in enumerate(plan.experts.items()):
         tensors = {}
+        values = {**shared, **{name: each[number] for name, each in (own or {}).items()}}
         for name, tensor, _ in named_tensors(expert):
-            if (value := shared.get(name)) is not None:
+            if (value := values.get(name)) is not None:
                 if id(value) not in converted:
                     converted[id(value)] = as_dtype(value, tensor.dtype)
                 tensors[id(tensor)] = converted[id(value)]

@@ -15,17 +15,19 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
+from com_lightning.core.layers import PerChannel
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.metric import solve_in_metrics
 from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
 from com_lightning.core.placement import is_watchable
+from com_lightning.core.private import centred, solve_each, with_own_biases
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import average, copy_module
 from com_lightning.core.solver import factorize, residual, solve_or_average
-from com_lightning.core.statistics import exact_products
+from com_lightning.core.statistics import InputStatistics, exact_products
 from com_lightning.core.uses import Uses
 from com_lightning.core.watch import Part, Watched, Writes, plain
 
@@ -37,6 +39,7 @@ def merge_layers(
     rule: Rule,
     run: Run | None = None,
     base: Mapping[str, Tensor] | None = None,
+    own: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -50,6 +53,8 @@ def merge_layers(
             added up, each layer is solved by one process, and all end with the same merged weights and records.
         base: the same names -> value in the model that the experts were fine-tuned from; needed where the rule's anchor
             is the base.
+        own: name of what each task keeps for itself -> one tensor for each, written in place, see
+            :func:`~com_lightning.core.private.own_tensors`.
 
     Returns:
         The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
@@ -58,7 +63,7 @@ def merge_layers(
     """
     from com_lightning.core.sensitivity import roots  # which is a chain of its own
 
-    chain = _Chain(tasks, merged, importance, rule, run or Run(), base)
+    chain = _Chain(tasks, merged, importance, rule, run or Run(), base, own)
     if rule.sensitivity:
         chain.roots = roots(tasks, merged, rule.sensitivity, chain.peers, run is None or run.quiet)
     with chain.peers.told():
@@ -74,13 +79,14 @@ class _Chain:
         rule: Rule,
         run: Run,
         base: Mapping[str, Tensor] | None = None,
+        own: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
         self.roots: Mapping[str, Sequence[Tensor | None]] = {}
         """Of the matrices by which errors in a layer's outputs count, for each task."""
         self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
         self.bad = BadBatches(tasks, run)
-        self.models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None)
+        self.models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None, own)
         self.uses = Uses(self.models)
         self.pager = None if run.memory_budget is None else Pager(run.memory_budget, self.models.device)
         self.writes = {name: Writes() for name in self.models.merged}
@@ -139,7 +145,7 @@ class _Chain:
         model, tensors = self.models.running[task, stream], dict[int, Tensor]()
         for name, tensor in model.tensors.items():
             first = name in self.models.merged and name not in self.models.buffers and self.models.tied[name] == name
-            if first and is_watchable(name, tensor):
+            if first and name not in self.models.own and is_watchable(name, tensor):
                 writes = self.writes[name] if stream == "merged" else Writes()
                 tensors[id(tensor)] = Watched.of(
                     tensor, Part(name), self.uses.watch, writes, target=model.targets.get(name)
@@ -262,9 +268,14 @@ class _Chain:
         if averaged:  # weight and bias have no say in each other
             for gram in grams:
                 gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
+        drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
+        statistics = grams, drifts, weights
+        apart = any(part.name in self.models.own for part in layer.parts.values())
+        biases = apart and not isinstance(kind, PerChannel)
+        if biases:
+            grams, drifts, weights = centred(*statistics)
         if inputs.factor is None:
             inputs.factor = factorize(grams, self.importance, self.rule.ridge)
-        drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
         mean = average(weights, self.importance) if averaged or layer.base is not None else weights[0]
         anchor = None
         if layer.base is not None:  # what no data reached is the average, as with any rule
@@ -278,6 +289,12 @@ class _Chain:
             )
         if averaged:
             solution[..., -1] = mean[..., -1]
+        each = []
+        if biases:
+            each = with_own_biases(solution, *statistics)
+            solution = torch.stack(each).mul_(solution.new_tensor(self.importance)[:, None, None, None]).sum(0)
+        elif apart:
+            each = solve_each(*statistics, average(weights, self.importance), self.rule.ridge)
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
         values = kind.finish(module, solution, layer.experts, shifted, self.importance)
         record = LayerRecord(layer.name, kind.name)
@@ -285,7 +302,7 @@ class _Chain:
             record.note = values
             return record, []
         check_solution(layer, values, self.models.merged)
-        written = []
+        written = self._write_own(layer, each, shifted)  # first: how a layer is finished depends on what it was
         for own, part in layer.parts.items():
             whole = self.models.merged[part.name]
             size = part.of(whole).numel()
@@ -305,15 +322,33 @@ class _Chain:
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
         record.unpaired = inputs.unpaired
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
-        for task, statistics in zip(self.tasks, inputs.statistics):
-            record.rows[task.name] = statistics.rows
-            if statistics.shift.rows:
-                record.distance[task.name] = statistics.shift.relative_distance
-                record.cosine[task.name] = statistics.shift.mean_cosine
+        for task, entry in zip(self.tasks, inputs.statistics):
+            record.rows[task.name] = entry.rows
+            if entry.shift.rows:
+                record.distance[task.name] = entry.shift.relative_distance
+                record.cosine[task.name] = entry.shift.mean_cosine
         if len(self.rule.streams) < 2:
-            record.residual = residual(grams, weights, solution, self.importance)
+            record.residual = residual(grams, weights, solution[..., : weights[0].shape[2]], self.importance)
         record.solving = time.perf_counter() - start
         return record, written
+
+    def _write_own(
+        self, layer: Layer, solutions: Sequence[Tensor], statistics: Sequence[InputStatistics] | None
+    ) -> list[tuple[str, tuple[int, int]]]:
+        """Write what each task keeps of its own solution for itself."""
+        written = []
+        for number, solution in enumerate(solutions):
+            seen = None if statistics is None else statistics[number : number + 1]
+            values = layer.kind.finish(layer.merged, solution, layer.experts[number : number + 1], seen, [1.0])
+            assert not isinstance(values, str), "what cannot be written is not merged"
+            check_solution(layer, values, self.models.merged)
+            for own, part in layer.parts.items():
+                if keys := self.models.own.get(part.name):
+                    tensor = self.models.merged[keys[number]]
+                    with _unsafe_preserve_version_counter(tensor):
+                        tensor.copy_(values[own].view(tensor.shape))
+                    written.append((keys[number], (0, tensor.numel() - 1)))
+        return written
 
     def _is_solved(self, name: str) -> bool:
         """Whether the parameters of a layer, or the one of that name, were solved after all."""

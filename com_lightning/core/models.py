@@ -37,6 +37,7 @@ class Models:
         order: of each parameter and buffer among all.
         buffers: names of those that are buffers.
         base: the model that the experts were fine-tuned from, for rules that need it, and its tensors.
+        own: name of what each task keeps for itself -> under which names :attr:`merged` has it, task by task.
     """
 
     def __init__(
@@ -45,10 +46,15 @@ class Models:
         merged: Mapping[str, Tensor],
         streams: Sequence[Stream],
         base: Mapping[str, Tensor] | None = None,
+        own: Mapping[str, Sequence[Tensor]] | None = None,
     ) -> None:
+        own = own or {}
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.whole: dict[str, str] = {}
+        self.own = {name: [f"{name} of {task.name}" for task in tasks] for name in own}
+        for name, keys in self.own.items():
+            self.merged.update(zip(keys, own[name]))
         self.experts: list[nn.Module] = []
         for task in tasks:
             self.candidates.update(candidates(task.expert, merged))
@@ -57,27 +63,34 @@ class Models:
                 if whole in merged:  # a view, so that what is written here is written there
                     self.merged.setdefault(name, nn.Parameter(merged[whole].detach()[rows], requires_grad=False))
                     self.whole[name] = whole
+                if whole in own and name not in self.own:
+                    self.own[name] = [f"{name} of {other.name}" for other in tasks]
+                    parts = [nn.Parameter(tensor.detach()[rows], requires_grad=False) for tensor in own[whole]]
+                    self.merged.update(zip(self.own[name], parts))
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
         self.base: tuple[nn.Module, dict[str, Tensor]] | None = None
         if base is not None:
-            own = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
-            module = copy_module(tasks[0].expert, {id(own[n]): _like(own[n], t.detach()) for n, t in base.items()})
+            there = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
+            module = copy_module(tasks[0].expert, {id(there[n]): _like(there[n], t.detach()) for n, t in base.items()})
             split_attention(module)
             self.base = (module, {name: tensor for name, tensor, _ in named_tensors(module)})
         shared = {id(tensor): self.merged[name] for name, tensor in self.tensors[0].items()}
         self.reference = copy_module(self.experts[0], shared)
         placements = [Placement(task.expert, task.move) for task in tasks]
         converted: dict[int, Tensor] = {}
-        self.running = {
-            (number, stream): Running.of(placement, stream, merged, tasks[number].stays, converted)
-            for number, placement in enumerate(placements)
-            for stream in streams
-        }
-        merging = [model for (_, stream), model in self.running.items() if stream == "merged"]
-        self.computed = {name: tensor for model in merging for name, tensor in model.tensors.items()}
+        self.running: dict[tuple[int, Stream], Running] = {}
+        self.computed: dict[str, Tensor] = {}
+        for number, placement in enumerate(placements):
+            values = {**merged, **{name: tensors[number] for name, tensors in own.items()}}
+            for stream in streams:
+                model = Running.of(placement, stream, values, tasks[number].stays, converted)
+                self.running[number, stream] = model
+                for name, tensor in model.tensors.items() if stream == "merged" else ():
+                    self.computed[self.own[name][number] if name in self.own else name] = tensor
         self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
         self.tied = tied_names(self.reference)
+        self.tied.update({key: key for keys in self.own.values() for key in keys})
         self.places: dict[str, int] = {}
         for number, (name, _) in enumerate(self.reference.named_modules()):
             while True:

@@ -64,6 +64,8 @@ class Rule:
         joint: solve a layer's bias together with its weight; otherwise biases are averaged.
         sensitivity: count errors in a layer's outputs by what they do to the experts' predictions, as
             :mod:`~com_lightning.core.sensitivity` has it; ``None``: all alike.
+        private_biases: each task keeps biases and normalisation parameters for itself, see
+            :mod:`~com_lightning.core.private`.
     """
 
     inputs: Stream = "merged"
@@ -73,6 +75,7 @@ class Rule:
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
     sensitivity: Distance | None = None
+    private_biases: bool = False
 
     @property
     def streams(self) -> tuple[Stream, ...]:

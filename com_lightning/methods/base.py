@@ -28,6 +28,8 @@ class MergeJob:
             needs it.
         device: where to compute; ``None``: where the merged tensors are. Experts of a method that needs no data may be
             elsewhere, so that they need not fit there.
+        own: name of what is shared by default -> its value for each task, where the method has found that it is better
+            kept apart; filled by the method.
     """
 
     tasks: Sequence[Task]
@@ -35,6 +37,7 @@ class MergeJob:
     run: Run = field(default_factory=Run)
     base: Mapping[str, Tensor] | None = None
     device: torch.device | None = None
+    own: dict[str, list[Tensor]] = field(default_factory=dict)
 
 
 @dataclass

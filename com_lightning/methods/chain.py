@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Dict, Literal, Optional
 
 from com_lightning.core.chain import merge_layers
+from com_lightning.core.private import own_tensors
 from com_lightning.core.rule import Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -18,7 +19,9 @@ class ClosedForm(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = self.weights([task.name for task in job.tasks])
-        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run, job.base)
+        if self.rule.private_biases:
+            job.own.update(own_tensors(job.tasks, job.merged))
+        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run, job.base, job.own)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
@@ -49,6 +52,9 @@ class ChainOfMerges(ClosedForm):
             stand for as logits, or to these ``"numbers"`` themselves, for what is no classifier and no language model.
             No labels are needed; each expert is run forward and backward once, and layers are solved by conjugate
             gradients. ``None``: all errors count alike.
+        private_biases: each task keeps biases and normalisation parameters of its own, solved for it (beyond the paper,
+            see :mod:`com_lightning.core.private`). For models that know their task when they are used, as they do if
+            each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
     """
 
     def __init__(
@@ -58,9 +64,10 @@ class ChainOfMerges(ClosedForm):
         importance: Optional[Dict[str, float]] = None,
         ridge: float = 0.01,
         sensitivity: Optional[Distance] = None,
+        private_biases: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("merged", target, normalize, ridge, sensitivity=sensitivity)
+        self.rule = Rule("merged", target, normalize, ridge, sensitivity=sensitivity, private_biases=private_biases)
 
 
 class RegMean(ClosedForm):
