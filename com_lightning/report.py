@@ -131,6 +131,8 @@ class MergeReport:
             note = layer.note or (f"inputs of {layer.shared_with}" if layer.shared_with else "")
             told = [note] if note else []
             told += [f"{layer.unpaired} calls one-sided"] if layer.unpaired else []
+            told += [f"corrected for {' and '.join(layer.corrected_for)}"] if layer.corrected_for else []
+            told += [f"{layer.uncorrected} calls uncorrected"] if layer.uncorrected else []
             told += [_idle(layer)] if layer.idle else []
             told += [f"{layer.kept:,} of {layer.groups:,} keep the average, which is better"] if layer.kept else []
             shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))

@@ -59,6 +59,8 @@ class Rule:
         ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
         anchor: what a layer is where data do not tell: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight; otherwise biases are averaged.
+        residual: where a layer's output is added to a residual stream, also make up for what that stream lacks (only
+            if the rule is two-sided), see :mod:`com_lightning.core.additions`.
     """
 
     inputs: Stream = "merged"
@@ -67,6 +69,7 @@ class Rule:
     ridge: float = 0.01
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
+    residual: bool = False
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -85,8 +88,10 @@ class LayerRecord:
         parameters: full name of each parameter that was solved -> how many of its values were.
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
-        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
-            input if the rule is two-sided, on the merged model's input otherwise).
+        residual: squared error of the layer's output after the merge, relative to the expert's output (on its own
+            input if the rule is two-sided, on the merged model's input otherwise). It is against what was solved for:
+            the expert's output, and what the stream that it is added to lacks where that is corrected, which makes
+            it the error that is left in the sum of both.
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
         rows: number of rows per task.
         masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
@@ -95,6 +100,8 @@ class LayerRecord:
         kept: those of them that keep the average because what they were solved for is no better, which only rounding
             brings about.
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
+        corrected_for: the tensors whose drift the layer makes up for as well, because its output is added to them.
+        uncorrected: calls where that was not possible: these tensors were gone, changed, or of other shapes.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
         solving: seconds of these that went into the closed form.
@@ -116,6 +123,8 @@ class LayerRecord:
     idle: int = 0
     kept: int = 0
     unpaired: int = 0
+    corrected_for: list[str] = field(default_factory=list)
+    uncorrected: int = 0
     shared_with: str | None = None
     seconds: float = 0.0
     solving: float = 0.0
