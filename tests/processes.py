@@ -106,7 +106,12 @@ def zoo(name: str) -> list[Task]:
     return [Task(f"task{n}", e.double(), b, zoo_run) for n, (e, b) in enumerate(zip(experts, cast))]
 
 
-RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
+RULES = {
+    "two-sided": Rule(),
+    "corrected": Rule(residual=True),
+    "one-sided": Rule(target="merged"),
+    "regmean": Rule("expert", "merged"),
+}
 
 
 @pytest.mark.parametrize("rule", RULES)

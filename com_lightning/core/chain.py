@@ -156,8 +156,8 @@ class _Chain:
             if not two_sided:
                 return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            stands = self.corrections.leave(layer, (task, batch, stream), plain(output))
-            self.outputs.add((task, batch), plain(output), keep, stream == "expert", stands)
+            output = self.corrections.leave(layer, (task, batch, stream), plain(output))
+            self.outputs.add((task, batch), output, keep, stream == "expert")
 
         return receive
 

@@ -57,13 +57,13 @@ class Corrections:
             self._note("input", layer, where, value)
         self._ready = {where[:2] for where in inputs if layer in self.writers and self._is_known(layer, where[:2])}
 
-    def leave(self, layer: str, where: Where, output: Any) -> Tensor | None:
-        """A forward has left that layer. Returns what its output is to be added to, if that is corrected."""
+    def leave(self, layer: str, where: Where, output: Any) -> Any:
+        """A forward has left that layer. Returns the output, with what it is to be added to if that is corrected."""
         self._note("output", layer, where, output)
         sources = self._sources(layer, where) if where[:2] in self._ready else None
         if not sources or not isinstance(output, Tensor) or sources[0].numel() != output.numel():
-            return None
-        return torch.stack([_wide(source).reshape(output.shape) for source in sources]).sum(0)
+            return output
+        return sum((_wide(source).reshape(output.shape) for source in sources), output)
 
     def gap(self, layer: str, task: int, batch: int, exact: bool = False) -> Tensor | None:
         """What the stream lacks in the merged model: ``r - r̂``, with its elements in the order of the layer's output.
@@ -73,8 +73,8 @@ class Corrections:
         expert, merged = (self._sources(layer, (task, batch, stream)) for stream in _STREAMS)
         if (task, batch) not in self._ready or not expert or not merged:
             return None
-        gaps = [_wide(one, exact) - _wide(other, exact) for one, other in zip(expert, merged)]
-        return torch.stack([gap.reshape(gaps[0].shape) for gap in gaps]).sum(0)
+        first, *others = (_wide(one, exact) - _wide(other, exact) for one, other in zip(expert, merged))
+        return sum((gap.reshape(first.shape) for gap in others), first)
 
     def _note(self, role: str, layer: str, where: Where, value: Any) -> None:
         seen = self._seen.get((role, layer))
@@ -83,7 +83,7 @@ class Corrections:
 
     def _is_known(self, layer: str, place: tuple[int, int]) -> bool:
         """Whether all sources of a writer are there, in both models, and alike."""
-        expert, merged = (self._sources(layer, (*place, stream)) for stream in _STREAMS)
+        expert, merged = (self._living(layer, (*place, stream)) for stream in _STREAMS)
         if expert is None or merged is None:
             return False
         alike = all(one.shape == other.shape for one, other in zip(expert, merged))
@@ -91,13 +91,20 @@ class Corrections:
 
     def _sources(self, layer: str, where: Where) -> list[Tensor] | None:
         """Those of a writer in a forward, as its output has its dimensions; ``None`` if one is gone."""
+        living = self._living(layer, where)
+        if living is None:
+            return None
+        return [t.transpose(0, 1) if s.swapped and t.dim() > 1 else t for s, t in zip(self.writers[layer], living)]
+
+    def _living(self, layer: str, where: Where) -> list[Tensor] | None:
+        """Those as they are. Nothing is computed with them, because they may have been paged out."""
         found = []
         for source in self.writers.get(layer, ()):
             reference, version = self._seen[source.role, source.layer].get(where, (None, 0))
             tensor = reference() if reference is not None else None
             if tensor is None or tensor._version != version:
                 return None
-            found.append(tensor.transpose(0, 1) if source.swapped and tensor.dim() > 1 else tensor)
+            found.append(tensor)
         return found
 
 

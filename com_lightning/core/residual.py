@@ -1,4 +1,4 @@
-"""How far a layer's output is from what it was solved for, once it is merged."""
+"""How far a layer's output, or the sum that it goes into, is from that of the experts once it is merged."""
 
 from __future__ import annotations
 
@@ -14,45 +14,31 @@ from com_lightning.core.layers import kept
 
 @dataclass
 class OutputError:
-    """Squared distance between the outputs of merged model and expert at one layer, summed as they come in.
+    """Squared distance between the outputs of merged model and expert at one layer, summed as they come in."""
 
-    Where a layer also makes up for what the stream lacks that its output is added to, it is that between the sums,
-    which is what was solved for; the energy is the output's alone.
-    """
-
-    waiting: dict[tuple[int, int], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    waiting: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     error: Tensor | None = None
     energy: Tensor | None = None
 
-    def add(
-        self,
-        place: tuple[int, int],
-        output: Any,
-        keep: Tensor | None,
-        from_expert: bool,
-        stream: Tensor | None = None,
-    ) -> None:
-        """Add an output of one of the models; ``stream``: what it is to be added to, where that counts."""
+    def add(self, place: tuple[int, int], output: Any, keep: Tensor | None, from_expert: bool) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
-        total = output if stream is None else output + stream
         other = self.waiting.pop(place, None)
-        if other is None:  # an activation may change it in place
-            own = output.clone()
-            self.waiting[place] = (own, own if stream is None else total)
+        if other is None:
+            self.waiting[place] = output.clone()  # an activation may change it in place
             return
-        (own, expert), merged = ((output, total), other[1]) if from_expert else (other, total)
+        expert, merged = (output, other) if from_expert else (other, output)
         if expert.shape != merged.shape:
             return
         index = kept(keep, expert.shape[:-1])
         if index is not None:
-            own, expert, merged = (tensor.flatten(0, -2)[index] for tensor in (own, expert, merged))
-        own, expert, merged = own.float(), expert.float(), merged.float()
-        error, energy = (merged - expert).square().sum(), own.square().sum()
+            expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
+        expert, merged = expert.float(), merged.float()
+        error, energy = (merged - expert).square().sum(), expert.square().sum()
         if not bool((error + energy).isfinite()):  # scores that a mask has ruled out, or squares that overflow
-            counted = merged.isfinite() & expert.isfinite() & own.isfinite()
-            own, expert, merged = (tensor[counted].double() for tensor in (own, expert, merged))
-            error, energy = (merged - expert).square().sum(), own.square().sum()
+            counted = merged.isfinite() & expert.isfinite()
+            expert, merged = expert[counted].double(), merged[counted].double()
+            error, energy = (merged - expert).square().sum(), expert.square().sum()
         self.error = error if self.error is None else self.error + error
         self.energy = energy if self.energy is None else self.energy + energy
 

@@ -88,10 +88,9 @@ class LayerRecord:
         parameters: full name of each parameter that was solved -> how many of its values were.
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
-        residual: squared error of the layer's output after the merge, relative to the expert's output (on its own
-            input if the rule is two-sided, on the merged model's input otherwise). It is against what was solved for:
-            the expert's output, and what the stream that it is added to lacks where that is corrected, which makes
-            it the error that is left in the sum of both.
+        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
+            input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
+            other tensors, it is that of the sum of its output and these, because that is what was solved for.
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
         rows: number of rows per task.
         masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
