@@ -183,8 +183,9 @@ class MergeReport:
             "\n".join(f"- **Warning**: {warning}" for warning in self.warnings),
             "## Layers\n\nShift and cosine compare a layer's inputs in the merged model with those in the experts on "
             "arrival (relative distance; mean over tasks); the residual is the relative squared error of its output "
-            "after the merge. The condition is a lower bound, and bad from about 1e6 on, where rounding shows: more "
-            f"calibration samples or a higher ridge bring it down.\n\n{self.layer_table()}"
+            "after the merge (where it is corrected for other tensors, of its sum with them). The condition is a lower "
+            "bound, and bad from about 1e6 on, where rounding shows: more calibration samples or a higher ridge bring "
+            f"it down.\n\n{self.layer_table()}"
             if self.layers
             else "",
             "## Averaged parameters\n\n" + table([["parameter", "why"], *unsolved]) if unsolved else "",

@@ -288,9 +288,9 @@ def test_the_stream_is_as_close_to_the_experts_as_its_last_writer_can_bring_it(n
         ours.load_state_dict(merged)
         for expert, part in zip(experts, batches):
             error = error + sum(((ours(x) - expert(x).detach()).square().sum() for x in part), error * 0)
-        error.backward()
+        error.backward()  # type: ignore[no-untyped-call]
         slopes.append(max(float(p.grad.abs().amax()) for p in ours.get_submodule(writer).parameters()))  # type: ignore[union-attr]
-        errors.append(float(error))
+        errors.append(error.item())
     assert slopes[0] < 1e-5 * slopes[1]
     if name != "convolutions":  # each writer does its best, which need not be the best for all of them together
         assert errors[0] < 0.95 * errors[1]
@@ -424,7 +424,7 @@ def test_a_stream_that_is_not_finite_makes_a_bad_batch() -> None:
 
     experts, batches = built(Overflowing), [[points(0), points(1)], [points(10), points(11)]]
     for expert in experts:
-        expert.get_submodule("first").weight.data *= 1e10
+        expert.get_parameter("first.weight").data.mul_(1e10)
     batches[1][1] = batches[1][1] * 1e15
     message = r"inputs of layer 'second' are finite, but what its output is added to is not: task 'task1', batch 1"
     with pytest.raises(NonFiniteError, match=message):
