@@ -131,6 +131,8 @@ class MergeReport:
             note = layer.note or (f"inputs of {layer.shared_with}" if layer.shared_with else "")
             told = [note] if note else []
             told += [f"{layer.unpaired} calls one-sided"] if layer.unpaired else []
+            told += [f"corrected for {' and '.join(layer.corrected_for)}"] if layer.corrected_for else []
+            told += [f"{layer.uncorrected} calls uncorrected"] if layer.uncorrected else []
             told += [_idle(layer)] if layer.idle else []
             told += [f"{layer.kept:,} of {layer.groups:,} keep the average, which is better"] if layer.kept else []
             shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))
@@ -181,8 +183,9 @@ class MergeReport:
             "\n".join(f"- **Warning**: {warning}" for warning in self.warnings),
             "## Layers\n\nShift and cosine compare a layer's inputs in the merged model with those in the experts on "
             "arrival (relative distance; mean over tasks); the residual is the relative squared error of its output "
-            "after the merge. The condition is a lower bound, and bad from about 1e6 on, where rounding shows: more "
-            f"calibration samples or a higher ridge bring it down.\n\n{self.layer_table()}"
+            "after the merge (where it is corrected for other tensors, of its sum with them). The condition is a lower "
+            "bound, and bad from about 1e6 on, where rounding shows: more calibration samples or a higher ridge bring "
+            f"it down.\n\n{self.layer_table()}"
             if self.layers
             else "",
             "## Averaged parameters\n\n" + table([["parameter", "why"], *unsolved]) if unsolved else "",

@@ -129,13 +129,16 @@ def test_processes_merge_as_one(size: int, rule: str, tmp_path: Path) -> None:
             assert torch.equal(merged[name], results[0][0][name]), name
 
 
-@pytest.mark.parametrize("name", ["BERT", "ViT", "U-Net", "swin_t"])
-def test_architectures_are_merged_as_by_one(name: str, tmp_path: Path) -> None:
-    tasks = zoo(name)
-    expected, records = merge(tasks, Rule(), Peers())
-    for merged, theirs in processes(2, lambda peers: merge(tasks, Rule(), peers), tmp_path):
-        assert [(r.name, r.parameters, r.buffers) for r in theirs] == [
-            (r.name, r.parameters, r.buffers) for r in records
+@pytest.mark.parametrize(
+    ("name", "residual"), [("BERT", False), ("ViT", False), ("U-Net", False), ("swin_t", False), ("ViT", True)]
+)
+def test_architectures_are_merged_as_by_one(name: str, residual: bool, tmp_path: Path) -> None:
+    tasks, rule = zoo(name), Rule(residual=residual)
+    expected, records = merge(tasks, rule, Peers())
+    assert any(r.corrected_for for r in records) == residual
+    for merged, theirs in processes(2, lambda peers: merge(tasks, rule, peers), tmp_path):
+        assert [(r.name, r.parameters, r.buffers, r.corrected_for, r.uncorrected) for r in theirs] == [
+            (r.name, r.parameters, r.buffers, r.corrected_for, r.uncorrected) for r in records
         ]
         assert any(r.shared_with for r in theirs) or name in ("U-Net", "swin_t")
         for own, value in expected.items():

@@ -20,7 +20,7 @@ from tests.helpers import FEATURES, Classifier, built, make_data, make_experts, 
 from tests.zoo import averages
 
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
-RULES["plain"] = Rule(normalize=False)
+RULES["plain"], RULES["corrected"] = Rule(normalize=False), Rule(residual=True)
 
 
 def net() -> nn.Module:

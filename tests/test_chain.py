@@ -30,6 +30,7 @@ from tests.helpers import built, relative
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 RULES = {
     "two-sided": Rule(),
+    "corrected": Rule(residual=True),
     "one-sided": Rule(target="merged"),
     "not normalized": Rule(normalize=False),
     "each layer on its own": Rule(inputs="expert", target="merged"),

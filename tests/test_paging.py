@@ -90,7 +90,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "branches": (Branches, (6, 8)),
     "residual": (Net, (6, 8)),
 }
-RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "RegMean": Rule(inputs="expert", target="merged")}
+RULES = {
+    "two-sided": Rule(),
+    "corrected": Rule(residual=True),
+    "one-sided": Rule(target="merged"),
+    "RegMean": Rule(inputs="expert", target="merged"),
+}
 
 
 def merge(

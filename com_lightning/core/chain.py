@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.bad_batches import BadBatches
-from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution
+from com_lightning.core.corrections import Corrections, Source
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution, where
 from com_lightning.core.layers import PerChannel
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.metric import solve_in_metrics
@@ -61,12 +62,16 @@ def merge_layers(
         weight is merged at the first layer that uses it; a layer that is called several times in one forward is merged
         from its first call.
     """
-    from com_lightning.core.sensitivity import roots  # which is a chain of its own
+    from com_lightning.core.additions import find_writers  # these run chains too
+    from com_lightning.core.sensitivity import roots
 
-    chain = _Chain(tasks, merged, importance, rule, run or Run(), base, own)
-    if rule.sensitivity:
-        chain.roots = roots(tasks, merged, rule.sensitivity, chain.peers, run is None or run.quiet)
-    with chain.peers.told():
+    run = run or Run()
+    with run.peers.told():
+        corrected = rule.residual and rule.streams == ("merged", "expert")
+        writers = find_writers(tasks, merged, run) if corrected else {}
+        chain = _Chain(tasks, merged, importance, rule, run, base, own, writers)
+        if rule.sensitivity:
+            chain.roots = roots(tasks, merged, rule.sensitivity, run.peers, run.quiet)
         return chain.run()
 
 
@@ -80,6 +85,7 @@ class _Chain:
         run: Run,
         base: Mapping[str, Tensor] | None = None,
         own: Mapping[str, Sequence[Tensor]] | None = None,
+        writers: Mapping[str, Sequence[Source]] | None = None,
     ) -> None:
         self.roots: Mapping[str, Sequence[Tensor | None]] = {}
         """Of the matrices by which errors in a layer's outputs count, for each task."""
@@ -94,6 +100,7 @@ class _Chain:
         self.gathered = False
         """Whether the statistics of these inputs are known."""
         self.outputs = OutputError()
+        self.corrections = Corrections(writers or {})
 
     def run(self) -> list[LayerRecord]:
         records: list[LayerRecord] = []
@@ -162,7 +169,8 @@ class _Chain:
             if not two_sided:
                 return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            self.outputs.add((task, batch), plain(output), keep, stream == "expert")
+            output = self.corrections.leave(layer, (task, batch, stream), plain(output))
+            self.outputs.add((task, batch), output, keep, stream == "expert")
 
         return receive
 
@@ -188,6 +196,9 @@ class _Chain:
         arrivals = self.bad.good(arrivals)
         # A function call is known only where a forward makes it.
         layer = self.models.layer(name, self.uses.layers.get(name)) if arrivals else None
+        self.corrections.enter(name, {where(arrival): arrival.input for arrival in arrivals})
+        if layer:
+            layer.corrected = name in self.corrections.writers
         known = self.journal.get(name)
         # Under autocast the statistics would be gathered in half precision.
         with torch.autocast(self.models.device.type, enabled=False), exact_products():
@@ -210,7 +221,9 @@ class _Chain:
                 first, exact = (self.inputs.layer, self.inputs.exact) if self.inputs and repeated else (name, False)
                 self.inputs = None  # the statistics of two layers need not fit into memory
                 if layer:
-                    self.inputs = Inputs.gathered(layer, arrivals, self.tasks, self.rule, first, self.pager, exact)
+                    self.inputs = Inputs.gathered(
+                        layer, arrivals, self.tasks, self.rule, first, self.pager, exact, self.corrections
+                    )
                 skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
                 self.owner, self.gathered = reached[len(self.uses.solved) % len(reached)], True  # solves go round
@@ -320,7 +333,8 @@ class _Chain:
         record.kept, record.steps = kept, steps
         record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != layer.name else None
-        record.unpaired = inputs.unpaired
+        record.unpaired, record.uncorrected = inputs.unpaired, inputs.uncorrected
+        record.corrected_for = list(map(str, self.corrections.writers.get(layer.name, ())))
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
         for task, entry in zip(self.tasks, inputs.statistics):
             record.rows[task.name] = entry.rows

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.bad_batches import BadBatch
+from com_lightning.core.corrections import Corrections, Where
 from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.layers.base import Call
 from com_lightning.core.lockstep import Arrival, Forward
@@ -22,9 +23,6 @@ from com_lightning.core.rule import NonFiniteError, Rule, Stream, Task
 from com_lightning.core.solver import Factor
 from com_lightning.core.statistics import InputStatistics, Moments, Shift
 from com_lightning.core.watch import Part
-
-Where = tuple[int, int, Stream]
-"""Task, batch and stream of a forward."""
 
 
 @dataclass(eq=False)
@@ -45,6 +43,7 @@ class Layer:
     Attributes:
         parts: own name of each parameter and buffer that is written -> what it is of the whole model's.
         base: the layer in the model that the experts were fine-tuned from, for rules that need it.
+        corrected: whether its targets make up for what the stream lacks that its output is added to.
     """
 
     name: str
@@ -53,6 +52,7 @@ class Layer:
     experts: list[nn.Module]
     parts: dict[str, Part]
     base: nn.Module | None = None
+    corrected: bool = False
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Layer:
     @property
     def multiply(self) -> bool:
         """Whether the drift is gathered already multiplied by the weight."""
-        return self.kind.multiply(self.weights[0])
+        return self.corrected or self.kind.multiply(self.weights[0])
 
     @property
     def key(self) -> Hashable:
@@ -80,6 +80,7 @@ class Inputs:
         seen: each input and its version.
         statistics: per task.
         unpaired: calls whose expert rows could not be matched.
+        uncorrected: calls for which what the stream lacks was not known, where it is to be made up for.
         masked: names of tasks whose padding masks fit.
         bad: batches that are not in the statistics because they cannot be counted.
         exact: whether batches had to be left out here, so that each of the others is gathered in float64.
@@ -91,6 +92,7 @@ class Inputs:
     seen: Mapping[Where, tuple[weakref.ref[Tensor], int]]
     statistics: list[InputStatistics]
     unpaired: int = 0
+    uncorrected: int = 0
     masked: set[str] = field(default_factory=set)
     bad: list[BadBatch] = field(default_factory=list)
     exact: bool = False
@@ -128,9 +130,10 @@ class Inputs:
         first: str | None = None,
         pager: Pager | None = None,
         exact: bool = False,
+        corrections: Corrections | None = None,
     ) -> Inputs:
         """Gather the statistics, without what is not finite. ``first``: the layer that had these inputs first, and
-        ``exact``: what was found there, in an earlier run.
+        ``exact``: what was found there, in an earlier run. ``corrections``: needed for a layer that is corrected.
 
         Nothing is looked at twice where all is well: the sums tell. Where they do not, each batch is gathered anew, on
         its own and in float64, and added only if it is finite.
@@ -145,11 +148,11 @@ class Inputs:
         inputs = Inputs(first, layer.key, _seen(arrivals), [_empty(layer, rule) for _ in tasks])
         pairs = list(_paired(arrivals, rule))
         for merged, expert in () if exact else _fetched(pairs, pager):
-            inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks)
+            inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks, corrections)
         if exact or not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
             inputs = Inputs(first, layer.key, inputs.seen, [_empty(layer, rule) for _ in tasks])
             for merged, expert in _fetched(pairs, pager):
-                inputs._add_if_finite(layer, merged, expert, tasks, rule)
+                inputs._add_if_finite(layer, merged, expert, tasks, rule, corrections)
             inputs.lose({(batch.task, batch.batch) for batch in inputs.bad})
         return inputs
 
@@ -160,6 +163,7 @@ class Inputs:
         merged: Arrival,
         expert: Arrival | None,
         tasks: Sequence[Task],
+        corrections: Corrections | None,
         exact: bool = False,
     ) -> None:
         """Add a batch, in float64 if it is to be exact."""
@@ -169,16 +173,28 @@ class Inputs:
         lead = merged.input.shape[: merged.input.dim() - merged.input.is_floating_point()]
         calls = [None if a is None else _in_float64(a) if exact else (a.args, a.kwargs) for a in (merged, expert)]
         assert calls[0] is not None
-        paired = layer.kind.gather(layer.merged, statistics, calls[0], calls[1], layer.weights[number], keep)
+        gap = None
+        if layer.corrected and corrections and expert is not None and expert.input.shape == merged.input.shape:
+            gap = corrections.gap(layer.name, number, batch, exact)
+        if gap is not None:
+            gap = layer.kind.offset(layer.merged, *calls[0], layer.weights[number], gap)
+        paired = layer.kind.gather(layer.merged, statistics, calls[0], calls[1], layer.weights[number], keep, gap)
+        self.uncorrected += int(layer.corrected and gap is None)
         self.masked |= {task.name} if kept(keep, lead) is not None else set()
         self.unpaired += int(expert is not None and not paired)
 
     def _add_if_finite(
-        self, layer: Layer, merged: Arrival, expert: Arrival | None, tasks: Sequence[Task], rule: Rule
+        self,
+        layer: Layer,
+        merged: Arrival,
+        expert: Arrival | None,
+        tasks: Sequence[Task],
+        rule: Rule,
+        corrections: Corrections | None,
     ) -> None:
         number, batch, _ = where(merged)
         part = _empty(layer, rule)
-        self._add(layer, part, merged, expert, tasks, exact=True)
+        self._add(layer, part, merged, expert, tasks, corrections, exact=True)
         if _is_sound(part):
             self.statistics[number].join(part)
             return
@@ -188,6 +204,9 @@ class Inputs:
         if not broken:
             largest = max((float(t.abs().amax()) for own in tensors.values() for t in own if t.numel()), default=0.0)
             why = f"are finite, but what is computed from them is not (they are {largest:.3g} at most)"
+        gap = corrections.gap(layer.name, number, batch) if layer.corrected and corrections and not broken else None
+        if gap is not None and not bool(gap.isfinite().all()):
+            why = "are finite, but what its output is added to is not"
         self.bad.append(BadBatch(number, batch, broken[0] if broken else label, why))
 
 
@@ -284,6 +303,7 @@ def add_up(inputs: Inputs | None, tasks: int, peers: Peers, owner: int, device: 
                     setattr(entry, which, tensor)
     if inputs is not None and peers.rank == owner:
         inputs.unpaired = sum(small.unpaired for small in met if small)
+        inputs.uncorrected = sum(small.uncorrected for small in met if small)
         inputs.masked = {name for small in met if small for name in small.masked}
         for number, entry in enumerate(inputs.statistics):
             parts = [small.sums[number] for small in met if small]
@@ -305,6 +325,7 @@ class _Small:
     """
 
     unpaired: int
+    uncorrected: int
     masked: set[str]
     matrices: list[dict[str, tuple[torch.Size, torch.dtype]]]
     sums: list[tuple[int, Shift, Moments, Moments]]
@@ -314,6 +335,7 @@ class _Small:
         matrices = [{"gram": entry.gram, "drift": entry.drift} for entry in inputs.statistics]
         return _Small(
             inputs.unpaired,
+            inputs.uncorrected,
             inputs.masked,
             [{name: (m.shape, m.dtype) for name, m in own.items() if m is not None} for own in matrices],
             [(e.rows, e.shift.cpu(), e.moments.to("cpu"), e.expert_moments.to("cpu")) for e in inputs.statistics],

@@ -1,4 +1,4 @@
-"""How far a layer's output is from that of the experts once it is merged."""
+"""How far a layer's output, or the sum that it goes into, is from that of the experts once it is merged."""
 
 from __future__ import annotations
 

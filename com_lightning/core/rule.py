@@ -62,6 +62,8 @@ class Rule:
         ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
         anchor: what a layer is where data do not tell: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight; otherwise biases are averaged.
+        residual: where a layer's output is added to a residual stream, also make up for what that stream lacks (only
+            if the rule is two-sided), see :mod:`com_lightning.core.additions`.
         sensitivity: count errors in a layer's outputs by what they do to the experts' predictions, as
             :mod:`~com_lightning.core.sensitivity` has it; ``None``: all alike.
         private_biases: each task keeps biases and normalisation parameters for itself, see
@@ -74,6 +76,7 @@ class Rule:
     ridge: float = 0.01
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
+    residual: bool = False
     sensitivity: Distance | None = None
     private_biases: bool = False
 
@@ -95,7 +98,8 @@ class LayerRecord:
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
         residual: relative squared error of the layer's output after the merge (against the expert's output on its own
-            input if the rule is two-sided, on the merged model's input otherwise).
+            input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
+            other tensors, it is that of the sum of its output and these, because that is what was solved for.
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
         rows: number of rows per task.
         masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
@@ -105,6 +109,8 @@ class LayerRecord:
             brings about.
         steps: of conjugate gradients, where errors in the outputs count by direction; ``None``: they count alike.
         unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
+        corrected_for: the tensors whose drift the layer makes up for as well, because its output is added to them.
+        uncorrected: calls where that was not possible: these tensors were gone, changed, or of other shapes.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
         solving: seconds of these that went into the closed form.
@@ -127,6 +133,8 @@ class LayerRecord:
     kept: int = 0
     steps: int | None = None
     unpaired: int = 0
+    corrected_for: list[str] = field(default_factory=list)
+    uncorrected: int = 0
     shared_with: str | None = None
     seconds: float = 0.0
     solving: float = 0.0

@@ -132,7 +132,8 @@ class InputStatistics:
         multiply: whether the drift is multiplied by the expert's weight while it is gathered, which costs less where a
             layer has far fewer outputs than inputs, but cannot be shared with another layer of the same input.
         gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``.
-        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``. ``None``: no expert rows were seen.
+        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``, with what the output is to be beyond
+            the expert's. ``None``: no expert rows were seen.
         rows: number of rows summed.
         moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, where its type has a use for them (batch
             normalisation); calls that have no counterpart in the expert are left out of both.
@@ -161,13 +162,20 @@ class InputStatistics:
     expert_moments: Moments = field(default_factory=Moments)
     _averaged: bool = False
 
-    def update(self, merged: Tensor, expert: Tensor | None = None, weight: Tensor | None = None) -> None:
+    def update(
+        self,
+        merged: Tensor,
+        expert: Tensor | None = None,
+        weight: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
         """Add rows.
 
         Args:
             merged: ``x̂``, ``(n, g, f)``.
             expert: ``x`` of the same shape, row for row; ``None`` leaves the drift alone.
             weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
+            offset: what the output is to be beyond the expert's, ``(n, g, o)``; only where ``multiply`` is set.
         """
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
         expert = None if expert is None else expert.to(merged.dtype)
@@ -193,6 +201,8 @@ class InputStatistics:
         if self.multiply:
             assert weight is not None
             gap = torch.einsum("ngf,gof->ngo", gap, weight[..., :features].to(gap.dtype))
+            if offset is not None:
+                gap = gap + offset.to(gap.dtype)
         self.drift = _add_product(self.drift, gap * root[:, None, None], scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:

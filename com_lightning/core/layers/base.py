@@ -27,6 +27,8 @@ class LayerType(ABC):
 
     name: str
     """How the report calls it."""
+    corrects: bool = False
+    """Whether its output can be solved to make up for what something else lacks, see :meth:`offset`."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
@@ -102,6 +104,7 @@ class LayerType(ABC):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         """Add one call to the statistics of a task.
 
@@ -111,17 +114,38 @@ class LayerType(ABC):
             merged, expert: arguments of the call in the merged model and in the expert, if that one is to be used.
             weight: the expert's, ``(g, o, k)``.
             keep: boolean mask over positions, ``True`` where data is; ``None``: everywhere.
+            gap: what the output is to be beyond the expert's, as :meth:`offset` gives it; only where ``expert`` is of
+                the same shape and the drift is gathered already multiplied.
 
         Returns:
             Whether the expert's rows were used; they are not where their shape differs (inputs routed otherwise).
         """
         paired = expert is not None and first(*expert).shape == first(*merged).shape
         others = self.rows(module, *expert) if paired and expert is not None else iter(())
+        start = 0
         for rows, tokens in self.rows(module, *merged):
             other = next(others, (None, tokens))[0]
             index = kept(keep, rows.shape[:-2]) if tokens else None
-            statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight)
+            end = start + rows.shape[:-2].numel()  # rows that come in pieces come in order
+            offset = None if gap is None else _flat(gap[start:end], index)
+            statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight, offset)
+            start = end
         return paired
+
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        """Numbers that are to be added to the output of a call, as rows ``(n, g, o)`` that go with :meth:`rows`.
+
+        Args:
+            module, args, kwargs: the call.
+            weight: ``(g, o, k)``.
+            gap: with its elements in the order of the output's, in any shape.
+
+        Returns:
+            ``None`` if the output is not of that size, or the type knows no such thing.
+        """
+        return None
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Hashable, Iterator
 from typing import Any
@@ -21,6 +22,7 @@ class Contraction(LayerType):
     """
 
     name = "contraction"
+    corrects = True
 
     def __init__(self, data: str, weight: str, output: str) -> None:
         self.groups = [letter for letter in weight if letter in output and letter in data]
@@ -85,6 +87,17 @@ class Contraction(LayerType):
         back = sorted(range(len(order)), key=order.__getitem__)
         return {"weight": weight.reshape([shape[dim] for dim in order]).permute(back)}
 
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        sizes = dict(zip(self.weight, own_parameter(module, "weight").shape))
+        sizes.update(zip(self.data, first(args, kwargs).shape))
+        shape = [sizes[letter] for letter in self.output]
+        if gap.numel() != math.prod(shape):
+            return None
+        order = [self.output.index(letter) for letter in (*self.lead, *self.groups, *self.outputs)]
+        return gap.reshape(shape).permute(order).reshape(-1, *weight.shape[:2])
+
     def has_bias(self, module: nn.Module) -> bool:
         return False
 
@@ -131,6 +144,7 @@ class GroupedLinear(LayerType):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         paired = expert is not None and torch.equal(merged[0][1], expert[0][1])
         others = self.rows(module, *expert) if paired and expert is not None else iter(())

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -19,6 +21,7 @@ class Convolution(LayerType):
     """
 
     name = "convolution"
+    corrects = True
     types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matches(self, module: nn.Module) -> bool:
@@ -32,16 +35,31 @@ class Convolution(LayerType):
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        image, dims = first(args, kwargs), len(module.kernel_size)
+        patches, dims = self._patches(module, first(args, kwargs)), len(module.kernel_size)
+        for part in pieces(patches, lead=1 + dims):
+            yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
+
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        assert isinstance(module, nn.modules.conv._ConvNd)
+        image = torch.empty_like(first(args, kwargs), device="meta")  # only the shape is asked for
+        samples, *positions = self._patches(module, image).shape[: 1 + len(module.kernel_size)]
+        groups, outputs, _ = weight.shape
+        if gap.numel() != samples * math.prod(positions) * groups * outputs:
+            return None
+        return gap.reshape(samples, groups, outputs, -1).movedim(-1, 1).reshape(-1, groups, outputs)
+
+    def _patches(self, module: nn.modules.conv._ConvNd, image: Tensor) -> Tensor:
+        """All that the kernel is laid on, ``(batch, *positions, channels, *kernel)``, as a view."""
+        dims = len(module.kernel_size)
         if image.dim() == dims + 1:  # without a batch dimension
             image = image[None]
         patches, strides = self._padded(module, image)
         for dim, (size, stride, dilation) in enumerate(zip(module.kernel_size, strides, module.dilation), start=2):
             patches = patches.unfold(dim, dilation * (size - 1) + 1, stride)[..., ::dilation]
-        # (batch, channels, *positions, *kernel) -> (batch, *positions, groups, channels / groups * kernel)
-        patches = patches.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
-        for part in pieces(patches, lead=1 + dims):
-            yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
+        # from (batch, channels, *positions, *kernel)
+        return patches.permute(0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims))
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
         assert isinstance(layer, nn.modules.conv._ConvNd)

@@ -50,6 +50,7 @@ class Scale(LayerType):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         data, positions = self._aligned(module, *merged[0])
         other = None if expert is None else expert[0][0].to(data.dtype)

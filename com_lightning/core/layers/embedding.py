@@ -48,6 +48,7 @@ class Embedding(LayerType):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         # Counted rather than through `rows`: a one-hot row has as many entries as the vocabulary.
         assert isinstance(module, nn.Embedding)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Iterator
 from typing import Any
 
@@ -21,6 +22,7 @@ class Linear(LayerType):
     """``nn.Linear``: the input is the row."""
 
     name = "linear"
+    corrects = True
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Linear.forward and own_names(module) == {"weight", "bias"}
@@ -35,6 +37,12 @@ class Linear(LayerType):
         if not self.has_bias(module):
             return {"weight": weight[0]}
         return {"weight": weight[0, :, :-1], "bias": weight[0, :, -1]}
+
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        shape = (first(args, kwargs).shape[:-1].numel(), 1, weight.shape[1])
+        return gap.reshape(shape) if gap.numel() == math.prod(shape) else None
 
 
 class TransposedLinear(Linear):
@@ -57,6 +65,7 @@ class Bilinear(Linear):
     """``nn.Bilinear``: the row is the outer product of the two inputs, up to :data:`MAX_PRODUCTS` entries."""
 
     name = "bilinear"
+    corrects = False
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Bilinear.forward and own_names(module) == {"weight", "bias"}
@@ -87,6 +96,7 @@ class Bilinear(Linear):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         paired = expert is not None and first(*expert).shape == first(*merged).shape
         others = _parts(expert, keep) if paired and expert is not None else itertools.repeat(None)

@@ -23,6 +23,7 @@ class PerChannel(LayerType):
     """
 
     name = "per channel"
+    corrects = True
 
     def matches(self, module: nn.Module) -> bool:
         shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
@@ -41,6 +42,16 @@ class PerChannel(LayerType):
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield self._response(module, args, kwargs)[0].unsqueeze(-1), True
 
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        shape = first(args, kwargs).shape
+        if gap.numel() != shape.numel():
+            return None
+        args, kwargs = _cast(gap.dtype, args, kwargs)
+        channels = self._channels_last(module, gap.reshape(shape), args, kwargs)
+        return channels.reshape(-1, len(weight), 1)
+
     def gather(
         self,
         module: nn.Module,
@@ -49,10 +60,11 @@ class PerChannel(LayerType):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
         if self._response(module, *merged)[1]:  # the solver's differences between weights are the same either way
             weight = torch.cat([weight[..., :1] + 1, weight[..., 1:]], dim=-1)
-        return super().gather(module, statistics, merged, expert, weight, keep)
+        return super().gather(module, statistics, merged, expert, weight, keep, gap)
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         dtype = torch.promote_types(first(args, kwargs).dtype, torch.float32)
@@ -177,8 +189,9 @@ class BatchNorm(PerChannel):
         expert: Call | None,
         weight: Tensor,
         keep: Tensor | None,
+        gap: Tensor | None = None,
     ) -> bool:
-        paired = super().gather(module, statistics, merged, expert, weight, keep)
+        paired = super().gather(module, statistics, merged, expert, weight, keep, gap)
         if paired or expert is None:
             statistics.moments.update(self._values(merged, keep))
         if paired and expert is not None:
