@@ -33,8 +33,12 @@ METHODS: dict[str, MergingMethod] = {
     "RegMean (each layer on its own)": RegMean(),
     "RegMean, rows normalized": RegMean(normalize=True),
     "chain, one-sided": ChainOfMerges(target="merged"),
-    "chain, two-sided, rows not normalized": ChainOfMerges(normalize=False),
-    "chain, two-sided (the default)": ChainOfMerges(),
+    "chain, two-sided": ChainOfMerges(residual=False),
+    "residual streams repaired, rows not normalized": ChainOfMerges(normalize=False),
+    "residual streams repaired (the default)": ChainOfMerges(),
+    "the default, with sensitivity": ChainOfMerges(sensitivity="probabilities"),
+    "the default, private biases and norms": ChainOfMerges(private_biases=True),
+    "the default, both": ChainOfMerges(sensitivity="probabilities", private_biases=True),
 }
 CONFIGS = Path("configs/digits")
 
