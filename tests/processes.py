@@ -30,6 +30,7 @@ from com_lightning.core import chain
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.lockstep import running
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
+from com_lightning.core.private import own_tensors
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, SkippedBatch, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
@@ -72,8 +73,13 @@ def processes(size: int, work: Callable[[Peers], Any], folder: Path) -> list[Any
 
 def merge(tasks: list[Task], rule: Rule, peers: Peers) -> Result:
     merged = averages([task.expert for task in tasks])
-    records = merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], rule, Run(peers=peers))
-    return merged, records
+    own = own_tensors(tasks, merged) if rule.private_biases else {}
+    part = share(tasks, peers.rank, peers.size)
+    records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), own=own)
+    return {
+        **merged,
+        **{f"{name} of {n}": tensor for name, each in own.items() for n, tensor in enumerate(each)},
+    }, records
 
 
 class Mixture(nn.Module):
@@ -107,6 +113,7 @@ def zoo(name: str) -> list[Task]:
 
 
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
+RULES["private biases"] = Rule(private_biases=True, residual=True)
 SENSITIVE = Rule(sensitivity="numbers")
 
 

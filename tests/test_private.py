@@ -23,6 +23,7 @@ PRIVATE = {
     "two-sided": Rule(private_biases=True),
     "one-sided": Rule(target="merged", private_biases=True),
     "sensitive": Rule(private_biases=True, sensitivity="numbers"),
+    "all": Rule(private_biases=True, sensitivity="numbers", residual=True),
 }
 
 
