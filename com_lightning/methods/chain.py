@@ -49,8 +49,7 @@ class ChainOfMerges(ClosedForm):
         ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix.
         residual: where a layer's output is added to a residual stream, ``t = W_i x + (r - r̂)`` with ``r`` and ``r̂``
             the stream in the expert and in the merged model: the layer repairs what the stream has lost as well. Beyond
-            the paper; a prototype went from 57.8 to 69.1 in normalised accuracy with it (mean of merged / expert in
-            percent, eight image tasks on a small ViT, 128 samples each, one seed). Without effect on a one-sided merge
+            the paper; see ``benchmarks/results`` for what it brings. Without effect on a one-sided merge
             and where nothing is added to a layer's output.
         sensitivity: count errors in a layer's outputs by what they do to the expert's predictions (beyond the paper,
             see :mod:`com_lightning.core.sensitivity`): to the ``"probabilities"`` that the outputs of its last layer
