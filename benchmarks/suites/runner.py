@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from benchmarks.suites.suite import Experts, Suite
 from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
 from com_lightning.compare import reseeded
+from com_lightning.core.rule import Rule
 from com_lightning.evaluation import quiet_lightning
 from com_lightning.merger import describe
 from com_lightning.named_methods import Setting
@@ -104,7 +106,8 @@ class _Bench:
         """The entry of a method, or of the setting that is best on val, if there are several."""
         reads = any(setting.method.needs_data for setting in settings)
         entry = self._entry(name, samples, self.source) if reads else self._entry(name)
-        if (known := results.find(entry.key)) and not self.again:
+        known = results.find(entry.key)
+        if known and not self.again and _is_of(known, settings, self.seed):
             return known
         best = settings[0]
         if len(settings) > 1:
@@ -202,6 +205,20 @@ def evaluate(
             logged = measure(module, dataloaders=loader, verbose=False)[0]
         values[task] = float(logged[f"{split}_{suite.metric}"])
     return values
+
+
+def _is_of(entry: Entry, settings: Sequence[Setting], seed: int) -> bool:
+    """Whether an entry is what these settings give: a name alone stands for other defaults in another version."""
+    labels = [setting.label for setting in settings]
+    if list(entry.tried) != (labels if len(labels) > 1 else []):
+        return False
+    method = settings[labels.index(entry.chosen) if entry.chosen else 0].method
+    now: dict[str, object] = json.loads(json.dumps(describe(reseeded(method, seed)), default=str))
+    # What a rule has learnt since is off by default.
+    off = {field.name: field.default for field in fields(Rule)}
+    return entry.settings == {
+        name: value for name, value in now.items() if name in entry.settings or value != off.get(name, ...)
+    }
 
 
 def _or_worst(score: float) -> float:
