@@ -1,0 +1,215 @@
+"""What a suite measures, keeps and shows, on points in place of models."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch.utils.data import TensorDataset
+
+from benchmarks.suites import SUITES, make_suite
+from benchmarks.suites.__main__ import main
+from benchmarks.suites.results import Entry, Results
+from benchmarks.suites.splits import SplitData
+from benchmarks.suites.suite import Experts, Recipe, Suite
+from benchmarks.suites.tables import show
+
+
+class Point(LightningModule):
+    """One weight, which is best at one place on val and at another on test."""
+
+    BEST: ClassVar[Mapping[str, float]] = {"val": 0.4, "test": 0.8}
+
+    def __init__(self, value: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((1000,), value))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.measure("val", len(batch[0]))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.measure("test", len(batch[0]))
+
+    def measure(self, split: str, count: int) -> None:
+        weight = self.weight.mean().item()
+        Points.measured.append((split, round(weight, 2), count))
+        self.log(f"{split}_acc", 1 / (1 + abs(weight - self.BEST[split])), batch_size=count)
+
+
+class PointData(SplitData):
+    def make_split(self, name: str) -> TensorDataset:
+        return TensorDataset(torch.arange(1500.0))
+
+
+class Points(Suite):
+    """Two tasks whose experts are at 1, the base being at 0: task arithmetic is at twice its scale."""
+
+    name = "points"
+    tasks = ("a", "b")
+    private = ()
+    recipe = Recipe(1, 1, 1.0)
+    measured: ClassVar[list[tuple[str, float, int]]] = []
+
+    def base_module(self) -> LightningModule:
+        return Point(0.0)
+
+    def expert_module(self, task: str, base: LightningModule) -> LightningModule:
+        return Point(1.0)
+
+    def data(self, task: str) -> PointData:
+        return PointData(100, 100)
+
+    def load(self, seed: int) -> Experts:
+        return Experts(Point(0.0), {task: Point(1.0) for task in self.tasks})
+
+
+@pytest.fixture
+def points(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, float, int]]:
+    """What was measured on which split, batch by batch."""
+    monkeypatch.setitem(SUITES, "points", f"{__name__}.Points")
+    Points.measured.clear()
+    return Points.measured
+
+
+def _entries(file: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    return {(entry["method"], entry["seed"]): entry for entry in json.loads(file.read_text())["entries"]}
+
+
+def _counted(measured: list[tuple[str, float, int]]) -> dict[tuple[str, float], int]:
+    """(split, weight) -> samples."""
+    counts: dict[tuple[str, float], int] = {}
+    for split, weight, count in measured:
+        counts[split, weight] = counts.get((split, weight), 0) + count
+    return counts
+
+
+GRID = "task_arithmetic(scale=[0.1,0.2,0.4])"
+LISTED = "task_arithmetic(scale=[0.1, 0.2, 0.4])"
+
+
+def test_a_setting_is_chosen_on_val(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    main(["points", "--seeds", "0", "--output", str(tmp_path / "out"), "--methods", GRID])
+    entry = _entries(tmp_path / "out.json")[LISTED, 0]
+    assert (entry["chosen"], entry["settings"]["scale"]) == ("task_arithmetic(scale=0.2)", 0.2)
+    assert entry["values"]["a"] == pytest.approx(1 / 1.4)  # on test 0.4 would have been better
+    own = 1 / 1.6  # the expert's
+    expected = {"0.1": 1 / 1.2, "0.2": 1.0, "0.4": 1 / 1.4}
+    assert entry["tried"] == pytest.approx({f"task_arithmetic(scale={s})": v / own for s, v in expected.items()})
+    # Nothing but the experts and what was chosen has been measured on test; on val, all settings, 1,000 samples each.
+    assert {weight for split, weight, _ in points if split == "test"} == {1.0, 0.4}
+    assert _counted(points)["val", 0.8] == 100 + 2 * 1000  # a batch is validated by the merge itself
+    table = (tmp_path / "out.md").read_text()
+    assert "| task_arithmetic(scale=val) " in table
+    assert "`task_arithmetic(scale=0.2)` (160.0)" in table
+    assert shlex.quote(LISTED) in table
+
+
+def test_a_name_that_has_come_to_stand_for_other_settings_is_measured_again(
+    points: list[tuple[str, float, int]], tmp_path: Path
+) -> None:
+    command = ["points", "--seeds", "0", "--output", str(tmp_path / "out"), "--methods", "task_arithmetic"]
+    main(command)
+    first = _entries(tmp_path / "out.json")["task_arithmetic", 0]
+    points.clear()
+    main(command)
+    assert not points  # known
+    content = json.loads((tmp_path / "out.json").read_text())
+    for entry in content["entries"]:
+        if entry["method"] == "task_arithmetic":
+            entry["settings"]["scale"], entry["values"] = 0.1, {"a": 0.0, "b": 0.0}
+    (tmp_path / "out.json").write_text(json.dumps(content))
+    main(command)
+    assert _entries(tmp_path / "out.json")["task_arithmetic", 0]["values"] == first["values"]
+
+
+def test_an_interrupted_choice_goes_on(
+    points: list[tuple[str, float, int]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["points", "--seeds", "0", "--output", str(tmp_path / "out"), "--methods", GRID]
+    measure, before = Point.measure, list[Any]()
+
+    def interrupted(self: Point, split: str, count: int) -> None:
+        if round(self.weight.mean().item(), 2) == 0.8:
+            raise RuntimeError("no more")
+        measure(self, split, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Point, "measure", interrupted)
+        with pytest.raises(RuntimeError, match="no more"):
+            main(command)
+    before += points
+    main(command)
+    assert _counted(points[len(before) :]) == {("val", 0.8): 2100, ("val", 0.4): 100, ("test", 0.4): 3000}
+
+
+def test_val_shows_every_setting(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    main(["points", "--seeds", "0", "--split", "val", "--output", str(tmp_path / "out"), "--methods", GRID])
+    methods = [method for method, _ in _entries(tmp_path / "out.json")]
+    assert methods == ["expert", *(f"task_arithmetic(scale={scale})" for scale in (0.1, 0.2, 0.4))]
+    assert {split for split, _, _ in points} == {"val"}
+
+
+def test_what_draws_at_random_draws_anew_for_each_seed(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    methods = ["dare(seed=5)", "task_arithmetic"]
+    main(["points", "--seeds", "0", "1", "--output", str(tmp_path / "out"), "--methods", *methods])
+    entries = _entries(tmp_path / "out.json")
+    one, other = (entries["dare(seed=5)", seed] for seed in (0, 1))
+    assert (one["settings"]["seed"], other["settings"]["seed"]) == (5, 6)
+    assert one["values"] != other["values"]
+    assert entries["task_arithmetic", 0]["values"] == entries["task_arithmetic", 1]["values"]
+
+
+def test_too_few_samples_are_told(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2000 samples of a are asked for, and val has 1500"):
+        main(["points", "--samples", "2000", "--output", str(tmp_path / "out"), "--methods", "average"])
+
+
+def _results(tmp_path: Path, scores: Mapping[tuple[str, int, int], float]) -> Results:
+    """``(method, seed, samples)`` -> accuracy in both tasks."""
+    suite = make_suite("points")
+    results, trained = Results(suite, tmp_path / "out"), suite.folder(0).parent.name
+    for seed in {seed for _, seed, _ in scores}:
+        results.add(Entry("expert", seed, 0, "", trained, dict.fromkeys("ab", 1.0)))
+    for (method, seed, samples), score in scores.items():
+        source = "val" if samples else ""
+        results.add(Entry(method, seed, samples, source, trained, dict.fromkeys("ab", score)))
+    return results
+
+
+def _methods(table: str) -> list[list[str]]:
+    """The first column of each table."""
+    parts = [part.splitlines()[2:] for part in table.split("\n\n") if part.startswith("|")]
+    return [[line.split("|")[1].strip() for line in lines] for lines in parts]
+
+
+@pytest.mark.usefixtures("points")
+def test_the_best_comes_first(tmp_path: Path) -> None:
+    scores = {"ties": (0.2, 0.2), "chain": (0.7, 0.5), "average": (0.3, 0.1), "regmean": (0.1, 0.9)}
+    each = {(name, seed, 0): score for name, both in scores.items() for seed, score in enumerate(both)}
+    each["dare", 0, 0] = each["dare", 1, 0] = float("nan")
+    results = _results(tmp_path, each)
+    order = ["chain", "regmean", "ties", "average", "dare"]
+    table = show(results, results.entries()[0].trained)
+    assert _methods(table) == [order, ["experts", *order]]
+    assert "60.0 |   14.1 |     2 |" in table  # the mean of 70 and 50, and what is between them
+    assert not (tmp_path / "out-samples.png").exists()
+
+
+@pytest.mark.usefixtures("points")
+def test_numbers_of_samples_have_a_table(tmp_path: Path) -> None:
+    scores = {("chain", seed, n): 0.5 + seed / 10 + n / 1000 for seed in (0, 1) for n in (64, 256)}
+    results = _results(tmp_path, {**scores, ("regmean", 0, 256): 0.9, ("average", 0, 0): 0.1})
+    table = show(results, results.entries()[0].trained)
+    assert _methods(table) == [["regmean", "chain", "average"], ["chain"], ["experts", "regmean", "chain", "average"]]
+    assert "| method |         64 |        256 |" in table
+    assert "| chain  | 61.4 ± 7.1 | 80.6 ± 7.1 |" in table
+    assert (tmp_path / "out-samples.png").stat().st_size > 1000
+    commands = [line for line in table.splitlines() if line.startswith("`python")]
+    assert ["--samples 64 256 " in command for command in commands] == [True, False]
+    assert sum("average" in command for command in commands) == 1
