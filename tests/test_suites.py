@@ -20,10 +20,12 @@ from transformers import BertConfig, BertModel
 
 from benchmarks.suites import SUITES, images, lm4, make_suite, packages, texts, texts6
 from benchmarks.suites.__main__ import main
+from benchmarks.suites.oracle import train_jointly
 from benchmarks.suites.packages import FetchError, Package, sha256
 from benchmarks.suites.rules import settings_for
 from benchmarks.suites.suite import Recipe, Suite, trained_or_kept
 from com_lightning import MergeError
+from com_lightning.core.sharing import matches_any
 from com_lightning.named_methods import NAMES
 
 WORDS = ["good", "bad", "film", "price", "law", "the", "of", "a", "is", "not", "very", "it"]
@@ -108,6 +110,25 @@ def test_a_suite_trains_merges_and_writes_its_results(
     assert f"python -m benchmarks.suites {name} --seeds 0 --samples 16" in table
     assert "| chain " in table
     assert table in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["images8-resnet", "lm4", "lora6"])
+def test_an_oracle_is_one_model(name: str, tmp_path: Path) -> None:
+    suite = make_suite(name)
+    before = suite.load(0).base.state_dict()
+    modules = train_jointly(suite, 0)
+    first, *others = (dict(module.state_dict(keep_vars=True)) for module in modules.values())
+    private = {key for key in first if matches_any(key, suite.private)}
+    assert bool(private) == (name != "lm4")
+    for other in others:
+        assert {key for key in first if first[key] is not other[key]} == private
+    assert any(not torch.equal(value, before[key]) for key, value in first.items() if key not in private)
+    main(
+        [name, "--seeds", "0", "--samples", "16", "--oracle", "--methods", "average", "--output", str(tmp_path / "out")]
+    )
+    table = (tmp_path / "out.md").read_text()
+    assert "| joint training |" in table
+    assert f"{name} --seeds 0 --split test --oracle --methods average`" in table
 
 
 @pytest.mark.parametrize("name", SUITES)

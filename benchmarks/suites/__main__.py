@@ -29,6 +29,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--split", choices=["test", "val"], default="test", help="what is measured on; val to see all settings of grids"
     )
+    parser.add_argument(
+        "--oracle", action="store_true", help="train one model on the data of all tasks at once, which bounds a merge"
+    )
     parser.add_argument("--again", action="store_true", help="measure also what has been measured before")
     parser.add_argument("--train-only", action="store_true", help="train what is missing, and merge nothing")
     parser.add_argument(
@@ -63,6 +66,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.source,
             options.split,
             options.again,
+            options.oracle,
         )
     )
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from tqdm.auto import tqdm
 
+from benchmarks.suites.oracle import JOINT, train_jointly
 from benchmarks.suites.results import EXPERT, Entry, Results, versions
 from benchmarks.suites.suite import Experts, Suite
 from benchmarks.suites.tables import VAL_SAMPLES, show
@@ -38,6 +39,7 @@ def run(
     source: Literal["val", "train"] = "val",
     split: Literal["val", "test"] = "test",
     again: bool = False,
+    oracle: bool = False,
 ) -> str:
     """Measure methods on a suite; what the output's JSON file holds already is not measured again.
 
@@ -55,6 +57,7 @@ def run(
         split: what is measured on: ``"test"``, or ``"val"`` to look at every setting of a grid. Of val it is the first
             :data:`~benchmarks.suites.tables.VAL_SAMPLES` samples of each task, without those that were calibrated on.
         again: measure also what the files hold.
+        oracle: measure also what is trained on all tasks at once, see :mod:`~benchmarks.suites.oracle`.
 
     Returns:
         The table.
@@ -69,6 +72,8 @@ def run(
     for seed in seeds:
         bench = _Bench(suite, seed, source, Results(suite, choices, "val"), again)
         bench.measure_experts(results)
+        if oracle:
+            bench.measure_oracle(results)
         for number in samples:
             for name, some in rows.items():
                 if number == samples[0] or any(setting.method.needs_data for setting in some):
@@ -100,6 +105,13 @@ class _Bench:
         entry = self._entry(EXPERT)
         if not results.find(entry.key):
             entry.values = evaluate(self.suite, self.loaded.experts, self._data(1), results.split)
+            self._keep(results, entry)
+
+    def measure_oracle(self, results: Results) -> None:
+        """What no merge can be expected to beat."""
+        entry = self._entry(JOINT)
+        if not results.find(entry.key) or self.again:
+            entry.values = evaluate(self.suite, train_jointly(self.suite, self.seed), self._data(1), results.split)
             self._keep(results, entry)
 
     def measured(self, results: Results, name: str, settings: Sequence[Setting], samples: int) -> Entry:

@@ -7,6 +7,7 @@ import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 
+from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.pictures import draw_bars, draw_samples
 from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
 from com_lightning.report import table
@@ -61,6 +62,8 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
         "random choices, best first; spread: the standard deviation of the mean over tasks between seeds."
     )
     yield _relative(results, main)
+    if any(row.label == JOINT for row in main):
+        yield f"{JOINT}: no merge, but one model trained on the train data of all tasks at once, which bounds a merge."
     if not_here := [f"`{name}` ({why})" for name, why in suite.not_applicable.items()]:
         yield f"Not here: {'; '.join(not_here)}."
     if any(row.entries[0].tried for row in main):
@@ -139,7 +142,9 @@ def _cells(runs: Sequence[Sequence[float]], means: Sequence[float], scale: float
 def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[str]:
     """What measures all of it again."""
     numbers: dict[tuple[str, str], set[int]] = {}
-    for entry in (entry for row in rows for entry in row.entries):
+    entries = [entry for row in rows for entry in row.entries]
+    oracle = ["--oracle"] * any(entry.method == JOINT for entry in entries)
+    for entry in (entry for entry in entries if entry.method != JOINT):
         numbers.setdefault((entry.source, entry.method), set()).update([entry.samples] if entry.samples else [])
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (source, method), own in numbers.items():
@@ -149,5 +154,5 @@ def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> It
         command = ["python", "-m", "benchmarks.suites", results.suite.name, "--seeds", *map(str, seeds)]
         command += ["--samples", *map(str, several), "--source", source] if source else []
         # What needs no samples is told with the first.
-        yield shlex.join([*command, "--split", results.split, "--methods", *without, *methods])
-        without = []
+        yield shlex.join([*command, "--split", results.split, *oracle, "--methods", *without, *methods])
+        without, oracle = [], []
