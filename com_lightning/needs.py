@@ -38,7 +38,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
-            held = held_by_forwards(tasks, merged, rule)
+            held = [(1 + rule.perturbed_copies) * size for size in held_by_forwards(tasks, merged, rule)]
     finally:
         trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
     counts = [len(samples[task.name].batches) for task in tasks]

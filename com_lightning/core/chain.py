@@ -21,6 +21,7 @@ from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lock
 from com_lightning.core.metric import solve_in_metrics
 from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
+from com_lightning.core.perturbation import with_copies
 from com_lightning.core.placement import is_watchable
 from com_lightning.core.private import centred, solve_each, with_own_biases
 from com_lightning.core.residual import OutputError
@@ -67,6 +68,8 @@ def merge_layers(
 
     run = run or Run()
     with run.peers.told():
+        if rule.perturbed_copies:
+            tasks = with_copies(tasks, rule.perturbed_copies, run.peers)
         corrected = rule.residual and rule.streams == ("merged", "expert")
         writers = find_writers(tasks, merged, run) if corrected else {}
         chain = _Chain(tasks, merged, importance, rule, run, base, own, writers)

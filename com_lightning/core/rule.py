@@ -68,6 +68,8 @@ class Rule:
             :mod:`~com_lightning.core.sensitivity` has it; ``None``: all alike.
         private_biases: each task keeps biases and normalisation parameters for itself, see
             :mod:`~com_lightning.core.private`.
+        perturbed_copies: of each calibration batch, to calibrate with besides, see
+            :mod:`~com_lightning.core.perturbation`.
     """
 
     inputs: Stream = "merged"
@@ -79,6 +81,7 @@ class Rule:
     residual: bool = False
     sensitivity: Distance | None = None
     private_biases: bool = False
+    perturbed_copies: int = 0
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -27,6 +27,8 @@ class ClosedForm(MergingMethod):
         found = super().problems(tasks)
         if not 0 <= self.rule.ridge < math.inf:
             found.append(f"ridge: must be 0 or more, and finite, got {self.rule.ridge}")
+        if self.rule.perturbed_copies < 0:
+            found.append(f"perturbed_copies: must be 0 or more, got {self.rule.perturbed_copies}")
         return found
 
 
@@ -59,6 +61,9 @@ class ChainOfMerges(ClosedForm):
         private_biases: each task keeps biases and normalisation parameters of its own, solved for it (beyond the paper,
             see :mod:`com_lightning.core.private`). For models that know their task when they are used, as they do if
             each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
+        perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
+            and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples: cost
+            and memory are those of as many more.
     """
 
     def __init__(
@@ -70,6 +75,7 @@ class ChainOfMerges(ClosedForm):
         residual: bool = True,
         sensitivity: Optional[Distance] = None,
         private_biases: bool = False,
+        perturbed_copies: int = 0,
     ) -> None:
         super().__init__(importance)
         self.rule = Rule(
@@ -80,6 +86,7 @@ class ChainOfMerges(ClosedForm):
             residual=residual,
             sensitivity=sensitivity,
             private_biases=private_biases,
+            perturbed_copies=perturbed_copies,
         )
 
 
