@@ -15,20 +15,17 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.corrections import Corrections, Source
+from com_lightning.core.fitting import Fit, fit
 from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution, where
-from com_lightning.core.layers import PerChannel
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
-from com_lightning.core.metric import solve_in_metrics
 from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
 from com_lightning.core.perturbation import with_copies
 from com_lightning.core.placement import is_watchable
-from com_lightning.core.private import centred, solve_each, with_own_biases
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
-from com_lightning.core.sharing import average, copy_module
-from com_lightning.core.solver import factorize, residual, solve_or_average
+from com_lightning.core.sharing import copy_module
 from com_lightning.core.statistics import InputStatistics, exact_products
 from com_lightning.core.uses import Uses
 from com_lightning.core.watch import Part, Watched, Writes, plain
@@ -274,51 +271,16 @@ class _Chain:
     def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
         """Solve a layer and write the merged weights; name and extent of each part that is merged now."""
         start = time.perf_counter()
-        kind, module, weights = layer.kind, layer.merged, layer.weights
-        for entry in inputs.statistics:
-            if entry.gram is None:  # no forward of this task got here
-                entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
-        grams = [s.mean_gram() for s in inputs.statistics]
-        reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
-        averaged = kind.has_bias(module) and not self.rule.joint
-        if averaged:  # weight and bias have no say in each other
-            for gram in grams:
-                gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
-        drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-        statistics = grams, drifts, weights
         apart = any(part.name in self.models.own for part in layer.parts.values())
-        biases = apart and not isinstance(kind, PerChannel)
-        if biases:
-            grams, drifts, weights = centred(*statistics)
-        if inputs.factor is None:
-            inputs.factor = factorize(grams, self.importance, self.rule.ridge)
-        mean = average(weights, self.importance) if averaged or layer.base is not None else weights[0]
-        anchor = None
-        if layer.base is not None:  # what no data reached is the average, as with any rule
-            anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
-        solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, self.importance, anchor)
-        steps = None
-        roots = [root for root in self.roots.get(layer.name, ()) if root is not None and len(root) == solution.shape[1]]
-        if len(solution) == 1 and len(roots) == len(self.tasks) and not kept:
-            solution, steps = solve_in_metrics(
-                inputs.factor, grams, drifts, weights, self.importance, self.rule.ridge, roots, solution
-            )
-        if averaged:
-            solution[..., -1] = mean[..., -1]
-        each = []
-        if biases:
-            each = with_own_biases(solution, *statistics)
-            solution = torch.stack(each).mul_(solution.new_tensor(self.importance)[:, None, None, None]).sum(0)
-        elif apart:
-            each = solve_each(*statistics, average(weights, self.importance), self.rule.ridge)
+        found = fit(layer, inputs, self.rule, self.importance, self.roots.get(layer.name, ()), apart)
         shifted = inputs.statistics if self.rule.inputs == "merged" else None
-        values = kind.finish(module, solution, layer.experts, shifted, self.importance)
-        record = LayerRecord(layer.name, kind.name)
+        values = layer.kind.finish(layer.merged, found.solution, layer.experts, shifted, found.importance)
+        record = LayerRecord(layer.name, layer.kind.name)
         if isinstance(values, str):
             record.note = values
             return record, []
         check_solution(layer, values, self.models.merged)
-        written = self._write_own(layer, each, shifted)  # first: how a layer is finished depends on what it was
+        written = self._write_own(layer, found.each, shifted)  # first: how a layer is finished depends on what it was
         for own, part in layer.parts.items():
             whole = self.models.merged[part.name]
             size = part.of(whole).numel()
@@ -332,22 +294,27 @@ class _Chain:
                 record.buffers.append(name)
             else:
                 record.parameters[name] = record.parameters.get(name, 0) + size
-        record.groups, record.idle = len(reached), int((reached == 0).sum())
-        record.kept, record.steps = kept, steps
-        record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
-        record.shared_with = inputs.layer if inputs.layer != layer.name else None
+        self._describe(record, inputs, found)
+        record.solving = time.perf_counter() - start
+        return record, written
+
+    def _describe(self, record: LayerRecord, inputs: Inputs, found: Fit) -> None:
+        """Take down what was solved from what."""
+        record.groups, record.idle = len(found.reached), int((found.reached == 0).sum())
+        record.kept, record.steps, record.residual = found.kept, found.steps, found.residual
+        if inputs.factor is not None:
+            record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
+        record.shared_with = inputs.layer if inputs.layer != record.name else None
         record.unpaired, record.uncorrected = inputs.unpaired, inputs.uncorrected
-        record.corrected_for = list(map(str, self.corrections.writers.get(layer.name, ())))
+        record.corrected_for = list(map(str, self.corrections.writers.get(record.name, ())))
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
+        if self.rule.balance:
+            record.importance = {task.name: share for task, share in zip(self.tasks, found.importance)}
         for task, entry in zip(self.tasks, inputs.statistics):
             record.rows[task.name] = entry.rows
             if entry.shift.rows:
                 record.distance[task.name] = entry.shift.relative_distance
                 record.cosine[task.name] = entry.shift.mean_cosine
-        if len(self.rule.streams) < 2:
-            record.residual = residual(grams, weights, solution[..., : weights[0].shape[2]], self.importance)
-        record.solving = time.perf_counter() - start
-        return record, written
 
     def _write_own(
         self, layer: Layer, solutions: Sequence[Tensor], statistics: Sequence[InputStatistics] | None

@@ -15,6 +15,9 @@ Stream = Literal["merged", "expert"]
 Distance = Literal["probabilities", "numbers"]
 """What predictions are compared by: the probabilities that they stand for as logits, or their numbers."""
 
+Balance = Literal["mean", "worst"]
+"""What is to be raised by giving more importance to tasks that have suffered more."""
+
 
 @dataclass
 class Task:
@@ -70,6 +73,8 @@ class Rule:
             :mod:`~com_lightning.core.private`.
         perturbed_copies: of each calibration batch, to calibrate with besides, see
             :mod:`~com_lightning.core.perturbation`.
+        balance: give more importance to tasks whose inputs have drifted more, layer by layer (only if the rule is
+            two-sided), see :func:`~com_lightning.core.fitting.balanced`.
     """
 
     inputs: Stream = "merged"
@@ -82,6 +87,7 @@ class Rule:
     sensitivity: Distance | None = None
     private_biases: bool = False
     perturbed_copies: int = 0
+    balance: Balance | None = None
 
     @property
     def streams(self) -> tuple[Stream, ...]:
@@ -100,6 +106,7 @@ class LayerRecord:
         parameters: full name of each parameter that was solved -> how many of its values were.
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
+        importance: per task, what it counted, where that differs between layers.
         residual: relative squared error of the layer's output after the merge (against the expert's output on its own
             input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
             other tensors, it is that of the sum of its output and these, because that is what was solved for.
@@ -126,6 +133,7 @@ class LayerRecord:
     buffers: list[str] = field(default_factory=list)
     distance: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
     condition: float | None = None
     jitter: float | None = None

@@ -8,7 +8,7 @@ from typing import Dict, Literal, Optional
 
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.private import own_tensors
-from com_lightning.core.rule import Distance, LayerRecord, Rule
+from com_lightning.core.rule import Balance, Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 
@@ -27,6 +27,8 @@ class ClosedForm(MergingMethod):
         found = super().problems(tasks)
         if not 0 <= self.rule.ridge < math.inf:
             found.append(f"ridge: must be 0 or more, and finite, got {self.rule.ridge}")
+        if self.rule.balance and len(self.rule.streams) < 2:
+            found.append("balance: needs target='expert', which tells how far the inputs of a layer have drifted")
         if self.rule.perturbed_copies < 0:
             found.append(f"perturbed_copies: must be 0 or more, got {self.rule.perturbed_copies}")
         return found
@@ -64,6 +66,10 @@ class ChainOfMerges(ClosedForm):
         perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
             and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples: cost
             and memory are those of as many more.
+        balance: multiply the importance of each task, layer by layer, by a power of how far its inputs have drifted
+            from the expert's so far (beyond the paper, see :func:`com_lightning.core.fitting.balanced`): ``"mean"``,
+            the square, which did best for the mean over tasks, or ``"worst"``, the fourth power, which raises the task
+            that loses most.
     """
 
     def __init__(
@@ -76,6 +82,7 @@ class ChainOfMerges(ClosedForm):
         sensitivity: Optional[Distance] = None,
         private_biases: bool = False,
         perturbed_copies: int = 0,
+        balance: Optional[Balance] = None,
     ) -> None:
         super().__init__(importance)
         self.rule = Rule(
@@ -87,6 +94,7 @@ class ChainOfMerges(ClosedForm):
             sensitivity=sensitivity,
             private_biases=private_biases,
             perturbed_copies=perturbed_copies,
+            balance=balance,
         )
 
 

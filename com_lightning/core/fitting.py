@@ -1,0 +1,122 @@
+"""The closed form of one layer, from the statistics of its inputs to the merged weight."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.gathering import Inputs, Layer
+from com_lightning.core.layers import PerChannel
+from com_lightning.core.metric import solve_in_metrics
+from com_lightning.core.private import centred, solve_each, with_own_biases
+from com_lightning.core.rule import Balance, Rule
+from com_lightning.core.sharing import average
+from com_lightning.core.solver import factorize, residual, solve_or_average
+from com_lightning.core.statistics import Shift
+
+POWERS: dict[Balance, int] = {"mean": 2, "worst": 4}
+
+
+@dataclass
+class Fit:
+    """What a layer was solved for.
+
+    Attributes:
+        solution: the merged weight, ``(g, o, k)`` in float64.
+        each: the weight of each task, where a task keeps a part of it for itself.
+        importance: what each task counted, with a sum of one.
+        reached: ``(g,)``, positive for groups that data reached.
+        kept, steps, residual: see :class:`~com_lightning.core.rule.LayerRecord`.
+    """
+
+    solution: Tensor
+    importance: Sequence[float]
+    reached: Tensor
+    kept: int
+    each: list[Tensor] = field(default_factory=list)
+    steps: int | None = None
+    residual: float | None = None
+
+
+def fit(
+    layer: Layer,
+    inputs: Inputs,
+    rule: Rule,
+    importance: Sequence[float],
+    roots: Sequence[Tensor | None] = (),
+    apart: bool = False,
+) -> Fit:
+    """Solve a layer.
+
+    Args:
+        layer: and its weights in all experts.
+        inputs: its statistics, which become means in place.
+        rule: what is solved.
+        importance: one weight per task, summing to one.
+        roots: of the matrices by which errors count, for each task, if they do; see
+            :mod:`~com_lightning.core.sensitivity`.
+        apart: whether tasks keep biases, or all of a normalisation, for themselves.
+    """
+    kind, module, weights = layer.kind, layer.merged, layer.weights
+    for entry in inputs.statistics:
+        if entry.gram is None:  # no forward of this task got here
+            entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
+    if rule.balance:
+        importance = balanced(importance, [entry.shift for entry in inputs.statistics], POWERS[rule.balance])
+    grams = [s.mean_gram() for s in inputs.statistics]
+    reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
+    averaged = kind.has_bias(module) and not rule.joint
+    if averaged:  # weight and bias have no say in each other
+        for gram in grams:
+            gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
+    drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
+    statistics = grams, drifts, weights
+    biases = apart and not isinstance(kind, PerChannel)
+    if biases:
+        grams, drifts, weights = centred(*statistics)
+    if inputs.factor is None:
+        inputs.factor = factorize(grams, importance, rule.ridge)
+    mean = average(weights, importance) if averaged or layer.base is not None else weights[0]
+    anchor = None
+    if layer.base is not None:  # what no data reached is the average, as with any rule
+        anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
+    solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor)
+    found = Fit(solution, importance, reached, kept)
+    known = [root for root in roots if root is not None and len(root) == solution.shape[1]]
+    if len(solution) == 1 and len(known) == len(weights) and not kept:
+        found.solution, found.steps = solve_in_metrics(
+            inputs.factor, grams, drifts, weights, importance, rule.ridge, known, solution
+        )
+    if averaged:
+        found.solution[..., -1] = mean[..., -1]
+    if len(rule.streams) < 2:
+        found.residual = residual(grams, weights, found.solution[..., : weights[0].shape[2]], importance)
+    if biases:
+        found.each = with_own_biases(found.solution, *statistics)
+        shares = solution.new_tensor(importance)[:, None, None, None]
+        found.solution = torch.stack(found.each).mul_(shares).sum(0)
+    elif apart:
+        found.each = solve_each(*statistics, average(weights, importance), rule.ridge)
+    return found
+
+
+def balanced(importance: Sequence[float], shifts: Sequence[Shift], power: int) -> list[float]:
+    """Task importance, times a power of how far the inputs have drifted: what has suffered more counts more.
+
+    ``a_i d_i^p / sum_j a_j d_j^p``, where ``d_i² = e_i + 0.1 mean_j e_j`` and ``e_i`` is the squared relative distance
+    of the merged model's inputs to the expert's.
+
+    Example::
+
+        >>> balanced([0.5, 0.5], [Shift(distance=1.0, energy=10.0), Shift(distance=1.0, energy=10.0)], 2)
+        [0.5, 0.5]
+    """
+    drifted = [shift.relative_distance**2 if shift.rows else 0.0 for shift in shifts]
+    mean = sum(drifted) / len(drifted)
+    if not 0 < mean < float("inf"):
+        return list(importance)
+    counts = [own * (drift / mean + 0.1) ** (power / 2) for own, drift in zip(importance, drifted)]
+    return [count / sum(counts) for count in counts]
