@@ -115,6 +115,7 @@ def zoo(name: str) -> list[Task]:
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
 RULES["private biases"] = Rule(private_biases=True, residual=True)
 RULES["perturbed copies"] = Rule(perturbed_copies=2)
+RULES["balance"] = Rule(balance="worst")
 SENSITIVE = Rule(sensitivity="numbers")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,7 +18,7 @@ from com_lightning.core.sharing import average
 from com_lightning.core.solver import factorize, residual, solve_or_average
 from com_lightning.core.statistics import Shift
 
-POWERS: dict[Balance, int] = {"mean": 2, "worst": 4}
+POWERS: dict[Balance, int] = {"mean": 1, "worst": 2}
 
 
 @dataclass
@@ -106,17 +107,18 @@ def fit(
 def balanced(importance: Sequence[float], shifts: Sequence[Shift], power: int) -> list[float]:
     """Task importance, times a power of how far the inputs have drifted: what has suffered more counts more.
 
-    ``a_i d_i^p / sum_j a_j d_j^p``, where ``d_i² = e_i + 0.1 mean_j e_j`` and ``e_i`` is the squared relative distance
-    of the merged model's inputs to the expert's.
+    ``a_i c_i / sum_j a_j c_j`` with ``c_i = (d_i² / mean_j d_j²)^(p/2)``, but at least 1/2 and at most 2, where ``d_i``
+    is the relative distance of the merged model's inputs to the expert's.
 
     Example::
 
-        >>> balanced([0.5, 0.5], [Shift(distance=1.0, energy=10.0), Shift(distance=1.0, energy=10.0)], 2)
-        [0.5, 0.5]
+        >>> near, far = (Shift(distance=square, energy=10.0, rows=5) for square in (1.0, 1.5))
+        >>> [round(share, 2) for share in balanced([0.5, 0.5], [near, far], 2)]
+        [0.4, 0.6]
     """
-    drifted = [shift.relative_distance**2 if shift.rows else 0.0 for shift in shifts]
-    mean = sum(drifted) / len(drifted)
-    if not 0 < mean < float("inf"):
+    squares = [shift.relative_distance**2 if shift.rows else 0.0 for shift in shifts]
+    mean = sum(squares) / len(squares)
+    if not 0 < mean < math.inf:
         return list(importance)
-    counts = [own * (drift / mean + 0.1) ** (power / 2) for own, drift in zip(importance, drifted)]
+    counts = [own * min(max((square / mean) ** (power / 2), 0.5), 2.0) for own, square in zip(importance, squares)]
     return [count / sum(counts) for count in counts]

@@ -68,8 +68,7 @@ class ChainOfMerges(ClosedForm):
             and memory are those of as many more.
         balance: multiply the importance of each task, layer by layer, by a power of how far its inputs have drifted
             from the expert's so far (beyond the paper, see :func:`com_lightning.core.fitting.balanced`): ``"mean"``,
-            the square, which did best for the mean over tasks, or ``"worst"``, the fourth power, which raises the task
-            that loses most.
+            its distance, for the mean over tasks, or ``"worst"``, the square of it, for the task that loses most.
     """
 
     def __init__(
