@@ -14,8 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from com_lightning.account import account
+from com_lightning.checkpoints import MergeError
+from com_lightning.core.peers import Peers
 from com_lightning.core.placement import Placement
-from com_lightning.core.rule import Task
+from com_lightning.core.rule import HELD_OUT, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
@@ -57,6 +59,7 @@ def execute(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
+    _check_halves(plan.method, tasks, peers)
     if any(peers.exchange(run.journal.keeps)):
         told = {
             "method": describe(plan.method),
@@ -107,6 +110,16 @@ def execute(
             "all errors count alike; a calibration_step of the module's own would be run in its place"
         )
     return modules, report
+
+
+def _check_halves(method: MergingMethod, tasks: Sequence[Task], peers: Peers) -> None:
+    """Make sure that there is something to hold out, where a ridge is to be chosen."""
+    if getattr(getattr(method, "rule", None), "ridge", None) != HELD_OUT:
+        return
+    counts = peers.exchange([len(task.batches) for task in tasks])
+    if few := [task.name for number, task in enumerate(tasks) if sum(own[number] for own in counts) < 2]:
+        told = f"there is one of {', '.join(few)}; set the datamodule's batch_size to at most half its samples"
+        raise MergeError([f"ridge='{HELD_OUT}': needs two or more calibration batches of each task, and {told}"])
 
 
 def calibration_tasks(

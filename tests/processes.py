@@ -116,6 +116,7 @@ RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rul
 RULES["private biases"] = Rule(private_biases=True, residual=True)
 RULES["perturbed copies"] = Rule(perturbed_copies=2)
 RULES["balance"] = Rule(balance="worst")
+RULES["held out"] = Rule(ridge="held_out")
 SENSITIVE = Rule(sensitivity="numbers")
 
 

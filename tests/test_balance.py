@@ -42,7 +42,9 @@ def _tasks(scales: tuple[float, ...], seed: int = 0) -> list[Task]:
 
 def _merged(tasks: list[Task], balance: Balance | None) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     states = [dict(task.expert.named_parameters()) for task in tasks]
-    merged = {name: nn.Parameter(sum(state[name] for state in states) / len(states), False) for name in states[0]}
+    merged: dict[str, Tensor] = {
+        name: nn.Parameter(torch.stack([state[name] for state in states]).mean(0), False) for name in states[0]
+    }
     return merged, merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), Rule(balance=balance))
 
 

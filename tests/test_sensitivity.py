@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
+from com_lightning.core import metric as metric_module
 from com_lightning.core import sensitivity
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.metric import DAMPING, solve_in_metrics
@@ -99,7 +100,8 @@ def test_nothing_that_predictions_react_to_is_no_metric() -> None:
 
 @pytest.mark.parametrize("drift", [True, False])
 @pytest.mark.parametrize("rank", [2, 7])
-def test_the_solution_is_that_of_the_dense_system(drift: bool, rank: int) -> None:
+def test_the_solution_is_that_of_the_dense_system(drift: bool, rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metric_module, "TOLERANCE", 1e-4)  # what is gained beyond 1e-2 does not show in a merged model
     torch.manual_seed(0)
     o, k, importance, ridge = 6, 4, [0.2, 0.5, 0.3], 0.02
     rows = [torch.randn(30, k).double() for _ in importance]

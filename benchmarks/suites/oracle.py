@@ -36,7 +36,7 @@ class Joint(OneCycle):
 
     def on_fit_start(self) -> None:
         for module in self.tasks.values():
-            module.log = lambda *_, **__: None  # it has no trainer to log to
+            module.log = lambda *_, **__: None  # type: ignore[assignment]  # it has no trainer to log to
 
     def on_fit_end(self) -> None:
         for module in self.tasks.values():

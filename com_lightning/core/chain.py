@@ -16,7 +16,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.corrections import Corrections, Source
 from com_lightning.core.fitting import Fit, fit
-from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, add_up, check_solution, where
+from com_lightning.core.gathering import CalibrationForward, Inputs, Layer, check_solution, where
 from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
@@ -27,6 +27,7 @@ from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module
 from com_lightning.core.statistics import InputStatistics, exact_products
+from com_lightning.core.summing import add_up
 from com_lightning.core.uses import Uses
 from com_lightning.core.watch import Part, Watched, Writes, plain
 
@@ -227,7 +228,7 @@ class _Chain:
                 skipped = self.bad.leave_out(self.inputs.bad if self.inputs else [], name)
                 reached = [rank for rank, (arrived, _, _, _) in enumerate(verdicts) if arrived]
                 self.owner, self.gathered = reached[len(self.uses.solved) % len(reached)], True  # solves go round
-                add_up(self.inputs, len(self.tasks), self.peers, self.owner, self.models.device)
+                add_up(self.inputs, self.peers, self.owner, self.models.device)
             mine = None
             if known:
                 mine = (*self._restore(known), known.skipped)
@@ -302,6 +303,7 @@ class _Chain:
         """Take down what was solved from what."""
         record.groups, record.idle = len(found.reached), int((found.reached == 0).sum())
         record.kept, record.steps, record.residual = found.kept, found.steps, found.residual
+        record.ridge = found.ridge
         if inputs.factor is not None:
             record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         record.shared_with = inputs.layer if inputs.layer != record.name else None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.gathering import Inputs, Layer
+from com_lightning.core.held_out import FALLBACK, choose_ridge
 from com_lightning.core.layers import PerChannel
 from com_lightning.core.metric import solve_in_metrics
 from com_lightning.core.private import centred, solve_each, with_own_biases
@@ -30,11 +31,12 @@ class Fit:
         each: the weight of each task, where a task keeps a part of it for itself.
         importance: what each task counted, with a sum of one.
         reached: ``(g,)``, positive for groups that data reached.
-        kept, steps, residual: see :class:`~com_lightning.core.rule.LayerRecord`.
+        ridge, kept, steps, residual: see :class:`~com_lightning.core.rule.LayerRecord`.
     """
 
     solution: Tensor
     importance: Sequence[float]
+    ridge: float
     reached: Tensor
     kept: int
     each: list[Tensor] = field(default_factory=list)
@@ -62,6 +64,16 @@ def fit(
         apart: whether tasks keep biases, or all of a normalisation, for themselves.
     """
     kind, module, weights = layer.kind, layer.merged, layer.weights
+    known = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
+    known = known if len(known) == len(weights) and len(weights[0]) == 1 else []
+    biases = apart and not isinstance(kind, PerChannel)
+    if inputs.odd:
+        # What a stream lacks can hardly be told from a layer's inputs. Held-out rows ask for a ridge that gives up on
+        # it; but to repair it where it was seen keeps the inputs of later layers true, which serves them more.
+        if known or not layer.corrected:
+            inputs.ridge = choose_ridge(inputs.statistics, inputs.odd, weights, importance, biases)
+        inputs.joined()
+    ridge = (inputs.ridge or FALLBACK) if isinstance(rule.ridge, str) else rule.ridge
     for entry in inputs.statistics:
         if entry.gram is None:  # no forward of this task got here
             entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
@@ -75,21 +87,19 @@ def fit(
             gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
     drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
     statistics = grams, drifts, weights
-    biases = apart and not isinstance(kind, PerChannel)
     if biases:
         grams, drifts, weights = centred(*statistics)
     if inputs.factor is None:
-        inputs.factor = factorize(grams, importance, rule.ridge)
+        inputs.factor = factorize(grams, importance, ridge)
     mean = average(weights, importance) if averaged or layer.base is not None else weights[0]
     anchor = None
     if layer.base is not None:  # what no data reached is the average, as with any rule
         anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
     solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor)
-    found = Fit(solution, importance, reached, kept)
-    known = [root for root in roots if root is not None and len(root) == solution.shape[1]]
-    if len(solution) == 1 and len(known) == len(weights) and not kept:
+    found = Fit(solution, importance, ridge, reached, kept)
+    if known and not kept:
         found.solution, found.steps = solve_in_metrics(
-            inputs.factor, grams, drifts, weights, importance, rule.ridge, known, solution
+            inputs.factor, grams, drifts, weights, importance, ridge, known, solution
         )
     if averaged:
         found.solution[..., -1] = mean[..., -1]
@@ -100,7 +110,7 @@ def fit(
         shares = solution.new_tensor(importance)[:, None, None, None]
         found.solution = torch.stack(found.each).mul_(shares).sum(0)
     elif apart:
-        found.each = solve_each(*statistics, average(weights, importance), rule.ridge)
+        found.each = solve_each(*statistics, average(weights, importance), ridge)
     return found
 
 

@@ -6,7 +6,7 @@ import math
 import weakref
 from collections.abc import Hashable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from functools import cached_property, reduce
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,10 +18,9 @@ from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.layers.base import Call
 from com_lightning.core.lockstep import Arrival, Forward
 from com_lightning.core.paging import Pager
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import NonFiniteError, Rule, Stream, Task
+from com_lightning.core.rule import HELD_OUT, NonFiniteError, Rule, Stream, Task
 from com_lightning.core.solver import Factor
-from com_lightning.core.statistics import InputStatistics, Moments, Shift
+from com_lightning.core.statistics import InputStatistics
 from com_lightning.core.watch import Part
 
 
@@ -78,7 +77,9 @@ class Inputs:
         layer: the first of them.
         key: what their types must agree on; ``None``: not to be shared.
         seen: each input and its version.
-        statistics: per task.
+        statistics: per task; of even batches alone, while there are ``odd`` ones.
+        odd: per task, those of every second batch, where they are to be told apart; until the layer is solved.
+        ridge: what was chosen, if it was.
         unpaired: calls whose expert rows could not be matched.
         uncorrected: calls for which what the stream lacks was not known, where it is to be made up for.
         masked: names of tasks whose padding masks fit.
@@ -91,6 +92,8 @@ class Inputs:
     key: Hashable
     seen: Mapping[Where, tuple[weakref.ref[Tensor], int]]
     statistics: list[InputStatistics]
+    odd: list[InputStatistics] = field(default_factory=list)
+    ridge: float | None = None
     unpaired: int = 0
     uncorrected: int = 0
     masked: set[str] = field(default_factory=set)
@@ -145,16 +148,37 @@ class Inputs:
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteError(f"layer '{layer.name}' of expert '{task.name}' holds NaN or infinity")
         first = first or layer.name
-        inputs = Inputs(first, layer.key, _seen(arrivals), [_empty(layer, rule) for _ in tasks])
+        inputs = Inputs.empty(first, layer, rule, _seen(arrivals), tasks)
         pairs = list(_paired(arrivals, rule))
         for merged, expert in () if exact else _fetched(pairs, pager):
-            inputs._add(layer, inputs.statistics[where(merged)[0]], merged, expert, tasks, corrections)
-        if exact or not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
-            inputs = Inputs(first, layer.key, inputs.seen, [_empty(layer, rule) for _ in tasks])
+            inputs._add(layer, inputs._entry(merged, tasks), merged, expert, tasks, corrections)
+        if exact or not all(_is_sound(entry, _SMALLEST) for entry in (*inputs.statistics, *inputs.odd)):
+            inputs = Inputs.empty(first, layer, rule, inputs.seen, tasks)
             for merged, expert in _fetched(pairs, pager):
                 inputs._add_if_finite(layer, merged, expert, tasks, rule, corrections)
             inputs.lose({(batch.task, batch.batch) for batch in inputs.bad})
         return inputs
+
+    @staticmethod
+    def empty(first: str, layer: Layer, rule: Rule, seen: Mapping[Where, Any], tasks: Sequence[Task]) -> Inputs:
+        """Of no row yet."""
+        inputs = Inputs(first, layer.key, seen, [_empty(layer, rule) for _ in tasks])
+        if rule.ridge == HELD_OUT:
+            inputs.odd = [_empty(layer, rule) for _ in tasks]
+        return inputs
+
+    def joined(self) -> None:
+        """Put the statistics of all batches together."""
+        for entry, other in zip(self.statistics, self.odd):
+            entry.join(other)
+        self.odd = []
+
+    def _entry(self, arrival: Arrival, tasks: Sequence[Task]) -> InputStatistics:
+        """What the rows of a forward are added to."""
+        number, batch, _ = where(arrival)
+        numbers = tasks[number].numbers
+        odd = self.odd and (batch if numbers is None else numbers[batch]) % 2
+        return (self.odd if odd else self.statistics)[number]
 
     def _add(
         self,
@@ -196,7 +220,7 @@ class Inputs:
         part = _empty(layer, rule)
         self._add(layer, part, merged, expert, tasks, corrections, exact=True)
         if _is_sound(part):
-            self.statistics[number].join(part)
+            self._entry(merged, tasks).join(part)
             return
         label, why = merged.forward.label, "hold NaN or infinity"
         tensors = {a.forward.label: _floating(a) for a in (merged, expert) if a is not None}
@@ -281,65 +305,6 @@ def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[s
                 f"the solution of layer '{layer.name}' holds NaN or infinity: {own}, with values up to {largest:.3g}, "
                 f"is stored in {dtype}. Merge in a wider precision (the trainer's), or raise the ridge"
             )
-
-
-def add_up(inputs: Inputs | None, tasks: int, peers: Peers, owner: int, device: torch.device) -> None:
-    """Add up the statistics of all processes at one of them. Those that have none pass ``None``."""
-    if peers.size == 1:
-        return
-    met = peers.exchange(None if inputs is None else _Small.of(inputs))
-    for number in range(tasks):
-        entry = None if inputs is None else inputs.statistics[number]
-        for which in ("gram", "drift"):
-            known = [small.matrices[number][which] for small in met if small and which in small.matrices[number]]
-            if known:
-                tensor: Tensor | None = getattr(entry, which, None)
-                shape = known[0][0]
-                dtype = reduce(torch.promote_types, [dtype for _, dtype in known])  # what was gathered anew is float64
-                tensor = torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor
-                tensor = tensor.to(dtype).contiguous()
-                peers.add(tensor, owner)
-                if entry is not None:
-                    setattr(entry, which, tensor)
-    if inputs is not None and peers.rank == owner:
-        inputs.unpaired = sum(small.unpaired for small in met if small)
-        inputs.uncorrected = sum(small.uncorrected for small in met if small)
-        inputs.masked = {name for small in met if small for name in small.masked}
-        for number, entry in enumerate(inputs.statistics):
-            parts = [small.sums[number] for small in met if small]
-            entry.rows = sum(rows for rows, *_ in parts)
-            entry.shift, entry.moments, entry.expert_moments = Shift(), Moments(), Moments()
-            for _, shift, moments, expert_moments in parts:
-                entry.shift.add(shift)
-                entry.moments.add(moments.to(device))
-                entry.expert_moments.add(expert_moments.to(device))
-
-
-@dataclass
-class _Small:
-    """What processes tell each other of their statistics: all but the large matrices.
-
-    Attributes:
-        matrices: per task, name of each matrix -> its shape and precision.
-        sums: per task, rows, shift and moments.
-    """
-
-    unpaired: int
-    uncorrected: int
-    masked: set[str]
-    matrices: list[dict[str, tuple[torch.Size, torch.dtype]]]
-    sums: list[tuple[int, Shift, Moments, Moments]]
-
-    @staticmethod
-    def of(inputs: Inputs) -> _Small:
-        matrices = [{"gram": entry.gram, "drift": entry.drift} for entry in inputs.statistics]
-        return _Small(
-            inputs.unpaired,
-            inputs.uncorrected,
-            inputs.masked,
-            [{name: (m.shape, m.dtype) for name, m in own.items() if m is not None} for own in matrices],
-            [(e.rows, e.shift.cpu(), e.moments.to("cpu"), e.expert_moments.to("cpu")) for e in inputs.statistics],
-        )
 
 
 def where(arrival: Arrival) -> Where:

@@ -26,7 +26,7 @@ from com_lightning.core.solver import Factor
 
 DAMPING = 0.3
 """Share of the identity in each ``H_i``, whose own diagonal has a mean of one: no direction is free of charge."""
-STEPS, TOLERANCE = 100, 1e-4
+STEPS, TOLERANCE = 100, 1e-2
 
 
 def solve_in_metrics(

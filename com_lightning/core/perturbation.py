@@ -31,12 +31,14 @@ LEAST, MOST = 1 / 3, 2 / 3
 def with_copies(tasks: Sequence[Task], copies: int, peers: Peers) -> list[Task]:
     """The tasks with so many perturbed copies of each batch after the batches themselves.
 
-    Batches of all processes are numbered on: copy c of batch n is number ``c * (number of batches) + n``.
+    Batches of all processes are numbered on: copy c of batch n is number ``c * (number of batches) + n``, the number of
+    batches rounded up to an even one, so that a copy is odd if its batch is.
     """
     result = []
     for task in tasks:
         numbers = list(range(len(task.batches)) if task.numbers is None else task.numbers)
         total = max((number + 1 for part in peers.exchange(numbers) for number in part), default=0)
+        total += total % 2
         batches = list(task.batches)
         for copy in range(1, copies + 1):
             for number, batch in zip(numbers[: len(task.batches)], task.batches):

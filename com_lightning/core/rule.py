@@ -15,6 +15,10 @@ Stream = Literal["merged", "expert"]
 Distance = Literal["probabilities", "numbers"]
 """What predictions are compared by: the probabilities that they stand for as logits, or their numbers."""
 
+HELD_OUT: Literal["held_out"] = "held_out"
+Ridge = float | Literal["held_out"]
+"""A number, or one that is chosen at each layer."""
+
 Balance = Literal["mean", "worst"]
 """What is to be raised by giving more importance to tasks that have suffered more."""
 
@@ -62,7 +66,8 @@ class Rule:
             merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
         normalize: count each row by its direction, not its size (cosine normalisation), see
             :class:`~com_lightning.core.statistics.InputStatistics`.
-        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
+        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix; ``"held_out"``: chosen
+            at each layer, see :mod:`~com_lightning.core.held_out`.
         anchor: what a layer is where data do not tell: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight; otherwise biases are averaged.
         residual: where a layer's output is added to a residual stream, also make up for what that stream lacks (only
@@ -80,7 +85,7 @@ class Rule:
     inputs: Stream = "merged"
     target: Stream = "expert"
     normalize: bool = True
-    ridge: float = 0.01
+    ridge: Ridge = 0.01
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
     residual: bool = False
@@ -110,6 +115,7 @@ class LayerRecord:
         residual: relative squared error of the layer's output after the merge (against the expert's output on its own
             input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
             other tensors, it is that of the sum of its output and these, because that is what was solved for.
+        ridge: what it was solved with.
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solver.Factor`.
         rows: number of rows per task.
         masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
@@ -135,6 +141,7 @@ class LayerRecord:
     cosine: dict[str, float] = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
+    ridge: float | None = None
     condition: float | None = None
     jitter: float | None = None
     rows: dict[str, int] = field(default_factory=dict)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Dict, Literal, Optional
+from typing import Dict, Literal, Optional, Union
 
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.private import own_tensors
-from com_lightning.core.rule import Balance, Distance, LayerRecord, Rule
+from com_lightning.core.rule import HELD_OUT, Balance, Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 
@@ -25,8 +25,9 @@ class ClosedForm(MergingMethod):
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
-        if not 0 <= self.rule.ridge < math.inf:
-            found.append(f"ridge: must be 0 or more, and finite, got {self.rule.ridge}")
+        ridge = self.rule.ridge
+        if ridge != HELD_OUT and (isinstance(ridge, str) or not 0 <= ridge < math.inf):
+            found.append(f"ridge: must be 0 or more, and finite, or '{HELD_OUT}', got {ridge!r}")
         if self.rule.balance and len(self.rule.streams) < 2:
             found.append("balance: needs target='expert', which tells how far the inputs of a layer have drifted")
         if self.rule.perturbed_copies < 0:
@@ -50,7 +51,9 @@ class ChainOfMerges(ClosedForm):
             correct what earlier merges have shifted. ``"merged"``: ``t = W_i x̂`` (one-sided): half the forwards.
         normalize: count each row by its direction rather than its size (cosine normalisation, ``s`` above).
         importance: task -> its weight, relative to the others; uniform by default.
-        ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix.
+        ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix;
+            ``"held_out"``: chosen at each layer, on the statistics of batches that it is then not solved with, in the
+            same pass (beyond the paper, see :mod:`com_lightning.core.held_out`). Needs two batches of each task.
         residual: where a layer's output is added to a residual stream, ``t = W_i x + (r - r̂)`` with ``r`` and ``r̂``
             the stream in the expert and in the merged model: the layer repairs what the stream has lost as well. Beyond
             the paper; see ``benchmarks/results`` for what it brings. Without effect on a one-sided merge
@@ -76,7 +79,7 @@ class ChainOfMerges(ClosedForm):
         target: Literal["expert", "merged"] = "expert",
         normalize: bool = True,
         importance: Optional[Dict[str, float]] = None,
-        ridge: float = 0.01,
+        ridge: Union[float, Literal["held_out"]] = 0.01,
         residual: bool = True,
         sensitivity: Optional[Distance] = None,
         private_biases: bool = False,
