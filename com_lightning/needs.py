@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from com_lightning.core.rehearsal import held_by_forwards
+from com_lightning.core.rehearsal import held_by_forwards, held_by_gradients
 from com_lightning.core.rule import Rule
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.merger import average_shared, calibration_tasks
@@ -38,6 +38,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
+            gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
             held = [(1 + rule.perturbed_copies) * size for size in held_by_forwards(tasks, merged, rule)]
     finally:
         trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
@@ -58,6 +59,8 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         spare = max(free - plan.memory()["largest layer"], 0)
         fit = spare / one * (processes if device.type == "cuda" else 1)
         told += f"; {_told(spare)} is free besides, enough for {fit:,.0f}"
+    if gradients:
+        told += f". Before that, the gradients of one batch at a time: about {_told(gradients)}"
     if memory_budget is not None and one:
         where = f"files in {tempfile.gettempdir()}" if device.type == "cpu" else "host memory"
         budget = int(memory_budget * 2**30)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -379,6 +380,13 @@ def test_dry_run_tells_what_a_budget_does(saved: list[str], tmp_path: Path, caps
     assert "Paused forwards: about" in out
     assert "for 40 samples of each task" in out
     assert "memory_budget" not in out
+    assert "gradients" not in out
+    options = ["--method=ChainOfMerges", "--method.sensitivity=probabilities", "--method.perturbed_copies=3"]
+    main(["merge", *plain, *options, "--dry_run"])
+    more = capsys.readouterr().out
+    assert "Before that, the gradients of one batch at a time: about" in more
+    amounts = [float(re.search(r"Paused forwards: about ([\d.,]+) KiB", text)[1]) for text in (out, more)]  # type: ignore[index]
+    assert amounts[1] == pytest.approx(4 * amounts[0], rel=0.01)
     main(["merge", *arguments, "--dry_run"])
     told = "With memory_budget=1e-06, 1.0 KiB of it stays, the rest is paged to files in"
     assert told in capsys.readouterr().out

@@ -17,6 +17,7 @@ from com_lightning.core import sensitivity
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.metric import DAMPING, solve_in_metrics
 from com_lightning.core.peers import Peers
+from com_lightning.core.rehearsal import held_by_gradients
 from com_lightning.core.rule import Distance, LayerRecord, Rule, Task
 from com_lightning.core.sensitivity import RANK, Sensitivity, omega_of, roots
 from com_lightning.core.sharing import average, named_tensors
@@ -269,3 +270,16 @@ def test_in_a_trainer_it_uses_what_the_user_validates() -> None:
     )
     assert [layer.name for layer in merger.report.layers if layer.steps is not None] == ["body.0", "body.3"]
     assert not [warning for warning in merger.report.warnings if "sensitivity" in warning]
+
+
+def test_the_memory_of_gradients_grows_with_batch_and_depth() -> None:
+    def held(rows: int, depth: int, width: int = 50) -> int:
+        experts = built(lambda: nn.Sequential(*[m for _ in range(depth) for m in (nn.Linear(width, width), nn.Tanh())]))
+        tasks = [Task(str(n), expert, [torch.randn(rows, width)]) for n, expert in enumerate(experts)]
+        merged = {name: nn.Parameter(value.clone(), False) for name, value in experts[0].named_parameters()}
+        return held_by_gradients(tasks, merged, "numbers")
+
+    one = 4 * 50 * 100  # an activation of float32
+    assert held(100, 5) == pytest.approx(5 * one, rel=0.3)
+    assert held(200, 5) == pytest.approx(2 * held(100, 5), rel=0.1)
+    assert held(100, 10) > 1.8 * held(100, 5)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.chain import _Chain
 from com_lightning.core.gathering import CalibrationForward
 from com_lightning.core.lockstep import Arrival
 from com_lightning.core.paging import Pager
-from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.rule import Distance, LayerRecord, Rule, Task
 from com_lightning.core.run import Run
+from com_lightning.core.sensitivity import _Sensing
+from com_lightning.core.sharing import named_tensors
 
 
 def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: Rule) -> list[int]:
@@ -28,6 +32,37 @@ def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: 
         assert isinstance(forward, CalibrationForward)
         held[forward.task] += most
     return held
+
+
+def held_by_gradients(tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance) -> int:
+    """The most bytes that a forward of these batches holds for its backward, where predictions are differentiated.
+
+    Args:
+        tasks, merged, distance: as for :func:`~com_lightning.core.sensitivity.roots`.
+    """
+    sensing = _RehearsedSensing(tasks, merged, distance)
+    for number, task in enumerate(tasks):
+        for batch in range(len(task.batches)):
+            sensing.sense(number, batch)
+    return sensing.most
+
+
+class _RehearsedSensing(_Sensing):
+    most = 0
+
+    def _differentiate(self, call: Any, start: Tensor, seed: int) -> None:
+        weights = {t.untyped_storage().data_ptr() for _, t, _ in named_tensors(call.module)}
+        held: dict[int, int] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                held[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            super()._differentiate(call, start, seed)
+        self.most = max(self.most, sum(held.values()))
 
 
 class _Rehearsal(_Chain):
