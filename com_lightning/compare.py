@@ -23,6 +23,7 @@ from com_lightning.comparison_plots import save_pictures
 from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, Task
 from com_lightning.core.run import Run
+from com_lightning.core.shift import measure_shift
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
 from com_lightning.fingerprint import _digest, combined, fingerprint_of_data, fingerprint_of_experts, readable
@@ -33,7 +34,6 @@ from com_lightning.plan import MergePlan
 from com_lightning.processes import peers_of, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems
-from com_lightning.shift import measure_shift
 from com_lightning.splits import Splits, split
 from com_lightning.workplace import Workplace, write_whole
 

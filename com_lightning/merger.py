@@ -90,7 +90,7 @@ def execute(
         method=describe(plan.method),
         tasks=list(plan.experts),
         layers=[record for record in records if not isinstance(record, ParameterRecord)],
-        samples={name: sample.samples for name, sample in samples.items()},
+        samples={name: job.used.get(name, sample.samples) for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=run.skipped,
         warnings=list(plan.parameters.warnings),

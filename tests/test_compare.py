@@ -23,7 +23,7 @@ from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import Rule, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import average, named_tensors
-from com_lightning.shift import measure_shift
+from com_lightning.core.shift import measure_shift
 from com_lightning.splits import Splits, split
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 

@@ -10,14 +10,21 @@ from com_lightning.core.chain import merge_layers
 from com_lightning.core.private import own_tensors
 from com_lightning.core.rule import HELD_OUT, Balance, Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
+from com_lightning.methods.enough import merge_with_enough
 
 
 class ClosedForm(MergingMethod):
     """A rule whose layers are solved by :func:`~com_lightning.core.chain.merge_layers`."""
 
     rule: Rule
+    enough: float | None = None
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
+        if self.enough is None:
+            return self._merge(job)
+        return merge_with_enough(job, self._merge, self.enough)
+
+    def _merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = self.weights([task.name for task in job.tasks])
         if self.rule.private_biases:
             job.own.update(own_tensors(job.tasks, job.merged))
@@ -30,6 +37,10 @@ class ClosedForm(MergingMethod):
             found.append(f"ridge: must be 0 or more, and finite, or '{HELD_OUT}', got {ridge!r}")
         if self.rule.balance and len(self.rule.streams) < 2:
             found.append("balance: needs target='expert', which tells how far the inputs of a layer have drifted")
+        if self.enough is not None and not 0 < self.enough < 1:
+            found.append(f"enough: must be between 0 and 1, got {self.enough}")
+        if self.enough is not None and len(self.rule.streams) < 2:
+            found.append("enough: needs target='expert', as errors are taken by the experts' outputs")
         if self.rule.perturbed_copies < 0:
             found.append(f"perturbed_copies: must be 0 or more, got {self.rule.perturbed_copies}")
         return found
@@ -72,6 +83,9 @@ class ChainOfMerges(ClosedForm):
         balance: multiply the importance of each task, layer by layer, by a power of how far its inputs have drifted
             from the expert's so far (beyond the paper, see :func:`com_lightning.core.fitting.balanced`): ``"mean"``,
             its distance, for the mean over tasks, or ``"worst"``, the square of it, for the task that loses most.
+        enough: use no more of the calibration samples than help: merge with an eighth of them, with twice as many, and
+            so on, until that lowers the error on samples not calibrated with by less than this share (0.05, say); see
+            :mod:`com_lightning.methods.enough`.
     """
 
     def __init__(
@@ -85,6 +99,7 @@ class ChainOfMerges(ClosedForm):
         private_biases: bool = False,
         perturbed_copies: int = 0,
         balance: Optional[Balance] = None,
+        enough: Optional[float] = None,
     ) -> None:
         super().__init__(importance)
         self.rule = Rule(
@@ -98,6 +113,7 @@ class ChainOfMerges(ClosedForm):
             perturbed_copies=perturbed_copies,
             balance=balance,
         )
+        self.enough = enough
 
 
 class RegMean(ClosedForm):

@@ -12,13 +12,18 @@ from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.run import Run
 
 
-def measure_shift(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> list[LayerRecord]:
+def measure_shift(
+    tasks: Sequence[Task],
+    merged: Mapping[str, Tensor],
+    run: Run,
+    own: Mapping[str, Sequence[Tensor]] | None = None,
+) -> list[LayerRecord]:
     """How far each layer's inputs are from those of the experts, with these weights everywhere.
 
     Takes what :func:`~com_lightning.core.chain.merge_layers` does; nothing is solved or written. For the average it is
     what a chain would meet if it changed nothing.
     """
-    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), Rule("merged", "expert"), run)
+    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), Rule("merged", "expert"), run, own=own)
     with run.peers.told():
         return chain.run()
 
