@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch.utils.data import TensorDataset
 
-from benchmarks.suites import SUITES, make_suite
+from benchmarks.suites import SUITES, ablation, make_suite
 from benchmarks.suites.__main__ import main
 from benchmarks.suites.results import Entry, Results
 from benchmarks.suites.splits import SplitData
@@ -213,3 +213,17 @@ def test_numbers_of_samples_have_a_table(tmp_path: Path) -> None:
     commands = [line for line in table.splitlines() if line.startswith("`python")]
     assert ["--samples 64 256 " in command for command in commands] == [True, False]
     assert sum("average" in command for command in commands) == 1
+
+
+@pytest.mark.usefixtures("points")
+def test_an_ablation_has_a_column_for_each_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scores = {("average", 0, 0): 0.2, ("chain", 0, 256): 0.5, ("chain", 1, 256): 0.7, ("chain", 0, 64): 0.1}
+    results = _results(tmp_path, {**scores, ("joint training", 0, 0): 0.9, ("ties", 0, 0): 0.3})
+    results.path.with_suffix(".json").rename(tmp_path / "points.json")
+    monkeypatch.setattr(ablation, "SUITES", {"points": "", "other": ""})
+    monkeypatch.setattr(ablation, "make_suite", lambda name: make_suite("points"))
+    table = ablation.ablation(tmp_path)
+    assert _methods(table) == [["average", "residual (the default)", "joint training"]]
+    assert "| 60.0 ± 14.1 (2) |     - |" in table
+    assert (tmp_path / "ablation.md").read_text() == table
+    assert (tmp_path / "ablation.png").stat().st_size > 1000
