@@ -28,7 +28,7 @@ def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
 
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
     """For each task: number of each calibration batch that this process has -> its content."""
-    return [dict(zip(task.numbers or range(len(task.batches)), map(_digest, task.batches))) for task in tasks]
+    return [dict(zip(task.batch_numbers, map(_digest, task.batches))) for task in tasks]
 
 
 def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]) -> dict[str, str]:

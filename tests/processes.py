@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import com_lightning.trainer as trainer_module
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
-from com_lightning.core import chain
+from com_lightning.core import fitting
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.lockstep import running
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
@@ -222,7 +222,7 @@ def _dying(place: str, culprit: int) -> None:
     """Kill a process at some place of its merge."""
     for mortal in (Mortal, MortalData):
         mortal.place, mortal.culprit = place, culprit
-    for holder, name in ((trainer_module, "early_peers"), (chain, "solve_or_average"), (ProcessGroup, "add")):
+    for holder, name in ((trainer_module, "early_peers"), (fitting, "solve_or_average"), (ProcessGroup, "add")):
         if place == name:
             _wrap(holder, name, culprit)
     if place == "broadcast":

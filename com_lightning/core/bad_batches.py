@@ -64,7 +64,7 @@ class BadBatches:
         mine = []
         for batch in bad:
             task = self.tasks[batch.task]
-            number = batch.batch if task.numbers is None else task.numbers[batch.batch]
+            number = task.batch_numbers[batch.batch]
             mine.append(SkippedBatch(task.name, number, layer, batch.why))
         lost = Counter(task for task, _ in self.places)
         left = [len(task.batches) - lost[number] for number, task in enumerate(self.tasks)]
@@ -86,8 +86,7 @@ class BadBatches:
         self.run.skipped += skipped
         names, lost = {(entry.task, entry.batch) for entry in skipped}, set()
         for number, task in enumerate(self.tasks):
-            numbers = range(len(task.batches)) if task.numbers is None else task.numbers
-            lost |= {(number, n) for n, batch in enumerate(numbers) if (task.name, batch) in names}
+            lost |= {(number, n) for n, batch in enumerate(task.batch_numbers) if (task.name, batch) in names}
         self.places |= lost
         return lost
 

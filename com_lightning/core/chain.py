@@ -132,7 +132,7 @@ class _Chain:
             for stream in self.rule.streams:
                 running, tensors = self.models.running[number, stream].module, self._watched(number, stream)
                 for batch, content in enumerate(task.batches):
-                    index = batch if task.numbers is None else task.numbers[batch]
+                    index = task.batch_numbers[batch]
                     module = copy_module(running, tensors)
                     forwards.append(
                         CalibrationForward(

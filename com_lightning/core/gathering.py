@@ -176,8 +176,7 @@ class Inputs:
     def _entry(self, arrival: Arrival, tasks: Sequence[Task]) -> InputStatistics:
         """What the rows of a forward are added to."""
         number, batch, _ = where(arrival)
-        numbers = tasks[number].numbers
-        odd = self.odd and (batch if numbers is None else numbers[batch]) % 2
+        odd = self.odd and tasks[number].batch_numbers[batch] % 2
         return (self.odd if odd else self.statistics)[number]
 
     def _add(

@@ -36,7 +36,7 @@ def with_copies(tasks: Sequence[Task], copies: int, peers: Peers) -> list[Task]:
     """
     result = []
     for task in tasks:
-        numbers = list(range(len(task.batches)) if task.numbers is None else task.numbers)
+        numbers = list(task.batch_numbers)
         total = max((number + 1 for part in peers.exchange(numbers) for number in part), default=0)
         total += total % 2
         batches = list(task.batches)

@@ -54,6 +54,11 @@ class Task:
     predict: Callable[[nn.Module, Any, int], Tensor] | None = None
     size: Callable[[Any], int] = lambda batch: 1
 
+    @property
+    def batch_numbers(self) -> Sequence[int]:
+        """The number of each of its batches among those of all processes."""
+        return range(len(self.batches)) if self.numbers is None else self.numbers
+
 
 @dataclass(frozen=True)
 class Rule:

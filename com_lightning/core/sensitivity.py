@@ -177,7 +177,7 @@ class _Sensing(_Chain):
     def _forwards(self) -> list[Forward]:
         number, batch = self.place
         task = self.tasks[number]
-        index = batch if task.numbers is None else task.numbers[batch]
+        index = task.batch_numbers[batch]
         module = copy_module(self.models.running[number, "expert"].module, self._watched(number, "expert"))
         for part in module.modules():
             if any(parameter is not None for parameter in part._parameters.values()):

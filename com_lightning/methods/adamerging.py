@@ -129,7 +129,7 @@ class AdaMerging(MergingMethod):
             gradient = torch.zeros_like(raw)
             for (number, task), model, order in zip(tasks, models, orders):
                 index = order(step)
-                own = list(range(len(task.batches)) if task.numbers is None else task.numbers)
+                own = list(task.batch_numbers)
                 if index in own:
                     share = weights[task.name] * len(tasks)
                     slopes = model.slopes(merged, task.batches[own.index(index)], index, 100_003 * number + step)
@@ -216,7 +216,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 def _order(job: MergeJob, task: Task, seed: int) -> Callable[[int], int]:
     """Step -> number of the batch, among those of all processes, each once a round, in random order."""
-    own = list(range(len(task.batches)) if task.numbers is None else task.numbers)
+    own = list(task.batch_numbers)
     numbers = sorted(number for part in job.run.peers.exchange(own) for number in part)
     if not numbers:
         raise ValueError(f"task '{task.name}': there is no calibration batch")

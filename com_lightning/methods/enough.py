@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -30,7 +30,7 @@ def merge_with_enough(job: MergeJob, merge: Callable[[MergeJob], list[LayerRecor
         merge: merges a job, from the average on.
         least: share of the error, between 0 and 1.
     """
-    run, numbers = job.run, [_numbers(task) for task in job.tasks]
+    run, numbers = job.run, [task.batch_numbers for task in job.tasks]
     totals = [sum(map(len, run.peers.exchange(own))) for own in numbers]
     start = {name: tensor.detach().clone() for name, tensor in job.merged.items()}
     records: list[LayerRecord] = []
@@ -61,14 +61,10 @@ def merge_with_enough(job: MergeJob, merge: Callable[[MergeJob], list[LayerRecor
     return records
 
 
-def _numbers(task: Task) -> Sequence[int]:
-    return range(len(task.batches)) if task.numbers is None else task.numbers
-
-
 def _between(task: Task, first: int, last: int) -> Task:
     """A task with those of its batches that have these numbers among those of all processes."""
-    kept = [place for place, number in enumerate(_numbers(task)) if first <= number < last]
-    numbers = [_numbers(task)[place] for place in kept]
+    kept = [place for place, number in enumerate(task.batch_numbers) if first <= number < last]
+    numbers = [task.batch_numbers[place] for place in kept]
     return replace(task, batches=[task.batches[place] for place in kept], numbers=numbers)
 
 

@@ -176,7 +176,7 @@ def squared_gradients(
     samples, skipped = 0, list[SkippedBatch]()
     bar = tqdm(task.batches, f"Fisher: {task.name}", disable=job.run.quiet or job.run.peers.rank > 0, leave=False)
     for place, batch in enumerate(bar):
-        index = place if task.numbers is None else task.numbers[place]
+        index = task.batch_numbers[place]
         with differentiated(module), seeded(100_003 * number + index, leaves):
             # A copy for each batch: what a module takes down (losses, for instance) is not to keep its graph.
             loss = task.loss(copy_module(module), batch, index)
