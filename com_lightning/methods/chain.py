@@ -78,8 +78,8 @@ class ChainOfMerges(ClosedForm):
             see :mod:`com_lightning.core.private`). For models that know their task when they are used, as they do if
             each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
         perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
-            and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples: cost
-            and memory are those of as many more.
+            and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples, and
+            best with ``sensitivity``: cost and memory are those of as many more.
         balance: multiply the importance of each task, layer by layer, by a power of how far its inputs have drifted
             from the expert's so far (beyond the paper, see :func:`com_lightning.core.fitting.balanced`): ``"mean"``,
             its distance, for the mean over tasks, or ``"worst"``, the square of it, for the task that loses most.
