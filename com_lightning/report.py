@@ -153,7 +153,10 @@ class MergeReport:
             both = f"{sum(o or 0 for o in overlaps)} of them in all are among those validated"
         data = f"{told} calibration samples per task ({both})" if told else "no calibration data"
         private = [name for name, kind in self.parameters.items() if kind == "private"]
-        names = f" ({', '.join(private[:4])}{', ...' if len(private) > 4 else ''})" if private else ""
+        told_private = [*private[:4], *["..."] * (len(private) > 4)]
+        if own := sum(kind.startswith("private, solved") for kind in self.parameters.values()):
+            told_private.append(f"{own} biases and norms solved for each")
+        names = f" ({', '.join(told_private)})" if told_private else ""
         phrases = {"private": f"private to their tasks{names}", "buffer": "in buffers that stay as they are"}
         parts = ", ".join(f"{count:,} {phrases.get(kind, kind)}" for kind, count in self.sizes.items() if count)
         resumed = f"{self.resumed} layers from an interrupted merge, the rest in " if self.resumed else ""
