@@ -66,8 +66,9 @@ def _half(statistics: Sequence[InputStatistics], weights: Sequence[Tensor]) -> H
     """Means, as the solver takes them, in matrices of their own."""
     grams, drifts = [], list[Tensor | None]()
     for entry, weight in zip(statistics, weights):
-        assert entry.gram is not None
-        grams.append(entry.gram / entry.rows)
+        gram = entry.complete()
+        assert gram is not None
+        grams.append(gram / entry.rows)
         drift = entry.drift
         if drift is not None and not entry.multiply:
             drift = torch.matmul(weight[..., : drift.shape[1]].to(drift.dtype), drift)

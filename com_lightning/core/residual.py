@@ -34,7 +34,7 @@ class OutputError:
         if index is not None:
             expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
         expert, merged = expert.float(), merged.float()
-        error, energy = (merged - expert).square().sum(), expert.square().sum()
+        error, energy = (torch.linalg.vector_norm(values).square() for values in (merged - expert, expert))
         if not bool((error + energy).isfinite()):  # scores that a mask has ruled out, or squares that overflow
             counted = merged.isfinite() & expert.isfinite()
             expert, merged = expert[counted].double(), merged[counted].double()

@@ -30,6 +30,9 @@ from torch import Tensor
 # A few matrices of this many numbers stay in a processor's cache.
 PART_ELEMENTS = 2**16
 
+SAFE_CONDITION = 1e10
+"""Where a matrix is better conditioned than this, float64 cannot make a solution worse than what it starts from."""
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -38,6 +41,7 @@ class Factor:
     Attributes:
         lower: ``(g, k, k)`` float64, lower triangular.
         condition: estimate of the condition number, from the factor's diagonal (a lower bound), worst group.
+        bound: an upper bound of it, from trace and ridge.
         jitter: what had to be added to the diagonal for the factorisation to succeed, relative to its mean in the
             group, worst group.
         failed: ``(g,)``, groups whose matrix has no factor even so; they keep the average.
@@ -45,6 +49,7 @@ class Factor:
 
     lower: Tensor
     condition: float
+    bound: float
     jitter: float
     failed: Tensor
 
@@ -86,7 +91,8 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
     lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().amax())
-    return Factor(lower, condition, jitter, failed)
+    bound = float(own.amax()) * lower.shape[-1] / (ridge * scale) if ridge and not jitter else math.inf
+    return Factor(lower, condition, bound, jitter, failed)
 
 
 def solve(
@@ -131,7 +137,8 @@ def solve_or_average(
     With an ``anchor``, ``(g, o, k)``, it takes the place of the average ``W̄``.
 
     With ``R`` the right-hand side and ``A = L Lᵀ`` the regularised Gram matrix, a difference ``D`` to the average
-    lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution.
+    lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution. Products of weights and
+    Gram matrices are made in the precision of these, which have no more digits.
     """
     solution = torch.empty_like(weights[0], dtype=torch.float64)
     kept = 0
@@ -143,12 +150,15 @@ def solve_or_average(
             mean = anchor[part].to(torch.float64)
         right = torch.zeros_like(mean)
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
-            right.add_(_product(weight[part].to(torch.float64) - mean, gram[part].to(torch.float64)), alpha=share)
+            gap = weight[part].to(torch.float64) - mean
+            right.add_(_product(gap.to(gram.dtype), gram[part]), alpha=share)
             if drift is not None:
                 right.add_(drift[part].to(torch.float64), alpha=share)
         lower = factor.lower[part]
         difference = _divided(right, lower)
-        gain = (2.0 * (right * difference) - _product(difference, lower).square()).sum((1, 2))
+        gain = (right * difference).sum((1, 2))  # of the exact solution
+        if not factor.bound < SAFE_CONDITION:
+            gain = 2.0 * gain - _product(difference, lower).square().sum((1, 2))
         worse = factor.failed[part] | ~(gain >= 0.0)
         kept += int(worse.sum())
         solution[part] = mean + difference.masked_fill_(worse[:, None, None], 0.0)
@@ -166,12 +176,22 @@ def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor,
     """
     error = energy = 0.0
     for part in _parts(merged):
+        total = torch.zeros_like(grams[0][part])
         for all_grams, weight, share in zip(grams, weights, importance):
-            exact, gram = weight[part].to(torch.float64), all_grams[part].to(torch.float64)
-            gap = merged[part] - exact
-            error += share * float(torch.sum(_product(gap, gram) * gap))
-            energy += share * float(torch.sum(_product(exact, gram) * exact))
+            gram = all_grams[part]
+            total.add_(gram, alpha=share)
+            exact = weight[part].to(gram.dtype)
+            rows = _product(exact, gram)
+            own = share * _dot(rows, exact)
+            energy += own
+            error += own - 2.0 * share * _dot(rows, merged[part])
+        solution = merged[part].to(total.dtype)
+        error += _dot(_product(solution, total), solution)
     return max(error, 0.0) / energy if energy > 0 else 0.0
+
+
+def _dot(left: Tensor, right: Tensor) -> float:
+    return float((left * right).sum(dtype=torch.float64))
 
 
 # A table is a batch of as many matrices of one entry as it has rows, for which PyTorch's own routines are slow.
