@@ -137,6 +137,35 @@ def test_statistics_are_float32_or_better(dtype: torch.dtype) -> None:
     assert entry.gram.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
+@pytest.mark.parametrize(("size", "bias"), [(600, False), (1023, True), (511, False)])
+def test_a_large_matrix_is_gathered_from_the_diagonal_down_and_then_completed(size: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(3, 40, 1, size, dtype=torch.float64)
+    gathered = InputStatistics(bias, normalize=False)
+    for number, part in enumerate(rows):
+        gathered.update(part)
+        if number == 1:
+            gathered.complete()  # rows may come afterwards
+    flat = rows.reshape(-1, size)
+    flat = torch.cat([flat, torch.ones(len(flat), 1)], 1) if bias else flat
+    torch.testing.assert_close(gathered.mean_gram()[0], flat.T @ flat / len(flat))
+
+
+def test_the_shift_is_that_of_the_rows_and_keeps_its_digits_where_they_are_nearly_alike() -> None:
+    torch.manual_seed(0)
+    expert = torch.randn(50, 1, 8)
+    expert[3] = 0.0
+    for scale in (1.0, 1e-3):
+        merged = expert + scale * torch.randn(50, 1, 8)
+        entry = InputStatistics(bias=False, normalize=True)
+        entry.update(merged, expert)
+        ours, theirs = merged[:, 0].double(), expert[:, 0].double()
+        cosine = float(torch.cosine_similarity(ours, theirs).mean())
+        # one row of 50, that of nothing, has a cosine of 0
+        assert 0.98 - entry.shift.mean_cosine == pytest.approx(0.98 - cosine, rel=1e-3)
+        assert entry.shift.relative_distance == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [1, 6, 1000])
 def test_the_rows_of_a_table_are_solved_a_few_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of one input: the same as one group in which the inputs never meet."""

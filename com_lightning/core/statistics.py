@@ -49,6 +49,7 @@ class Shift:
 
     def update(self, merged: Tensor, expert: Tensor, gap: Tensor) -> None:
         """Add rows, by the lengths ``||x̂||``, ``||x||`` and ``||x - x̂||`` of each, ``(n,)``."""
+        merged, expert, gap = merged.double(), expert.double(), gap.double()
         self.distance = self.distance + gap.square().sum()
         self.energy = self.energy + expert.square().sum()
         # The law of cosines, in the form that loses no digits where rows are nearly alike.
@@ -185,11 +186,12 @@ class InputStatistics:
         expert = None if expert is None else expert.to(merged.dtype)
         features = merged.shape[2]
         root = merged.new_ones(len(merged))
-        lengths = [torch.linalg.vector_norm(rows, dim=(1, 2)) for rows in (merged, expert) if rows is not None]
+        length = torch.linalg.vector_norm(merged, dim=(1, 2))
+        expert_length = length if expert is None else torch.linalg.vector_norm(expert, dim=(1, 2))
         if self.normalize:
             # The row that enters the regression has unit length, one bias entry included; an empty row counts nothing.
             # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
-            square = torch.stack(lengths).amax(0).square()
+            square = torch.maximum(length, expert_length).square()
             norm = (square + float(self.bias)).sqrt()
             # A square that overflows, or has lost its digits, must not pass for a row that counts nothing.
             smallest = 1e-30 if merged.dtype == torch.float32 else 0.0
@@ -201,7 +203,7 @@ class InputStatistics:
         if expert is None:
             return
         gap = expert - merged
-        self.shift.update(*lengths, torch.linalg.vector_norm(gap, dim=(1, 2)))
+        self.shift.update(length, expert_length, torch.linalg.vector_norm(gap, dim=(1, 2)))
         if self.multiply:
             assert weight is not None
             gap = torch.einsum("ngf,gof->ngo", gap, weight[..., :features].to(gap.dtype))
