@@ -25,6 +25,7 @@ lint: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.lockstep
+	$(RUN)/python -m benchmarks.speed
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
 
 # Many hours: training, then every rule, also with settings chosen on val. `make bench-lm4` runs one suite, and

@@ -57,23 +57,33 @@ class Timing:
 class Setting:
     """Experts, calibration data and the average to start from; the counter of forwards."""
 
-    def __init__(self, blocks: int, width: int, samples: int, batch_size: int, tasks: int) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        width: int,
+        samples: int,
+        batch_size: int,
+        tasks: int,
+        image: int = IMAGE,
+        patch: int = PATCH,
+    ) -> None:
         torch.manual_seed(SEED)
+        self.blocks, self.width, self.batch_size, self.image, self.patch = blocks, width, batch_size, image, patch
         config = ViTConfig(
             hidden_size=width,
             num_hidden_layers=blocks,
             num_attention_heads=max(width // 64, 1),
             intermediate_size=4 * width,
-            image_size=IMAGE,
-            patch_size=PATCH,
+            image_size=image,
+            patch_size=patch,
         )
         base: nn.Module = ViTModel(config)
         base.eval()
         self.forwards = 0
         self.tasks = []
         for number in range(tasks):
-            images = torch.randn(samples, 3, IMAGE, IMAGE)
-            self.tasks.append(Task(str(number), _perturbed(base), torch.split(images, batch_size), self._call))
+            images = torch.randn(samples, 3, image, image)
+            self.tasks.append(Task(str(number), perturbed(base), torch.split(images, batch_size), self._call))
         self.importance = [1 / tasks] * tasks
         self.rule = Rule()
 
@@ -91,14 +101,15 @@ class Setting:
         seconds = time.perf_counter() - start
         return Timing(seconds, sum(record.seconds for record in records), self.forwards, len(records)), merged
 
-    def floor(self) -> float:
-        """Seconds of the forwards alone: merged model and expert once for each batch."""
+    def floor(self, streams: Sequence[str] = ("merged", "expert")) -> float:
+        """Seconds of the forwards alone, of merged model and expert: each once for each batch."""
         merged = self.start()
         start = time.perf_counter()
         with torch.no_grad():
             for task in self.tasks:
                 ours = {id(tensor): merged[name] for name, tensor, _ in named_tensors(task.expert)}
-                for module in (copy_module(task.expert, ours), copy_module(task.expert)):
+                for stream in streams:
+                    module = copy_module(task.expert, ours if stream == "merged" else {})
                     for batch in task.batches:
                         module(batch)
         return time.perf_counter() - start
@@ -108,7 +119,7 @@ class Setting:
         module(batch)
 
 
-def _perturbed(base: nn.Module) -> nn.Module:
+def perturbed(base: nn.Module) -> nn.Module:
     expert = copy.deepcopy(base)
     with torch.no_grad():
         for parameter in expert.parameters():

@@ -1,0 +1,116 @@
+"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers] [--repeats 5]``.
+
+Everything is timed in turn within one run, and told as ratios of what was timed side by side. Writes
+``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.lockstep import Setting, environment
+from benchmarks.speed import floor, peers, scaling
+from benchmarks.speed.contenders import Tower
+from com_lightning.core.chain import merge_layers
+from com_lightning.report import table
+
+TINY = Tower(tasks=2, samples=4, batch_size=2, blocks=1, width=64, image=32, patch=16)
+TITLES = {
+    "floor": "Against the floor",
+    "scaling": "Against size",
+    "peers": "Against FusionBench's RegMean++",
+}
+ABOUT = {"floor": floor.__doc__, "scaling": scaling.__doc__, "peers": peers.__doc__}
+
+
+def run_floor(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.floor`."""
+    sizes = (tower.blocks, tower.width, tower.samples, tower.batch_size, tower.tasks, tower.image, tower.patch)
+    Setting(1, *sizes[1:]).merge(merge_layers)  # the first use of each operation is slower
+    found = floor.run(Setting(*sizes), options.repeats)
+    return {"setting": asdict(tower), "found": found, "rows": floor.rows(found)}
+
+
+def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.scaling`."""
+    batch_size = 2 if options.tiny else 32
+    found = scaling.run(options.repeats, options.width, batch_size, scaling.TINY if options.tiny else scaling.SIZES)
+    scaling.picture(found, options.output.with_suffix(".png"))
+    setting = {"width": options.width, "batch_size": batch_size, **scaling.FIXED}
+    return {"setting": setting, "found": found, "rows": scaling.rows(found)}
+
+
+def run_peers(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.peers`."""
+    found = peers.run(tower, options.repeats, options.threads)
+    if isinstance(found, str):
+        print(found, file=sys.stderr)
+        return {}
+    return {"setting": asdict(tower), "found": found, "rows": peers.rows(found)}
+
+
+PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
+    "floor": run_floor,
+    "scaling": run_scaling,
+    "peers": run_peers,
+}
+
+
+def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
+    """All results for people."""
+    told = ["# How fast a merge is", "Median, and from the smallest to the largest, of what was timed in turn."]
+    for name, part in parts.items():
+        about = " ".join(str(ABOUT[name]).split()).replace(":mod:", "")
+        machine = part["environment"]
+        where = (
+            f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} in use, load {machine['load']} at the "
+            f"start; Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}"
+        )
+        setting = ", ".join(f"{key} {value}" for key, value in part["setting"].items())
+        told += [f"## {TITLES[name]}", about, table(part["rows"])]
+        told += ["![seconds against size](speed.png)"] if name == "scaling" else []
+        told += [f"`{part['command']}`: {setting}. {where}."]
+    return "\n\n".join(told) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the parts that are asked for."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer, if other work runs beside")
+    for field, value in asdict(Tower()).items():
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of floor and peers")
+    parser.add_argument("--scaling-width", dest="scaling_width", type=int, default=96)
+    parser.add_argument("--tiny", action="store_true", help="all in small, to see that it runs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"), help="without an ending")
+    options = parser.parse_args(arguments)
+    tower = TINY if options.tiny else Tower(**{field: getattr(options, field) for field in asdict(Tower())})
+    options.width = 64 if options.tiny else options.scaling_width
+    torch.set_num_threads(options.threads)
+    path = options.output.with_suffix(".json")
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", "-m", "benchmarks.speed", *(sys.argv[1:] if arguments is None else arguments)])
+    for name in options.parts:
+        about = environment()
+        if found := PARTS[name](tower, options):
+            kept[name] = {**found, "environment": about, "command": command}
+            ordered = {part: kept[part] for part in PARTS if part in kept}
+            path.write_text(json.dumps(ordered, indent=1) + "\n")
+            options.output.with_suffix(".md").write_text(markdown(ordered))
+    print(markdown({part: kept[part] for part in PARTS if part in kept}))
+
+
+if __name__ == "__main__":
+    main()
