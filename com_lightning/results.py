@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -26,6 +27,9 @@ from com_lightning.pretrained import pretrained_parts, save_pretrained
 from com_lightning.report import MergeReport
 from com_lightning.state_dicts import fill, some
 from com_lightning.workplace import Workplace
+
+ALL = "merged"
+"""Name of the checkpoint of all tasks, where they differ in nothing."""
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -71,8 +75,9 @@ def save_results(
     precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> None:
     """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
-    task), ``report.json``, ``report.md`` and, if matplotlib is installed, ``report.png``. Models of transformers are
-    written to ``transformers`` too, see :func:`~com_lightning.pretrained.save_pretrained`.
+    task; only ``merged.ckpt`` where tasks differ in nothing), ``report.json``, ``report.md`` and, if matplotlib is
+    installed, ``report.png``. Models of transformers are written to ``transformers`` too, see
+    :func:`~com_lightning.pretrained.save_pretrained`.
 
     Args:
         folder: where to. All is written beside it first, and then put there at once; with it goes what an unfinished
@@ -96,9 +101,9 @@ def save_results(
         ties = tied_names(module)
         tensors = {n: t for n, t, _ in named_tensors(module) if n in set(shared) and ties[n] == n}
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "merged.safetensors")
-        for task, merged in modules.items():
-            _save_checkpoint(merged, made / f"{task}.ckpt")
-            _warn_of_what_lacks(merged, made / f"{task}.ckpt", set(shared))
+        for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
+            _save_checkpoint(merged, made / f"{name}.ckpt")
+            _warn_of_what_lacks(merged, made / f"{name}.ckpt", set(shared))
         save_pretrained(modules, shared, made / "transformers")
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
@@ -118,6 +123,28 @@ def save_results(
         workplace.close(keep=True)
         raise
     workplace.close()
+
+
+def are_alike(modules: Mapping[str, LightningModule]) -> bool:
+    """Whether one checkpoint would do for all tasks: class, hyperparameters, weights and buffers are the same."""
+    first, *others = modules.values()
+    if is_overridden("on_save_checkpoint", first) or not others:
+        return False
+    state = first.state_dict()
+    return all(
+        type(other) is type(first)
+        and dict(other.hparams) == dict(first.hparams)
+        and (own := other.state_dict()).keys() == state.keys()
+        and all(_is_same(value, state[name]) for name, value in own.items())
+        for other in others
+    )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
+        return bool(one is other)
+    there = one.device == other.device and one.data_ptr() == other.data_ptr() and one.numel() > 0
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and (there or torch.equal(one, other.to(one.device)))
 
 
 def _in_precision(
@@ -145,7 +172,9 @@ def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict
     modules, problems = {}, []
     for task in tasks:
         path = folder / f"{task}.ckpt"
+        path = path if path.is_file() else folder / f"{ALL}.ckpt"
         if not path.is_file():
+            path = folder / f"{task}.ckpt"
             known = sorted(p.stem for p in folder.glob("*.ckpt")) if folder.is_dir() else []
             problems.append(f"{path}: no such file; {folder} has results for {', '.join(known) or 'no task'}")
             continue

@@ -88,5 +88,5 @@ def test_buffers_that_are_no_numbers_to_average_are_left_alone(tmp_path: Path) -
         assert merger.report.parameters[name] == "buffer"
     assert relative(model.scale, torch.full((8,), 1.5)) < 1e-6
     merger.save(tmp_path / "merged")
-    loaded = WithBuffers.load_from_checkpoint(tmp_path / "merged" / "a.ckpt", weights_only=True)
+    loaded = WithBuffers.load_from_checkpoint(tmp_path / "merged" / "merged.ckpt", weights_only=True)
     assert torch.equal(loaded.rotation, model.rotation)

@@ -297,7 +297,7 @@ def test_a_model_that_cannot_be_written_does_not_lose_the_merge(tmp_path: Path) 
     object.__setattr__(callback.modules["a"].net, "save_pretrained", refuse)
     with pytest.warns(UserWarning, match=r"net is not written to .*transformers \(no temperature without sampling\)"):
         callback.save(tmp_path / "out")
-    assert (tmp_path / "out" / "a.ckpt").is_file()
+    assert (tmp_path / "out" / "merged.ckpt").is_file()
 
 
 def test_on_the_command_line_trainer(tmp_path: Path) -> None:

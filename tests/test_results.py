@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import math
@@ -33,7 +34,7 @@ from com_lightning import (
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.experts import ExpertSource
 from com_lightning.report import table
-from com_lightning.results import load_results, output_problems, save_results
+from com_lightning.results import are_alike, load_results, output_problems, save_results
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 FILES = {"a.ckpt", "b.ckpt", "merged.safetensors", "report.json", "report.md", "report.png"}
@@ -191,6 +192,20 @@ def test_further_files(result: Result, tmp_path: Path) -> None:
     assert list(load_file(tmp_path / "x" / "merged.safetensors")) == shared
 
 
+def test_tasks_that_differ_in_nothing_have_one_checkpoint(tmp_path: Path) -> None:
+    """Eight language models with one head would be eight files of the same content."""
+    callback = merge(tmp_path / "out")  # each task has its own head
+    assert {path.name for path in (tmp_path / "out").glob("*.ckpt")} == {"a.ckpt", "b.ckpt"}
+    assert not are_alike(callback.modules)
+    alike = {task: copy.deepcopy(callback.modules["a"]) for task in "ab"}
+    save_results(tmp_path / "one", alike, [], callback.report)
+    assert {path.name for path in (tmp_path / "one").glob("*.ckpt")} == {"merged.ckpt"}
+    for module in load_results(tmp_path / "one", alike["a"], ["a", "b"]).values():
+        torch.testing.assert_close(module.state_dict(), alike["a"].state_dict(), rtol=0, atol=0)
+    alike["b"].hparams["classes"] = 99  # what another task would be loaded with
+    assert not are_alike(alike)
+
+
 def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
     """Safetensors refuses shared memory; the checkpoints keep both names."""
     base = TiedClassifier()
@@ -208,7 +223,7 @@ def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
     for task, module in load_results(tmp_path / "out", TiedClassifier(), ["a", "b"]).items():
         assert tied_names(module)["head.weight"] == "body.3.weight"
         torch.testing.assert_close(module.state_dict(), callback.modules[task].state_dict(), rtol=0, atol=0)
-    files = {task: str(tmp_path / "out" / f"{task}.ckpt") for task in "ab"}
+    files = dict.fromkeys("ab", str(tmp_path / "out" / "merged.ckpt"))  # tied tensors are all there is
     again = merge(experts=files, model=TiedClassifier(), tasks=tasks)
     assert tied_names(again.modules["a"])["head.weight"] == "body.3.weight"
     source: Any = str(tmp_path / "out" / "merged.safetensors")

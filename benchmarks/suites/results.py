@@ -33,7 +33,7 @@ class Entry:
         source: the split they are from.
         trained: which settings base and experts were trained with (their folder's name).
         values: task -> metric.
-        seconds: of the merge, without validation.
+        seconds: of the merge, without validation, on whatever else the machine did: no measure of speed.
         settings: of the method, all of them.
         versions: of what computed it.
         chosen: of a grid, the setting that was measured.

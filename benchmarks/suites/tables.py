@@ -85,11 +85,10 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
 
 def _relative(results: Results, rows: Sequence[Row]) -> str:
     suite = results.suite
-    lines = [["method", *suite.tasks, _mean_name(results), "spread", "seeds", "seconds"]]
+    lines = [["method", *suite.tasks, _mean_name(results), "spread", "seeds"]]
     for row in rows:
-        seconds = statistics.mean(entry.seconds for entry in row.entries)
         cells = _cells(row.normalized, row.scores, 100.0, 1)
-        lines.append([row.label, *cells, str(len(row.scores)), f"{seconds:.1f}"])
+        lines.append([row.label, *cells, str(len(row.scores))])
     return table(lines)
 
 
