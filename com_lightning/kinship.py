@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import UninitializedParameter
 
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.sharing import all_finite, named_tensors
 from com_lightning.state_dicts import some
 
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -16,6 +16,8 @@ _FOREIGN = 0.2
 """Share of values without a counterpart above which modules are taken for different architectures."""
 _UNRELATED = 0.2
 """Cosine between weights below which experts are taken for trainings of their own."""
+_LOOKED_AT = 2**16
+"""Values of a matrix that such a cosine is made of: it is then known to about 0.01."""
 
 
 def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
@@ -31,8 +33,7 @@ def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
 def _finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _PRECISIONS or isinstance(tensor, UninitializedParameter):
         return True
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    return bool(tensor.detach().sum(dtype=wide).isfinite()) or bool(tensor.isfinite().all())
+    return all_finite(tensor)
 
 
 def foreign_values(modules: Mapping[str, nn.Module], expected: Collection[str] = ()) -> list[str]:
@@ -77,11 +78,12 @@ def unrelated_weights(experts: Mapping[str, nn.Module], shared: Collection[str])
     matrices = [n for n, t, is_parameter in named_tensors(first) if n in shared and is_parameter and t.dim() > 1]
     products = {task: torch.zeros(3, dtype=torch.float64) for task in experts}
     for name in matrices:
-        values = {task: state[name].detach().flatten().float() for task, state in states.items()}
+        values = {task: _some_of(state[name]) for task, state in states.items()}
         total = torch.stack(list(values.values())).sum(0)
+        share = states[next(iter(states))][name].numel() / max(len(total), 1)
         for task, own in values.items():
             others = total - own
-            products[task] += torch.stack([own @ others, own @ own, others @ others]).double()
+            products[task] += share * torch.stack([own @ others, own @ own, others @ others]).double()
     cosines = {
         t: float(across / (own * others).sqrt().clamp_min(1e-30)) for t, (across, own, others) in products.items()
     }
@@ -110,11 +112,12 @@ def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module],
     products = torch.zeros(3, dtype=torch.float64)
     for name, origin in base.items():
         if name in shared and isinstance(states[0][name], nn.Parameter) and origin.dim() > 1:
-            own = origin.detach().flatten().float()
+            own = _some_of(origin)
             mean = torch.zeros_like(own)
             for state in states:
-                mean += state[name].detach().flatten().to(own)
-            products += torch.stack([own @ mean, own @ own, mean @ mean]).double().cpu()
+                mean += _some_of(state[name]).to(own)
+            share = origin.numel() / max(len(own), 1)
+            products += share * torch.stack([own @ mean, own @ own, mean @ mean]).double().cpu()
     across, own, mean = products
     if mean == 0 or (cosine := float(across / (own * mean).sqrt().clamp_min(1e-30))) >= _UNRELATED:
         return None
@@ -122,6 +125,12 @@ def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module],
         f"the experts seem not to be fine-tuned from it: the cosine between its weight matrices and their mean is "
         f"{cosine:.2f}; it is mostly above 0.9"
     )
+
+
+def _some_of(matrix: Tensor) -> Tensor:
+    """Values from all over a matrix, always the same ones, in float32."""
+    step = max(matrix.numel() // _LOOKED_AT, 1) | 1  # an odd one does not stay in one column
+    return matrix.detach().flatten()[::step].float()
 
 
 def _whose(tasks: Sequence[str]) -> str:

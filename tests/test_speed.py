@@ -57,7 +57,9 @@ def test_cost_in_proportion_has_an_exponent_of_one() -> None:
 def test_a_library_that_is_not_installed_is_told_and_skipped(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["--parts", "peers", "--tiny", "--output", str(tmp_path / "speed")])
-    assert "FusionBench is not installed" in capsys.readouterr().err
+    main(["--parts", "peers", "files", "--tiny", "--output", str(tmp_path / "speed")])
+    told = capsys.readouterr().err
+    assert "FusionBench is not installed" in told
+    assert "mergekit is not installed" in told
     assert not (tmp_path / "speed.json").exists()
     assert isinstance(peers.run(TINY, 1, 1), str)

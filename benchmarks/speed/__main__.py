@@ -1,4 +1,4 @@
-"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers] [--repeats 5]``.
+"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers files] [--repeats 5]``.
 
 Everything is timed in turn within one run, and told as ratios of what was timed side by side. Writes
 ``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they were.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.lockstep import Setting, environment
-from benchmarks.speed import floor, peers, scaling
+from benchmarks.speed import files, floor, peers, scaling
 from benchmarks.speed.contenders import Tower
 from com_lightning.core.chain import merge_layers
 from com_lightning.report import table
@@ -29,8 +29,9 @@ TITLES = {
     "floor": "Against the floor",
     "scaling": "Against size",
     "peers": "Against FusionBench's RegMean++",
+    "files": "Against mergekit, without data",
 }
-ABOUT = {"floor": floor.__doc__, "scaling": scaling.__doc__, "peers": peers.__doc__}
+ABOUT = {"floor": floor.__doc__, "scaling": scaling.__doc__, "peers": peers.__doc__, "files": files.__doc__}
 
 
 def run_floor(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -59,10 +60,21 @@ def run_peers(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     return {"setting": asdict(tower), "found": found, "rows": peers.rows(found)}
 
 
+def run_files(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.files`."""
+    models = files.Models(2, 64, 1, 100) if options.tiny else files.Models(options.experts)
+    found = files.run(models, options.repeats, options.threads)
+    if isinstance(found, str):
+        print(found, file=sys.stderr)
+        return {}
+    return {"setting": asdict(models), "found": found, "rows": files.rows(found)}
+
+
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
     "floor": run_floor,
     "scaling": run_scaling,
     "peers": run_peers,
+    "files": run_files,
 }
 
 
@@ -91,6 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer, if other work runs beside")
     for field, value in asdict(Tower()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of floor and peers")
+    parser.add_argument("--experts", type=int, default=4, help="of files")
     parser.add_argument("--scaling-width", dest="scaling_width", type=int, default=96)
     parser.add_argument("--tiny", action="store_true", help="all in small, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"), help="without an ending")

@@ -19,6 +19,7 @@ from com_lightning.core.layers.base import Call
 from com_lightning.core.lockstep import Arrival, Forward
 from com_lightning.core.paging import Pager
 from com_lightning.core.rule import HELD_OUT, NonFiniteError, Rule, Stream, Task
+from com_lightning.core.sharing import all_finite
 from com_lightning.core.solver import Factor
 from com_lightning.core.statistics import InputStatistics
 from com_lightning.core.watch import Part
@@ -145,7 +146,7 @@ class Inputs:
             NonFiniteError: naming the layer and the expert whose weights hold NaN or infinity.
         """
         for task, weight in zip(tasks, layer.weights):
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise NonFiniteError(f"layer '{layer.name}' of expert '{task.name}' holds NaN or infinity")
         first = first or layer.name
         inputs = Inputs.empty(first, layer, rule, _seen(arrivals), tasks)
@@ -298,7 +299,7 @@ def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[s
     """
     for own, value in values.items():
         dtype = merged[layer.parts[own].name].dtype
-        if not bool(value.to(dtype).isfinite().all()):
+        if not all_finite(value.to(dtype)):
             largest = float(value.nan_to_num(0.0).abs().amax())
             raise NonFiniteError(
                 f"the solution of layer '{layer.name}' holds NaN or infinity: {own}, with values up to {largest:.3g}, "

@@ -13,7 +13,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
-PART_ELEMENTS = 2**20
+PART_ELEMENTS = 2**17
 """Numbers that are averaged at a time: 8 MiB in float64."""
 
 # Copied with the module, because a forward may change them; all else (tokenizer, trainer, config, ...) is shared.
@@ -106,8 +106,20 @@ def matches_any(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatchcase(name, p) or name == p or name.startswith(p + ".") for p in patterns)
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor of floating-point numbers holds neither NaN nor infinity, found out without a copy of it.
+
+    Example::
+
+        >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan])), all_finite(torch.empty(0))
+        (True, False, True)
+    """
+    # NaN is the smallest and the largest of all.
+    return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
+
+
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """The (weighted) average, summed in float64 and returned in the first tensor's dtype and on its device.
+    """The (weighted) average, summed in a wider precision and returned in the first tensor's dtype and on its device.
 
     Args:
         tensors: tensors of one shape.
@@ -120,10 +132,13 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     """
     weights = [1.0] * len(tensors) if weights is None else weights
     result = torch.empty_like(tensors[0], requires_grad=False)
-    for part in _slices(result):  # float64 of a few rows at a time, not of all
-        total = torch.zeros_like(result[part], dtype=torch.float64)
+    wide = (
+        torch.float32 if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) else torch.float64
+    )
+    for part in _slices(result):  # wide ones of a few rows at a time, not of all
+        total = torch.zeros_like(result[part], dtype=wide)
         for tensor, weight in zip(tensors, weights):
-            total.add_(tensor.detach()[part].to(total.device, torch.float64), alpha=weight)
+            total.add_(tensor.detach()[part].to(total.device, wide), alpha=weight)
         result[part] = total / sum(weights)
     return result
 

@@ -7,13 +7,14 @@ import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.rule import LayerRecord, NonFiniteError
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.sharing import all_finite, named_tensors
 from com_lightning.core.statistics import exact_products
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
@@ -40,6 +41,16 @@ class SharedParameter:
     origin: Tensor | None
     target: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _base: Tensor | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What every task vector is made with is made once within."""
+        self._base = None if self.origin is None else self._working(self.origin)
+        try:
+            yield
+        finally:
+            self._base = None
 
     @property
     def tasks(self) -> list[str]:
@@ -62,7 +73,7 @@ class SharedParameter:
     def base(self) -> Tensor:
         """The value in the base."""
         assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
-        return self._working(self.origin)
+        return self._working(self.origin) if self._base is None else self._base
 
     def average(self) -> Tensor:
         """The average of the experts, until something else is written to the merged parameter."""
@@ -125,7 +136,10 @@ class ParameterRule(MergingMethod):
         combine = self.combiner(parameters)
         for number, parameter in enumerate(parameters):
             start, owner = time.perf_counter(), number % peers.size
-            value = finite(combine(parameter), parameter) if owner == peers.rank else None
+            value = None
+            if owner == peers.rank:
+                with parameter.held():
+                    value = finite(combine(parameter), parameter)
             if peers.exchange(value is not None)[owner]:  # where nobody has failed
                 if value is None:
                     value = torch.empty_like(parameter.target, device=parameter.device)
@@ -173,12 +187,12 @@ def finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
         NonFiniteError: if it holds NaN or infinity there, naming whose fault that is.
     """
     rounded = value.to(parameter.target.dtype) if value is not None else None
-    if rounded is None or bool(torch.isfinite(rounded).all()):
+    if rounded is None or all_finite(rounded):
         return rounded
     for task, own in parameter.values.items():
-        if not bool(torch.isfinite(own).all()):
+        if not all_finite(own):
             raise NonFiniteError(f"{parameter.name} of expert '{task}' holds NaN or infinity")
-    if parameter.origin is not None and not bool(torch.isfinite(parameter.origin).all()):
+    if parameter.origin is not None and not all_finite(parameter.origin):
         raise NonFiniteError(f"{parameter.name} of the base holds NaN or infinity")
     told = str(parameter.target.dtype).removeprefix("torch.")
     raise NonFiniteError(
