@@ -1,11 +1,14 @@
-"""The command line: Lightning's own, with ``merge`` and ``compare``."""
+"""The command line: Lightning's own, with ``merge`` and ``compare``, and ``inspect``."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +20,7 @@ from com_lightning.checkpoints import reason
 from com_lightning.core.peers import PeerError
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import MergeError
+from com_lightning.inspection import MOST, inspect, save
 from com_lightning.trainer import MergeTrainer
 
 
@@ -106,11 +110,36 @@ def _plainly(class_type: type, *args: Any, **kwargs: Any) -> Any:
     return class_type(*args, **kwargs)
 
 
+def run_inspect(args: Sequence[str]) -> None:
+    """``com-lightning inspect``, which needs neither a model nor data."""
+    parser = argparse.ArgumentParser(
+        prog="com-lightning inspect", description="How far apart experts are, before anything is merged."
+    )
+    parser.add_argument("experts", nargs="+", metavar="[NAME=]CKPT", help="checkpoint, state dict or model folder")
+    parser.add_argument("--base", type=Path, help="what they were fine-tuned from")
+    parser.add_argument("--private", nargs="+", default=[], metavar="PATTERN", help="parameters to leave out")
+    parser.add_argument("--output_dir", type=Path, help="for all layers as a table, as JSON and as a picture")
+    options = parser.parse_args(args)
+    experts: dict[str, Path] = {}
+    for given in options.experts:
+        name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+        name = name or (Path(path).stem if Path(path).is_file() else Path(path).name)
+        experts[name if name not in experts else path] = Path(path)
+    found = inspect(experts, options.base, options.private)
+    print(found.to_markdown(MOST))
+    if options.output_dir:
+        print(f"{', '.join(save(found, options.output_dir))} written to {options.output_dir}.")
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
     if os.getcwd() not in sys.path:  # the user's project is found as `python -m` finds it
         sys.path.insert(0, os.getcwd())
+    given = sys.argv[1:] if args is None else args
     try:
-        MergeCLI(args=args)
+        if isinstance(given, list) and given[:1] == ["inspect"]:
+            run_inspect(given[1:])
+        else:
+            MergeCLI(args=args)
     except (MergeError, PeerError) as error:
         sys.exit(f"com-lightning: {error}")
