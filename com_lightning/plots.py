@@ -30,14 +30,13 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         for number, kind in enumerate(kinds):
             heights = [report.metrics[kind].get(task, {}).get(report.metric or "", 0.0) for task in report.tasks]
             places = [position + (number - (len(kinds) - 1) / 2) * width for position in range(len(report.tasks))]
-            label = kind if kind != "merged" else f"merged ({report.method.get('class')})"
-            axes.bar(places, heights, width, label=label, color=colors[kind])
+            axes.bar(places, heights, width, label=kind, color=colors[kind])
         tilted = len(report.tasks) > 4 or max(map(len, report.tasks)) > 12
         axes.set_xticks(range(len(report.tasks)), report.tasks, **({"rotation": 20, "ha": "right"} if tilted else {}))
         axes.set_ylabel(report.metric or "")
-        axes.set_title("each task before and after the merge")
+        axes.set_title(f"each task before and after the merge ({report.method.get('class')})")
         axes.margins(y=0.2)  # room for the legend above the bars
-        axes.legend(loc="upper center", ncols=len(kinds), frameon=False)
+        axes.legend(loc="upper center", ncols=len(kinds), frameon=False, columnspacing=1.2)
     if with_shift:
         axes = panels[-1]
         for task, values in shifts.items():
@@ -52,7 +51,8 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)
         axes.margins(y=0.1)
-        axes.legend()
+        beside = len(report.tasks) > 4  # or it would hide the curves
+        axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False} if beside else {}))
     figure.savefig(path, dpi=130)
     return True
 

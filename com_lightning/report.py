@@ -112,6 +112,10 @@ class MergeReport:
 
     def task_table(self) -> str:
         """The result at a glance: per task the expert, the average and the merged model."""
+        return table(self.task_rows())
+
+    def task_rows(self) -> list[list[str]]:
+        """The cells of :meth:`task_table`."""
         kinds = [kind for kind in ("expert", "average", "merged") if kind in self.metrics]
         ratio_kinds = [kind for kind in kinds if kind != "expert" and "expert" in kinds]
         rows = [["task", *kinds, *(f"{kind} / expert" for kind in ratio_kinds)]]
@@ -122,10 +126,14 @@ class MergeReport:
         means = [_mean([self.metrics[k].get(t, {}).get(self.metric or "") for t in self.tasks]) for k in kinds]
         ratios = [self.mean_normalized(kind) for kind in ratio_kinds]
         rows.append(["mean", *map(_number, means), *map(_percent, ratios)])
-        return table(rows)
+        return rows
 
     def layer_table(self) -> str:
         """Per layer the covariate shift on arrival, the residual of the fit, and its conditioning."""
+        return table(self.layer_rows())
+
+    def layer_rows(self) -> list[list[str]]:
+        """The cells of :meth:`layer_table`."""
         rows = [["layer", "type", "shift", "cosine", "residual", "condition", "seconds", "note"]]
         for layer in self.layers:
             note = layer.note or (f"inputs of {layer.shared_with}" if layer.shared_with else "")
@@ -140,7 +148,21 @@ class MergeReport:
             rows.append(
                 [layer.name or "(root)", layer.kind, *map(_number, numbers), f"{layer.seconds:.2f}", "; ".join(told)]
             )
-        return table(rows)
+        return rows
+
+    def layers_explained(self) -> str:
+        """What the columns of :meth:`layer_table` are."""
+        return (
+            "Shift and cosine compare a layer's inputs in the merged model with those in the experts on arrival "
+            "(relative distance; mean over tasks); the residual is the relative squared error of its output after the "
+            "merge (where it is corrected for other tensors, of its sum with them). The condition is a lower bound, "
+            "and bad from about 1e6 on, where rounding shows: more calibration samples or a higher ridge bring it down."
+        )
+
+    def unsolved_rows(self) -> list[list[str]]:
+        """Parameters that were averaged, and why, below a head; nothing if there are none."""
+        averaged = [(name, what.split(": ", 1)[1:]) for name, what in self.parameters.items() if "averaged" in what]
+        return [["parameter", "why"], *([name, *(why or [""])] for name, why in averaged)] if averaged else []
 
     def summary(self) -> str:
         """Two lines on data and cost, and one for each batch that was skipped."""
@@ -175,8 +197,7 @@ class MergeReport:
     def to_markdown(self) -> str:
         """The whole report as Markdown."""
         settings = ", ".join(f"{name}={value}" for name, value in self.method.items() if name != "class")
-        averaged = [(name, what.split(": ", 1)[1:]) for name, what in self.parameters.items() if "averaged" in what]
-        unsolved = [[name, *(why or [""])] for name, why in averaged]
+        unsolved = self.unsolved_rows()
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         parts = [
             f"# Merge of {len(self.tasks)} experts with {self.method.get('class')}",
@@ -184,14 +205,8 @@ class MergeReport:
             f"## Metrics\n\n`{self.metric}`\n\n{self.task_table()}" if self.metrics else "",
             self.summary(),
             "\n".join(f"- **Warning**: {warning}" for warning in self.warnings),
-            "## Layers\n\nShift and cosine compare a layer's inputs in the merged model with those in the experts on "
-            "arrival (relative distance; mean over tasks); the residual is the relative squared error of its output "
-            "after the merge (where it is corrected for other tensors, of its sum with them). The condition is a lower "
-            "bound, and bad from about 1e6 on, where rounding shows: more calibration samples or a higher ridge bring "
-            f"it down.\n\n{self.layer_table()}"
-            if self.layers
-            else "",
-            "## Averaged parameters\n\n" + table([["parameter", "why"], *unsolved]) if unsolved else "",
+            f"## Layers\n\n{self.layers_explained()}\n\n{self.layer_table()}" if self.layers else "",
+            f"## Averaged parameters\n\n{table(unsolved)}" if unsolved else "",
             f"Calibration seed {self.seed}; {versions}." if self.seed is not None else f"{versions}.",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"

@@ -18,10 +18,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from com_lightning.card import model_card
 from com_lightning.checkpoints import MergeError, read_checkpoint
 from com_lightning.core.sharing import as_dtype, copy_module, named_tensors, size_of, tied_names
 from com_lightning.evaluation import quiet_lightning
 from com_lightning.experts import load_expert, take_precision
+from com_lightning.html import html_report
 from com_lightning.plots import save_figure
 from com_lightning.pretrained import pretrained_parts, save_pretrained
 from com_lightning.report import MergeReport
@@ -75,9 +77,9 @@ def save_results(
     precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> None:
     """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
-    task; only ``merged.ckpt`` where tasks differ in nothing), ``report.json``, ``report.md`` and, if matplotlib is
-    installed, ``report.png``. Models of transformers are written to ``transformers`` too, see
-    :func:`~com_lightning.pretrained.save_pretrained`.
+    task; only ``merged.ckpt`` where tasks differ in nothing), the report (``report.json``, ``.md``, ``.html`` and, if
+    matplotlib is installed, ``.png``), and a model card (``README.md``). Models of transformers are written to
+    ``transformers`` too, see :func:`~com_lightning.pretrained.save_pretrained`.
 
     Args:
         folder: where to. All is written beside it first, and then put there at once; with it goes what an unfinished
@@ -108,7 +110,13 @@ def save_results(
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
-        save_figure(report, made / "report.png")
+        drawn = save_figure(report, made / "report.png")
+        page = html_report(report, (made / "report.png").read_bytes() if drawn else None)
+        (made / "report.html").write_text(page, encoding="utf-8")
+        kinds = {task: f"{type(module).__module__}.{type(module).__qualname__}" for task, module in modules.items()}
+        there = sorted(path.relative_to(made).as_posix() for path in made.rglob("*"))
+        if "README.md" not in there:  # which the user may have given
+            (made / "README.md").write_text(model_card(report, there, kinds), encoding="utf-8")
         umask = os.umask(0)
         os.umask(umask)
         (made / "merged.safetensors").chmod(0o666 & ~umask)  # which safetensors makes private to its owner

@@ -160,8 +160,11 @@ def test_a_sum_takes_up_the_mean_of_what_is_missing(case: str) -> None:
     experts, batches = experts_of(lambda: Before(function, p=shape)), data(4, 5, 6)
     merged, records = merge(experts, batches, rule=Rule(ridge=0.0))
     expected = torch.zeros(*shape, dtype=torch.float64)
-    for expert, (ours, theirs) in zip(experts, inputs_of(experts, merged, batches)):
+    for number, (expert, (ours, theirs)) in enumerate(zip(experts, inputs_of(experts, merged, batches))):
         gap = theirs - ours
+        assert records[-1].distance[f"task{number}"] == pytest.approx(float(gap.norm() / theirs.norm()), rel=1e-4)
+        cosine = float(F.cosine_similarity(ours, theirs, dim=-1).mean())
+        assert records[-1].cosine[f"task{number}"] == pytest.approx(cosine, rel=1e-4)
         if case == "looked up":
             mean = gap.mean(0)
             shift = torch.stack([mean[3], mean[1], mean[4], (mean[0] + mean[2]) / 2])

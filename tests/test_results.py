@@ -37,7 +37,9 @@ from com_lightning.report import table
 from com_lightning.results import are_alike, load_results, output_problems, save_results
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
-FILES = {"a.ckpt", "b.ckpt", "merged.safetensors", "report.json", "report.md", "report.png"}
+FILES = {"a.ckpt", "b.ckpt", "merged.safetensors", "README.md"} | {
+    f"report.{kind}" for kind in ("json", "md", "html", "png")
+}
 
 
 class WithBuffers(Classifier):

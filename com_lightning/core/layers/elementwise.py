@@ -73,7 +73,8 @@ class Scale(LayerType):
         drift = None
         if other is not None:
             gap = torch.where(share > 0, other - data, 0.0)
-            statistics.shift.update(*(t.reshape(-1, data.shape[-1]) for t in (data, data + gap, gap)))
+            rows = (data, data + gap, gap)
+            statistics.shift.update(*(torch.linalg.vector_norm(values, dim=-1).flatten() for values in rows))
             drift = folded(self._drift(gap, data) * share) * self._multiplier(weight).to(gap.dtype)
         statistics.add(folded(self._gram(data) * share), drift, int(share.sum()) // data.shape[-1])
         return drift is not None
