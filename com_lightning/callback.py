@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import List, Literal, Optional
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger, Logger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
@@ -23,6 +23,7 @@ from com_lightning.datamodule import MergeDataModule
 from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
 from com_lightning.experts import ExpertSource, MergeError
 from com_lightning.journal import FileJournal
+from com_lightning.logs import log_layer, log_tasks
 from com_lightning.merger import average_shared, execute, load_into, with_shared
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.plan import MergePlan, make_plan
@@ -242,7 +243,7 @@ class ChainOfMergesCallback(Callback):
                 nonlocal step
                 bar.set_postfix_str(record.name)
                 bar.update()
-                _log_layer(loggers, record, step)
+                log_layer(loggers, record, step)
                 step += 1
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
@@ -320,28 +321,8 @@ class ChainOfMergesCallback(Callback):
             self.report.metrics[kind] = {task: found[task] for task in modules}
         self.report.choose_metric(self.metric)
         self.report.compare_with_average()
-        _log_tasks(trainer, self.report)
+        log_tasks(trainer.loggers, self.report, trainer.global_step)
 
 
 def _quiet(trainer: Trainer) -> bool:
     return trainer.progress_bar_callback is None or not trainer.is_global_zero
-
-
-def _log_layer(loggers: Sequence[Logger], record: LayerRecord, step: int) -> None:
-    values = {"residual": record.residual, "condition": record.condition, "seconds": record.seconds}
-    values.update({f"shift/{task}": value for task, value in record.distance.items()})
-    values.update({f"cosine/{task}": value for task, value in record.cosine.items()})
-    known = {f"merge/{name}": value for name, value in values.items() if value is not None}
-    for logger in loggers:
-        logger.log_metrics(known, step=step)
-
-
-def _log_tasks(trainer: Trainer, report: MergeReport) -> None:
-    values = report.metrics["merged"]
-    named = {f"{task}/{metric}": value for task, metrics in values.items() for metric, value in metrics.items()}
-    for task in values:
-        if (ratio := report.normalized("merged", task)) is not None:
-            named[f"{task}/normalized_{report.metric}"] = ratio
-    for logger in trainer.loggers:
-        logger.log_metrics(named, step=trainer.global_step)
-        logger.save()

@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from com_lightning.report import MergeReport
 
 
 def save_figure(report: MergeReport, path: Path) -> bool:
     """Draw a report. Returns whether there was matplotlib, and anything to draw."""
+    figure = draw(report)
+    if figure is not None:
+        figure.savefig(path, dpi=130)
+    return figure is not None
+
+
+def draw(report: MergeReport) -> Any:
+    """The picture of a report, as matplotlib's Figure; ``None`` without matplotlib, or anything to draw."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     kinds = [kind for kind in ("expert", "average", "merged") if kind in report.metrics]
     shifts = {task: [layer.distance.get(task) for layer in report.layers] for task in report.tasks}
     with_shift = any(value is not None for values in shifts.values() for value in values)
     if not kinds and not with_shift:
-        return False
+        return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, int(bool(kinds)) + int(with_shift), squeeze=False)[0]
@@ -53,8 +62,7 @@ def save_figure(report: MergeReport, path: Path) -> bool:
         axes.margins(y=0.1)
         beside = len(report.tasks) > 4  # or it would hide the curves
         axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False} if beside else {}))
-    figure.savefig(path, dpi=130)
-    return True
+    return figure
 
 
 def _spikes(shifts: Mapping[str, Sequence[float | None]], most: int = 3) -> list[tuple[int, float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -301,6 +301,28 @@ def test_values_go_to_the_users_logger(tmp_path: Path) -> None:
     assert [float(row["merge/residual"]) for row in layers] == pytest.approx([r.residual for r in merger.report.layers])
     logged = [row["b/val_acc"] for row in rows if row["b/val_acc"]]
     assert float(logged[-1]) == pytest.approx(merger.report.metrics["merged"]["b"]["val_acc"])
+
+
+def test_the_picture_goes_to_a_logger_that_takes_pictures(tmp_path: Path) -> None:
+    board = TensorBoardLogger(tmp_path)
+    merged_by(quiet_trainer(logger=board))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(board.log_dir).Reload()
+    assert events.Tags()["images"] == ["merge/report"]
+    assert "b/val_acc" in events.Tags()["scalars"]
+
+    class Images(CSVLogger):
+        """As Lightning's logger of Weights & Biases."""
+
+        seen: ClassVar[list[tuple[str, Any]]] = []
+
+        def log_image(self, key: str, images: list[Any]) -> None:
+            self.seen.append((key, images[0].shape))
+
+    merged_by(quiet_trainer(logger=Images(tmp_path)))
+    assert [key for key, _ in Images.seen] == ["merge/report"]
+    assert Images.seen[0][1][2] == 3
 
 
 def test_progress_is_shown_unless_the_users_bar_is_off(capsys: pytest.CaptureFixture[str]) -> None:
