@@ -28,9 +28,14 @@ ROWS: Mapping[str, str] = {
     "default, perturbed_copies=1": "chain(perturbed_copies=1)",
     "default, sensitivity": "chain(sensitivity=probabilities)",
     "default, private_biases": "chain(private_biases=True)",
-    "sensitivity, balance": "chain(sensitivity=probabilities, balance=worst)",
-    "sensitivity, balance, private_biases": "chain(sensitivity=probabilities, private_biases=True, balance=worst)",
-    "the same, perturbed_copies=1": (
+    "all: residual, sensitivity, balance, private_biases": (
+        "chain(sensitivity=probabilities, private_biases=True, balance=worst)"
+    ),
+    "all but residual": "chain(residual=False, sensitivity=probabilities, private_biases=True, balance=worst)",
+    "all but sensitivity": "chain(private_biases=True, balance=worst)",
+    "all but balance": "chain(sensitivity=probabilities, private_biases=True)",
+    "all but private_biases": "chain(sensitivity=probabilities, balance=worst)",
+    "all, perturbed_copies=1": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst, perturbed_copies=1)"
     ),
     JOINT: JOINT,
