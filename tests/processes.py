@@ -407,7 +407,7 @@ def test_what_comes_back_from_processes_of_their_own_is_a_folder(
     trainer = MergeTrainer(logger=False, enable_progress_bar=False, **forked)
     sources: Any = experts
     trainer.merge(Classifier(3), tasks, sources, output_dir=str(tmp_path / "merged"))
-    assert (tmp_path / "merged" / "a.ckpt").is_file()
+    assert (tmp_path / "merged" / "merged.ckpt").is_file()
     assert "Merge of 2 experts" in capfd.readouterr().out
 
 

@@ -345,7 +345,7 @@ def test_compiled_experts_come_from_checkpoints(tmp_path: Path) -> None:
     b = save_lightning(experts[1], tmp_path / "b.ckpt", lambda name: name.replace("_orig_mod.", ""))
     with torch.compiler.set_stance("force_eager"):
         callback = merge({"a": a, "b": b}, CompiledWrapper(), output_dir=str(tmp_path / "out"))
-    again = CompiledWrapper.load_from_checkpoint(tmp_path / "out" / "b.ckpt", weights_only=True)
+    again = CompiledWrapper.load_from_checkpoint(tmp_path / "out" / "merged.ckpt", weights_only=True)
     same(again, callback.modules["b"])
 
 
