@@ -10,8 +10,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +23,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import com_lightning as com
 from benchmarks.speed.contenders import watched
-from benchmarks.speed.timing import Timed, in_turn, ratios, spread
+from benchmarks.speed.timing import Timed, in_a_process, in_turn, ratios, spread
 
 SCALE, DENSITY = 0.3, 0.2
 RULES: dict[str, tuple[Callable[[], com.MergingMethod], dict[str, Any]]] = {
@@ -132,22 +130,12 @@ def run(models: Models, repeats: int, threads: int) -> Found | str:
 
 def _timed(who: str, rule: str, folder: str, experts: int, threads: int, peaks: list[float]) -> Timed:
     def seconds() -> float:
-        own = in_a_process(who, rule, folder, experts, threads)
+        sizes = ("--folder", folder, "--experts", experts, "--threads", threads)
+        own = in_a_process("benchmarks.speed.files", who, rule, *sizes)
         peaks.append(own["peak"])
         return own["seconds"]
 
     return seconds
-
-
-def in_a_process(who: str, rule: str, folder: str, experts: int, threads: int) -> dict[str, float]:
-    """Seconds, and bytes beyond what there was before."""
-    options = ["--folder", folder, "--experts", str(experts), "--threads", str(threads)]
-    command = [sys.executable, "-m", "benchmarks.speed.files", who, rule, *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{who} failed at {rule}:\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 def rows(found: Found) -> list[list[str]]:

@@ -7,14 +7,11 @@ merge runs in a process of its own, see :mod:`benchmarks.speed.contenders`.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from benchmarks.speed.contenders import Tower
-from benchmarks.speed.timing import Timed, in_turn, ratios, spread
+from benchmarks.speed.timing import Timed, in_a_process, in_turn, ratios, spread
 
 OURS = ("one-sided", "two-sided", "default")
 THEIRS = "FusionBench RegMean++"
@@ -29,7 +26,8 @@ def run(tower: Tower, repeats: int, threads: int) -> Found | str:
 
     def timed(name: str) -> Timed:
         def seconds() -> float:
-            found = _in_a_process(name, tower, threads)
+            sizes = [part for key, value in asdict(tower).items() for part in (f"--{key}", value)]
+            found = in_a_process("benchmarks.speed.contenders", name, *sizes, "--threads", threads)
             peaks[name].append(found["peak"])
             return found["seconds"]
 
@@ -37,16 +35,6 @@ def run(tower: Tower, repeats: int, threads: int) -> Found | str:
 
     seconds = in_turn({name: timed(name) for name in peaks}, repeats, "peers")
     return {name: {"seconds": seconds[name], "peak": peaks[name]} for name in peaks}
-
-
-def _in_a_process(name: str, tower: Tower, threads: int) -> dict[str, float]:
-    sizes = [part for key, value in asdict(tower).items() for part in (f"--{key}", str(value))]
-    command = [sys.executable, "-m", "benchmarks.speed.contenders", name, *sizes, "--threads", str(threads)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
-    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return result
 
 
 def rows(found: Found) -> list[list[str]]:

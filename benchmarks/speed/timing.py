@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
@@ -26,6 +28,15 @@ def in_turn(things: Mapping[str, Timed], repeats: int, what: str) -> dict[str, l
         told = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in found.items())
         print(f"{what}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
     return found
+
+
+def in_a_process(module: str, *arguments: object) -> dict[str, float]:
+    """What a module of the benchmark prints, as JSON in its last line, when it is run by itself."""
+    done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{module} {arguments[0]} failed:\n{done.stderr[-2000:]}")
+    result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return result
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
