@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from com_lightning.checkpoints import MergeError, folder_problems, read_checkpoint
+from com_lightning.core.sharing import matches_any
 from com_lightning.report import table
 from com_lightning.state_dicts import plain_state, some
 
@@ -195,7 +195,7 @@ def inspect(experts: Mapping[str, Path], base: Path | None = None, private: Sequ
         raise MergeError(problems)
     origin = states.pop("the base") if base else None
     first, *others = states.values()
-    names = [n for n in first if not any(fnmatchcase(n, p) or n == p or n.startswith(f"{p}.") for p in private)]
+    names = [n for n in first if not matches_any(n, private)]
     common = [n for n in names if all(n in o and o[n].shape == first[n].shape for o in others)]
     if not common:
         raise MergeError([f"inspect: {some(list(experts))} have no tensor in common, by name and shape"])

@@ -9,12 +9,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from benchmarks.lockstep import perturbed
+from benchmarks.memory import Watch
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import Rule, Task
 from com_lightning.core.sharing import average, named_tensors
@@ -63,36 +62,14 @@ class Tower:
         return base, experts, [torch.split(torch.randn(shape), self.batch_size) for _ in experts]
 
 
-class Watch(threading.Thread):
-    """The most memory that this process has, looked at every two milliseconds, without files that are mapped."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.most = self.start_size = self.now()
-        self.ended = False
-
-    def run(self) -> None:
-        while not self.ended:
-            self.most = max(self.most, self.now())
-            time.sleep(0.002)
-
-    @staticmethod
-    def now() -> int:
-        lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-        return int(lines["RssAnon"].split()[0]) * 1024
-
-
 @contextmanager
 def watched(found: dict[str, float]) -> Iterator[None]:
     """Seconds, and bytes beyond what there was, of what is done within."""
     watch = Watch()
-    watch.start()
     start = time.perf_counter()
     yield
     found["seconds"] = time.perf_counter() - start
-    watch.ended = True
-    watch.join()
-    found["peak"] = watch.most - watch.start_size
+    found["peak"] = watch.anonymous
 
 
 def ours(rule: Rule) -> Callable[[Tower, dict[str, float]], None]:
