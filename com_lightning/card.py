@@ -17,6 +17,8 @@ _PAPERS = {
     "TIES": ("TIES-Merging", "2306.01708"),
 }
 
+_WHOLE = "The whole report: `report.md`, `report.html`, `report.json`."
+
 
 def model_card(report: MergeReport, files: Sequence[str], kinds: Mapping[str, str]) -> str:
     """Experts, data, method, metrics, and how to load what was merged.
@@ -45,7 +47,30 @@ def model_card(report: MergeReport, files: Sequence[str], kinds: Mapping[str, st
         report.summary(),
         settings,
         "\n".join(f"> {warning}" for warning in report.warnings),
-        "The whole report: `report.md`, `report.html`, `report.json`.",
+        _WHOLE,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def pretrained_card(kind: str, source: str, made_by: str = "") -> str:
+    """The card of a transformers model that has been exported.
+
+    Args:
+        kind: its class.
+        source: what it was exported from.
+        made_by: the card of the merge, where it is known; what follows its first heading is taken over.
+    """
+    about = {"library_name": "transformers", "tags": ["merge", "model-merging"]}
+    _, _, rest = made_by.partition("\n# ")
+    rest, _, after = rest.partition("\n## How to load it\n")
+    _, _, after = after.partition("\n## How it was made\n")
+    loading = f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+    parts = [
+        f"---\n{yaml.safe_dump(about, sort_keys=False).strip()}\n---",
+        f"# {rest.strip()}" if rest else f"# {kind}, exported from {source}",
+        "## How to load it",
+        loading,
+        f"## How it was made\n{after}".rstrip().removesuffix(_WHOLE).rstrip() if after else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 

@@ -1,4 +1,4 @@
-"""The command line: Lightning's own, with ``merge`` and ``compare``, and ``inspect``."""
+"""The command line: Lightning's own, with ``merge`` and ``compare``; and ``inspect`` and ``export``."""
 
 from __future__ import annotations
 
@@ -20,19 +20,9 @@ from com_lightning.checkpoints import reason
 from com_lightning.core.peers import PeerError
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import MergeError
+from com_lightning.export import PRECISIONS, export
 from com_lightning.inspection import MOST, inspect, save
 from com_lightning.trainer import MergeTrainer
-
-
-class _Parser(LightningArgumentParser):
-    """Lets the flags of a subcommand be given without a value: ``--dry_run``."""
-
-    def add_method_arguments(self, *args: Any, **kwargs: Any) -> Any:
-        added = super().add_method_arguments(*args, **kwargs)
-        for action in self._actions:
-            if action.dest in added and action.default is False:
-                action.nargs, action.const = "?", True
-        return added
 
 
 class MergeCLI(LightningCLI):
@@ -45,7 +35,6 @@ class MergeCLI(LightningCLI):
     def __init__(self, model_class: Any = LightningModule, datamodule_class: Any = LightningDataModule, **kwargs: Any):
         defaults = {
             "trainer_class": MergeTrainer,
-            "parser_class": _Parser,
             "subclass_mode_model": model_class is LightningModule,
             "save_config_kwargs": {"overwrite": True},
             "auto_configure_optimizers": False,
@@ -63,6 +52,13 @@ class MergeCLI(LightningCLI):
             "validate": {"model", "dataloaders", "datamodule"},
             "test": {"model", "dataloaders", "datamodule"},
         }
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:  # so that a flag can be given without a value: `--dry_run`
+            if action.dest in self._subcommand_method_arguments[subcommand] and action.default is False:
+                action.nargs, action.const = "?", True
+        return parser
 
     def before_instantiate_classes(self) -> None:
         # LightningCLI gives every datamodule below `data` the hyperparameters of `data` itself; those of the tasks are
@@ -131,6 +127,20 @@ def run_inspect(args: Sequence[str]) -> None:
         print(f"{', '.join(save(found, options.output_dir))} written to {options.output_dir}.")
 
 
+def run_export(args: Sequence[str]) -> None:
+    """``com-lightning export``, which needs neither the module's class nor data."""
+    parser = argparse.ArgumentParser(
+        prog="com-lightning export", description="A folder for transformers' from_pretrained, with a model card."
+    )
+    parser.add_argument("source", type=Path, help="folder of a merge, or a checkpoint")
+    parser.add_argument("--output_dir", type=Path, required=True, help="where to; it does not exist yet")
+    parser.add_argument("--task", help="which, where the tasks of a merge have parameters of their own")
+    parser.add_argument("--base", type=Path, help="of a checkpoint: folder of a transformers model of the same class")
+    parser.add_argument("--precision", choices=list(PRECISIONS), help="of the weights (default: as they are)")
+    options = parser.parse_args(args)
+    print(f"written to {export(**vars(options))}; to publish it: hf upload NAME {options.output_dir}")
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
     if os.getcwd() not in sys.path:  # the user's project is found as `python -m` finds it
@@ -139,6 +149,8 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(given, list) and given[:1] == ["inspect"]:
             run_inspect(given[1:])
+        elif isinstance(given, list) and given[:1] == ["export"]:
+            run_export(given[1:])
         else:
             MergeCLI(args=args)
     except (MergeError, PeerError) as error:

@@ -35,6 +35,7 @@ from com_lightning.processes import peers_of, together
 from com_lightning.report import MergeReport
 from com_lightning.results import output_problems
 from com_lightning.splits import Splits, split
+from com_lightning.versions import eager
 from com_lightning.workplace import Workplace, write_whole
 
 
@@ -270,7 +271,7 @@ class Compare(Callback):
         data = self.splits.part("report", seed)
         tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.experts_stay)
         merged = average_shared(plan, device=trainer.strategy.root_device)
-        with torch.compiler.set_stance("force_eager"):  # as in a merge
+        with eager():  # as in a merge
             return _shift(measure_shift(tasks, merged, self._run(peers)))
 
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from com_lightning.core.sharing import matches_any, named_tensors, tied_names
 from com_lightning.kinship import foreign_values, unrelated_weights
 from com_lightning.pretrained import load_pretrained, pretrained_parts
 from com_lightning.state_dicts import fill, places, plain, plain_state, shape_of, some, submodule
+from com_lightning.versions import load_module
 from com_lightning.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
@@ -201,7 +201,7 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
     if not hooked and (rebuilt := _rebuilt(content, state, kind, label)) is not None:
         return rebuilt
     try:
-        return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        return load_module(kind, content, path)
     except Exception as error:
         raise MergeError(
             [
@@ -216,13 +216,10 @@ def _rebuilt(
 ) -> LightningModule | None:
     """A module built from the hyperparameters of a Lightning checkpoint, with the tensors of the mapped file. Names may
     differ by what wrapped the module, and vocabularies may have grown. ``None`` if there is more to it."""
-    buffer = io.BytesIO()
-    torch.save({**content, "state_dict": {}}, buffer)
-    buffer.seek(0)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that no weights are in it
-            expert = kind.load_from_checkpoint(buffer, map_location="cpu", weights_only=True, strict=False)
+            expert = load_module(kind, {**content, "state_dict": {}}, strict=False)
         state = plain_state(state)
         grow_to(expert, state)
         return None if fill(expert, state, label) else expert

@@ -33,6 +33,7 @@ from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.plan import MergePlan
 from com_lightning.report import MergeReport
 from com_lightning.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
+from com_lightning.versions import eager
 
 
 def execute(
@@ -74,7 +75,7 @@ def execute(
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
         run.journal.bind({**known, **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
-    with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
+    with eager():
         try:
             job = MergeJob(tasks, merged, run, plan.base, device)
             records = plan.method.merge(job)

@@ -16,6 +16,7 @@ from com_lightning.core.rule import Rule
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.merger import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
+from com_lightning.versions import eager
 
 
 def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:
@@ -35,7 +36,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     loggers, stage, module = trainer.loggers, trainer.state.stage, getattr(trainer, "datamodule", None)
     trainer.loggers, trainer.validating, trainer.datamodule = [DummyLogger()], True, data  # type: ignore[attr-defined]
     try:
-        with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
+        with torch.inference_mode(False), eager():
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
             gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0

@@ -156,7 +156,7 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
                 continue
             try:
                 part.save_pretrained(target)  # type: ignore[operator]
-                _save_tokenizer(module, part, target)
+                save_tokenizer(module, part, target)
             except ValueError as error:  # a generation config that it refuses, say; the checkpoints have all weights
                 rank_zero_warn(f"{name or 'the model'} is not written to {folder.name} ({error})")
 
@@ -178,7 +178,8 @@ def _without_adapters(module: nn.Module) -> nn.Module:
     return module
 
 
-def _save_tokenizer(module: nn.Module, part: nn.Module, target: Path) -> None:
+def save_tokenizer(module: nn.Module, part: nn.Module, target: Path) -> None:
+    """Write the tokenizer, or the files of it, that belongs to a transformers model of a module, where it is known."""
     from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
     for value in vars(module).values():

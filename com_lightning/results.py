@@ -32,6 +32,8 @@ from com_lightning.workplace import Workplace
 
 ALL = "merged"
 """Name of the checkpoint of all tasks, where they differ in nothing."""
+PRETRAINED = "transformers"
+"""Name of the folder of transformers models."""
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -106,7 +108,7 @@ def save_results(
         for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
             _save_checkpoint(merged, made / f"{name}.ckpt")
             _warn_of_what_lacks(merged, made / f"{name}.ckpt", set(shared))
-        save_pretrained(modules, shared, made / "transformers")
+        save_pretrained(modules, shared, made / PRETRAINED)
         texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
         for name, text in texts.items():
             (made / name).write_text(text, encoding="utf-8")
@@ -199,7 +201,7 @@ def _load_result(task: str, path: Path, model: LightningModule) -> LightningModu
     try:
         return load_expert(task, path, model)
     except MergeError:
-        pretrained = path.parent / "transformers" / task
+        pretrained = path.parent / PRETRAINED / task
         if not pretrained.is_dir():
             raise
         with warnings.catch_warnings():

@@ -104,7 +104,7 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
         twins = [name for name in state if name in ties and ties[name] == ties.get(key)]
         if twins:
             state[key] = state[twins[0]]
-    if strange := sorted(key for key in state.keys() - own.keys() if _is_peft(key)):
+    if strange := sorted(key for key in state.keys() - own.keys() if is_peft(key)):
         raise MergeError(
             [
                 f"{label}: the state dict of a PeftModel ({some(strange, most=1)}): save its adapter by "
@@ -128,7 +128,8 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
     return place
 
 
-def _is_peft(key: str) -> bool:
+def is_peft(key: str) -> bool:
+    """Whether a tensor of this name is from a PeftModel."""
     return key.startswith("base_model.model.") or bool({"base_layer", "lora_A", "lora_B"} & {*key.split(".")})
 
 

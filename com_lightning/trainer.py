@@ -267,7 +267,8 @@ class MergeTrainer(Trainer):
             merges = any(isinstance(callback, ChainOfMergesCallback) for callback in self.callbacks)  # type: ignore[attr-defined]
             if isinstance(datamodule, MergeDataModule) and not merges:
                 rank_zero_warn("only the first task is validated; to validate a merge on every task, give `merged`")
-            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+            options: dict[str, Any] = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.6
+            return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, **options)
         return self._evaluate_merged(model, datamodule, merged, verbose, "validate")
 
     def test(
@@ -295,7 +296,8 @@ class MergeTrainer(Trainer):
             As ``Trainer.test``; with ``merged`` one dictionary of metrics per task.
         """
         if merged is None:
-            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+            options: dict[str, Any] = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.6
+            return super().test(model, dataloaders, ckpt_path, verbose, datamodule, **options)
         return self._evaluate_merged(model, datamodule, merged, verbose, "test")
 
     def _evaluate_merged(

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError, TaskLoaders
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.experts import ExpertSource, load_expert, read_checkpoint, sort_parameters
+from com_lightning.versions import LOADS_SAFELY
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 TASKS = ("a", "b")
@@ -212,8 +213,9 @@ def test_checkpoints_are_always_loaded_safely(
     path = as_source(kind, pair["a"], tmp_path)
     monkeypatch.setattr(torch, "load", recorded)
     load_expert("a", path, Classifier())
-    assert calls
-    assert all(weights_only is True for weights_only in calls)
+    assert calls[0] is True
+    if LOADS_SAFELY:  # older Lightning makes a module from what has been read safely, in a file in memory
+        assert all(weights_only is True for weights_only in calls)
 
 
 def test_an_old_checkpoint_format_is_read(pair: dict[str, Classifier], tmp_path: Path) -> None:
@@ -256,11 +258,20 @@ def write_pickle(content: Any, path: Path) -> None:
     path.write_bytes(pickle.dumps(content, protocol=2))
 
 
+tells_keys = pytest.mark.skipif(
+    not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"), reason="PyTorch 2.5 tells what it refuses"
+)
+
+
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     ("write", "told"),
     [
-        (torch.save, ["hyper_parameters.optimizer.betas[1]", "mkdir", "plain values", "pass it in place of the path"]),
+        pytest.param(
+            torch.save,
+            ["hyper_parameters.optimizer.betas[1]", "mkdir", "plain values", "pass it in place of the path"],
+            marks=tells_keys,
+        ),
         (write_old, ["mkdir", "plain values"]),
         (write_pickle, ["safe loading refuses"]),
     ],
@@ -279,6 +290,7 @@ def test_a_payload_is_never_run(
         assert folder.exists()
 
 
+@tells_keys
 def test_all_refused_objects_of_a_file_are_named(pair: dict[str, Classifier], tmp_path: Path) -> None:
     content = torch.load(save_lightning(pair["a"], tmp_path / "expert.ckpt"), weights_only=True)
     content["hyper_parameters"].update(data=Path("x"), activation=nn.ReLU())
@@ -293,6 +305,7 @@ def test_all_refused_objects_of_a_file_are_named(pair: dict[str, Classifier], tm
 
 def test_a_class_that_the_user_allows_is_read(pair: dict[str, Classifier], tmp_path: Path) -> None:
     """What the message advises works."""
+    pytest.importorskip("torch", minversion="2.5")  # for safe_globals
     content = torch.load(save_lightning(pair["a"], tmp_path / "expert.ckpt"), weights_only=True)
     content["hyper_parameters"]["unused"] = type(Path())("x")
     torch.save(content, tmp_path / "expert.ckpt")

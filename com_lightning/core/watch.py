@@ -232,7 +232,10 @@ def name_of(function: Any) -> str:
 
 def plain(value: Any) -> Any:
     """A watched tensor as an ordinary one; anything else as it is."""
-    return value.as_subclass(Tensor) if isinstance(value, Watched) else value
+    if not isinstance(value, Watched):
+        return value
+    with torch._C.DisableTorchFunctionSubclass():  # as_subclass fails where a mode sees it, before PyTorch 2.5
+        return torch.ops.aten.alias.default(value)
 
 
 def watched_in(*values: Any) -> Iterator[Watched]:

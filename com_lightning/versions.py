@@ -1,0 +1,73 @@
+"""What differs between the versions of Lightning and PyTorch that are supported."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any, Optional, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule
+
+Module = TypeVar("Module", bound=LightningModule)
+
+LOADS_SAFELY = "weights_only" in signature(LightningModule.load_from_checkpoint).parameters  # Lightning 2.6
+_HYPER_PARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+@contextmanager
+def eager() -> Iterator[None]:
+    """Compiled modules run as they are written: a compiled forward does not pause at its layers."""
+    if hasattr(torch.compiler, "set_stance"):  # PyTorch 2.6
+        with torch.compiler.set_stance("force_eager"):
+            yield
+        return
+    from torch import _dynamo
+
+    _dynamo.reset()  # what is compiled already would be used
+    with _dynamo.config.patch(disable=True):
+        yield
+
+
+def load_module(
+    kind: type[Module], content: Mapping[str, Any], path: Optional[Path] = None, strict: Optional[bool] = None
+) -> Module:
+    """``kind.load_from_checkpoint``, which executes nothing that a file names, whatever the version of Lightning.
+
+    Before 2.6 Lightning unpickles what it loads, and before 2.6.6 it calls the function that hyperparameters name as
+    their instantiator, as those of LightningCLI do.
+
+    Args:
+        kind: the module's class.
+        content: the checkpoint's, as safe loading has read it.
+        path: of its file, from which the weights are read where that is safe; else from ``content``.
+        strict: as for ``load_from_checkpoint``.
+
+    Raises:
+        ValueError: if another function than LightningCLI's is to make the module, or one of another class.
+    """
+    for key in _HYPER_PARAMETERS:
+        if not isinstance(given := content.get(key), Mapping) or given.get("_instantiator") is None:
+            continue
+        if given["_instantiator"] != _INSTANTIATOR:
+            raise ValueError(f"{key} name {given['_instantiator']!r} to make the module, which is not called")
+        if (name := given.get("_class_path")) is not None and not _is_imported(name, kind):
+            raise ValueError(f"{key} name the class {name!r}, which is no {kind.__name__} that is imported")
+    if LOADS_SAFELY and path is not None:
+        return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, strict=strict)
+    file = io.BytesIO()
+    torch.save(dict(content), file)
+    file.seek(0)
+    options: dict[str, Any] = {"weights_only": True} if LOADS_SAFELY else {}
+    return kind.load_from_checkpoint(file, map_location="cpu", strict=strict, **options)
+
+
+def _is_imported(name: Any, kind: type) -> bool:
+    module, _, attribute = str(name).rpartition(".")
+    found = getattr(sys.modules.get(module), attribute, None)
+    return isinstance(found, type) and issubclass(found, kind)
