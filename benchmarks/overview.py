@@ -1,0 +1,91 @@
+"""The picture that the README opens with, from what the suites have measured: ``python -m benchmarks.overview``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from benchmarks.suites import make_suite
+from benchmarks.suites.ablation import ROWS
+from benchmarks.suites.pictures import GREY, WITH_DATA, WITHOUT
+from benchmarks.suites.results import Results
+from benchmarks.suites.tables import MAIN_SAMPLES
+
+SUITE = "images8"
+SHOWN = {
+    "average": "average",
+    "best of ten rules without data": "",
+    "RegMean": "regmean",
+    "RegMean++": "regmean_plus_plus",
+    "chain": "chain",
+    "… with sensitivity and balance": "chain(sensitivity=probabilities, balance=worst)",
+    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, balance=worst)",
+}
+"""Bar -> method."""
+TASKS = ("#4c72b0", "#dd8452", "#55a868")
+
+
+def draw(folder: Path, path: Path) -> None:
+    """Three experts becoming one, and how well that works on eight image tasks."""
+    figure = Figure(figsize=(12.4, 4.1), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
+    _scheme(left)
+    _bars(right, folder)
+    figure.savefig(path, dpi=150)
+
+
+def _box(axes: Axes, x: float, y: float, width: float, height: float, colour: str, label: str, shade: float) -> None:
+    style = "round,pad=0,rounding_size=0.06"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=colour, ec="none", alpha=shade))
+    axes.text(x + width / 2, y + height / 2, label, ha="center", va="center", fontsize=8.5)
+
+
+def _scheme(axes: Axes) -> None:
+    axes.set(xlim=(-0.2, 9.6), ylim=(-1.05, 4.5))
+    axes.axis("off")
+    for column, colour in enumerate(TASKS):
+        x = 1.25 * column
+        for row in range(4):
+            _box(axes, x, 0.85 * row, 1.05, 0.62, colour, f"layer {row + 1}", 0.55)
+        axes.text(x + 0.525, -0.3, f"task {'ABC'[column]}", ha="center", va="center", fontsize=9)
+    axes.text(1.77, 4.1, "experts: one base, fine-tuned", ha="center", va="center", fontsize=10)
+    for row in range(4):
+        done, now = row < 2, row == 2
+        _box(axes, 6.3, 0.85 * row, 1.9, 0.62, "#8172b3" if row < 3 else "#cccccc", f"layer {row + 1}", 0.75)
+        arrow = FancyArrowPatch((3.7, 0.85 * row + 0.31), (6.2, 0.85 * row + 0.31), arrowstyle="-|>", mutation_scale=11)
+        arrow.set(color="black" if now else "#bbbbbb", linewidth=1.4 if now else 0.8)
+        axes.add_patch(arrow)
+        told = "merged" if done else "being merged" if now else "still average"
+        axes.text(8.35, 0.85 * row + 0.31, told, va="center", fontsize=8.5, color="black" if now else "#777777")
+    axes.text(4.95, 2.17, "least squares", ha="center", va="bottom", fontsize=8.5)
+    axes.text(4.95, 1.86, "in closed form", ha="center", va="top", fontsize=8.5)
+    axes.text(7.25, 4.1, "one model", ha="center", va="center", fontsize=10)
+    up = FancyArrowPatch((7.25, -0.35), (7.25, -0.05), arrowstyle="-|>", mutation_scale=11, color="black")
+    axes.add_patch(up)
+    axes.text(7.25, -0.52, "a few hundred samples of each task, no labels", ha="center", va="center", fontsize=8.5)
+    axes.text(7.25, -0.92, "each layer is fitted to what the merged layers below it give", ha="center", fontsize=8.5)
+
+
+def _bars(axes: Axes, folder: Path) -> None:
+    suite = make_suite(SUITE)
+    found = Results(suite, folder / SUITE).rows(suite.folder(0).parent.name)
+    rows = {row.label: row for row in found if row.samples in (0, MAIN_SAMPLES)}
+    free = [row for row in found if row.samples == 0 and row.label not in (*ROWS.values(), "expert")]
+    bars = {label: rows[method] if method else max(free, key=lambda row: row.mean) for label, method in SHOWN.items()}
+    colours = [GREY, WITHOUT, *(WITH_DATA for _ in range(5))]
+    for position, (row, colour) in enumerate(zip(bars.values(), colours)):
+        axes.barh(position, 100 * row.mean, xerr=100 * row.spread, color=colour, height=0.68, error_kw={"lw": 1})
+        axes.text(100 * (row.mean + row.spread) + 1.5, position, f"{100 * row.mean:.0f}", va="center", fontsize=9)
+    axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 100)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title(f"eight image tasks in one small ViT: accuracy, % of the experts' ({MAIN_SAMPLES} samples a task)",
+                   fontsize=9.5, loc="right")  # fmt: skip
+
+
+if __name__ == "__main__":
+    draw(Path("benchmarks/results"), Path("docs/overview.png"))
