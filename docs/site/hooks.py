@@ -39,7 +39,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             waiting += [posixpath.normpath(posixpath.join(posixpath.dirname(path), to)) for _, to in LINK.findall(text)]
         if suffix in LANGUAGES:
             code = (ROOT / path).read_text(encoding="utf-8")
-            shown = f"---\nhide: [toc]\n---\n# {path}\n\n````{LANGUAGES[suffix]}\n{code}````\n"
+            shown = f"# {path}\n\n````{LANGUAGES[suffix]}\n{code}````\n"
             files.append(File.generated(config, f"{path}.md", content=shown))
         else:
             files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
@@ -47,6 +47,6 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
-    if page.file.src_uri.startswith("benchmarks/"):
-        page.meta["hide"] = ["toc"]  # the tables are wide
+    if page.file.src_uri.startswith("benchmarks/") or page.file.generated_by:  # wide tables of figures, and code
+        page.meta.update({"hide": ["toc"], "search": {"exclude": True}})
     return LINK.sub(lambda m: f"{m[1]}{m[2]}{'.md' if Path(m[2]).suffix in LANGUAGES else ''}", markdown)
