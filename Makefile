@@ -7,12 +7,12 @@ INSTALLED := $(VENV)/.com_lightning-$(shell cksum pyproject.toml | cut -d' ' -f1
 
 SUITES := images8 images8-resnet texts6 lm4 lora6
 
-.PHONY: demo test test-all lint bench bench-suites clean
+.PHONY: demo test test-all lint docs bench bench-suites clean
 
 demo: $(INSTALLED)
 	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
 
-test: lint
+test: lint docs
 	$(RUN)/python -m pytest -n 2 -m "not slow"
 
 test-all: lint
@@ -22,6 +22,10 @@ lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
+
+# Into build/site, to be opened from disk. The variable silences an advertisement that is printed at every start.
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --quiet
 
 bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.lockstep

@@ -2,8 +2,8 @@
 
 A layer type says how its input becomes rows ``(n, g, f)`` (``g`` independent groups of ``f`` inputs) and how its
 parameters become a weight ``(g, o, k)``, ``k = f + 1`` with a bias. Statistics and solver know nothing else about it.
-A new layer type is one class in this package and one entry in :data:`LAYER_TYPES`, or, if it is a
-function rather than a module, in :mod:`com_lightning.core.functions`.
+A new layer type is one class and one entry in :data:`LAYER_TYPES`, or, if it is a function rather than a module, in
+:mod:`com_lightning.core.functions`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
 
 __all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type", "own_parameters"]
 
-LAYER_TYPES: tuple[LayerType, ...] = (
+LAYER_TYPES: list[LayerType] = [
     Linear(),
     Bilinear(),
     Convolution(),
@@ -27,7 +27,8 @@ LAYER_TYPES: tuple[LayerType, ...] = (
     Embedding(),
     BatchNorm(),
     PerChannel(),
-)
+]
+"""The first type that matches is taken. Types of your own go to the front: ``LAYER_TYPES.insert(0, MyType())``."""
 
 
 def layer_type(module: nn.Module) -> LayerType | None:

@@ -39,8 +39,7 @@ class LayerType(ABC):
         """The arguments of one call as regression rows.
 
         Yields:
-            ``(rows, tokens)``: rows of shape ``(*lead, g, f)`` and whether their leading dimensions are positions that
-            a padding mask applies to.
+            Rows of shape ``(*lead, g, f)``, and whether their leading dimensions are positions of a padding mask.
         """
 
     @abstractmethod

@@ -1,0 +1,52 @@
+"""The site's files are the repository's, under their own paths, so that a relative link means one thing in both.
+
+Pages are README.md, what is in docs/ and benchmarks/results/, and whatever they link to: other pages, pictures, and
+files of code, which are shown as pages of their own.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
+
+ROOT = Path(__file__).parents[2]
+LANGUAGES = {".yaml": "yaml", ".py": "python", ".sh": "bash", ".cff": "yaml"}
+LINK = re.compile(r"(\]\()([^)\s#:]+)(?=[)#])")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    docs = Path(config.docs_dir)
+    for file in list(files):
+        if file.abs_src_path is not None and docs in Path(file.abs_src_path).parents:
+            files.remove(file)
+    starts = [ROOT / "README.md", *docs.rglob("*"), *(ROOT / "benchmarks" / "results").glob("*.md")]
+    waiting = [path.relative_to(ROOT).as_posix() for path in starts if path.suffix != ".py"]
+    seen: set[str] = set()
+    while waiting:
+        path = waiting.pop()
+        if path in seen or not (ROOT / path).is_file():  # MkDocs tells of links to what is not there
+            continue
+        seen.add(path)
+        suffix = Path(path).suffix
+        if suffix == ".md":
+            text = (ROOT / path).read_text(encoding="utf-8")
+            waiting += [posixpath.normpath(posixpath.join(posixpath.dirname(path), to)) for _, to in LINK.findall(text)]
+        if suffix in LANGUAGES:
+            code = (ROOT / path).read_text(encoding="utf-8")
+            shown = f"# {path}\n\n````{LANGUAGES[suffix]}\n{code}````\n"
+            files.append(File.generated(config, f"{path}.md", content=shown))
+        else:
+            files.append(File(path, str(ROOT), config.site_dir, config.use_directory_urls))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    if page.file.src_uri.startswith("benchmarks/") or page.file.generated_by:  # wide tables of figures, and code
+        page.meta.update({"hide": ["toc"], "search": {"exclude": True}})
+    return LINK.sub(lambda m: f"{m[1]}{m[2]}{'.md' if Path(m[2]).suffix in LANGUAGES else ''}", markdown)
