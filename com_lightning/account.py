@@ -18,6 +18,7 @@ def account(
     records: Sequence[LayerRecord],
     needs_data: bool,
     own: Collection[str] = (),
+    refitted: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[dict[str, str], dict[str, int]]:
     """Name of each parameter or buffer -> what became of it, and each kind -> number of values, as in
     :class:`~com_lightning.report.MergeReport`. Values that no data reached count as averaged, which they are.
@@ -28,13 +29,14 @@ def account(
         records: of all layers.
         needs_data: whether the method reads data at all.
         own: names of what each task keeps for itself, solved for it.
+        refitted: task -> names of what is private to it and was solved for the merged model.
     """
     expert = next(iter(experts.values()))
     ties = tied_names(expert)
     solved: dict[str, int] = {}
     notes = {record.name: record.note for record in records if record.note}
     by_rule = {ties[record.name]: record.kind for record in records if isinstance(record, ParameterRecord)}
-    for record in records:
+    for record in (record for record in records if record.task is None):
         for name, count in record.parameters.items() if not isinstance(record, ParameterRecord) else ():
             reached = count - count * record.idle // max(record.groups, 1)
             solved[ties[name]] = solved.get(ties[name], 0) + reached
@@ -70,6 +72,7 @@ def account(
     for task, names in parameters.private.items():
         own = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
         result.update(dict.fromkeys(names, "private"))
+        result.update(dict.fromkeys((refitted or {}).get(task, ()), "private, solved for its task"))
         sizes["private"] += sum(own[name].numel() for name in names)
     result.update(dict.fromkeys(parameters.folded, "folded"))
     return result, sizes

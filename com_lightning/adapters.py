@@ -14,6 +14,7 @@ from torch import nn
 
 from com_lightning.checkpoints import MergeError, MergeWarning, folder_problems, read_checkpoint, reason
 from com_lightning.state_dicts import plain, shape_of, some, submodule
+from com_lightning.versions import set_submodule
 
 CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -39,7 +40,7 @@ def unloaded(part: nn.Module, label: str) -> nn.Module:
             for name, layer in list(part.named_modules()):  # transformers' own `add_adapter`
                 if isinstance(layer, BaseTunerLayer):
                     layer.merge()
-                    part.set_submodule(name, layer.get_base_layer())
+                    set_submodule(part, name, layer.get_base_layer())
             return part
     except Exception as error:
         raise MergeError([f"{label}: its adapter cannot be folded into the weights ({reason(error)})"]) from error

@@ -355,7 +355,7 @@ class _Known:
 
 
 def _shift(records: Sequence[LayerRecord]) -> list[tuple[str, dict[str, float]]]:
-    return [(record.name, dict(record.distance)) for record in records if record.distance]
+    return [(record.name, dict(record.distance)) for record in records if record.distance and record.task is None]
 
 
 def _write_text(path: Path, text: str) -> None:

@@ -24,7 +24,7 @@ from com_lightning.core.sharing import matches_any, named_tensors, tied_names
 from com_lightning.kinship import foreign_values, unrelated_weights
 from com_lightning.pretrained import load_pretrained, pretrained_parts
 from com_lightning.state_dicts import fill, places, plain, plain_state, shape_of, some, submodule
-from com_lightning.versions import load_module
+from com_lightning.versions import load_module, set_submodule
 from com_lightning.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
@@ -317,11 +317,11 @@ def _align(expert: LightningModule, model: LightningModule) -> None:
     compiled = {plain(name): part for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
     for name, part in reversed(list(expert.named_modules())):  # what is inside before what is around it
         if isinstance(part, OptimizedModule) and plain(name) not in compiled:
-            expert.set_submodule(name, part._orig_mod)
+            set_submodule(expert, name, part._orig_mod)
     for place in sorted(compiled, key=len, reverse=True):
         found = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
         if found and not isinstance(found[1], OptimizedModule):
-            expert.set_submodule(found[0], _compiled(found[1], compiled[place]))
+            set_submodule(expert, found[0], _compiled(found[1], compiled[place]))
 
 
 def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:

@@ -86,7 +86,7 @@ def execute(
                     "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
                 )
             raise
-    modules = with_shared(plan, merged, job.own)
+    modules = with_shared(plan, merged, job.own, job.refitted)
     report = MergeReport(
         method=describe(plan.method),
         tasks=list(plan.experts),
@@ -101,7 +101,9 @@ def execute(
         resumed=run.journal.resumed,
         versions=_versions(),
     )
-    report.parameters, report.sizes = account(plan.experts, plan.parameters, records, plan.method.needs_data, job.own)
+    report.parameters, report.sizes = account(
+        plan.experts, plan.parameters, records, plan.method.needs_data, job.own, job.refitted
+    )
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     rule = getattr(plan.method, "rule", None)
@@ -183,15 +185,19 @@ def average_shared(
 
 
 def with_shared(
-    plan: MergePlan, shared: Mapping[str, Tensor], own: Mapping[str, Sequence[Tensor]] | None = None
+    plan: MergePlan,
+    shared: Mapping[str, Tensor],
+    own: Mapping[str, Sequence[Tensor]] | None = None,
+    refitted: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, LightningModule]:
     """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision, or, where there are
-    any of that name, its ``own``; the private ones are those of the expert."""
+    any of that name, its ``own``; the private ones are those of the expert, unless they were ``refitted``."""
     converted: dict[int, Tensor] = {}
     modules = {}
     for number, (task, expert) in enumerate(plan.experts.items()):
         tensors = {}
         values = {**shared, **{name: each[number] for name, each in (own or {}).items()}}
+        values.update((refitted or {}).get(task, {}))
         for name, tensor, _ in named_tensors(expert):
             if (value := values.get(name)) is not None:
                 if id(value) not in converted:

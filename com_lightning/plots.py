@@ -25,7 +25,8 @@ def draw(report: MergeReport) -> Any:
     except ImportError:
         return None
     kinds = [kind for kind in ("expert", "average", "merged") if kind in report.metrics]
-    shifts = {task: [layer.distance.get(task) for layer in report.layers] for task in report.tasks}
+    layers = [layer for layer in report.layers if layer.task is None]
+    shifts = {task: [layer.distance.get(task) for layer in layers] for task in report.tasks}
     with_shift = any(value is not None for values in shifts.values() for value in values)
     if not kinds and not with_shift:
         return None
@@ -52,7 +53,7 @@ def draw(report: MergeReport) -> Any:
             known = [(number, value) for number, value in enumerate(values) if value is not None]
             axes.plot([n for n, _ in known], [value for _, value in known], marker=".", linewidth=1, label=task)
         for number, value in _spikes(shifts):
-            name = report.layers[number].name or "(root)"
+            name = layers[number].name or "(root)"
             axes.annotate(name, (number, value), xytext=(0, 3), textcoords="offset points", fontsize=7, ha="center")
         axes.set_xlabel("layer, in the order of merging")
         axes.set_ylabel("relative distance to the expert's input")

@@ -17,6 +17,7 @@ from com_lightning.adapters import adapter_parameters
 from com_lightning.checkpoints import MergeError, folder_problems
 from com_lightning.core.sharing import copy_module
 from com_lightning.state_dicts import plain, some
+from com_lightning.versions import set_submodule
 
 CONFIG = "config.json"
 _TOKENIZER_FILES = (
@@ -174,7 +175,7 @@ def _without_adapters(module: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")  # that the adapters have been folded already
         for name, part in list(module.named_modules()):
             if isinstance(part, PeftModel):
-                module.set_submodule(name, part.merge_and_unload())
+                set_submodule(module, name, part.merge_and_unload())
     return module
 
 

@@ -12,6 +12,7 @@ from typing import Any, Optional, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import nn
 
 Module = TypeVar("Module", bound=LightningModule)
 
@@ -65,6 +66,12 @@ def load_module(
     file.seek(0)
     options: dict[str, Any] = {"weights_only": True} if LOADS_SAFELY else {}
     return kind.load_from_checkpoint(file, map_location="cpu", strict=strict, **options)
+
+
+def set_submodule(module: nn.Module, name: str, part: nn.Module) -> None:
+    """``module.set_submodule(name, part)``, which PyTorch 2.5 brings."""
+    holder, _, own = name.rpartition(".")
+    setattr(module.get_submodule(holder), own, part)
 
 
 def _is_imported(name: Any, kind: type) -> bool:

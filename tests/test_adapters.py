@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.core.sharing import named_tensors
 from com_lightning.experts import ExpertSource, load_expert
+from com_lightning.versions import eager
 from tests.helpers import FEATURES, quiet_trainer
 from tests.test_formats import Net, Wrapper
 from tests.test_pretrained import TextModule, make_bert, make_texts
@@ -115,7 +116,7 @@ def test_adapters_of_plain_networks(tmp_path: Path) -> None:
         model = Wrapper()
         model.net = torch.compile(copy.deepcopy(net)) if compiled else copy.deepcopy(net)
         expert = load_expert("a", tmp_path, model)
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with torch.no_grad(), eager():
             torch.testing.assert_close(expert(x), expected(x))
 
 

@@ -22,6 +22,7 @@ from torchvision.models import mobilenet_v3_small
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.experts import ExpertSource, load_expert
 from com_lightning.state_dicts import places, plain_state
+from com_lightning.versions import eager
 from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer
 
 
@@ -99,7 +100,7 @@ def save_lightning(module: LightningModule, path: Path, rename: Callable[[str], 
 def same(actual: nn.Module, expected: nn.Module) -> None:
     """The two compute the same."""
     x = torch.randn(5, FEATURES)
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    with torch.no_grad(), eager():
         torch.testing.assert_close(actual.eval()(x), expected.eval()(x), rtol=0, atol=0)
 
 
@@ -326,7 +327,7 @@ def test_compiled_models_are_merged_as_others_are(make: Callable[[], Any], monke
     sources: list[Any] = [{"a": a, "b": b.state_dict()}, {"a": compiled, "b": torch.compile(copy.deepcopy(b))}]
     for experts in sources:
         model = make()
-        with torch.compiler.set_stance("force_eager"):  # compiling for validation takes long, and is not ours
+        with eager():  # compiling for validation takes long, and is not ours
             found = merge(experts, model)
         for task in "ab":
             state = plain_state(found.modules[task].state_dict())
@@ -342,7 +343,7 @@ def test_compiled_experts_come_from_checkpoints(tmp_path: Path) -> None:
         expert.net._orig_mod.load_state_dict(net.state_dict())
     a = save_lightning(experts[0], tmp_path / "a.ckpt")
     b = save_lightning(experts[1], tmp_path / "b.ckpt", lambda name: name.replace("_orig_mod.", ""))
-    with torch.compiler.set_stance("force_eager"):
+    with eager():
         callback = merge({"a": a, "b": b}, CompiledWrapper(), output_dir=str(tmp_path / "out"))
     again = CompiledWrapper.load_from_checkpoint(tmp_path / "out" / "merged.ckpt", weights_only=True)
     same(again, callback.modules["b"])

@@ -28,6 +28,7 @@ ROWS: Mapping[str, str] = {
     "default, perturbed_copies=1": "chain(perturbed_copies=1)",
     "default, sensitivity": "chain(sensitivity=probabilities)",
     "default, private_biases": "chain(private_biases=True)",
+    "default, refit_private": "chain(refit_private=True)",
     "all: residual, sensitivity, balance, private_biases": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst)"
     ),
@@ -35,6 +36,8 @@ ROWS: Mapping[str, str] = {
     "all but sensitivity": "chain(private_biases=True, balance=worst)",
     "all but balance": "chain(sensitivity=probabilities, private_biases=True)",
     "all but private_biases": "chain(sensitivity=probabilities, balance=worst)",
+    "all, refit_private": ("chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"),
+    "all but private_biases, refit_private": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
     "all, perturbed_copies=1": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst, perturbed_copies=1)"
     ),

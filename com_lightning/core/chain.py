@@ -40,6 +40,7 @@ def merge_layers(
     run: Run | None = None,
     base: Mapping[str, Tensor] | None = None,
     own: Mapping[str, Sequence[Tensor]] | None = None,
+    fixed: Mapping[str, Tensor] | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -55,6 +56,8 @@ def merge_layers(
             is the base.
         own: name of what each task keeps for itself -> one tensor for each, written in place, see
             :func:`~com_lightning.core.private.own_tensors`.
+        fixed: full name of what else the merged model has in place of what the experts have, and is not merged here ->
+            tensor.
 
     Returns:
         The layers that were reached, in the order of merging, and then what was used but has no closed form. A tied
@@ -70,7 +73,7 @@ def merge_layers(
             tasks = with_copies(tasks, rule.perturbed_copies, run.peers)
         corrected = rule.residual and rule.streams == ("merged", "expert")
         writers = find_writers(tasks, merged, run) if corrected else {}
-        chain = _Chain(tasks, merged, importance, rule, run, base, own, writers)
+        chain = _Chain(tasks, merged, importance, rule, run, base, own, writers, fixed)
         if rule.sensitivity:
             chain.roots = roots(tasks, merged, rule.sensitivity, run.peers, run.quiet)
         return chain.run()
@@ -87,13 +90,14 @@ class _Chain:
         base: Mapping[str, Tensor] | None = None,
         own: Mapping[str, Sequence[Tensor]] | None = None,
         writers: Mapping[str, Sequence[Source]] | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.roots: Mapping[str, Sequence[Tensor | None]] = {}
         """Of the matrices by which errors in a layer's outputs count, for each task."""
         self.peers, self.journal, self.on_layer, self.owner = run.peers, run.journal, run.on_layer, 0
         self.tasks, self.importance, self.rule = tasks, importance, rule
         self.bad = BadBatches(tasks, run)
-        self.models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None, own)
+        self.models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None, own, fixed)
         self.uses = Uses(self.models)
         self.pager = None if run.memory_budget is None else Pager(run.memory_budget, self.models.device)
         self.writes = {name: Writes() for name in self.models.merged}

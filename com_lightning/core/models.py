@@ -47,6 +47,7 @@ class Models:
         streams: Sequence[Stream],
         base: Mapping[str, Tensor] | None = None,
         own: Mapping[str, Sequence[Tensor]] | None = None,
+        fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
         own = own or {}
         self.candidates: dict[str, Candidate] = {}
@@ -82,7 +83,7 @@ class Models:
         self.running: dict[tuple[int, Stream], Running] = {}
         self.computed: dict[str, Tensor] = {}
         for number, placement in enumerate(placements):
-            values = {**merged, **{name: tensors[number] for name, tensors in own.items()}}
+            values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in own.items()}}
             for stream in streams:
                 model = Running.of(placement, stream, values, tasks[number].stays, converted)
                 self.running[number, stream] = model

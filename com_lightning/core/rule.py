@@ -81,6 +81,8 @@ class Rule:
             :mod:`~com_lightning.core.sensitivity` has it; ``None``: all alike.
         private_biases: each task keeps biases and normalisation parameters for itself, see
             :mod:`~com_lightning.core.private`.
+        refit_private: solve the layers of each task that are not shared for the merged model, see
+            :mod:`~com_lightning.core.refitting`.
         perturbed_copies: of each calibration batch, to calibrate with besides, see
             :mod:`~com_lightning.core.perturbation`.
         balance: give more importance to tasks whose inputs have drifted more, layer by layer (only if the rule is
@@ -96,6 +98,7 @@ class Rule:
     residual: bool = False
     sensitivity: Distance | None = None
     private_biases: bool = False
+    refit_private: bool = False
     perturbed_copies: int = 0
     balance: Balance | None = None
 
@@ -113,6 +116,7 @@ class LayerRecord:
 
     Attributes:
         name, kind: the layer and its type.
+        task: the one that it belongs to, where it is private.
         parameters: full name of each parameter that was solved -> how many of its values were.
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
@@ -159,6 +163,7 @@ class LayerRecord:
     corrected_for: list[str] = field(default_factory=list)
     uncorrected: int = 0
     shared_with: str | None = None
+    task: str | None = None
     seconds: float = 0.0
     solving: float = 0.0
     note: str | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
@@ -75,3 +75,24 @@ class Run:
     on_bad_batch: Literal["raise", "skip"] = "raise"
     skipped: list[SkippedBatch] = field(default_factory=list)
     quiet: bool = True
+
+    def alone(self, task: str) -> Run:
+        """The same for layers that one task has for itself; where they are told of, its name is added to theirs."""
+        suffix = f" of {task}"
+
+        def report(record: LayerRecord) -> None:
+            record.name, record.task = record.name + suffix, task
+            self.on_layer(record)
+
+        return replace(self, on_layer=report, journal=_PartOfJournal(self.journal, suffix), skipped=[])
+
+
+class _PartOfJournal(Journal):
+    def __init__(self, whole: Journal, suffix: str) -> None:
+        self._whole, self._suffix = whole, suffix
+
+    def get(self, layer: str) -> Solved | None:
+        return self._whole.get(layer + self._suffix)
+
+    def add(self, layer: str, solved: Solved) -> None:
+        self._whole.add(layer + self._suffix, solved)

@@ -30,6 +30,8 @@ class MergeJob:
             elsewhere, so that they need not fit there.
         own: name of what is shared by default -> its value for each task, where the method has found that it is better
             kept apart; filled by the method.
+        refitted: task -> name of what is private to it -> its value, where the method has solved it for the merged
+            model; filled by the method.
         used: task -> how many calibration samples were used, where the method has not used them all.
     """
 
@@ -39,6 +41,7 @@ class MergeJob:
     base: Mapping[str, Tensor] | None = None
     device: torch.device | None = None
     own: dict[str, list[Tensor]] = field(default_factory=dict)
+    refitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     used: dict[str, int] = field(default_factory=dict)
 
 

@@ -8,6 +8,7 @@ from typing import Dict, Literal, Optional, Union
 
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.private import own_tensors
+from com_lightning.core.refitting import refit
 from com_lightning.core.rule import HELD_OUT, Balance, Distance, LayerRecord, Rule
 from com_lightning.methods.base import MergeJob, MergingMethod
 from com_lightning.methods.enough import merge_with_enough
@@ -28,7 +29,12 @@ class ClosedForm(MergingMethod):
         weights = self.weights([task.name for task in job.tasks])
         if self.rule.private_biases:
             job.own.update(own_tensors(job.tasks, job.merged))
-        return merge_layers(job.tasks, job.merged, weights, self.rule, job.run, job.base, job.own)
+        records = merge_layers(job.tasks, job.merged, weights, self.rule, job.run, job.base, job.own)
+        if self.rule.refit_private:
+            refitted, found = refit(job.tasks, job.merged, job.own, self.rule, job.run)
+            job.refitted.update(found)
+            records += refitted
+        return records
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         found = super().problems(tasks)
@@ -37,6 +43,8 @@ class ClosedForm(MergingMethod):
             found.append(f"ridge: must be 0 or more, and finite, or '{HELD_OUT}', got {ridge!r}")
         if self.rule.balance and len(self.rule.streams) < 2:
             found.append("balance: needs target='expert', which tells how far the inputs of a layer have drifted")
+        if self.rule.refit_private and len(self.rule.streams) < 2:
+            found.append("refit_private: needs target='expert', or else private layers are right as they are")
         if self.enough is not None and not 0 < self.enough < 1:
             found.append(f"enough: must be between 0 and 1, got {self.enough}")
         if self.enough is not None and len(self.rule.streams) < 2:
@@ -77,6 +85,9 @@ class ChainOfMerges(ClosedForm):
         private_biases: each task keeps biases and normalisation parameters of its own, solved for it (beyond the paper,
             see :mod:`com_lightning.core.private`). For models that know their task when they are used, as they do if
             each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
+        refit_private: once the shared layers are merged, solve the private ones, heads say, for the features of the
+            merged model (beyond the paper, see :mod:`com_lightning.core.refitting`). The result has no more parameters;
+            it takes one more forward of the experts and the merged model.
         perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
             and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples, and
             best with ``sensitivity``: cost and memory are those of as many more.
@@ -97,6 +108,7 @@ class ChainOfMerges(ClosedForm):
         residual: bool = True,
         sensitivity: Optional[Distance] = None,
         private_biases: bool = False,
+        refit_private: bool = False,
         perturbed_copies: int = 0,
         balance: Optional[Balance] = None,
         enough: Optional[float] = None,
@@ -110,6 +122,7 @@ class ChainOfMerges(ClosedForm):
             residual=residual,
             sensitivity=sensitivity,
             private_biases=private_biases,
+            refit_private=refit_private,
             perturbed_copies=perturbed_copies,
             balance=balance,
         )

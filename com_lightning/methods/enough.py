@@ -43,6 +43,7 @@ def merge_with_enough(job: MergeJob, merge: Callable[[MergeJob], list[LayerRecor
             for name, tensor in start.items():
                 job.merged[name].copy_(tensor)
         job.own.clear()
+        job.refitted.clear()
         tasks = [_between(task, 0, end) for task, end in zip(job.tasks, ends)]
         records = merge(replace(job, tasks=tasks, run=own))
         job.used.update({task.name: sum(run.peers.exchange(_samples(task))) for task in tasks})

@@ -1,0 +1,83 @@
+"""Private layers, solved once more for what the merged model gives them.
+
+A layer that one task has for itself, its head say, was trained on the features of the expert, and meets those of the
+merged model. Once the shared layers are merged, it is solved for them, for each task alone:
+
+    W = argmin 1 / N  sum_n s_n || W x̂_n - W_i x_n ||² + l || W - W_i ||²
+
+with ``x̂`` its input in the merged model, ``x`` and ``W_i`` those of the expert, and ``s`` and ``l`` as in the chain.
+No labels are needed, and the model has no more parameters than without. It goes beyond Chain of Merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from com_lightning.core.candidates import candidates
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.run import Run
+from com_lightning.core.sharing import named_tensors
+
+
+def refit(
+    tasks: Sequence[Task],
+    merged: Mapping[str, Tensor],
+    own: Mapping[str, Sequence[Tensor]],
+    rule: Rule,
+    run: Run,
+) -> tuple[list[LayerRecord], dict[str, dict[str, Tensor]]]:
+    """Solve the private layers of each task. It takes one more forward of the expert and of the merged model.
+
+    Args:
+        tasks: the experts and their calibration data.
+        merged: name of what is shared -> its merged value.
+        own: name of what each task keeps for itself, of what would be shared -> one tensor for each.
+        rule: that the shared layers were solved by; two-sided, or else the experts' layers solve it as they are.
+        run: how it is carried out.
+
+    Returns:
+        The layers, each with its task in its name, and task -> name -> tensor of what was solved.
+    """
+    records: list[LayerRecord] = []
+    found: dict[str, dict[str, Tensor]] = {}
+    device = next(iter(merged.values())).device if merged else None
+    # Each task by itself: there is nothing to balance, and no prediction between the last layers and their outputs.
+    rule = replace(rule, private_biases=False, balance=None, sensitivity=None)
+    for number, task in enumerate(tasks):
+        fixed = {**merged, **{name: each[number] for name, each in own.items()}}
+        private = {name: _copy(tensor).to(device) for name, tensor in _private(task.expert, fixed).items()}
+        if not private:
+            continue
+        part = run.alone(task.name)
+        new = merge_layers([_without(task, run)], private, [1.0], rule, part, fixed=fixed)
+        run.skipped += part.skipped
+        records += new
+        solved = {name for record in new for name in (*record.parameters, *record.buffers)}
+        found[task.name] = {name: tensor for name, tensor in private.items() if name in solved}
+    return records, found
+
+
+def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Parameters, and buffers of layers, that are not shared."""
+    everything = list(named_tensors(expert))
+    private = {n: t for n, t, _ in everything if n not in shared and t.is_floating_point()}
+    buffers = {name for layer in candidates(expert, private).values() for name in layer.buffers.values()}
+    parameters = {name for name, _, is_parameter in everything if is_parameter}
+    return {name: tensor for name, tensor in private.items() if name in parameters | buffers}
+
+
+def _without(task: Task, run: Run) -> Task:
+    """A task without the batches that have been skipped."""
+    skipped = {entry.batch for entry in run.skipped if entry.task == task.name}
+    kept = [place for place, number in enumerate(task.batch_numbers) if number not in skipped]
+    numbers = [task.batch_numbers[place] for place in kept]
+    return replace(task, batches=[task.batches[place] for place in kept], numbers=numbers)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    value = tensor.detach().clone()
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

@@ -1,0 +1,132 @@
+"""``refit_private``: the layers of a task that are not shared, solved for the merged model."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.refitting import refit
+from com_lightning.core.rule import Rule, Task
+from com_lightning.core.run import Run
+from com_lightning.core.sharing import named_tensors
+from tests.helpers import Classifier, built, make_data, perturb, quiet_trainer
+
+
+def make_experts(noise: float = 0.5) -> list[nn.Sequential]:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3))
+    experts = []
+    for seed in range(2):
+        expert = copy.deepcopy(base)
+        expert[4] = nn.Linear(8, 3 + seed)  # a head of its own
+        perturb(expert, noise, seed=seed)
+        experts.append(expert.eval())
+    return experts
+
+
+def make_tasks(experts: list[nn.Sequential], batches: int = 4) -> list[Task]:
+    generator = torch.Generator().manual_seed(9)
+    return [
+        Task(f"task {n}", expert, [torch.randn(32, 6, generator=generator) for _ in range(batches)])
+        for n, expert in enumerate(experts)
+    ]
+
+
+def merged_and_refitted(experts: list[nn.Sequential], run: Run | None = None, **rule: Any) -> Any:
+    tasks = make_tasks(experts)
+    states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts]
+    merged: dict[str, Tensor] = {n: (states[0][n] + states[1][n]).detach() / 2 for n in states[0] if "4" not in n}
+    settings = Rule(**{"ridge": 1e-6, "normalize": False, **rule})
+    merge_layers(tasks, merged, [0.5, 0.5], settings, run)
+    records, found = refit(tasks, merged, {}, settings, run or Run())
+    return tasks, merged, records, found
+
+
+def test_it_is_the_least_squares_solution() -> None:
+    experts = make_experts()
+    tasks, merged, records, found = merged_and_refitted(experts)
+    assert [(record.name, record.task) for record in records] == [("4 of task 0", "task 0"), ("4 of task 1", "task 1")]
+    for task, expert in zip(tasks, experts):
+        student = nn.Sequential(*expert)
+        x = torch.cat(list(task.batches))
+        with torch.no_grad():
+            target = expert(x)
+            features = torch.func.functional_call(nn.Sequential(*student[:4]), dict(merged), (x,))
+        rows = torch.cat([features, torch.ones(len(x), 1)], 1).double()
+        best = torch.linalg.lstsq(rows, target.double()).solution.T
+        mine = torch.cat([found[task.name]["4.weight"], found[task.name]["4.bias"][:, None]], 1)
+        torch.testing.assert_close(mine.double(), best, rtol=1e-3, atol=1e-3)
+
+
+def test_nothing_changes_where_nothing_was_lost() -> None:
+    expert = make_experts()[0]
+    _, _, _, found = merged_and_refitted([expert, expert])
+    for name, tensor in found["task 0"].items():
+        torch.testing.assert_close(tensor, expert.get_parameter(name).data, rtol=1e-4, atol=1e-5)
+
+
+def test_the_experts_are_left_alone() -> None:
+    experts = make_experts()
+    before = [{n: t.clone() for n, t in expert.state_dict().items()} for expert in experts]
+    merged_and_refitted(experts)
+    for expert, state in zip(experts, before):
+        torch.testing.assert_close(dict(expert.state_dict()), state, rtol=0, atol=0)
+
+
+def test_skipped_batches_stay_out_and_are_told_of_once() -> None:
+    experts = make_experts()
+    tasks = make_tasks(experts)
+    tasks[0].batches[1][0, 0] = float("nan")
+    run = Run(on_bad_batch="skip")
+    merged: dict[str, Tensor] = {n: t.clone() for n, t in experts[0].state_dict().items() if "4" not in n}
+    merge_layers(tasks, merged, [0.5, 0.5], Rule(), run)
+    records, _ = refit(tasks, merged, {}, Rule(), run)
+    assert len(run.skipped) == 1
+    assert [record.rows for record in records] == [{"task 0": 96}, {"task 1": 128}]
+
+
+def make_classifiers() -> dict[str, Classifier]:
+    return dict(zip("ab", built(Classifier, 2, 0.4)))  # type: ignore[arg-type]
+
+
+def merge(output_dir: Path | None = None, **settings: Any) -> ChainOfMergesCallback:
+    data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, samples=60)
+    callback = ChainOfMergesCallback(
+        make_classifiers(),
+        ChainOfMerges(**settings),
+        private=["head"],
+        output_dir=str(output_dir) if output_dir else None,
+        baselines=False,
+    )
+    quiet_trainer(callbacks=[callback]).validate(Classifier(), datamodule=data, verbose=False)
+    return callback
+
+
+@pytest.mark.parametrize("more", [{}, {"private_biases": True}, {"sensitivity": "numbers"}, {"ridge": "held_out"}])
+def test_heads_come_closer_to_what_the_experts_give(more: dict[str, Any], tmp_path: Path) -> None:
+    plain, refitted = merge(**more), merge(tmp_path / "merged", refit_private=True, **more)
+    for seed, task in enumerate("ab"):
+        x = make_data(seed).val_dataloader().dataset.tensors[0]
+        old, new, expert = (modules[task] for modules in (plain.modules, refitted.modules, make_classifiers()))
+        torch.testing.assert_close(old.get_parameter("body.3.weight"), new.get_parameter("body.3.weight"))
+        with torch.no_grad():
+            errors = [(module(x) - expert(x)).square().mean() for module in (new, old)]
+        assert errors[0] < 0.9 * errors[1]
+    report = refitted.report
+    assert report is not None
+    assert report.parameters["head.weight"] == "private, solved for its task"
+    assert [layer.name for layer in report.layers][-2:] == ["head of a", "head of b"]
+    again = Classifier.load_from_checkpoint(tmp_path / "merged" / "b.ckpt", weights_only=True)
+    torch.testing.assert_close(again.head.weight, refitted.modules["b"].get_parameter("head.weight"))
+
+
+def test_one_sided_is_refused() -> None:
+    with pytest.raises(MergeError, match="refit_private: needs target='expert'"):
+        merge(target="merged", refit_private=True)
