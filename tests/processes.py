@@ -31,6 +31,7 @@ from com_lightning.core.chain import merge_layers
 from com_lightning.core.lockstep import running
 from com_lightning.core.peers import PeerError, Peers, ProcessGroup
 from com_lightning.core.private import own_tensors
+from com_lightning.core.refitting import refit
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, SkippedBatch, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import named_tensors
@@ -75,9 +76,16 @@ def merge(tasks: list[Task], rule: Rule, peers: Peers) -> Result:
     merged = averages([task.expert for task in tasks])
     own = own_tensors(tasks, merged) if rule.private_biases else {}
     part = share(tasks, peers.rank, peers.size)
+    if rule.refit_private:
+        merged = {name: tensor for name, tensor in merged.items() if not name.startswith("last")}
     records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), own=own)
+    found = dict[str, dict[str, Tensor]]()
+    if rule.refit_private:
+        refitted, found = refit(part, merged, own, rule, Run(peers=peers))
+        records += refitted
     return {
         **merged,
+        **{f"{name} of {task}": tensor for task, each in found.items() for name, tensor in each.items()},
         **{f"{name} of {n}": tensor for name, each in own.items() for n, tensor in enumerate(each)},
     }, records
 
@@ -114,6 +122,7 @@ def zoo(name: str) -> list[Task]:
 
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
 RULES["private biases"] = Rule(private_biases=True, residual=True)
+RULES["refitted"] = Rule(refit_private=True)
 RULES["perturbed copies"] = Rule(perturbed_copies=2)
 RULES["balance"] = Rule(balance="worst")
 RULES["held out"] = Rule(ridge="held_out")

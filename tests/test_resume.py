@@ -91,6 +91,17 @@ def test_the_same_merge_goes_on(unfinished: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+def test_refitted_heads_go_on(tmp_path: Path) -> None:
+    method = ChainOfMerges(refit_private=True)
+    interrupt(tmp_path / "out", 4, method=method)  # the first of two heads is done
+    callback, whole = (merge(tmp_path / name, method=method) for name in ("out", "whole"))
+    assert callback.report.resumed == 4
+    for task in "ab":
+        ours, theirs = callback.modules[task].state_dict(), whole.modules[task].state_dict()
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert without_time(callback.report.layers) == without_time(whole.report.layers)
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
