@@ -7,7 +7,7 @@ INSTALLED := $(VENV)/.com_lightning-$(shell cksum pyproject.toml | cut -d' ' -f1
 
 SUITES := images8 images8-resnet texts6 lm4 lora6
 
-.PHONY: demo test test-all lint docs bench bench-suites clean
+.PHONY: demo test test-all test-oldest lint docs bench bench-suites clean
 
 demo: $(INSTALLED)
 	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
@@ -17,6 +17,12 @@ test: lint docs
 
 test-all: lint
 	$(RUN)/python -m pytest -n 2
+
+# The oldest versions that are supported, with Python 3.10, in an environment of their own.
+test-oldest:
+	test -x $(VENV)-oldest/bin/python || python3.10 -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint tests/oldest.txt
+	$(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow"
 
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
