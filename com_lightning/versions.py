@@ -31,8 +31,11 @@ def eager() -> Iterator[None]:
     from torch import _dynamo
 
     _dynamo.reset()  # what is compiled already would be used
-    with _dynamo.config.patch(disable=True):
-        yield
+    try:
+        with _dynamo.config.patch(disable=True):
+            yield
+    finally:
+        _dynamo.reset()  # and what has been left alone would be left alone for good
 
 
 def load_module(
