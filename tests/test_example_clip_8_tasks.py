@@ -13,7 +13,14 @@ import torch
 import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionModel, TokenizersBackend
+from transformers import (
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPVisionModel,
+    PreTrainedTokenizerFast,
+)
 
 from com_lightning.cli import main
 from examples.clip_8_tasks.data import TaskData, clip_transform
@@ -30,16 +37,16 @@ QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
 
 def tiny_tokenizer() -> Any:
     """Words for tokens, and CLIP's marks around a text."""
-    tokenizer = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    marks = ["<start>", "<end>", "<unk>"]
+    tokenizer: Any = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    start, end, unknown = marks = ["<start>", "<end>", "<unk>"]
     texts = [t.format(name) for prompts in CLASSES.values() for t in prompts.templates for name in prompts.names]
     tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=marks))
-    pair = [(mark, tokenizer.token_to_id(mark)) for mark in marks[:2]]
-    tokenizer.post_processor = processors.TemplateProcessing(  # type: ignore[assignment]
-        single="<start> $A <end>", special_tokens=pair
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{start} $A {end}", special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (start, end)]
     )
-    return TokenizersBackend(tokenizer_object=tokenizer, bos_token=marks[0], eos_token=marks[1], pad_token=marks[1])
+    kind: Any = PreTrainedTokenizerFast
+    return kind(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end, unk_token=unknown)
 
 
 def tiny_clip(folder: Path) -> Path:

@@ -59,7 +59,7 @@ def open_images(task: str, train: bool, root: str, folder: Optional[str] = None)
     if task in TORCHVISION:
         return TORCHVISION[task](root, train)
     try:
-        from datasets import load_dataset
+        from datasets import load_dataset  # type: ignore[import-not-found, unused-ignore]
     except ImportError as error:
         raise ImportError(f"{task} is read from the Hugging Face Hub: pip install datasets") from error
     return load_dataset(HUB[task], split=split)

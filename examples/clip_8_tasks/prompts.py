@@ -48,7 +48,8 @@ def zero_shot_head(clip: Any, tokenizer: Any, prompts: Prompts) -> Tensor:
         batch = tokenizer(texts, padding=True, return_tensors="pt").to(clip.device)
         embeddings = clip.text_projection(clip.text_model(**batch).pooler_output)
         rows.append(normalize(normalize(embeddings, dim=-1).mean(dim=0), dim=0))
-    return torch.stack(rows) * clip.logit_scale.exp()
+    head: Tensor = torch.stack(rows) * clip.logit_scale.exp()
+    return head
 
 
 def class_numbers(names: Sequence[str], known: Sequence[str]) -> list[int]:
