@@ -48,9 +48,10 @@ class ChainOfMergesCallback(Callback):
 
     Args:
         experts: task -> its expert: a Lightning checkpoint (rebuilt by the model's class from its hyperparameters); a
-            state dict or safetensors file; a folder that transformers' or PEFT's ``save_pretrained`` has written; or a
-            module or state dict in memory, of the whole model or of a part of it. Relative paths are relative to the
-            working directory. Nothing in a file is executed.
+            state dict or safetensors file; a folder that transformers' or PEFT's ``save_pretrained`` has written, or
+            the name of such a model on the Hugging Face Hub (``"hf://owner/name"``); or a module or state dict in
+            memory, of the whole model or of a part of it. Relative paths are relative to the working directory. Nothing
+            in a file is executed.
         method: the merging rule; :class:`~com_lightning.ChainOfMerges` by default.
         private: patterns of parameters that stay with their task (``"head"``, ``"*.classifier.*"``), all others being
             shared. By default those are private that differ in name or shape.

@@ -112,15 +112,15 @@ def run_inspect(args: Sequence[str]) -> None:
         prog="com-lightning inspect", description="How far apart experts are, before anything is merged."
     )
     parser.add_argument("experts", nargs="+", metavar="[NAME=]CKPT", help="checkpoint, state dict or model folder")
-    parser.add_argument("--base", type=Path, help="what they were fine-tuned from")
+    parser.add_argument("--base", help="what they were fine-tuned from")
     parser.add_argument("--private", nargs="+", default=[], metavar="PATTERN", help="parameters to leave out")
     parser.add_argument("--output_dir", type=Path, help="for all layers as a table, as JSON and as a picture")
     options = parser.parse_args(args)
-    experts: dict[str, Path] = {}
+    experts: dict[str, str | Path] = {}
     for given in options.experts:
         name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
         name = name or (Path(path).stem if Path(path).is_file() else Path(path).name)
-        experts[name if name not in experts else path] = Path(path)
+        experts[name if name not in experts else path] = path
     found = inspect(experts, options.base, options.private)
     print(found.to_markdown(MOST))
     if options.output_dir:

@@ -30,8 +30,8 @@ from com_lightning.vocabulary import grow_to
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
 
 ExpertSource = Union[str, Path, nn.Module, Mapping[str, Tensor]]
-"""A checkpoint, state dict or safetensors file; a folder of ``save_pretrained`` (transformers or PEFT); a module or a
-state dict in memory."""
+"""A checkpoint, state dict or safetensors file; a folder of ``save_pretrained`` (transformers or PEFT), or the name of
+one on the Hub (``hf://owner/name``, see :mod:`com_lightning.hub`); a module or a state dict in memory."""
 
 _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 

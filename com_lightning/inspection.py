@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from com_lightning.checkpoints import MergeError, folder_problems, read_checkpoint
 from com_lightning.core.sharing import matches_any
+from com_lightning.hub import local_folders
 from com_lightning.report import table
 from com_lightning.state_dicts import plain_state, some
 
@@ -171,11 +172,14 @@ def _conflict(whole: LayerDistance) -> str:
     )
 
 
-def inspect(experts: Mapping[str, Path], base: Path | None = None, private: Sequence[str] = ()) -> Inspection:
+def inspect(
+    experts: Mapping[str, str | Path], base: str | Path | None = None, private: Sequence[str] = ()
+) -> Inspection:
     """Compare checkpoints.
 
     Args:
-        experts: name -> Lightning checkpoint, state dict, safetensors file, or folder of ``save_pretrained``.
+        experts: name -> Lightning checkpoint, state dict, safetensors file, or folder of ``save_pretrained``, or its
+            name on the Hub (``hf://owner/name``).
         base: what they were fine-tuned from, likewise; it may be a part of the experts' modules, the transformers model
             in them, say.
         private: patterns of parameters to leave out.
@@ -185,10 +189,11 @@ def inspect(experts: Mapping[str, Path], base: Path | None = None, private: Sequ
     """
     if len(experts) < 2:
         raise MergeError([f"inspect: needs two or more experts, got {len(experts)}"])
-    states, problems = dict[str, dict[str, Tensor]](), list[str]()
-    for name, path in [*experts.items(), *([("the base", base)] if base else [])]:
+    states = dict[str, dict[str, Tensor]]()
+    local, problems = local_folders({**experts, **({"the base": base} if base else {})})
+    for name, path in local.items():
         try:
-            states[name] = _tensors(path)
+            states[name] = _tensors(Path(path))
         except MergeError as error:
             problems += error.problems
     if problems:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +20,7 @@ from com_lightning.core.layers import own_parameters
 from com_lightning.core.sharing import named_tensors, size_of, tied_names
 from com_lightning.datamodule import MergeDataModule
 from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
+from com_lightning.hub import local_folders
 from com_lightning.kinship import non_finite_weights
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.report import table
@@ -135,7 +137,8 @@ def make_plan(
 
     Args:
         model: a module of the experts' class.
-        sources: task -> where its expert comes from.
+        sources: task -> where its expert comes from. Names on the Hub are looked up, all of them, before any is
+            downloaded.
         data: of the same tasks, set up; ``None``: none is at hand, and the method must need none.
         method: the rule.
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
@@ -170,12 +173,17 @@ def make_plan(
         if not task or task.startswith(".") or not all(c.isalnum() or c in "-_. " for c in task) or len(task) > 60:
             found.append(f"experts: '{task}' cannot name a file; use at most 60 letters, digits, '-', '_' and '.'")
     found += method.problems(known) + (data.problems() if data is not None else [])
+    wanted: dict[str, Any] = {f"expert '{task}'": source for task, source in sources.items()}
+    local, absent = local_folders({**wanted, "base": base} if method.needs_base else wanted)
+    found += absent
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
     with collected_warnings() as warnings:
         for task in [*(t for t in known if t in sources), *(t for t in sources if t not in known)]:
+            if (label := f"expert '{task}'") not in local:
+                continue
             try:
-                experts[task] = load_expert(task, sources[task], model, as_stored=True)
+                experts[task] = load_expert(task, local[label], model, as_stored=True)
                 stored[task] = take_precision(experts[task], model)
             except MergeError as error:
                 found += error.problems
@@ -191,9 +199,9 @@ def make_plan(
             found += _unlike(model, *next(iter(experts.items())))
     parameters.warnings[:0] = warnings
     origin: dict[str, Tensor] | None = None
-    if method.needs_base and parameters.shared:
+    if "base" in local and parameters.shared:
         try:
-            origin, odd = load_base(base, model, experts, parameters.shared, grow_vocabulary)
+            origin, odd = load_base(local["base"], model, experts, parameters.shared, grow_vocabulary)
             parameters.warnings += odd
         except MergeError as error:
             found += error.problems

@@ -61,8 +61,8 @@ class MergeTrainer(Trainer):
             datamodule: a MergeDataModule, the data of all tasks. Without it, nothing is validated, and the method must
                 be one that needs no data.
             experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file, or a folder that
-                transformers' or PEFT's save_pretrained has written. Relative paths are relative to the working
-                directory.
+                transformers' or PEFT's save_pretrained has written, or the name of such a model on the Hugging Face
+                Hub (hf://owner/name). Relative paths are relative to the working directory.
             method: the merging rule; ChainOfMerges by default.
             private: patterns of parameters that stay with their task ("head", "*.classifier.*"), all others being
                 shared. By default those are private that differ in name or shape.
