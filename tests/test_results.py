@@ -128,14 +128,15 @@ def test_checkpoints_are_what_was_validated(result: Result, tmp_path: Path) -> N
     callback, folder = result
     script = """
 import json, sys
+from com_lightning.versions import LOADS_SAFELY
 from tests.helpers import Classifier, make_data, quiet_trainer
+safe = {"weights_only": True} if LOADS_SAFELY else {}
 found = {}
 for task, classes, seed in (("a", 3, 0), ("b", 4, 1)):
     path = f"{sys.argv[1]}/{task}.ckpt"
     module, data = Classifier.load_from_checkpoint(path, weights_only=True), make_data(seed, classes)
     loaded = quiet_trainer().validate(module, datamodule=data, verbose=False)
-    by_path = quiet_trainer().validate(Classifier(classes), datamodule=data, ckpt_path=path, verbose=False,
-                                       weights_only=True)
+    by_path = quiet_trainer().validate(Classifier(classes), datamodule=data, ckpt_path=path, verbose=False, **safe)
     found[task] = [loaded[0], by_path[0], module.hparams.classes, all(p.requires_grad for p in module.parameters())]
 print("FOUND" + json.dumps(found))
 """
