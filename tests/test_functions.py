@@ -218,6 +218,9 @@ def route(x: Tensor) -> tuple[Tensor, Tensor]:
     return F.pad(x, (0, 2))[choice.argsort(stable=True)], counts.cumsum(0).to(torch.int32)
 
 
+has_grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="PyTorch 2.10 brings it")
+
+
 def grouped(x: Tensor, w: Tensor) -> Tensor:
     rows, ends = route(x)
     return F.grouped_mm(rows, w.mT, offs=ends)
@@ -229,6 +232,7 @@ def looped(x: Tensor, w: Tensor) -> Tensor:
     return torch.cat([F.linear(part, w[n]) for n, part in enumerate(parts) if len(part)])
 
 
+@has_grouped
 def test_experts_in_one_tensor_are_regressions_of_their_own_and_the_idle_ones_averaged() -> None:
     experts, batches = experts_of(lambda: Before(grouped, w=(4, 8, 8))), data(16, 5, 6)
     rule = Rule(target="merged", normalize=False, ridge=1e-9)
@@ -373,7 +377,7 @@ def test_padding_does_not_count_in_sums_and_products() -> None:
 
 
 @pytest.mark.parametrize("rule", [Rule(), Rule(target="merged"), Rule(inputs="expert")])
-@pytest.mark.parametrize("function", [looped, grouped])
+@pytest.mark.parametrize("function", [looped, pytest.param(grouped, marks=has_grouped)])
 def test_functions_pause_in_lockstep_as_in_the_naive_chain(function: Function, rule: Rule) -> None:
     def whole(x: Tensor, p: Tensor, w: Tensor) -> Tensor:
         return function(x + p, w)
