@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergingMethod, RegMean, RegMeanPlusPlus
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.refitting import refit
 from com_lightning.core.rule import Rule, Task
@@ -96,11 +97,11 @@ def make_classifiers() -> dict[str, Classifier]:
     return dict(zip("ab", built(Classifier, 2, 0.4)))  # type: ignore[arg-type]
 
 
-def merge(output_dir: Path | None = None, **settings: Any) -> ChainOfMergesCallback:
+def merge(method: MergingMethod, output_dir: Path | None = None) -> ChainOfMergesCallback:
     data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, samples=60)
     callback = ChainOfMergesCallback(
         make_classifiers(),
-        ChainOfMerges(**settings),
+        method,
         private=["head"],
         output_dir=str(output_dir) if output_dir else None,
         baselines=False,
@@ -109,9 +110,20 @@ def merge(output_dir: Path | None = None, **settings: Any) -> ChainOfMergesCallb
     return callback
 
 
-@pytest.mark.parametrize("more", [{}, {"private_biases": True}, {"sensitivity": "numbers"}, {"ridge": "held_out"}])
-def test_heads_come_closer_to_what_the_experts_give(more: dict[str, Any], tmp_path: Path) -> None:
-    plain, refitted = merge(**more), merge(tmp_path / "merged", refit_private=True, **more)
+METHODS: list[Callable[[bool], MergingMethod]] = [
+    lambda on: ChainOfMerges(refit_private=on),
+    lambda on: ChainOfMerges(refit_private=on, private_biases=True),
+    lambda on: ChainOfMerges(refit_private=on, sensitivity="numbers"),
+    lambda on: ChainOfMerges(refit_private=on, ridge="held_out"),
+    lambda on: ChainOfMerges("merged", refit_private=on),
+    lambda on: RegMean(refit_private=on),
+    lambda on: RegMeanPlusPlus(refit_private=on),
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_heads_come_closer_to_what_the_experts_give(method: Callable[[bool], MergingMethod], tmp_path: Path) -> None:
+    plain, refitted = merge(method(False)), merge(method(True), tmp_path / "merged")
     for seed, task in enumerate("ab"):
         x = make_data(seed).val_dataloader().dataset.tensors[0]
         old, new, expert = (modules[task] for modules in (plain.modules, refitted.modules, make_classifiers()))
@@ -125,8 +137,3 @@ def test_heads_come_closer_to_what_the_experts_give(more: dict[str, Any], tmp_pa
     assert [layer.name for layer in report.layers][-2:] == ["head of a", "head of b"]
     again = Classifier.load_from_checkpoint(tmp_path / "merged" / "b.ckpt", weights_only=True)
     torch.testing.assert_close(again.head.weight, refitted.modules["b"].get_parameter("head.weight"))
-
-
-def test_one_sided_is_refused() -> None:
-    with pytest.raises(MergeError, match="refit_private: needs target='expert'"):
-        merge(target="merged", refit_private=True)

@@ -19,6 +19,8 @@ ROWS: Mapping[str, str] = {
     "average": "average",
     "RegMean": "regmean",
     "RegMean++": "regmean_plus_plus",
+    "RegMean, refit_private": "regmean(refit_private=True)",
+    "RegMean++, refit_private": "regmean_plus_plus(refit_private=True)",
     "chain, one-sided": "one_sided",
     "chain, two-sided": "chain(residual=False)",
     "residual (the default)": "chain",

@@ -36,7 +36,8 @@ def refit(
         tasks: the experts and their calibration data.
         merged: name of what is shared -> its merged value.
         own: name of what each task keeps for itself, of what would be shared -> one tensor for each.
-        rule: that the shared layers were solved by; two-sided, or else the experts' layers solve it as they are.
+        rule: that the shared layers were solved by. Its normalisation, ridge and residual streams are those of private
+            layers, too; these are solved two-sided in any case, or else they would stay as they are.
         run: how it is carried out.
 
     Returns:
@@ -45,8 +46,7 @@ def refit(
     records: list[LayerRecord] = []
     found: dict[str, dict[str, Tensor]] = {}
     device = next(iter(merged.values())).device if merged else None
-    # Each task by itself: there is nothing to balance, and no prediction between the last layers and their outputs.
-    rule = replace(rule, private_biases=False, balance=None, sensitivity=None)
+    rule = Rule(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):
         fixed = {**merged, **{name: each[number] for name, each in own.items()}}
         private = {name: _copy(tensor).to(device) for name, tensor in _private(task.expert, fixed).items()}

@@ -43,8 +43,6 @@ class ClosedForm(MergingMethod):
             found.append(f"ridge: must be 0 or more, and finite, or '{HELD_OUT}', got {ridge!r}")
         if self.rule.balance and len(self.rule.streams) < 2:
             found.append("balance: needs target='expert', which tells how far the inputs of a layer have drifted")
-        if self.rule.refit_private and len(self.rule.streams) < 2:
-            found.append("refit_private: needs target='expert', or else private layers are right as they are")
         if self.enough is not None and not 0 < self.enough < 1:
             found.append(f"enough: must be between 0 and 1, got {self.enough}")
         if self.enough is not None and len(self.rule.streams) < 2:
@@ -140,13 +138,18 @@ class RegMean(ClosedForm):
         normalize: count each row by its direction rather than its size; the paper does not.
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+        refit_private: as for :class:`ChainOfMerges`; the paper leaves private layers as they are.
     """
 
     def __init__(
-        self, normalize: bool = False, importance: Optional[Dict[str, float]] = None, ridge: float = 0.01
+        self,
+        normalize: bool = False,
+        importance: Optional[Dict[str, float]] = None,
+        ridge: float = 0.01,
+        refit_private: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("expert", "merged", normalize, ridge)
+        self.rule = Rule("expert", "merged", normalize, ridge, refit_private=refit_private)
 
 
 class RegMeanPlusPlus(ClosedForm):
@@ -162,10 +165,15 @@ class RegMeanPlusPlus(ClosedForm):
         normalize: count each row by its direction rather than its size; the paper does not.
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
+        refit_private: as for :class:`ChainOfMerges`; the paper leaves private layers as they are.
     """
 
     def __init__(
-        self, normalize: bool = False, importance: Optional[Dict[str, float]] = None, ridge: float = 0.01
+        self,
+        normalize: bool = False,
+        importance: Optional[Dict[str, float]] = None,
+        ridge: float = 0.01,
+        refit_private: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("merged", "merged", normalize, ridge)
+        self.rule = Rule("merged", "merged", normalize, ridge, refit_private=refit_private)
