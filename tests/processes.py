@@ -61,6 +61,7 @@ def _process(rank: int, size: int, store: str, work: Callable[[Peers], Any], fol
     except BaseException as error:
         result = error
     torch.save(result, f"{folder}/{rank}.pt")
+    dist.barrier()  # or else the others may wait for good, before PyTorch 2.6
     dist.destroy_process_group()
 
 
