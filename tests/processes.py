@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -121,6 +122,8 @@ def zoo(name: str) -> list[Task]:
     return [Task(f"task{n}", e.double(), b, zoo_run) for n, (e, b) in enumerate(zip(experts, cast))]
 
 
+NOTES = sys.version_info >= (3, 11)  # exceptions have them
+
 RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
 RULES["private biases"] = Rule(private_biases=True, residual=True)
 RULES["refitted"] = Rule(refit_private=True)
@@ -199,7 +202,7 @@ def test_a_process_that_fails_ends_all_with_its_message(culprit: int, tmp_path: 
     assert isinstance(results[culprit], ValueError)
     assert isinstance(results[1 - culprit], PeerError)
     assert f"process {culprit} of 2 failed: ValueError: this batch is broken" in str(results[1 - culprit])
-    assert f"batch {2 + culprit}" in str(results[1 - culprit])
+    assert f"batch {2 + culprit}" in str(results[1 - culprit]) or not NOTES
 
 
 def _die(culprit: int) -> None:
@@ -299,6 +302,8 @@ def test_a_process_that_is_killed_ends_all_within_seconds(place: str, size: int,
         told = (tmp_path / f"{rank}.txt").read_text()
         # A validation of Lightning's own raises what Lightning raises, with our words as a note.
         assert told.startswith("PeerError: ") or place == "validation", told
+        if place == "validation" and not NOTES:
+            continue
         assert "has ended without a word: it was killed, most often because memory ran out" in told
         assert f"{culprit} of {size} (pid {hosts[culprit].pid} on " in told
         assert size > 2 or f"process {culprit} of" in told
