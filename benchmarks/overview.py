@@ -15,22 +15,28 @@ from benchmarks.suites.results import Results
 from benchmarks.suites.tables import MAIN_SAMPLES
 
 SUITE = "images8"
-SHOWN = {
+AS_THEY_ARE = {
     "average": "average",
     "best of ten rules without data": "",
     "RegMean": "regmean",
     "RegMean++": "regmean_plus_plus",
     "chain": "chain",
-    "… with sensitivity and balance": "chain(sensitivity=probabilities, balance=worst)",
-    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, balance=worst)",
+    "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=worst)",
 }
-"""Bar -> method."""
+REFITTED = {
+    "RegMean": "regmean(refit_private=True)",
+    "RegMean++": "regmean_plus_plus(refit_private=True)",
+    "chain": "chain(refit_private=True)",
+    "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
+    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)",
+}
+"""Bar -> method, for heads as the experts have them, and solved for the merged model."""
 TASKS = ("#4c72b0", "#dd8452", "#55a868")
 
 
 def draw(folder: Path, path: Path) -> None:
     """Three experts becoming one, and how well that works on eight image tasks."""
-    figure = Figure(figsize=(12.4, 4.1), layout="constrained")
+    figure = Figure(figsize=(12.4, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     _scheme(left)
     _bars(right, folder)
@@ -74,13 +80,21 @@ def _bars(axes: Axes, folder: Path) -> None:
     found = Results(suite, folder / SUITE).rows(suite.folder(0).parent.name)
     rows = {row.label: row for row in found if row.samples in (0, MAIN_SAMPLES)}
     free = [row for row in found if row.samples == 0 and row.label not in (*ROWS.values(), "expert")]
-    bars = {label: rows[method] if method else max(free, key=lambda row: row.mean) for label, method in SHOWN.items()}
-    colours = [GREY, WITHOUT, *(WITH_DATA for _ in range(5))]
-    for position, (row, colour) in enumerate(zip(bars.values(), colours)):
-        axes.barh(position, 100 * row.mean, xerr=100 * row.spread, color=colour, height=0.68, error_kw={"lw": 1})
-        axes.text(100 * (row.mean + row.spread) + 1.5, position, f"{100 * row.mean:.0f}", va="center", fontsize=9)
-    axes.set_yticks(range(len(bars)), list(bars), fontsize=9)
-    axes.invert_yaxis()
+    groups = (AS_THEY_ARE, "heads as they are"), (REFITTED, "heads refitted")
+    position, places, labels = 0.0, list[float](), list[str]()
+    for bars, what in groups:
+        axes.text(-2, position, what, ha="right", va="center", fontsize=9, fontweight="bold")
+        for label, method in bars.items():
+            position += 1
+            row = rows[method] if method else max(free, key=lambda row: row.mean)
+            colour = GREY if method == "average" else WITH_DATA if method else WITHOUT
+            axes.barh(position, 100 * row.mean, xerr=100 * row.spread, color=colour, height=0.72, error_kw={"lw": 1})
+            axes.text(100 * (row.mean + row.spread) + 1.5, position, f"{100 * row.mean:.0f}", va="center", fontsize=8.5)
+            places.append(position)
+            labels.append(label)
+        position += 1.1
+    axes.set_yticks(places, labels, fontsize=8.5)
+    axes.set_ylim(position - 0.4, -0.7)
     axes.set_xlim(0, 100)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"eight image tasks in one small ViT: accuracy, % of the experts' ({MAIN_SAMPLES} samples a task)",
