@@ -10,6 +10,7 @@ from com_lightning.core.rule import LayerRecord
 from com_lightning.core.sharing import named_tensors, tied_names
 from com_lightning.experts import Parameters
 from com_lightning.methods import ParameterRecord
+from com_lightning.report import PRIVATE_REFITTED, PRIVATE_SOLVED
 
 
 def account(
@@ -50,7 +51,7 @@ def account(
         if name not in shared:
             continue
         if name in own:
-            result[name] = "private, solved for each task"
+            result[name] = PRIVATE_SOLVED
             sizes["private"] += len(experts) * tensor.numel()
             continue
         first, count = ties[name], solved.get(ties[name], 0)
@@ -72,7 +73,7 @@ def account(
     for task, names in parameters.private.items():
         own = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
         result.update(dict.fromkeys(names, "private"))
-        result.update(dict.fromkeys((refitted or {}).get(task, ()), "private, solved for its task"))
+        result.update(dict.fromkeys((refitted or {}).get(task, ()), PRIVATE_REFITTED))
         sizes["private"] += sum(own[name].numel() for name in names)
     result.update(dict.fromkeys(parameters.folded, "folded"))
     return result, sizes

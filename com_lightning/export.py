@@ -3,10 +3,14 @@ export``."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any, Optional
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from com_lightning.card import pretrained_card
@@ -58,25 +62,28 @@ def export(
         raise MergeError(problems + error.problems) from error
     if problems:
         raise MergeError(problems)
-    part: Any = _taken(*found)
-    if precision:
-        part = part.to(PRECISIONS[precision])
-
+    folder, checkpoint = found
+    dtype = PRECISIONS[precision] if precision else None
+    part: Any = _taken(folder, checkpoint) if checkpoint else None
     whole = next(
         (path / "README.md" for path in (source, *source.parents[:3]) if (path / "report.json").is_file()), None
     )
     merged_card = whole.read_text(encoding="utf-8") if whole is not None and whole.is_file() else ""
 
     def write(made: Path) -> None:
-        part.save_pretrained(made)
-        save_tokenizer(part, part, made)
-        card = pretrained_card(type(part).__name__, source.name, merged_card)
+        if part is None:
+            _copy(folder, made, dtype)
+        else:
+            (part.to(dtype) if dtype else part).save_pretrained(made)
+            save_tokenizer(part, part, made)
+        kind = json.loads((made / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+        card = pretrained_card(kind[0], source.name, merged_card)
         (made / "README.md").write_text(card, encoding="utf-8")
 
     workplace = Workplace(output_dir)
     try:
         workplace.publish(write)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise MergeError([f"output_dir: {output_dir} could not be written ({error})"]) from error
     finally:
         workplace.close()
@@ -101,10 +108,27 @@ def _found(source: Path, task: str | None, base: Path | None) -> tuple[Path, Pat
     return base, source
 
 
-def _taken(folder: Path, checkpoint: Path | None) -> nn.Module:
+def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
+    """The files of a model, in another precision."""
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() or path.suffix == ".md":
+            continue
+        if dtype is None or path.suffix not in (".json", ".safetensors"):
+            shutil.copyfile(path, made / path.name)
+        elif path.suffix == ".safetensors":
+            tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
+            save_file(tensors, made / path.name, {"format": "pt"})
+        else:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if path.name == CONFIG:
+                content["torch_dtype" if "torch_dtype" in content else "dtype"] = str(dtype).removeprefix("torch.")
+            elif "weight_map" in content:  # of a model in several files
+                content.get("metadata", {}).pop("total_size", None)
+            (made / path.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _taken(folder: Path, checkpoint: Path) -> nn.Module:
     part = load_pretrained(folder, str(folder))
-    if checkpoint is None:
-        return part
     state = plain_state(read_checkpoint(checkpoint)["state_dict"])
     if adapted := sorted(filter(is_peft, state)):
         raise MergeError(

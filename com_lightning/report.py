@@ -13,6 +13,9 @@ from com_lightning.core.rule import LayerRecord, SkippedBatch
 
 Metrics = Mapping[str, float]
 
+PRIVATE_SOLVED, PRIVATE_REFITTED = "private, solved for each task", "private, solved for the merged model"
+"""What became of a parameter that would be shared by default, and of one that is private anyway."""
+
 _COMPARED = ("average", "merged")
 _ERRORS = {"bpb", "bpc", "cer", "err", "mae", "mape", "mse", "nll", "ppl", "rmse", "wer"}
 
@@ -174,9 +177,11 @@ class MergeReport:
         else:
             both = f"{sum(o or 0 for o in overlaps)} of them in all are among those validated"
         data = f"{told} calibration samples per task ({both})" if told else "no calibration data"
-        private = [name for name, kind in self.parameters.items() if kind == "private"]
+        private = [name for name, kind in self.parameters.items() if kind in ("private", PRIVATE_REFITTED)]
         told_private = [*private[:4], *["..."] * (len(private) > 4)]
-        if own := sum(kind.startswith("private, solved") for kind in self.parameters.values()):
+        if refitted := sum(kind == PRIVATE_REFITTED for kind in self.parameters.values()):
+            told_private.append(f"{refitted} of them solved for the merged model")
+        if own := sum(kind == PRIVATE_SOLVED for kind in self.parameters.values()):
             told_private.append(f"{own} biases and norms solved for each")
         names = f" ({', '.join(told_private)})" if told_private else ""
         phrases = {"private": f"private to their tasks{names}", "buffer": "in buffers that stay as they are"}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, BertForSequenceClassification
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from com_lightning import MergeError
 from com_lightning.cli import main
@@ -74,6 +74,18 @@ def test_of_a_checkpoint_with_adapters(experts: dict[str, Any], tmp_path: Path) 
     module.net = get_peft_model(make_bert(), LoraConfig(r=2, target_modules=["query"]))
     with pytest.raises(MergeError, match=r"the weights of a PeftModel .* export the folder of the merge"):
         export(save(module, tmp_path / "expert.ckpt"), tmp_path / "out", base=experts["spam"])
+
+
+def test_of_a_model_that_its_class_would_not_load_alone(tmp_path: Path) -> None:
+    """Without the pooler that the class has by default, which no configuration tells."""
+    net: Any = BertModel(make_bert().config, add_pooling_layer=False)
+    net.save_pretrained(tmp_path / "net", max_shard_size="5KB")
+    export(tmp_path / "net", tmp_path / "out", precision="float16")
+    loaded: Any = BertModel.from_pretrained(tmp_path / "out", add_pooling_layer=False, output_loading_info=True)
+    again, told = loaded
+    assert not told["missing_keys"]
+    assert {value.dtype for value in again.parameters()} == {torch.float16}
+    torch.testing.assert_close(again.state_dict(), net.half().state_dict())
 
 
 def test_precision(experts: dict[str, Any], tmp_path: Path) -> None:

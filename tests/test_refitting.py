@@ -133,7 +133,8 @@ def test_heads_come_closer_to_what_the_experts_give(method: Callable[[bool], Mer
         assert errors[0] < 0.9 * errors[1]
     report = refitted.report
     assert report is not None
-    assert report.parameters["head.weight"] == "private, solved for its task"
+    assert report.parameters["head.weight"] == "private, solved for the merged model"
+    assert "(head.weight, head.bias, 2 of them solved for the merged model" in str(report)
     assert [layer.name for layer in report.layers][-2:] == ["head of a", "head of b"]
     again = Classifier.load_from_checkpoint(tmp_path / "merged" / "b.ckpt", weights_only=True)
     torch.testing.assert_close(again.head.weight, refitted.modules["b"].get_parameter("head.weight"))
