@@ -118,6 +118,7 @@ def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
         elif path.suffix == ".safetensors":
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
             save_file(tensors, made / path.name, {"format": "pt"})
+            shutil.copymode(path, made / path.name)  # which safetensors makes private to its owner
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == CONFIG:
