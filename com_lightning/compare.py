@@ -36,7 +36,7 @@ from com_lightning.report import MergeReport
 from com_lightning.results import output_problems
 from com_lightning.splits import Splits, split
 from com_lightning.versions import eager
-from com_lightning.workplace import Workplace, write_whole
+from com_lightning.workplace import Workplace, write_text
 
 
 class SeveralRules(MergingMethod):
@@ -343,7 +343,7 @@ class _Known:
             text = json.dumps({"key": key, "found": found}, default=str)
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                write_whole(self._path(key), lambda path: _write_text(path, text))
+                write_text(self._path(key), text)
             except OSError as error:
                 told = f"output_dir: {self.folder} cannot be written to ({error}); make room, and run the same again"
                 raise MergeError([told]) from error
@@ -356,10 +356,6 @@ class _Known:
 
 def _shift(records: Sequence[LayerRecord]) -> list[tuple[str, dict[str, float]]]:
     return [(record.name, dict(record.distance)) for record in records if record.distance and record.task is None]
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _forget_peak(device: torch.device) -> bool:

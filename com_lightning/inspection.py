@@ -21,6 +21,7 @@ from com_lightning.core.sharing import matches_any
 from com_lightning.hub import local_folders
 from com_lightning.report import table
 from com_lightning.state_dicts import plain_state, some
+from com_lightning.workplace import write_text, write_whole
 
 MOST = 12
 """Layers that are printed."""
@@ -253,19 +254,21 @@ def _aligned(base: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]
 def save(inspection: Inspection, folder: Path) -> list[str]:
     """Write ``inspection.md``, ``inspection.json`` and, if there is matplotlib, ``inspection.png``; their names."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inspection.md").write_text(inspection.to_markdown(), encoding="utf-8")
-    (folder / "inspection.json").write_text(inspection.to_json(), encoding="utf-8")
-    drawn = ["inspection.png"] if draw(inspection, folder / "inspection.png") else []
-    return ["inspection.md", "inspection.json", *drawn]
+    write_text(folder / "inspection.md", inspection.to_markdown())
+    write_text(folder / "inspection.json", inspection.to_json())
+    if (figure := draw(inspection)) is None:
+        return ["inspection.md", "inspection.json"]
+    write_whole(folder / "inspection.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    return ["inspection.md", "inspection.json", "inspection.png"]
 
 
-def draw(inspection: Inspection, path: Path) -> bool:
-    """Heat maps of the cosines between experts, and of the distances by layer. Returns whether there was matplotlib."""
+def draw(inspection: Inspection) -> Any:
+    """Heat maps of the cosines between experts, and of the distances by layer; ``None`` without matplotlib."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        return False
+        return None
     names, layers = inspection.experts, inspection.layers
     figure = Figure(figsize=(12, min(max(3.6, 1 + 0.16 * len(layers)), 14)), layout="constrained")
     FigureCanvasAgg(figure)
@@ -291,5 +294,4 @@ def draw(inspection: Inspection, path: Path) -> bool:
         panels[-1].set_ylim(len(layers) - 0.5, -0.5)
         panels[-1].set_yticks([])
         panels[-1].set_title("sign conflict by layer (%)", fontsize="medium")
-    figure.savefig(path, dpi=130)
-    return True
+    return figure

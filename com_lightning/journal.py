@@ -16,7 +16,7 @@ from com_lightning.checkpoints import MergeError
 from com_lightning.core.rule import LayerRecord, SkippedBatch
 from com_lightning.core.run import Journal, Solved
 from com_lightning.state_dicts import some
-from com_lightning.workplace import write_whole
+from com_lightning.workplace import write_text, write_whole
 
 _FINGERPRINT = "fingerprint.json"
 
@@ -79,7 +79,7 @@ class FileJournal(Journal):
             if not self._count:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 text = json.dumps(self._fingerprint, indent=1)
-                write_whole(self.folder / _FINGERPRINT, lambda path: _write_text(path, text))
+                write_text(self.folder / _FINGERPRINT, text)
             metadata = {
                 "layer": layer,
                 "record": json.dumps(asdict(solved.record)),
@@ -99,10 +99,6 @@ class FileJournal(Journal):
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
 
 
 def _difference(name: str, before: str | None, now: str | None) -> str:

@@ -89,6 +89,15 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, likewise."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_whole(path, write)
+
+
 def _sync(path: Path) -> None:
     """Have a file, or all files in a folder, on the disk rather than in memory."""
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
