@@ -14,14 +14,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from com_lightning.core.candidates import candidates
 from com_lightning.core.layers import PerChannel
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.rule import Task
-from com_lightning.core.sharing import tied_names
+from com_lightning.core.sharing import own_copy, tied_names
 from com_lightning.core.solver import factorize, solve_or_average
 
 
@@ -42,7 +42,7 @@ def own_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str
             names = {"bias": names["bias"]} if isinstance(layer.kind, (Linear, Convolution)) and "bias" in names else {}
         for name in names.values():
             if name not in tied:
-                result[name] = [_like(merged[name]) for _ in tasks]
+                result[name] = [own_copy(merged[name]) for _ in tasks]
     return result
 
 
@@ -101,8 +101,3 @@ def _mean(gram: Tensor) -> Tensor:
     gram = gram.double()
     total = gram[..., -1:, -1:]
     return torch.where(total > 0, gram[..., :-1, -1:] / total, 0.0)
-
-
-def _like(tensor: Tensor) -> Tensor:
-    value = tensor.detach().clone()
-    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

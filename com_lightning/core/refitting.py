@@ -12,7 +12,6 @@ No labels are needed, and the model has no more parameters than without. It goes
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from torch import Tensor, nn
 
@@ -20,7 +19,7 @@ from com_lightning.core.candidates import candidates
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.sharing import named_tensors, own_copy
 
 
 def refit(
@@ -49,7 +48,7 @@ def refit(
     rule = Rule(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):
         fixed = {**merged, **{name: each[number] for name, each in own.items()}}
-        private = {name: _copy(tensor).to(device) for name, tensor in _private(task.expert, fixed).items()}
+        private = {name: own_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
         if not private:
             continue
         part = run.alone(task.name)
@@ -73,11 +72,4 @@ def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tenso
 def _without(task: Task, run: Run) -> Task:
     """A task without the batches that have been skipped."""
     skipped = {entry.batch for entry in run.skipped if entry.task == task.name}
-    kept = [place for place, number in enumerate(task.batch_numbers) if number not in skipped]
-    numbers = [task.batch_numbers[place] for place in kept]
-    return replace(task, batches=[task.batches[place] for place in kept], numbers=numbers)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    value = tensor.detach().clone()
-    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    return task.with_batches([number for number in task.batch_numbers if number not in skipped])

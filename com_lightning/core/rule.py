@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -58,6 +58,11 @@ class Task:
     def batch_numbers(self) -> Sequence[int]:
         """The number of each of its batches among those of all processes."""
         return range(len(self.batches)) if self.numbers is None else self.numbers
+
+    def with_batches(self, numbers: Sequence[int]) -> Task:
+        """The same with those of its batches alone that have these numbers."""
+        there = dict(zip(self.batch_numbers, self.batches))
+        return replace(self, batches=[there[number] for number in numbers], numbers=numbers)
 
 
 @dataclass(frozen=True)

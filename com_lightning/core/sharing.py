@@ -147,3 +147,15 @@ def _slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
     rows = len(tensor) if tensor.dim() else 0
     size = max(PART_ELEMENTS * rows // max(tensor.numel(), 1), 1)
     yield from (slice(start, start + size) for start in range(0, rows, size)) if tensor.dim() else [...]
+
+
+def own_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+    """A tensor of the same values, on another device perhaps, that can be written to; a parameter of a parameter.
+
+    Example::
+
+        >>> isinstance(own_copy(nn.Parameter(torch.ones(2)), torch.device("meta")), nn.Parameter)
+        True
+    """
+    value = tensor.detach().to(device, copy=True)
+    return nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value

@@ -64,9 +64,7 @@ def merge_with_enough(job: MergeJob, merge: Callable[[MergeJob], list[LayerRecor
 
 def _between(task: Task, first: int, last: int) -> Task:
     """A task with those of its batches that have these numbers among those of all processes."""
-    kept = [place for place, number in enumerate(task.batch_numbers) if first <= number < last]
-    numbers = [task.batch_numbers[place] for place in kept]
-    return replace(task, batches=[task.batches[place] for place in kept], numbers=numbers)
+    return task.with_batches([number for number in task.batch_numbers if first <= number < last])
 
 
 def _samples(task: Task) -> int:
