@@ -24,8 +24,8 @@ AS_THEY_ARE = {
     "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=worst)",
 }
 REFITTED = {
-    "RegMean": "regmean(refit_private=True)",
-    "RegMean++": "regmean_plus_plus(refit_private=True)",
+    "RegMean": "refitted(method=regmean)",
+    "RegMean++": "refitted(method=regmean_plus_plus)",
     "chain": "chain(refit_private=True)",
     "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
     "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)",

@@ -17,7 +17,7 @@ def account(
     experts: Mapping[str, nn.Module],
     parameters: Parameters,
     records: Sequence[LayerRecord],
-    needs_data: bool,
+    by_layer: bool,
     own: Collection[str] = (),
     refitted: Mapping[str, Collection[str]] | None = None,
 ) -> tuple[dict[str, str], dict[str, int]]:
@@ -28,7 +28,7 @@ def account(
         experts: task -> its module.
         parameters: which are shared, private, folded.
         records: of all layers.
-        needs_data: whether the method reads data at all.
+        by_layer: whether the method merges layers that calibration data reach.
         own: names of what each task keeps for itself, solved for it.
         refitted: task -> names of what is private to it and was solved for the merged model.
     """
@@ -65,7 +65,7 @@ def account(
             result[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
         else:
             note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
-            result[name] = f"averaged: {note}" if needs_data else "averaged"
+            result[name] = f"averaged: {note}" if by_layer else "averaged"
         if first == name:
             sizes["solved"] += count
             kind = result[name] if not is_parameter or result[name].startswith("merged") else "averaged"

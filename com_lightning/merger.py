@@ -102,7 +102,7 @@ def execute(
         versions=_versions(),
     )
     report.parameters, report.sizes = account(
-        plan.experts, plan.parameters, records, plan.method.needs_data, job.own, job.refitted
+        plan.experts, plan.parameters, records, bool(plan.layers), job.own, job.refitted
     )
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)

@@ -28,6 +28,7 @@ NAMES: dict[str, tuple[type[MergingMethod], dict[str, Any]]] = {
     "iso_cts": (rules.IsoCTS, {}),
     "karcher_mean": (rules.KarcherMean, {}),
     "one_sided": (rules.ChainOfMerges, {"target": "merged"}),
+    "refitted": (rules.Refitted, {}),
     "regmean": (rules.RegMean, {}),
     "regmean_plus_plus": (rules.RegMeanPlusPlus, {}),
     "slerp": (rules.SLERP, {}),

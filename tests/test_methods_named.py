@@ -39,8 +39,8 @@ def test_every_rule_has_a_name() -> None:
 
 @pytest.mark.parametrize("name", [*NAMES, *(k.__name__ for k, _ in NAMES.values()), "karcher", "regmean++", "IsoC"])
 def test_names_are_found_however_they_are_written(name: str) -> None:
-    rest = "(matrices=tsvm, rest=average)" if name.lower() == "combined" else ""
-    (setting,) = read_methods(f"{name}{rest}")
+    wanted = {"combined": "(matrices=tsvm, rest=average)", "refitted": "(method=ties)"}
+    (setting,) = read_methods(f"{name}{wanted.get(name.lower(), '')}")
     assert isinstance(setting.method, MergingMethod)
 
 

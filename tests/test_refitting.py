@@ -1,4 +1,4 @@
-"""``refit_private``: the layers of a task that are not shared, solved for the merged model."""
+"""``refit_private`` and ``Refitted``: the layers of a task that are not shared, solved for the merged model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,22 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergingMethod, RegMean, RegMeanPlusPlus
+from com_lightning import (
+    TIES,
+    TSVM,
+    Average,
+    ChainOfMerges,
+    ChainOfMergesCallback,
+    Combined,
+    Fisher,
+    MergeDataModule,
+    MergeError,
+    MergingMethod,
+    Refitted,
+    RegMean,
+    RegMeanPlusPlus,
+    TaskArithmetic,
+)
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.refitting import refit
 from com_lightning.core.rule import Rule, Task
@@ -97,13 +112,20 @@ def make_classifiers() -> dict[str, Classifier]:
     return dict(zip("ab", built(Classifier, 2, 0.4)))  # type: ignore[arg-type]
 
 
+def make_base() -> Classifier:
+    (base,) = built(Classifier, 1, 0.0)
+    assert isinstance(base, Classifier)
+    return base
+
+
 def merge(method: MergingMethod, output_dir: Path | None = None) -> ChainOfMergesCallback:
-    data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, samples=60)
+    data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, samples=60, batch_size=20)
     callback = ChainOfMergesCallback(
         make_classifiers(),
         method,
         private=["head"],
         output_dir=str(output_dir) if output_dir else None,
+        base=make_base() if method.needs_base else None,
         baselines=False,
     )
     quiet_trainer(callbacks=[callback]).validate(Classifier(), datamodule=data, verbose=False)
@@ -116,8 +138,12 @@ METHODS: list[Callable[[bool], MergingMethod]] = [
     lambda on: ChainOfMerges(refit_private=on, sensitivity="numbers"),
     lambda on: ChainOfMerges(refit_private=on, ridge="held_out"),
     lambda on: ChainOfMerges("merged", refit_private=on),
-    lambda on: RegMean(refit_private=on),
-    lambda on: RegMeanPlusPlus(refit_private=on),
+    lambda on: Refitted(RegMean()) if on else RegMean(),
+    lambda on: Refitted(RegMeanPlusPlus()) if on else RegMeanPlusPlus(),
+    lambda on: Refitted(Average()) if on else Average(),
+    lambda on: Refitted(TIES(0.5)) if on else TIES(0.5),
+    lambda on: Refitted(Fisher()) if on else Fisher(),
+    lambda on: Refitted(Combined(TSVM(), TaskArithmetic())) if on else Combined(TSVM(), TaskArithmetic()),
 ]
 
 
@@ -138,3 +164,31 @@ def test_heads_come_closer_to_what_the_experts_give(method: Callable[[bool], Mer
     assert [layer.name for layer in report.layers][-2:] == ["head of a", "head of b"]
     again = Classifier.load_from_checkpoint(tmp_path / "merged" / "b.ckpt", weights_only=True)
     torch.testing.assert_close(again.head.weight, refitted.modules["b"].get_parameter("head.weight"))
+
+
+def test_a_refitted_chain_is_the_chain_with_the_option() -> None:
+    one, two = merge(ChainOfMerges(refit_private=True)), merge(Refitted(ChainOfMerges()))
+    for task, module in one.modules.items():
+        torch.testing.assert_close(module.state_dict(), two.modules[task].state_dict())
+
+
+def test_what_a_rule_without_layers_does_is_told_as_without() -> None:
+    report = merge(Refitted(Average())).report
+    assert report is not None
+    assert report.parameters["body.0.weight"] == "averaged"
+    assert report.parameters["head.weight"] == "private, solved for the merged model"
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        (Refitted(TIES(0)), "method: density: must be above 0"),
+        (Refitted(TIES(), ridge=-1), "ridge: must be 0 or more, and finite, got -1"),
+        (Refitted(ChainOfMerges(refit_private=True)), "method: it solves private layers by itself already"),
+        (Refitted(Refitted(TIES())), "method: it solves private layers by itself already"),
+        (Combined(Refitted(TIES()), Average()), "matrices: Refitted merges the model as a whole"),
+    ],
+)
+def test_wrong_settings_are_told(method: MergingMethod, told: str) -> None:
+    with pytest.raises(MergeError, match=told):
+        merge(method)

@@ -7,6 +7,7 @@ from com_lightning.methods.chain import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.methods.combined import Combined
 from com_lightning.methods.fisher import Fisher
 from com_lightning.methods.lot import LOT
+from com_lightning.methods.refitted import Refitted
 from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
 from com_lightning.methods.spherical import SLERP, KarcherMean
 from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, TaskArithmetic
@@ -30,6 +31,7 @@ __all__ = [
     "ParameterRecord",
     "RegMean",
     "RegMeanPlusPlus",
+    "Refitted",
     "SLERP",
     "TaskArithmetic",
     "TIES",

@@ -85,7 +85,7 @@ class ChainOfMerges(ClosedForm):
             each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
         refit_private: once the shared layers are merged, solve the private ones, heads say, for the features of the
             merged model (beyond the paper, see :mod:`com_lightning.core.refitting`). The result has no more parameters;
-            it takes one more forward of the experts and the merged model.
+            it takes one more forward of the experts and the merged model. :class:`Refitted` does it for any rule.
         perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
             and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples, and
             best with ``sensitivity``: cost and memory are those of as many more.
@@ -138,7 +138,6 @@ class RegMean(ClosedForm):
         normalize: count each row by its direction rather than its size; the paper does not.
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
-        refit_private: as for :class:`ChainOfMerges`; the paper leaves private layers as they are.
     """
 
     def __init__(
@@ -146,10 +145,9 @@ class RegMean(ClosedForm):
         normalize: bool = False,
         importance: Optional[Dict[str, float]] = None,
         ridge: float = 0.01,
-        refit_private: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("expert", "merged", normalize, ridge, refit_private=refit_private)
+        self.rule = Rule("expert", "merged", normalize, ridge)
 
 
 class RegMeanPlusPlus(ClosedForm):
@@ -165,7 +163,6 @@ class RegMeanPlusPlus(ClosedForm):
         normalize: count each row by its direction rather than its size; the paper does not.
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
-        refit_private: as for :class:`ChainOfMerges`; the paper leaves private layers as they are.
     """
 
     def __init__(
@@ -173,7 +170,6 @@ class RegMeanPlusPlus(ClosedForm):
         normalize: bool = False,
         importance: Optional[Dict[str, float]] = None,
         ridge: float = 0.01,
-        refit_private: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = Rule("merged", "merged", normalize, ridge, refit_private=refit_private)
+        self.rule = Rule("merged", "merged", normalize, ridge)

@@ -1,0 +1,54 @@
+"""Any rule for what tasks share, and their private layers solved for what it gives."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from com_lightning.core.refitting import refit
+from com_lightning.core.rule import LayerRecord, Rule
+from com_lightning.methods.base import MergeJob, MergingMethod
+
+
+class Refitted(MergingMethod):
+    """A rule for the shared parameters, then each task's private layers, heads say, solved for the merged features.
+
+    What ``ChainOfMerges(refit_private=True)`` does, for any other rule: a head was trained on the features of its
+    expert, and meets those of the merged model, however that was merged. The equation is in
+    :mod:`com_lightning.core.refitting`; the rules' papers leave private layers as they are. It reads calibration
+    data, also where the rule itself needs none, but no labels, and adds no parameters. Where nothing is private, it
+    changes nothing.
+
+    Args:
+        method: the rule for what is shared. Importance is that of this rule.
+        normalize: count each row by its direction rather than its size, as in :class:`ChainOfMerges`.
+        ridge: pull towards the expert's own layer, relative to the mean of the diagonal of the Gram matrix.
+
+    Example::
+
+        Refitted(TIES(density=0.2))
+    """
+
+    keeps_to_parts = False
+
+    def __init__(self, method: MergingMethod, normalize: bool = True, ridge: float = 0.01) -> None:
+        super().__init__(method.importance)
+        self.method, self.normalize, self.ridge = method, normalize, ridge
+        self.needs_data = True
+        self.needs_loss, self.needs_base = method.needs_loss, method.needs_base
+        self.solves_layers = method.needs_data and method.solves_layers
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        records = self.method.merge(job)
+        rule = Rule(normalize=self.normalize, ridge=self.ridge, residual=True)
+        refitted, found = refit(job.tasks, job.merged, job.own, rule, job.run)
+        job.refitted.update(found)
+        return records + refitted
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        found = [f"method: {problem}" for problem in self.method.problems(tasks)]
+        if not 0 <= self.ridge < math.inf:
+            found.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
+        if getattr(getattr(self.method, "rule", None), "refit_private", False) or isinstance(self.method, Refitted):
+            found.append("method: it solves private layers by itself already")
+        return found
