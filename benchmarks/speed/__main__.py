@@ -1,4 +1,4 @@
-"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers files] [--repeats 5]``.
+"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers files large] [--repeats 5]``.
 
 Everything is timed in turn within one run, and told as ratios of what was timed side by side. Writes
 ``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they were.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from benchmarks.lockstep import Setting, environment
-from benchmarks.speed import files, floor, peers, scaling
+from benchmarks.speed import files, floor, large, peers, scaling
 from benchmarks.speed.contenders import Tower
 from com_lightning.core.chain import merge_layers
 from com_lightning.report import table
@@ -30,8 +30,15 @@ TITLES = {
     "scaling": "Against size",
     "peers": "Against FusionBench's RegMean++",
     "files": "Against mergekit, without data",
+    "large": "Eight experts of 1B parameters",
 }
-ABOUT = {"floor": floor.__doc__, "scaling": scaling.__doc__, "peers": peers.__doc__, "files": files.__doc__}
+ABOUT = {
+    "floor": floor.__doc__,
+    "scaling": scaling.__doc__,
+    "peers": peers.__doc__,
+    "files": files.__doc__,
+    "large": large.__doc__,
+}
 
 
 def run_floor(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -70,11 +77,19 @@ def run_files(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     return {"setting": asdict(models), "found": found, "rows": files.rows(found)}
 
 
+def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.large`."""
+    models = large.TINY if options.tiny else large.SIZES
+    found = large.run(models, options.threads)
+    return {"setting": asdict(models), "found": found, "rows": large.rows(found)}
+
+
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
     "floor": run_floor,
     "scaling": run_scaling,
     "peers": run_peers,
     "files": run_files,
+    "large": run_large,
 }
 
 

@@ -49,6 +49,7 @@ class Models:
     width: int = 768
     blocks: int = 12
     vocabulary: int = 32000
+    tied: bool = False
 
     def write(self, folder: Path) -> None:
         """``base`` and ``0``, ``1``, ... in a folder."""
@@ -60,6 +61,7 @@ class Models:
             num_hidden_layers=self.blocks,
             num_attention_heads=max(self.width // 64, 1),
             num_key_value_heads=max(self.width // 256, 1),
+            tie_word_embeddings=self.tied,
         )
         base: Any = LlamaForCausalLM(config)
         base.to(torch.bfloat16)

@@ -1,0 +1,105 @@
+"""Eight experts of a 1B-parameter language model on one machine without a GPU: memory and seconds, from files to files.
+
+Random weights of the sizes of Llama 3.2 1B in bfloat16, as folders of transformers; few and short calibration samples,
+as what is measured are the models and the statistics. Each merge runs once, in a process of its own. Mapped files are
+pages that the system drops when it needs room.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+import com_lightning as com
+from benchmarks.memory import Watch
+from benchmarks.speed.files import DENSITY, Language, Models
+from benchmarks.speed.timing import in_a_process
+
+BUDGET = 1.0
+"""GiB that the paused forwards of the two-sided merge may hold."""
+METHODS: dict[str, Callable[[], com.MergingMethod]] = {
+    "average": com.Average,
+    "TIES": lambda: com.TIES(density=DENSITY, scale=1.0, trim="parameter"),
+    "chain, one-sided": lambda: com.ChainOfMerges(target="merged"),
+    "chain, two-sided": com.ChainOfMerges,
+}
+SIZES = Models(experts=8, width=2048, blocks=16, vocabulary=128256, tied=True)
+TINY = Models(experts=2, width=64, blocks=1, vocabulary=100, tied=True)
+Found = dict[str, dict[str, float]]
+
+
+class Calibrated(Language):
+    """With a step that calibrates."""
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.net(batch, labels=batch).loss, batch_size=len(batch))
+
+
+def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> dict[str, float]:
+    """One merge in this process: seconds, and bytes beyond what there was."""
+    method = METHODS[name]()
+    base = str(folder / "base")
+    sources = {str(number): str(folder / str(number)) for number in range(experts)}
+    vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
+    torch.manual_seed(0)
+    loader = DataLoader(list(torch.randint(vocabulary, (samples, length))), 2)  # type: ignore[arg-type]
+    tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, samples=samples)
+    trainer = com.MergeTrainer(accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False)
+    watch = Watch()
+    with tempfile.TemporaryDirectory(dir=folder) as output:
+        report = trainer.merge(
+            Calibrated(base),
+            tasks if method.needs_data else None,
+            sources,
+            method,
+            baselines=False,
+            output_dir=f"{output}/merged",
+            base=base if method.needs_base else None,
+            memory_budget=BUDGET if name == "chain, two-sided" else None,
+        )
+    return {"seconds": report.seconds, "anonymous": watch.anonymous, "file": watch.file}
+
+
+def run(models: Models, threads: int, samples: int = 4, length: int = 128) -> Found:
+    """Method -> seconds and bytes."""
+    with tempfile.TemporaryDirectory() as name:
+        models.write(Path(name))
+        sizes = ("--folder", name, "--experts", models.experts, "--samples", samples, "--length", length)
+        found = {}
+        for method in METHODS:
+            print(f"large: {method}", flush=True)
+            found[method] = in_a_process("benchmarks.speed.large", method, *sizes, "--threads", threads)
+    return found
+
+
+def rows(found: Found) -> list[list[str]]:
+    """Of a table."""
+    lines = [["rule", "seconds", "memory, GiB", "mapped files, GiB"]]
+    for name, own in found.items():
+        budget = f", memory_budget={BUDGET:g}" if name == "chain, two-sided" else ""
+        sizes = [f"{own[kind] / 2**30:.1f}" for kind in ("anonymous", "file")]
+        lines.append([name + budget, f"{own['seconds']:.0f}", *sizes])
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("name", choices=METHODS)
+    parser.add_argument("--folder", type=Path, required=True)
+    for field in ("experts", "samples", "length", "threads"):
+        parser.add_argument(f"--{field}", type=int, required=True)
+    options: dict[str, Any] = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    print(json.dumps(merge(**options)))
+
+
+if __name__ == "__main__":
+    main()
