@@ -24,7 +24,7 @@ from com_lightning.hub import local_folders
 from com_lightning.kinship import non_finite_weights
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.report import table
-from com_lightning.state_dicts import some
+from com_lightning.state_dicts import some, told_once
 from com_lightning.vocabulary import match_vocabularies
 
 
@@ -197,7 +197,7 @@ def make_plan(
             found += error.problems
         if becomes_first:
             found += _unlike(model, *next(iter(experts.items())))
-    parameters.warnings[:0] = warnings
+    parameters.warnings[:0] = told_once(warnings, local)
     origin: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
         try:

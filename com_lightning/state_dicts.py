@@ -122,10 +122,21 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
             f"{label}: {some(told, '; ')}; give a Lightning checkpoint, whose hyperparameters rebuild its own shapes, "
             "or the module itself"
         )
+    there = [key for key in own if key in state]
+    if whole := [f"{key} is {state[key].dtype}" for key in there if _is_whole(state[key], values[own[key]])]:
+        kinds = some(whole, most=2).replace("torch.", "")
+        problems.append(f"{label}: {kinds}, in the model floating point; give the weights before they were quantised")
     if problems:
         raise MergeError(problems)
     load(target, {full: state[key] for key, full in own.items()}, assign)
     return place
+
+
+def _is_whole(value: object, own: object) -> bool:
+    """Whether a value has whole numbers where the model has others."""
+    if not (isinstance(value, Tensor) and isinstance(own, Tensor)):
+        return False
+    return own.is_floating_point() and not value.is_floating_point()
 
 
 def is_peft(key: str) -> bool:
@@ -154,3 +165,23 @@ def shape_of(value: object) -> tuple[int, ...] | str:
 def some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     """The first few of many, and how many more there are."""
     return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
+def told_once(warnings: Sequence[str], labels: Mapping[str, Any]) -> list[str]:
+    """Warnings, where those that differ only in what they begin with become one.
+
+    Args:
+        warnings: each about one thing, which it names first, with or without where it is from.
+        labels: what such things are called -> where they are from.
+
+    Example::
+
+        >>> told_once(["a (a.pt) has no head", "b has no head"], {"a": "a.pt", "b": None})
+        ['a, b: has no head']
+    """
+    alike: dict[str, dict[str, str]] = {}
+    for warning in warnings:
+        label = next((label for label in labels if warning.startswith(label)), "")
+        told = warning.removeprefix(label).removeprefix(f" ({labels.get(label)})").removeprefix(":").strip()
+        alike.setdefault(told, {})[label] = warning
+    return [next(iter(own.values())) if len(own) == 1 else f"{some([*own])}: {told}" for told, own in alike.items()]

@@ -186,6 +186,12 @@ def test_a_module_of_that_name_is_no_wrapper() -> None:
     torch.testing.assert_close(loaded.get_submodule("module").state_dict(), expert.module.state_dict())
 
 
+def test_quantised_weights_are_told_of() -> None:
+    state = {**Classifier().state_dict(), "head.weight": torch.zeros(3, 8, dtype=torch.int8)}
+    with pytest.raises(MergeError, match=r"head.weight is int8, in the model floating point; give the weights before"):
+        load_expert("a", state, Classifier())
+
+
 def test_the_checkpoint_of_another_class_is_still_refused(tmp_path: Path) -> None:
     path = save_lightning(Classifier(), tmp_path / "a.ckpt")
     with pytest.raises(MergeError, match="Wrapper cannot be rebuilt from its hyperparameters"):

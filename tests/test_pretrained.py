@@ -23,9 +23,10 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
 from com_lightning.core.sharing import named_tensors
 from com_lightning.experts import ExpertSource, load_expert
+from com_lightning.plan import make_plan
 from com_lightning.results import load_results
 from tests.helpers import perturb, quiet_trainer
 
@@ -125,6 +126,13 @@ def test_a_folder_without_a_head_is_put_where_it_fits(tmp_path: Path) -> None:
     torch.testing.assert_close(
         expert.get_submodule("net.bert").state_dict(), BertModel.from_pretrained(folder).state_dict()
     )
+
+
+def test_what_is_left_of_all_experts_is_told_once(tmp_path: Path) -> None:
+    folders = {task: str(expert_folder(tmp_path / task, seed, kind=BertModel)) for seed, task in enumerate("abc")}
+    plan = make_plan(TextModule(), folders, None, Average())
+    (told,) = [warning for warning in plan.parameters.warnings if "is taken for" in warning]
+    assert told.startswith("expert 'a', expert 'b', expert 'c': is taken for net.bert; ")
 
 
 def test_heads_may_differ(tmp_path: Path) -> None:

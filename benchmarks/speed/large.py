@@ -50,7 +50,8 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
     sources = {str(number): str(folder / str(number)) for number in range(experts)}
     vocabulary = json.loads((folder / "base" / "config.json").read_text())["vocab_size"]
     torch.manual_seed(0)
-    loader = DataLoader(list(torch.randint(vocabulary, (samples, length))), 2)  # type: ignore[arg-type]
+    texts: Any = torch.randint(vocabulary, (samples, length))
+    loader = DataLoader(texts, 2)
     tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, samples=samples)
     trainer = com.MergeTrainer(accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False)
     watch = Watch()
