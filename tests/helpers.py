@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from com_lightning import TaskLoaders
 
 FEATURES = 6
+NAMES_OF_5 = int(metadata.version("transformers").split(".")[0]) >= 5
+"""Whether layers of a ViT have the names that transformers 5 gave them."""
 
 
 class Classifier(LightningModule):

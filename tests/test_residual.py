@@ -24,7 +24,7 @@ from com_lightning.core.peers import Peers
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.journal import FileJournal
-from tests.helpers import built, perturb, relative
+from tests.helpers import NAMES_OF_5, built, perturb, relative
 from tests.test_chain import MODELS, case, merge, points, spread, tensors, worst
 from tests.zoo import averages, make_experts, run
 
@@ -57,7 +57,12 @@ WRITERS: dict[str, dict[str, list[str]]] = {
         "bert.encoder.layer.",
         {"attention.output.dense": "input attention.self.query", "output.dense": "input intermediate.dense"},
     ),
-    "ViT": blocks("vit.layers.", {"attention.o_proj": "input layernorm_before", "mlp.fc2": "input layernorm_after"}),
+    "ViT": blocks("vit.layers.", {"attention.o_proj": "input layernorm_before", "mlp.fc2": "input layernorm_after"})
+    if NAMES_OF_5
+    else blocks(
+        "vit.encoder.layer.",
+        {"attention.output.dense": "input layernorm_before", "output.dense": "input layernorm_after"},
+    ),
     "Llama": blocks(
         "model.layers.",
         {"self_attn.o_proj": "input input_layernorm", "mlp.down_proj": "input post_attention_layernorm"},
