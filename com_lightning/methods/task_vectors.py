@@ -244,6 +244,10 @@ class DELLA(TaskVectorRule):
         return found
 
 
+_LEAST = torch.finfo(torch.float32).tiny
+"""What nothing is divided by."""
+
+
 def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
     """Of each element the sign that weighs more over all tasks, and the weighted mean of the values that have it.
 
@@ -254,14 +258,17 @@ def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) ->
         >>> elected_mean(shared, shared.vector)
         tensor([2., 2., 3.])
     """
-    signs = parameter.sum(vector).sign_()
-    total, count = torch.zeros_like(signs), torch.zeros_like(signs)
+    # Both signs are summed and counted, as each vector, which is costly to make, is then made once.
+    above, below, up, down = (parameter.zeros() for _ in range(4))
     for task in parameter.tasks:
-        value = vector(task)
-        agrees = (value.sign() * signs) > 0
-        total.add_(value.mul_(agrees), alpha=parameter.share(task))
-        count.add_(agrees, alpha=parameter.share(task))
-    return total.div_(count.where(count > 0, 1.0))
+        value, share = vector(task), parameter.share(task)
+        up.add_(value > 0, alpha=share)
+        down.add_(value < 0, alpha=share)
+        above.add_(value.clamp(min=0), alpha=share)
+        below.add_(value.clamp_(max=0), alpha=share)
+    total = above + below
+    result = above.div_(up.clamp_(min=_LEAST)).where(total > 0, below.div_(down.clamp_(min=_LEAST)))
+    return result.where(total != 0, 0.0)
 
 
 def _trimmed(vector: Tensor, threshold: float) -> Tensor:

@@ -86,10 +86,14 @@ class SharedParameter:
     def sum(self, vector: Callable[[str], Tensor] | None = None) -> Tensor:
         """The sum over tasks of (something made of) the task vectors, each counted by its :meth:`share`."""
         vector = vector or self.vector
-        total = torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
+        total = self.zeros()
         for task in self.tasks:
             total.add_(vector(task), alpha=self.share(task))
         return total
+
+    def zeros(self) -> Tensor:
+        """Zeros of its shape, to sum up in."""
+        return torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
 
     def uniform(self, task: str, seed: int) -> Tensor:
         """Uniform random numbers in [0, 1), one per element, that depend on seed, task and name alone: not on the order
