@@ -74,7 +74,7 @@ def execute(
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
         run.journal.bind({**known, **readable(told)})
-    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device)
+    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.needs_average)
     with eager():
         try:
             job = MergeJob(tasks, merged, run, plan.base, device)
@@ -166,10 +166,13 @@ def calibration_tasks(
 
 
 def average_shared(
-    plan: MergePlan, weights: Sequence[float] | None = None, device: torch.device | str = "cpu"
+    plan: MergePlan,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    parameters_too: bool = True,
 ) -> dict[str, Tensor]:
     """The average of each shared parameter and floating-point buffer, in the precision that it is stored in; one tensor
-    for all names of a tied one."""
+    for all names of a tied one. Without ``parameters_too`` those are there, with any values."""
     precision = plan.precision(next(iter(plan.experts)))
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
     ties = tied_names(next(iter(plan.experts.values())))
@@ -179,8 +182,12 @@ def average_shared(
         if ties[name] in result:
             result[name] = result[ties[name]]
         elif tensors[0].is_floating_point():
-            value = average(tensors, weights).to(device, precision.get(name, tensors[0].dtype))
-            result[name] = nn.Parameter(value, False) if isinstance(tensors[0], nn.Parameter) else value
+            dtype, is_parameter = precision.get(name, tensors[0].dtype), isinstance(tensors[0], nn.Parameter)
+            if is_parameter and not parameters_too:
+                value = torch.empty_like(tensors[0], dtype=dtype, device=device, requires_grad=False)
+            else:
+                value = average(tensors, weights).to(device, dtype)
+            result[name] = nn.Parameter(value, False) if is_parameter else value
     return result
 
 
@@ -225,7 +232,7 @@ def describe(method: MergingMethod) -> dict[str, Any]:
     settings = {
         name: describe(value) if isinstance(value, MergingMethod) else value
         for name, value in vars(method).items()
-        if name not in ("rule", "needs_data", "needs_base")
+        if name not in ("rule", *MergingMethod.__annotations__)
     }
     rule = getattr(method, "rule", None)
     return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}

@@ -223,7 +223,7 @@ def make_plan(
         raise MergeError(found)
     shared = set(parameters.shared)
     layers: dict[str, Candidate] = {}
-    for expert in experts.values() if method.solves_layers else ():
+    for expert in experts.values() if method.needs_data and method.solves_layers else ():
         layers.update(candidates(expert, shared))
     trained = {n for expert in experts.values() for n, p in _parameters(expert) if p.requires_grad}
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained

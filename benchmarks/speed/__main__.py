@@ -118,7 +118,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer, if other work runs beside")
     for field, value in asdict(Tower()).items():
         parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of floor and peers")
-    parser.add_argument("--experts", type=int, default=4, help="of files")
+    parser.add_argument("--experts", type=int, default=3, help="of files")
     parser.add_argument("--scaling-width", dest="scaling_width", type=int, default=96)
     parser.add_argument("--tiny", action="store_true", help="all in small, to see that it runs")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"), help="without an ending")

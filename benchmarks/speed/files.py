@@ -43,11 +43,11 @@ Found = dict[str, dict[str, dict[str, list[float]]]]
 
 @dataclass
 class Models:
-    """Random weights; by default 160 million of them."""
+    """Random weights; by default 310 million of them."""
 
-    experts: int = 4
-    width: int = 768
-    blocks: int = 12
+    experts: int = 3
+    width: int = 1024
+    blocks: int = 16
     vocabulary: int = 32000
     tied: bool = False
 

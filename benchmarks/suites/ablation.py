@@ -24,6 +24,7 @@ ROWS: Mapping[str, str] = {
     "chain, one-sided": "one_sided",
     "chain, two-sided": "chain(residual=False)",
     "residual (the default)": "chain",
+    "default, normalize=False": "chain(normalize=False)",
     "default, ridge=held_out": "chain(ridge=held_out)",
     "default, balance=mean": "chain(balance=mean)",
     "default, balance=worst": "chain(balance=worst)",
@@ -31,14 +32,19 @@ ROWS: Mapping[str, str] = {
     "default, sensitivity": "chain(sensitivity=probabilities)",
     "default, private_biases": "chain(private_biases=True)",
     "default, refit_private": "chain(refit_private=True)",
+    "default, refit_private, normalize=False": "chain(normalize=False, refit_private=True)",
     "all: residual, sensitivity, balance, private_biases": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst)"
     ),
+    "all, normalize=False": "chain(normalize=False, sensitivity=probabilities, private_biases=True, balance=worst)",
     "all but residual": "chain(residual=False, sensitivity=probabilities, private_biases=True, balance=worst)",
     "all but sensitivity": "chain(private_biases=True, balance=worst)",
     "all but balance": "chain(sensitivity=probabilities, private_biases=True)",
     "all but private_biases": "chain(sensitivity=probabilities, balance=worst)",
     "all, refit_private": ("chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"),
+    "all, refit_private, normalize=False": (
+        "chain(normalize=False, sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"
+    ),
     "all but private_biases, refit_private": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
     "all, perturbed_copies=1": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst, perturbed_copies=1)"

@@ -135,7 +135,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     wide = (
         torch.float32 if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) else torch.float64
     )
-    for part in _slices(result):  # wide ones of a few rows at a time, not of all
+    for part in slices(result):  # wide ones of a few rows at a time, not of all
         total = torch.zeros_like(result[part], dtype=wide)
         for tensor, weight in zip(tensors, weights):
             total.add_(tensor.detach()[part].to(total.device, wide), alpha=weight)
@@ -143,7 +143,8 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     return result
 
 
-def _slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+def slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+    """Places of a few rows each, all of a tensor between them: what is made of so little fits a processor's caches."""
     rows = len(tensor) if tensor.dim() else 0
     size = max(PART_ELEMENTS * rows // max(tensor.numel(), 1), 1)
     yield from (slice(start, start + size) for start in range(0, rows, size)) if tensor.dim() else [...]

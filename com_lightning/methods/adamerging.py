@@ -16,7 +16,7 @@ from com_lightning.core.placement import Placement
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
 from com_lightning.core.sharing import copy_module
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
-from com_lightning.methods.task_vectors import TIES
+from com_lightning.methods.task_vectors import TIES, trimmed
 from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
 
 
@@ -146,10 +146,11 @@ class AdaMerging(MergingMethod):
         """The task vectors of each parameter, ``(tasks, *shape)``."""
         if not self.plus_plus:
             return [torch.stack([p.vector(task) for task in p.tasks]) for p in parameters]
-        sparse = TIES(self.density).sparsifier(parameters)
+        limits = TIES(self.density).limits(parameters)
         vectors = []
         for parameter in parameters:
-            own = torch.stack([sparse(parameter, task) for task in parameter.tasks])
+            least = limits(parameter)
+            own = torch.stack([trimmed(parameter.vector(task), least[task]) for task in parameter.tasks])
             sign = sum(own[n] * parameter.share(task) for n, task in enumerate(parameter.tasks))
             assert isinstance(sign, Tensor)
             vectors.append(own.mul_(own.sign() * sign.sign() > 0))

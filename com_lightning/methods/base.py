@@ -22,7 +22,8 @@ class MergeJob:
     Attributes:
         tasks: the experts and their calibration data (no batches where the method needs no data).
         merged: full name of each shared parameter or buffer -> tensor for its merged value, which holds the average of
-            the experts, weighted by the method's task importance, when the method gets it.
+            the experts, weighted by the method's task importance, when the method gets it (a parameter anything, if the
+            method says that it does not need that).
         run: how it is carried out.
         base: the same names -> value in the model that the experts were fine-tuned from; ``None`` unless the method
             needs it.
@@ -61,6 +62,9 @@ class MergingMethod(ABC):
     """Whether the method reads calibration batches."""
     needs_base: bool = False
     """Whether the method reads the weights that the experts were fine-tuned from."""
+    needs_average: bool = True
+    """Whether the merged parameters are to hold the average of the experts when the method gets them; if not, it writes
+    all of them."""
     needs_loss: bool = False
     """Whether the method differentiates what the module's ``training_step`` returns, sample by sample."""
     solves_layers: bool = True

@@ -36,6 +36,7 @@ class Refitted(MergingMethod):
         self.method, self.normalize, self.ridge = method, normalize, ridge
         self.needs_data = True
         self.needs_loss, self.needs_base = method.needs_loss, method.needs_base
+        self.needs_average = method.needs_average
         self.solves_layers = method.needs_data and method.solves_layers
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:

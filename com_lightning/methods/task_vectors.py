@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Dict, Literal, Optional
 
 import torch
@@ -33,7 +34,7 @@ class TaskVectorRule(ParameterRule):
         """What is kept of a task vector; the same each time it is asked for."""
         return parameter.vector(task)
 
-    def combine(self, parameter: SharedParameter) -> Tensor | None:
+    def combine(self, parameter: SharedParameter) -> Tensor:
         return self.added(parameter, lambda task: self.sparse(parameter, task))
 
     def added(self, parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
@@ -59,6 +60,9 @@ class TaskArithmetic(TaskVectorRule):
 
     def __init__(self, scale: float = 0.3, importance: Optional[Dict[str, float]] = None) -> None:
         super().__init__(scale, importance)
+
+    def combine(self, parameter: SharedParameter) -> Tensor:
+        return parameter.by_parts(super().combine)
 
 
 class TIES(TaskVectorRule):
@@ -90,21 +94,22 @@ class TIES(TaskVectorRule):
         self.density, self.trim = density, trim
 
     def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
-        sparse = self.sparsifier(parameters)
-        return lambda parameter: self.added(parameter, lambda task: sparse(parameter, task))
+        limits = self.limits(parameters)
 
-    def sparsifier(self, parameters: Sequence[SharedParameter]) -> Callable[[SharedParameter, str], Tensor]:
-        """:meth:`sparse`, with whatever has to be known of all parameters beforehand."""
+        def combine(parameter: SharedParameter) -> Tensor:
+            least = limits(parameter)
+            return parameter.by_parts(
+                lambda part: self.added(part, lambda task: trimmed(part.vector(task), least[task]))
+            )
+
+        return combine
+
+    def limits(self, parameters: Sequence[SharedParameter]) -> Callable[[SharedParameter], Mapping[str, float]]:
+        """Of each parameter: task -> the smallest magnitude in its task vector that is kept."""
         if self.trim == "parameter":
-            return self.sparse
-        count = max(int(self.density * sum(p.target.numel() for p in parameters)), 1)
-        thresholds = {task: _threshold(parameters, task, count) for task in (parameters[0].tasks if parameters else ())}
-        return lambda parameter, task: _trimmed(parameter.vector(task), thresholds[task])
-
-    def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
-        vector = parameter.vector(task)
-        count = max(int(self.density * vector.numel()), 1)
-        return _trimmed(vector, kth_largest(lambda: [vector], count))
+            return lambda parameter: _limits([parameter], self.density)
+        of_all = _limits(parameters, self.density)
+        return lambda parameter: of_all
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         return super().problems(tasks) + self._out_of(0, 1, density=self.density)
@@ -271,9 +276,17 @@ def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) ->
     return result.where(total != 0, 0.0)
 
 
-def _trimmed(vector: Tensor, threshold: float) -> Tensor:
-    return vector.mul_(vector.abs().to(torch.float32) >= threshold)
+def trimmed(vector: Tensor, least: float) -> Tensor:
+    """A task vector, in place, without what is smaller than a magnitude."""
+    return vector.mul_(vector.abs().to(torch.float32) >= least)
 
 
-def _threshold(parameters: Sequence[SharedParameter], task: str, count: int) -> float:
-    return kth_largest(lambda: (parameter.vector(task) for parameter in parameters), count)
+def _limits(parameters: Sequence[SharedParameter], density: float) -> dict[str, float]:
+    count = max(int(density * sum(parameter.target.numel() for parameter in parameters)), 1)
+
+    def vectors(task: str) -> Iterator[Tensor]:
+        for parameter in parameters:
+            for _, part in parameter.parts():
+                yield part.vector(task)
+
+    return {task: kth_largest(partial(vectors, task), count) for task in (parameters[0].tasks if parameters else ())}

@@ -8,13 +8,14 @@ import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.rule import LayerRecord, NonFiniteError
-from com_lightning.core.sharing import all_finite, named_tensors
+from com_lightning.core.sharing import all_finite, average, named_tensors, slices
 from com_lightning.core.statistics import exact_products
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
@@ -41,16 +42,33 @@ class SharedParameter:
     origin: Tensor | None
     target: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _holds: bool = False
     _base: Tensor | None = None
 
     @contextmanager
     def held(self) -> Iterator[None]:
         """What every task vector is made with is made once within."""
-        self._base = None if self.origin is None else self._working(self.origin)
+        self._holds = True
         try:
             yield
         finally:
-            self._base = None
+            self._holds, self._base = False, None
+
+    def parts(self) -> Iterator[tuple[slice | EllipsisType, SharedParameter]]:
+        """A few rows at a time, and where they are, for what is done with each element on its own."""
+        for place in slices(self.target) if self.device.type == "cpu" else [...]:
+            values = {task: value.detach()[place] for task, value in self.values.items()}
+            origin = None if self.origin is None else self.origin.detach()[place]
+            part = replace(self, values=values, origin=origin, target=self.target.detach()[place], _base=None)
+            with part.held():
+                yield place, part
+
+    def by_parts(self, combine: Callable[[SharedParameter], Tensor]) -> Tensor:
+        """What a rule makes of the parameter that acts on each element alone, in the precision that it is stored in."""
+        result = torch.empty_like(self.target.detach(), device=self.device)
+        for place, part in self.parts():
+            result[place] = combine(part)
+        return result
 
     @property
     def tasks(self) -> list[str]:
@@ -73,7 +91,9 @@ class SharedParameter:
     def base(self) -> Tensor:
         """The value in the base."""
         assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
-        return self._working(self.origin) if self._base is None else self._base
+        base = self._working(self.origin) if self._base is None else self._base
+        self._base = base if self._holds else None
+        return base
 
     def average(self) -> Tensor:
         """The average of the experts, until something else is written to the merged parameter."""
@@ -117,10 +137,11 @@ class ParameterRule(MergingMethod):
     """
 
     needs_data = False
+    needs_average = False
 
     @abstractmethod
     def combine(self, parameter: SharedParameter) -> Tensor | None:
-        """The merged value; ``None`` keeps the average, which is there already."""
+        """The merged value; ``None``: the average."""
 
     def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
         """:meth:`combine`, with whatever has to be known of all parameters beforehand."""
@@ -154,6 +175,8 @@ class ParameterRule(MergingMethod):
                 record.seconds = time.perf_counter() - start
                 job.run.on_layer(record)
                 records.append(record)
+            else:
+                parameter.target.copy_(average(list(parameter.values.values()), list(parameter.weights.values())))
         return records
 
     def _out_of(self, low: float, high: float, **settings: float) -> list[str]:
