@@ -12,6 +12,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.helpers import Classifier, make_experts
+
+
+@pytest.fixture
+def pair() -> dict[str, Classifier]:
+    """Two experts of one architecture."""
+    return dict(zip("ab", make_experts((3, 3))))
+
 
 @pytest.fixture(autouse=True)
 def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

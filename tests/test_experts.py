@@ -118,12 +118,6 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().clone() for name, tensor, _ in named_tensors(module)}
 
 
-@pytest.fixture
-def pair() -> dict[str, Classifier]:
-    """Two experts of one architecture."""
-    return dict(zip(TASKS, make_experts((3, 3))))
-
-
 # Sources
 
 

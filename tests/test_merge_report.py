@@ -23,7 +23,12 @@ from com_lightning.report import table
 from tests.helpers import Classifier, make_data, make_experts, perturb
 from tests.test_results import Result, WithBuffers, merge
 
-# The report
+
+@pytest.fixture(scope="module")
+def result(tmp_path_factory: pytest.TempPathFactory) -> Result:
+    """A merge and the folder it left; not to be changed."""
+    folder = tmp_path_factory.mktemp("results") / "merged"
+    return merge(folder), folder
 
 
 def strict_json(text: str) -> Any:
