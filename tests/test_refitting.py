@@ -167,7 +167,7 @@ def test_heads_come_closer_to_what_the_experts_give(method: Callable[[bool], Mer
 
 
 def test_a_refitted_chain_is_the_chain_with_the_option() -> None:
-    one, two = merge(ChainOfMerges(refit_private=True)), merge(Refitted(ChainOfMerges()))
+    one, two = merge(ChainOfMerges(refit_private=True)), merge(Refitted(ChainOfMerges(), normalize=True))
     for task, module in one.modules.items():
         torch.testing.assert_close(module.state_dict(), two.modules[task].state_dict())
 

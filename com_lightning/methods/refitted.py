@@ -21,7 +21,7 @@ class Refitted(MergingMethod):
 
     Args:
         method: the rule for what is shared. Importance is that of this rule.
-        normalize: count each row by its direction rather than its size, as in :class:`ChainOfMerges`.
+        normalize: count each row by its direction rather than its size, as :class:`ChainOfMerges` does.
         ridge: pull towards the expert's own layer, relative to the mean of the diagonal of the Gram matrix.
 
     Example::
@@ -31,7 +31,7 @@ class Refitted(MergingMethod):
 
     keeps_to_parts = False
 
-    def __init__(self, method: MergingMethod, normalize: bool = True, ridge: float = 0.01) -> None:
+    def __init__(self, method: MergingMethod, normalize: bool = False, ridge: float = 0.01) -> None:
         super().__init__(method.importance)
         self.method, self.normalize, self.ridge = method, normalize, ridge
         self.needs_data = True

@@ -96,8 +96,8 @@ class SharedParameter:
         return base
 
     def average(self) -> Tensor:
-        """The average of the experts, until something else is written to the merged parameter."""
-        return self._working(self.target)
+        """The average of the experts."""
+        return self._working(average(list(self.values.values()), list(self.weights.values())))
 
     def vector(self, task: str) -> Tensor:
         """The task vector: the expert less the base. A tensor of its own, which may be written into."""
@@ -176,7 +176,7 @@ class ParameterRule(MergingMethod):
                 job.run.on_layer(record)
                 records.append(record)
             else:
-                parameter.target.copy_(average(list(parameter.values.values()), list(parameter.weights.values())))
+                parameter.target.copy_(parameter.average())
         return records
 
     def _out_of(self, low: float, high: float, **settings: float) -> list[str]:
