@@ -26,9 +26,10 @@ from com_lightning.cli import main
 from examples.clip_8_tasks.data import TaskData, clip_transform
 from examples.clip_8_tasks.model import ClipClassifier
 from examples.clip_8_tasks.prompts import CLASSES, TASKS, class_numbers
-from tests.helpers import perturb
+from tests.helpers import NAMES_OF_5, perturb
 from tests.test_hub import put
 
+pytestmark = pytest.mark.skipif(not NAMES_OF_5, reason="CLIP's parts are models of their own from transformers 5 on")
 FOLDER = Path(__file__).parents[1] / "examples" / "clip_8_tasks"
 SIZE = 32
 COUNTS = {"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10}

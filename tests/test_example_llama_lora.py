@@ -88,7 +88,7 @@ def test_the_merged_model_writes_in_a_fresh_process(folder: Path) -> None:
     prompts = ["3 July 1998 =", "one wug, two", "7 + 5 ="]
     expected: list[Any] = []
     for prompt in prompts:
-        tokens = module.tokenizer(prompt, return_tensors="pt")
+        tokens = module.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         written = module.net.eval().generate(**tokens, max_new_tokens=12, do_sample=False)
         expected.append(module.tokenizer.decode(written[0], skip_special_tokens=True))
     command = [sys.executable, "-m", "examples.llama_lora.generate", str(made / "transformers"), *prompts]

@@ -15,7 +15,7 @@ from benchmarks.naive import naive_chain
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import LayerRecord, Rule, Task
 from com_lightning.core.sharing import average, named_tensors
-from tests.helpers import built, relative
+from tests.helpers import NAMES_OF_5, built, relative
 
 IMPORTANCE = (0.4, 0.6)
 RULES = {"chain": Rule(), "one-sided": Rule(target="merged"), "layer by layer": Rule(inputs="expert")}
@@ -138,7 +138,7 @@ def counted(blocks: int, run: Run) -> tuple[Counter[str], Counter[str], int]:
 
     for task in tasks:  # hooks go along into the copies that the forwards run
         task.expert.register_forward_pre_hook(count(starts))
-        for block in task.expert.get_submodule("layers").children():
+        for block in task.expert.get_submodule("layers" if NAMES_OF_5 else "encoder.layer").children():
             block.register_forward_pre_hook(count(entered))
     records = run(tasks, merged, IMPORTANCE, Rule())
     return starts, entered, sum(bool(record.parameters) for record in records)

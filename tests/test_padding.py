@@ -62,11 +62,11 @@ def each(tokens: list[list[Tensor]]) -> list[list[Batch]]:
 
 def padded(tokens: list[list[Tensor]], left: bool = False) -> list[list[Batch]]:
     """All sequences of a task in one batch, as long as the longest."""
-    side = "left" if left else "right"
+    turned = (lambda t: t.flip(-1)) if left else (lambda t: t)
     batches = []
     for task in tokens:
         ids, mask = (
-            torch.nn.utils.rnn.pad_sequence(part, batch_first=True, padding_value=value, padding_side=side)
+            turned(torch.nn.utils.rnn.pad_sequence([*map(turned, part)], batch_first=True, padding_value=value))
             for part, value in ((task, 7), ([torch.ones(len(t)) for t in task], 0))
         )
         batches.append([{"input_ids": ids, "attention_mask": mask.bool()}])

@@ -13,5 +13,5 @@ def test_several_processes_merge_as_one() -> None:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"
     root = Path(__file__).parents[1]
-    done = subprocess.run(command, cwd=root, env=environment, timeout=480, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=environment, timeout=900, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

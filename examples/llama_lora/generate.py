@@ -24,7 +24,7 @@ def main(args: Optional[Sequence[str]] = None) -> None:
     model.to(device)
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     for prompt in given.prompts:
-        batch = tokenizer(prompt, return_tensors="pt").to(device)
+        batch = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(device)
         tokens = model.generate(**batch, max_new_tokens=given.tokens, do_sample=False)
         print(tokenizer.decode(tokens[0], skip_special_tokens=True))
 
