@@ -23,19 +23,25 @@ _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 @contextmanager
 def eager() -> Iterator[None]:
-    """Compiled modules run as they are written: a compiled forward does not pause at its layers."""
+    """Compiled modules run as they are written: a compiled forward does not pause at its layers.
+
+    Before PyTorch 2.6 what has run so may stay uncompiled for as long as the process lives.
+    """
     if hasattr(torch.compiler, "set_stance"):  # PyTorch 2.6
         with torch.compiler.set_stance("force_eager"):
             yield
         return
     from torch import _dynamo
+    from torch._C._dynamo import eval_frame  # type: ignore[attr-defined,unused-ignore]
 
     _dynamo.reset()  # what is compiled already would be used
     try:
         with _dynamo.config.patch(disable=True):
             yield
     finally:
-        _dynamo.reset()  # and what has been left alone would be left alone for good
+        _dynamo.reset()
+        # Forwards that pause within a compiled module leave it to others to say that it is left.
+        eval_frame.set_eval_frame(None)
 
 
 def load_module(

@@ -82,7 +82,8 @@ def test_of_a_model_that_its_class_would_not_load_alone(tmp_path: Path) -> None:
     net.save_pretrained(tmp_path / "net", max_shard_size="5KB")
     export(tmp_path / "net", tmp_path / "out", precision="float16")
     settings: dict[str, Any] = {"add_pooling_layer": False, "output_loading_info": True, "dtype": "auto"}
-    again, told = BertModel.from_pretrained(tmp_path / "out", **settings)
+    loaded: Any = BertModel.from_pretrained(tmp_path / "out", **settings)
+    again, told = loaded
     assert not told["missing_keys"]
     assert {value.dtype for value in again.parameters()} == {torch.float16}
     torch.testing.assert_close(again.state_dict(), net.half().state_dict())

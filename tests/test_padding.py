@@ -62,7 +62,10 @@ def each(tokens: list[list[Tensor]]) -> list[list[Batch]]:
 
 def padded(tokens: list[list[Tensor]], left: bool = False) -> list[list[Batch]]:
     """All sequences of a task in one batch, as long as the longest."""
-    turned = (lambda t: t.flip(-1)) if left else (lambda t: t)
+
+    def turned(tensor: Tensor) -> Tensor:
+        return tensor.flip(-1) if left else tensor
+
     batches = []
     for task in tokens:
         ids, mask = (
