@@ -17,22 +17,28 @@ from pathlib import Path
 
 PAGE = Path(__file__).with_name("tutorial.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+NOISE = re.compile(
+    r"\d+%\||\bit/s|\dit \[|━━|💡 Tip|(GPU|TPU|HPU) available: |is deprecated|[Ss]eed set to|Checkpoint directory"
+    r"|stopped: `max_"
+)
+"""Progress bars, and what Lightning says of the machine, of itself and of other products."""
 MOST = 60
 """Lines of one output that are shown; of longer ones the first few and the last."""
 ABOUT = """\
 # A stranger's path, as recorded
 
 From a clone to a merged model of a project of one's own, loaded in a fresh process: every command, the seconds it took,
-and what it printed to the terminal, without progress bars. The project is that of [five minutes](tutorial.md).
+and what it printed, without progress bars and what Lightning says of the machine and of itself. The project is that of
+[five minutes](tutorial.md).
 Recorded by `python docs/transcript.py` {when}, on {where}.
 """
 
 
 def shown(output: str, home: str) -> str:
-    """What a terminal shows in the end, without progress bars, colours and where things are."""
+    """What a terminal shows in the end, without noise, colours and where things are."""
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output).replace(home, "~")
     lines = [line.rsplit("\r", 1)[-1].rstrip() for line in text.replace("\r\n", "\n").split("\n")]
-    lines = [line for line in lines if not re.search(r"\d+%\|| it/s|it/s\]|━━", line)]
+    lines = [line for line in lines if not NOISE.search(line)]
     lines = re.sub(r"\n{3,}", "\n\n", "\n".join(lines).strip()).split("\n")
     if len(lines) > MOST:
         lines = [*lines[: MOST // 3], f"[... {len(lines) - MOST} lines ...]", *lines[-(MOST - MOST // 3) :]]
