@@ -16,7 +16,8 @@ WITH_DATA, WITHOUT, GREY = "#2a6f97", "#e0a458", "#9aa5b1"
 
 def draw_bars(results: Results, rows: Sequence[Row]) -> None:
     """The methods, best first: ``<suite>.png``."""
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(rows)), layout="constrained")
+    longest = max((len(row.label) for row in rows), default=0)
+    figure = Figure(figsize=(5 + 0.062 * longest, 1.4 + 0.28 * len(rows)), layout="constrained")
     axes = figure.subplots()
     for with_data, color in ((True, WITH_DATA), (False, WITHOUT)):
         some = [(place, row) for place, row in enumerate(rows) if bool(row.samples) == with_data]
@@ -32,7 +33,7 @@ def draw_bars(results: Results, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     chosen = "\n=val: chosen on val" if any(row.entries[0].tried for row in rows) else ""
-    axes.set_xlabel(_what(results) + chosen)
+    axes.set_xlabel(_what(results).replace(", mean", ",\nmean") + chosen, fontsize=9)
     axes.set_xlim(0, 108)
     axes.axvline(100, color=GREY, linewidth=0.8, linestyle=":")
     if len({bool(row.samples) for row in rows}) > 1:
