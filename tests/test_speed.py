@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.lockstep import Setting
-from benchmarks.speed import floor, peers, scaling
+from benchmarks.speed import floor, large, peers, scaling
 from benchmarks.speed.__main__ import TINY, main
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.statistics import InputStatistics
@@ -27,6 +27,16 @@ def test_it_writes_a_table_a_picture_and_json(tmp_path: Path, capsys: pytest.Cap
     text = output.with_suffix(".md").read_text()
     assert all(name in text for name in ("| one-sided", "| default", "| blocks", "| tasks"))
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_large_models_in_small(tmp_path: Path) -> None:
+    output = tmp_path / "speed"
+    main(["--parts", "large", "--tiny", "--threads", "1", "--output", str(output)])
+    found = json.loads(output.with_suffix(".json").read_text())["large"]["found"]
+    assert list(found) == list(large.METHODS)
+    assert all(own["anonymous"] > 0 and own["seconds"] > 0 for own in found.values())
+    assert "chain, two-sided, memory_budget=1" in output.with_suffix(".md").read_text()
 
 
 def test_the_floor_has_the_gram_matrices_that_a_merge_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
