@@ -18,7 +18,7 @@ from com_lightning.core.layers.linear import Linear
 from com_lightning.core.lockstep import Arrival
 from com_lightning.core.rule import Rule, Task
 from com_lightning.core.solver import factorize, residual, solve, solve_or_average
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.statistics import InputStatistics, Scratch
 from com_lightning.core.watch import Part
 
 
@@ -137,7 +137,7 @@ def test_statistics_are_float32_or_better(dtype: torch.dtype) -> None:
     assert entry.gram.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
 
 
-@pytest.mark.parametrize(("size", "bias"), [(600, False), (1023, True), (511, False)])
+@pytest.mark.parametrize(("size", "bias"), [(600, False), (1023, True), (511, False), (2100, True)])
 def test_a_large_matrix_is_gathered_from_the_diagonal_down_and_then_completed(size: int, bias: bool) -> None:
     torch.manual_seed(0)
     rows = torch.randn(3, 40, 1, size, dtype=torch.float64)
@@ -149,6 +149,20 @@ def test_a_large_matrix_is_gathered_from_the_diagonal_down_and_then_completed(si
     flat = rows.reshape(-1, size)
     flat = torch.cat([flat, torch.ones(len(flat), 1)], 1) if bias else flat
     torch.testing.assert_close(gathered.mean_gram()[0], flat.T @ flat / len(flat))
+
+
+def test_batches_that_are_prepared_in_one_place_do_not_disturb_each_other() -> None:
+    torch.manual_seed(0)
+    scratch = Scratch()
+    own = [InputStatistics(True, True) for _ in range(2)]
+    shared = [InputStatistics(True, True, scratch=scratch) for _ in range(2)]
+    for number, rows in enumerate((7, 3, 5, 7)):
+        merged, expert = torch.randn(2, rows, 1, 4)
+        for entries in (own, shared):
+            entries[number % 2].update(merged, expert)
+    for one, other in zip(own, shared):
+        torch.testing.assert_close(one.gram, other.gram, rtol=0, atol=0)
+        torch.testing.assert_close(one.drift, other.drift, rtol=0, atol=0)
 
 
 def test_the_shift_is_that_of_the_rows_and_keeps_its_digits_where_they_are_nearly_alike() -> None:

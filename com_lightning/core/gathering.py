@@ -21,7 +21,7 @@ from com_lightning.core.paging import Pager
 from com_lightning.core.rule import HELD_OUT, NonFiniteError, Rule, Stream, Task
 from com_lightning.core.sharing import all_finite
 from com_lightning.core.solver import Factor
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.statistics import InputStatistics, Scratch
 from com_lightning.core.watch import Part
 
 
@@ -158,14 +158,16 @@ class Inputs:
             for merged, expert in _fetched(pairs, pager):
                 inputs._add_if_finite(layer, merged, expert, tasks, rule, corrections)
             inputs.lose({(batch.task, batch.batch) for batch in inputs.bad})
+        inputs.statistics[0].scratch.clear()  # all have one
         return inputs
 
     @staticmethod
     def empty(first: str, layer: Layer, rule: Rule, seen: Mapping[Where, Any], tasks: Sequence[Task]) -> Inputs:
         """Of no row yet."""
-        inputs = Inputs(first, layer.key, seen, [_empty(layer, rule) for _ in tasks])
+        scratch = Scratch()
+        inputs = Inputs(first, layer.key, seen, [_empty(layer, rule, scratch) for _ in tasks])
         if rule.ridge == HELD_OUT:
-            inputs.odd = [_empty(layer, rule) for _ in tasks]
+            inputs.odd = [_empty(layer, rule, scratch) for _ in tasks]
         return inputs
 
     def joined(self) -> None:
@@ -217,7 +219,7 @@ class Inputs:
         corrections: Corrections | None,
     ) -> None:
         number, batch, _ = where(merged)
-        part = _empty(layer, rule)
+        part = _empty(layer, rule, self._entry(merged, tasks).scratch)
         self._add(layer, part, merged, expert, tasks, corrections, exact=True)
         if _is_sound(part):
             self._entry(merged, tasks).join(part)
@@ -234,8 +236,8 @@ class Inputs:
         self.bad.append(BadBatch(number, batch, broken[0] if broken else label, why))
 
 
-def _empty(layer: Layer, rule: Rule) -> InputStatistics:
-    return InputStatistics(layer.kind.has_bias(layer.merged), rule.normalize, layer.multiply)
+def _empty(layer: Layer, rule: Rule, scratch: Scratch) -> InputStatistics:
+    return InputStatistics(layer.kind.has_bias(layer.merged), rule.normalize, layer.multiply, scratch=scratch)
 
 
 def _paired(arrivals: Sequence[Arrival], rule: Rule) -> Iterator[tuple[Arrival, Arrival | None]]:

@@ -70,8 +70,12 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         [2.0, 2.0]
     """
     total = torch.zeros_like(grams[0], dtype=torch.float64)
-    for gram, weight in zip(grams, importance):
-        total.add_(gram, alpha=weight)
+    for part in _parts(total):
+        rows = max(PART_ELEMENTS // total[part, :1].numel(), 1)
+        for start in range(0, total.shape[1], rows):
+            sums = total[part, start : start + rows]
+            for gram, weight in zip(grams, importance):  # each is made float64 first, which is a matrix of its own
+                sums.add_(gram[part, start : start + rows], alpha=weight)
     diagonal = total.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean())
     if not math.isfinite(scale):

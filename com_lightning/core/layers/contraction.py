@@ -150,7 +150,7 @@ class GroupedLinear(LayerType):
         others = self.rows(module, *expert) if paired and expert is not None else iter(())
         parts = []
         for group, (rows, _) in enumerate(self.rows(module, *merged)):
-            part = InputStatistics(False, statistics.normalize, statistics.multiply)
+            part = InputStatistics(False, statistics.normalize, statistics.multiply, scratch=statistics.scratch)
             part.update(rows, next(others, (None, False))[0], weight[group : group + 1])
             parts.append(part)
             statistics.shift.add(part.shift)
