@@ -68,20 +68,20 @@ def write_experts(folder: Path, blocks: int, width: int, experts: int) -> None:
 
 
 class Watch(threading.Thread):
-    """The most memory that this process has, looked at every two milliseconds."""
+    """The most memory that this process has, looked at every two milliseconds until it is told to stop."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.start_anonymous, self.start_file = self._now()
         self.anonymous = self.file = 0
+        self.over = threading.Event()
         self.start()
 
     def run(self) -> None:
-        while True:
+        while not self.over.wait(0.002):
             anonymous, file = self._now()
             self.anonymous = max(self.anonymous, anonymous - self.start_anonymous)
             self.file = max(self.file, file - self.start_file)
-            time.sleep(0.002)
 
     @staticmethod
     def _now() -> tuple[int, int]:

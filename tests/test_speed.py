@@ -4,29 +4,46 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.lockstep import Setting
-from benchmarks.speed import floor, large, peers, scaling
+from benchmarks.speed import contenders, floor, large, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
-from com_lightning.core.chain import merge_layers
 from com_lightning.core.statistics import InputStatistics
 
 
-def test_it_writes_a_table_a_picture_and_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def here(module: str, name: str, *options: object) -> dict[str, float]:
+    """What a process of its own would find: to start one takes longer than the rest."""
+    found: dict[str, float] = {}
+    contenders.CONTENDERS[name](TINY, found)
+    return found
+
+
+def test_it_writes_a_table_a_picture_and_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(merges, "in_a_process", here)
     output = tmp_path / "speed"
     options = ["--tiny", "--repeats", "1", "--threads", "1", "--output", str(output)]
     main(["--parts", "scaling", *options])
-    main(["--parts", "floor", *options])
+    main(["--parts", "merges", *options])
     found = json.loads(output.with_suffix(".json").read_text())
-    assert list(found) == ["floor", "scaling"], "what was not run again stays"
-    assert all(len(columns["merge / floor"]) == 1 for columns in found["floor"]["found"].values())
+    assert list(found) == ["merges", "scaling"], "what was not run again stays"
+    assert all(len(columns["seconds"]) == 1 for columns in found["merges"]["found"].values())
     assert output.with_suffix(".png").stat().st_size > 0
     text = output.with_suffix(".md").read_text()
     assert all(name in text for name in ("| one-sided", "| default", "| blocks", "| tasks"))
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_contender_tells_what_it_found_as_its_last_line() -> None:
+    sizes = [part for key, value in asdict(TINY).items() for part in (f"--{key}", value)]
+    found = timing.in_a_process("benchmarks.speed.contenders", "one-sided", *sizes, "--threads", 1)
+    assert found["seconds"] > 0
+    assert found["layers"] > 0
 
 
 @pytest.mark.slow
@@ -40,9 +57,6 @@ def test_large_models_in_small(tmp_path: Path) -> None:
 
 
 def test_the_floor_has_the_gram_matrices_that_a_merge_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = (TINY.width, TINY.samples, TINY.batch_size, TINY.tasks, TINY.image, TINY.patch)
-    setting = Setting(2, *sizes)
-    setting.rule = floor.RULES["one-sided"]
     gathered: list[int] = []
     original = InputStatistics.mean_gram
 
@@ -52,10 +66,28 @@ def test_the_floor_has_the_gram_matrices_that_a_merge_gathers(monkeypatch: pytes
         return gram
 
     monkeypatch.setattr(InputStatistics, "mean_gram", noted)
-    setting.merge(merge_layers)
+    contenders.CONTENDERS["one-sided"](TINY, {})
     known = sorted(size for size in set(gathered) if size > 2)
-    expected = [numbers for numbers, _, _ in floor.inputs(setting)]
+    expected = [numbers for numbers, _, _ in floor.inputs(TINY)]
     assert known == sorted(set(expected))
+
+
+def test_the_floor_counts_forwards_once_for_each_stream() -> None:
+    seconds = {name: {"seconds": [number]} for name, number in zip(floor.PARTS, (10.0, 2.0, 1.0))}
+    assert merges.floors(seconds) == {"one-sided": [13.0], "default": [23.0]}
+
+
+def test_what_was_complete_is_kept_where_timing_is_interrupted() -> None:
+    turns = iter([1.0, 2.0, 3.0])
+
+    def second() -> float:
+        if (turn := next(turns, None)) is None:
+            raise KeyboardInterrupt
+        return turn
+
+    assert timing.in_turn({"a": second, "b": second}, 5, "test") == {"a": [1.0], "b": [2.0]}
+    with pytest.raises(KeyboardInterrupt):
+        timing.in_turn({"a": second}, 5, "test")
 
 
 def test_cost_in_proportion_has_an_exponent_of_one() -> None:
@@ -65,11 +97,12 @@ def test_cost_in_proportion_has_an_exponent_of_one() -> None:
 
 @pytest.mark.skipif(importlib.util.find_spec("fusion_bench") is not None, reason="it is installed")
 def test_a_library_that_is_not_installed_is_told_and_skipped(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    main(["--parts", "peers", "files", "--tiny", "--output", str(tmp_path / "speed")])
-    told = capsys.readouterr().err
-    assert "FusionBench is not installed" in told
-    assert "mergekit is not installed" in told
+    main(["--parts", "files", "--tiny", "--output", str(tmp_path / "speed")])
+    assert "mergekit is not installed" in capsys.readouterr().err
     assert not (tmp_path / "speed.json").exists()
-    assert isinstance(peers.run(TINY, 1, 1), str)
+    monkeypatch.setattr(merges, "in_a_process", lambda *_: {"seconds": 1.0, "peak": 1.0})
+    found = merges.run(TINY, 2, 1)
+    assert "FusionBench is not installed" in capsys.readouterr().err
+    assert list(found) == [*floor.PARTS, *contenders.RULES]

@@ -1,7 +1,8 @@
-"""How fast a merge is: ``python -m benchmarks.speed [--parts floor scaling peers files large] [--repeats 5]``.
+"""How fast a merge is: ``python -m benchmarks.speed [--parts merges scaling files large] [--repeats 5]``.
 
-Everything is timed in turn within one run, and told as ratios of what was timed side by side. Writes
-``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they were.
+Everything is timed in turn within one run, and told as ratios of what was timed side by side. Ctrl-C ends a part with
+the repeats that are complete. Writes ``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they
+were.
 """
 
 from __future__ import annotations
@@ -18,35 +19,30 @@ from typing import Any
 
 import torch
 
-from benchmarks.lockstep import Setting, environment
-from benchmarks.speed import files, floor, large, peers, scaling
-from benchmarks.speed.contenders import Tower
-from com_lightning.core.chain import merge_layers
+from benchmarks.lockstep import environment
+from benchmarks.speed import files, large, merges, scaling
+from benchmarks.speed.tower import Tower
 from com_lightning.report import table
 
 TINY = Tower(tasks=2, samples=4, batch_size=2, blocks=1, width=64, image=32, patch=16)
 TITLES = {
-    "floor": "Against the floor",
+    "merges": "Against the floor, and against FusionBench",
     "scaling": "Against size",
-    "peers": "Against FusionBench's RegMean++",
     "files": "Against mergekit, without data",
     "large": "Eight experts of 1B parameters",
 }
 ABOUT = {
-    "floor": floor.__doc__,
+    "merges": merges.__doc__,
     "scaling": scaling.__doc__,
-    "peers": peers.__doc__,
     "files": files.__doc__,
     "large": large.__doc__,
 }
 
 
-def run_floor(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
-    """See :mod:`benchmarks.speed.floor`."""
-    sizes = (tower.blocks, tower.width, tower.samples, tower.batch_size, tower.tasks, tower.image, tower.patch)
-    Setting(1, *sizes[1:]).merge(merge_layers)  # the first use of each operation is slower
-    found = floor.run(Setting(*sizes), options.repeats)
-    return {"setting": asdict(tower), "found": found, "rows": floor.rows(found)}
+def run_merges(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.merges`."""
+    found = merges.run(tower, options.repeats, options.threads)
+    return {"setting": asdict(tower), "found": found, "rows": merges.rows(found)}
 
 
 def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -56,15 +52,6 @@ def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     scaling.picture(found, options.output.with_suffix(".png"))
     setting = {"width": options.width, "batch_size": batch_size, **scaling.FIXED}
     return {"setting": setting, "found": found, "rows": scaling.rows(found)}
-
-
-def run_peers(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
-    """See :mod:`benchmarks.speed.peers`."""
-    found = peers.run(tower, options.repeats, options.threads)
-    if isinstance(found, str):
-        print(found, file=sys.stderr)
-        return {}
-    return {"setting": asdict(tower), "found": found, "rows": peers.rows(found)}
 
 
 def run_files(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -85,9 +72,8 @@ def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
-    "floor": run_floor,
+    "merges": run_merges,
     "scaling": run_scaling,
-    "peers": run_peers,
     "files": run_files,
     "large": run_large,
 }
@@ -117,7 +103,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer, if other work runs beside")
     for field, value in asdict(Tower()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of floor and peers")
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of merges")
     parser.add_argument("--experts", type=int, default=3, help="of files")
     parser.add_argument("--scaling-width", dest="scaling_width", type=int, default=96)
     parser.add_argument("--tiny", action="store_true", help="all in small, to see that it runs")

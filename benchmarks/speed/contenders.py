@@ -1,7 +1,7 @@
-"""One merge, by us or by another library, in a process of its own: ``python -m benchmarks.speed.contenders NAME ...``.
+"""One merge, by us or by another library, or a part of the floor, in a process of its own.
 
-All get the same experts and the same data, from one seed. What is timed is the merge alone; peak memory is what the
-process had at most during it, beyond what it had before.
+All merges get the same experts and the same data, from one seed. What is timed is the merge alone; peak memory is what
+the process had at most during it, beyond what it had before.
 """
 
 from __future__ import annotations
@@ -12,54 +12,18 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from benchmarks.lockstep import perturbed
 from benchmarks.memory import Watch
+from benchmarks.speed import floor
+from benchmarks.speed.tower import Tower
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import Rule, Task
 from com_lightning.core.sharing import average, named_tensors
-
-SEED = 0
-
-
-@dataclass
-class Tower:
-    """A CLIP vision tower, by default of the size of ViT-B/32, with random weights.
-
-    Attributes:
-        samples: per task.
-    """
-
-    tasks: int = 4
-    samples: int = 256
-    batch_size: int = 32
-    blocks: int = 12
-    width: int = 768
-    image: int = 224
-    patch: int = 32
-
-    def made(self) -> tuple[nn.Module, list[nn.Module], list[tuple[Tensor, ...]]]:
-        """Base, experts, and the batches of each task."""
-        torch.manual_seed(SEED)
-        config = CLIPVisionConfig(
-            hidden_size=self.width,
-            intermediate_size=4 * self.width,
-            num_hidden_layers=self.blocks,
-            num_attention_heads=max(self.width // 64, 1),
-            image_size=self.image,
-            patch_size=self.patch,
-        )
-        base: nn.Module = CLIPVisionModel(config)
-        base.eval()
-        experts = [perturbed(base) for _ in range(self.tasks)]
-        shape = (self.samples, 3, self.image, self.image)
-        return base, experts, [torch.split(torch.randn(shape), self.batch_size) for _ in experts]
 
 
 @contextmanager
@@ -70,6 +34,7 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     yield
     found["seconds"] = time.perf_counter() - start
     found["peak"] = watch.anonymous
+    watch.over.set()
 
 
 def ours(rule: Rule) -> Callable[[Tower, dict[str, float]], None]:
@@ -131,11 +96,22 @@ def fusion_bench(tower: Tower, found: dict[str, float]) -> None:
         algorithm.run(Pool())
 
 
+def part_of_the_floor(name: str) -> Callable[[Tower, dict[str, float]], None]:
+    """One of :data:`~benchmarks.speed.floor.PARTS`."""
+
+    def timed(tower: Tower, found: dict[str, float]) -> None:
+        found["seconds"] = floor.PARTS[name](tower)
+
+    return timed
+
+
+RULES = {"one-sided": Rule(target="merged"), "default": Rule(residual=True)}
+"""The default is two-sided, and corrected for what residual streams lack."""
+THEIRS = "FusionBench RegMean++"
 CONTENDERS: dict[str, Callable[[Tower, dict[str, float]], None]] = {
-    "one-sided": ours(Rule(target="merged")),
-    "two-sided": ours(Rule()),
-    "default": ours(Rule(residual=True)),
-    "FusionBench RegMean++": fusion_bench,
+    **{name: part_of_the_floor(name) for name in floor.PARTS},
+    **{name: ours(rule) for name, rule in RULES.items()},
+    THEIRS: fusion_bench,
 }
 
 

@@ -14,7 +14,8 @@ Timed = Callable[[], float]
 
 
 def in_turn(things: Mapping[str, Timed], repeats: int, what: str) -> dict[str, list[float]]:
-    """Seconds of each thing in each repeat; every other time in the opposite order.
+    """Seconds of each thing in each repeat; every other time in the opposite order. Ctrl-C ends it after those repeats
+    that are complete, if there are any.
 
     Args:
         things: name -> what to time.
@@ -23,8 +24,13 @@ def in_turn(things: Mapping[str, Timed], repeats: int, what: str) -> dict[str, l
     """
     found: dict[str, list[float]] = {name: [] for name in things}
     for repeat in range(repeats):
-        for name in things if repeat % 2 == 0 else reversed(list(things)):
-            found[name].append(things[name]())
+        try:
+            for name in things if repeat % 2 == 0 else reversed(list(things)):
+                found[name].append(things[name]())
+        except KeyboardInterrupt:
+            if not repeat:
+                raise
+            return {name: values[:repeat] for name, values in found.items()}
         told = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in found.items())
         print(f"{what}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
     return found
