@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -70,14 +71,19 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
 
 
 def run(models: Models, threads: int, samples: int = 4, length: int = 128) -> Found:
-    """Method -> seconds and bytes."""
+    """Method -> seconds and bytes. Ctrl-C ends it with those methods that are complete, if there are any."""
     with tempfile.TemporaryDirectory() as name:
         models.write(Path(name))
         sizes = ("--folder", name, "--experts", models.experts, "--samples", samples, "--length", length)
-        found = {}
+        found: Found = {}
         for method in METHODS:
-            print(f"large: {method}", flush=True)
-            found[method] = in_a_process("benchmarks.speed.large", method, *sizes, "--threads", threads)
+            try:
+                found[method] = in_a_process("benchmarks.speed.large", method, *sizes, "--threads", threads)
+            except KeyboardInterrupt:
+                if not found:
+                    raise
+                break
+            print(f"large, {method}: {found[method]['seconds']:.0f} s", file=sys.stderr, flush=True)
     return found
 
 
