@@ -289,7 +289,7 @@ class InputStatistics:
         """``rows * root``, or with a bias ``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, k)``."""
         n, groups, features = rows.shape
         length = features + int(self.bias)
-        scaled = self.scratch.empty("scaled", rows, n, groups, _aligned(length))[..., :length]
+        scaled = self.scratch.empty("scaled", rows, n, groups, aligned(length))[..., :length]
         torch.mul(rows, root[:, None, None], out=scaled[..., :features])
         scaled[..., features:] = root[:, None, None]
         return scaled
@@ -302,7 +302,7 @@ class InputStatistics:
                     sums /= max(self.rows, 1)
 
 
-def _aligned(length: int) -> int:
+def aligned(length: int) -> int:
     """How far apart rows are to be, so that long ones begin at multiples of 64 bytes.
 
     The bias makes rows of 769 or 3073 numbers, with which products take a third longer than with 768 or 3072 (tried).
@@ -327,7 +327,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: b
     If it is ``symmetric``, what is above the blocks on the diagonal is left as it is.
     """
     if total is None:
-        total = left.new_zeros(left.shape[1], left.shape[2], _aligned(right.shape[2]))[..., : right.shape[2]]
+        total = left.new_zeros(left.shape[1], left.shape[2], aligned(right.shape[2]))[..., : right.shape[2]]
     if left.shape[1] == 1:
         for block in _blocks(left.shape[2]) if symmetric else [slice(0, right.shape[2])]:
             first = block.start if symmetric else 0
