@@ -43,8 +43,8 @@ def products(tower: Tower) -> float:
     seconds = 0.0
     for numbers, rows, _ in inputs(tower):
         length = aligned(numbers)  # products of odd sizes take half as long again
-        batch, gram = torch.randn(tower.batch_size * rows, length)[:, :numbers], torch.zeros(numbers, length)
-        gram = gram[:, :numbers]
+        batch = torch.randn(tower.batch_size * rows, length)[:, :numbers]
+        gram = torch.zeros(numbers, length)[:, :numbers]
         start = time.perf_counter()
         for _ in range(tower.tasks * tower.samples // tower.batch_size):
             gram.addmm_(batch.T, batch)
