@@ -42,7 +42,8 @@ ABOUT = {
 def run_merges(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.merges`."""
     found = merges.run(tower, options.repeats, options.threads)
-    return {"setting": asdict(tower), "found": found, "rows": merges.rows(found)}
+    repeats = len(found["forwards"]["seconds"])
+    return {"setting": {**asdict(tower), "repeats": repeats}, "found": found, "rows": merges.rows(found)}
 
 
 def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -50,7 +51,8 @@ def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     batch_size = 2 if options.tiny else 32
     found = scaling.run(options.repeats, options.width, batch_size, scaling.TINY if options.tiny else scaling.SIZES)
     scaling.picture(found, options.output.with_suffix(".png"))
-    setting = {"width": options.width, "batch_size": batch_size, **scaling.FIXED}
+    repeats = len(next(iter(found["tasks"].values())))
+    setting = {"width": options.width, "batch_size": batch_size, **scaling.FIXED, "repeats": repeats}
     return {"setting": setting, "found": found, "rows": scaling.rows(found)}
 
 
@@ -61,7 +63,8 @@ def run_files(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     if isinstance(found, str):
         print(found, file=sys.stderr)
         return {}
-    return {"setting": asdict(models), "found": found, "rows": files.rows(found)}
+    repeats = len(found["average"]["mergekit"]["seconds"])
+    return {"setting": {**asdict(models), "repeats": repeats}, "found": found, "rows": files.rows(found)}
 
 
 def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
