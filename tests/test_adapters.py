@@ -339,8 +339,10 @@ def test_an_adapter_of_another_rank_than_the_models(tmp_path: Path) -> None:
         load_expert("a", tmp_path, LoraModule())
 
 
-def test_adapters_that_transformers_added() -> None:
+def test_adapters_that_transformers_added(monkeypatch: pytest.MonkeyPatch) -> None:
     """With `add_adapter`, which makes no PeftModel."""
+    # transformers 5.24 asks for PEFT 0.22, which was not out when it was.
+    monkeypatch.setattr("transformers.integrations.peft.check_peft_version", lambda min_version: None)
     net = make_bert()
     net.add_adapter(LoraConfig(r=2, target_modules=["query"]))
     torch.manual_seed(0)
