@@ -133,10 +133,14 @@ class _Chain:
     def _forwards(self) -> list[Forward]:
         forwards: list[Forward] = []
         for number, task in enumerate(self.tasks):
-            for stream in self.rule.streams:
-                running, tensors = self.models.running[number, stream].module, self._watched(number, stream)
-                for batch, content in enumerate(task.batches):
-                    index = task.batch_numbers[batch]
+            models = [
+                (stream, self.models.running[number, stream].module, self._watched(number, stream))
+                for stream in self.rule.streams
+            ]
+            for batch, content in enumerate(task.batches):
+                index = task.batch_numbers[batch]
+                # Both models leave a layer with one batch before the next: one output at a time waits to be compared.
+                for stream, running, tensors in models:
                     module = copy_module(running, tensors)
                     forwards.append(
                         CalibrationForward(
@@ -174,8 +178,8 @@ class _Chain:
             if not two_sided:
                 return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            output = self.corrections.leave(layer, (task, batch, stream), plain(output))
-            self.outputs.add((task, batch), output, keep, stream == "expert")
+            whole = self.corrections.leave(layer, (task, batch, stream), plain(output))
+            self.outputs.add((task, batch), whole, keep, stream == "expert")
 
         return receive
 

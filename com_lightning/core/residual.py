@@ -19,28 +19,39 @@ class OutputError:
     waiting: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     error: Tensor | None = None
     energy: Tensor | None = None
+    _spare: Tensor | None = None
+    """Memory of a copy that has been compared: to get new one for each batch takes longer than to fill it."""
 
     def add(self, place: tuple[int, int], output: Any, keep: Tensor | None, from_expert: bool) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         other = self.waiting.pop(place, None)
         if other is None:
-            self.waiting[place] = output.clone()  # an activation may change it in place
+            self.waiting[place] = self._copied(output)
             return
-        expert, merged = (output, other) if from_expert else (other, output)
-        if expert.shape != merged.shape:
+        self._spare = other
+        if other.shape != output.shape:
             return
-        index = kept(keep, expert.shape[:-1])
+        index = kept(keep, output.shape[:-1])
         if index is not None:
-            expert, merged = expert.flatten(0, -2)[index], merged.flatten(0, -2)[index]
-        expert, merged = expert.float(), merged.float()
-        error, energy = (torch.linalg.vector_norm(values).square() for values in (merged - expert, expert))
+            output, other = output.flatten(0, -2)[index], other.flatten(0, -2)[index]
+        output, other = output.float(), other.float()
+        energy = torch.linalg.vector_norm(output if from_expert else other).square()
+        gap = other.sub_(output)  # a copy, of which nothing else is needed
+        error = torch.linalg.vector_norm(gap).square()
         if not bool((error + energy).isfinite()):  # scores that a mask has ruled out, or squares that overflow
-            counted = merged.isfinite() & expert.isfinite()
-            expert, merged = expert[counted].double(), merged[counted].double()
-            error, energy = (merged - expert).square().sum(), expert.square().sum()
+            counted = gap.isfinite() & output.isfinite()
+            gap, output = gap[counted].double(), output[counted].double()
+            error, energy = gap.square().sum(), (output if from_expert else output + gap).square().sum()
         self.error = error if self.error is None else self.error + error
         self.energy = energy if self.energy is None else self.energy + energy
+
+    def _copied(self, output: Tensor) -> Tensor:
+        """A copy: an activation may change the output in place."""
+        spare, self._spare = self._spare, None
+        if spare is None or (spare.shape, spare.dtype, spare.device) != (output.shape, output.dtype, output.device):
+            return output.clone()
+        return spare.copy_(output)
 
     def sums(self) -> tuple[float, float] | None:
         """Error and energy so far, if there were any outputs."""
