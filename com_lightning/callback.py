@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import List, Literal, Optional
@@ -12,6 +13,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
@@ -246,6 +248,8 @@ class ChainOfMergesCallback(Callback):
                 bar.update()
                 log_layer(loggers, record, step)
                 step += 1
+                if trainer.received_sigterm:  # of which Lightning takes note, and goes on
+                    raise SIGTERMException(128 + signal.SIGTERM)
 
             loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
             budget = None if self.memory_budget is None else int(self.memory_budget * 2**30)

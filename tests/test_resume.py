@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -67,6 +68,23 @@ def interrupt(folder: Path, layers: int, **kwargs: Any) -> None:
         patch.setattr(tqdm, "update", on_layer)
         with pytest.raises(Interrupted):
             merge(folder, **kwargs)
+
+
+def test_a_merge_that_is_told_to_end_ends_after_a_layer_and_goes_on_later(tmp_path: Path) -> None:
+    merged: list[str] = []
+
+    def on_layer(bar: Any, n: int = 1) -> None:
+        merged.append("layer")
+        if len(merged) == 2:
+            assert callable(signal.getsignal(signal.SIGTERM))  # Lightning's; or else this process would end
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tqdm, "update", on_layer)
+        with pytest.raises(SystemExit) as ended:
+            merge(tmp_path / "out")
+    assert (len(merged), ended.value.code) == (2, 143)
+    assert merge(tmp_path / "out").report.resumed == 2
 
 
 def without_time(records: list[LayerRecord]) -> list[dict[str, Any]]:

@@ -46,6 +46,9 @@ ROWS: Mapping[str, str] = {
         "chain(normalize=False, sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"
     ),
     "all but private_biases, refit_private": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
+    "all but private_biases, refit_private, normalize=False": (
+        "chain(normalize=False, sensitivity=probabilities, refit_private=True, balance=worst)"
+    ),
     "all, perturbed_copies=1": (
         "chain(sensitivity=probabilities, private_biases=True, balance=worst, perturbed_copies=1)"
     ),
