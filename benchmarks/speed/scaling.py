@@ -17,7 +17,8 @@ SIZES: Mapping[str, Sequence[int]] = {
     "tasks": (2, 4, 8, 16),
 }
 """What is varied; the others are as :data:`FIXED` has them."""
-FIXED = {"blocks": 4, "samples": 64, "tasks": 2}
+FIXED = {"blocks": 4, "samples": 256, "tasks": 4}
+"""What solving a layer costs whatever the data is then little beside what each sample costs, as in most merges."""
 TINY: Mapping[str, Sequence[int]] = {"blocks": (1, 2), "samples": (4, 8), "tasks": (2, 3)}
 
 Found = dict[str, dict[int, list[float]]]

@@ -43,7 +43,7 @@ def draw_bars(results: Results, rows: Sequence[Row]) -> None:
 
 def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], average: Row | None) -> None:
     """Each method over its numbers of calibration samples: ``<suite>-samples.png``."""
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 5 + 0.18 * len(several)), layout="constrained")
     axes = figure.subplots()
     colors: Any = colormaps["tab10"].colors  # type: ignore[attr-defined]
     for place, (label, rows) in enumerate(several.items()):
@@ -59,7 +59,7 @@ def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], ave
     axes.set_xticks(ticks, list(map(str, ticks)))
     axes.set_xlabel("calibration samples a task")
     axes.set_ylabel(_what(results).replace(", mean", ",\nmean"), fontsize=9)
-    figure.legend(frameon=False, fontsize=8, loc="outside right upper")
+    figure.legend(frameon=False, fontsize=8, loc="outside lower center")
     axes.grid(alpha=0.3)
     _save(figure, results, "-samples.png")
 

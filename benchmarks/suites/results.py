@@ -63,7 +63,8 @@ class Row:
     """What a method gave with one number of calibration samples.
 
     Attributes:
-        label: its name in tables, where ``=val`` stands for values of which one was chosen on val.
+        label: its name in tables, where ``=val`` stands for values of which one was chosen on val. It tells where its
+            calibration samples are from, if others' are from val.
         samples: calibration samples per task; 0 where none are read.
         entries: one for each seed.
         normalized: for each seed whose experts were measured, the normalised metric of each task.
@@ -136,10 +137,11 @@ class Results:
         """The merges of experts that were trained alike, best first."""
         entries = [entry for entry in self.entries() if entry.trained == trained and entry.method != EXPERT]
         sources = {entry.source for entry in entries if entry.samples}
+        usual = "val" if "val" in sources else next(iter(sources), "")
         grouped: dict[tuple[str, int], list[Entry]] = {}
         for entry in entries:
             label = _shown(entry.method) if entry.tried else entry.method
-            label += f" of {entry.source}" if entry.samples and len(sources) > 1 else ""
+            label += f", samples of {entry.source}" if entry.samples and entry.source != usual else ""
             grouped.setdefault((label, entry.samples), []).append(entry)
         rows = []
         for (label, samples), each in grouped.items():

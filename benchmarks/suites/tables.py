@@ -53,7 +53,7 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
     experts = [entry for entry in results.entries() if entry.method == EXPERT and entry.trained == trained]
     entries = [entry for row in rows for entry in row.entries]
     what = "experts' perplexity / merged" if lower else "merged accuracy / expert's"
-    sources = " or ".join(sorted({entry.source for entry in entries if entry.samples}))
+    sources = " or ".join(sorted({entry.source for row in main for entry in row.entries if entry.samples}))
     number = next((row.samples for row in main if row.samples), 0)
     calibrated = f"{number} calibration samples a task from {sources}" if number else "no calibration data"
     yield f"# {suite.name}"
