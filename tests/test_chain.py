@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from com_lightning.core.chain import merge_layers
+from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
 from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
 from tests.helpers import NAMES_OF_5, built, relative
@@ -397,3 +398,18 @@ def test_the_core_needs_no_lightning() -> None:
     code = "import sys; sys.modules['lightning'] = None; import com_lightning.core.chain; print('fine')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "fine", result.stderr
+
+
+def test_one_output_at_a_time_waits_to_be_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of every batch would take as much memory as the forwards themselves."""
+    add, waiting = OutputError.add, []
+
+    def counted(self: OutputError, *args: Any) -> None:
+        add(self, *args)
+        waiting.append(len(self.waiting))
+
+    monkeypatch.setattr(OutputError, "add", counted)
+    experts, batches = case("mlp")
+    merge(experts, batches)
+    assert min(map(len, batches)) > 1
+    assert set(waiting) == {0, 1}

@@ -25,6 +25,7 @@ class OutputError:
     def add(self, place: tuple[int, int], output: Any, keep: Tensor | None, from_expert: bool) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
+        output = output.detach()  # a module may differentiate in its forward
         other = self.waiting.pop(place, None)
         if other is None:
             self.waiting[place] = self._copied(output)
