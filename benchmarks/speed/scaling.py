@@ -18,7 +18,7 @@ SIZES: Mapping[str, Sequence[int]] = {
 }
 """What is varied; the others are as :data:`FIXED` has them."""
 FIXED = {"blocks": 4, "samples": 256, "tasks": 4}
-"""What solving a layer costs whatever the data is then little beside what each sample costs, as in most merges."""
+"""Large enough that solving, which costs the same for any number of samples, does not hide what samples cost."""
 TINY: Mapping[str, Sequence[int]] = {"blocks": (1, 2), "samples": (4, 8), "tasks": (2, 3)}
 
 Found = dict[str, dict[int, list[float]]]

@@ -178,8 +178,8 @@ class _Chain:
             if not two_sided:
                 return
             keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-            whole = self.corrections.leave(layer, (task, batch, stream), plain(output))
-            self.outputs.add((task, batch), whole, keep, stream == "expert")
+            output = self.corrections.leave(layer, (task, batch, stream), plain(output))
+            self.outputs.add((task, batch), output, keep, stream == "expert")
 
         return receive
 
