@@ -228,25 +228,32 @@ class InputStatistics:
             smallest = 1e-30 if merged.dtype == torch.float32 else 0.0
             unknown = ~norm.isfinite() | ((square > 0) & (norm.square() < smallest))
             root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(unknown, torch.nan)
-        scaled = self._scaled(merged, root)
-        self.gram = _add_product(self.gram, scaled, scaled, symmetric=True)
         self.rows += len(merged)
+        if features == 1:
+            self.gram = _added(self.gram, _gram_of_channels(merged, root.square(), self.bias))
+        else:
+            scaled = self._scaled(merged, root)
+            self.gram = _add_product(self.gram, scaled, scaled, symmetric=True)
         if expert is None:
             return
         gap = torch.sub(expert, merged, out=self.scratch.empty("gap", merged, *merged.shape))
         self.shift.update(length, expert_length, torch.linalg.vector_norm(gap, dim=(1, 2)))
         if self.multiply:
             assert weight is not None
-            gap = torch.einsum("ngf,gof->ngo", gap, weight[..., :features].to(gap.dtype))
+            weight = weight[..., :features].to(gap.dtype)
+            gap = gap * weight[..., 0] if features == 1 else torch.einsum("ngf,gof->ngo", gap, weight)
             if offset is not None:
                 gap += offset
-        self.drift = _add_product(self.drift, gap.mul_(root[:, None, None]), scaled)
+        if features == 1:
+            self.drift = _added(self.drift, _sums_of_channels(gap, merged, root.square(), self.bias))
+        else:
+            self.drift = _add_product(self.drift, gap.mul_(root[:, None, None]), scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
         """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
-        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self.gram = _added(self.gram, gram)
         if drift is not None:
-            self.drift = drift if self.drift is None else self.drift.add_(drift)
+            self.drift = _added(self.drift, drift)
         self.rows += rows
 
     def join(self, other: InputStatistics) -> None:
@@ -332,10 +339,26 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: b
         for block in _blocks(left.shape[2]) if symmetric else [slice(0, right.shape[2])]:
             first = block.start if symmetric else 0
             total[0, first:, block].addmm_(left[:, 0, first:].T, right[:, 0, block])
-    elif left.shape[2] * right.shape[2] <= 4:  # one or two inputs a group, as in normalisations
-        for a in range(left.shape[2]):
-            for b in range(right.shape[2]):
-                total[:, a, b] += (left[:, :, a] * right[:, :, b]).sum(0)
     else:
         total.baddbmm_(left.permute(1, 2, 0), right.permute(1, 0, 2))
     return total
+
+
+def _added(total: Tensor | None, sums: Tensor) -> Tensor:
+    return sums if total is None else total.add_(sums)
+
+
+def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+    """Gram matrices of one input a group, as in normalisations, which products of matrices are slow for:
+    ``(n, g, 1)`` and the weight of each row ``(n,)`` -> ``(g, k, k)``."""
+    sums = _sums_of_channels(rows, rows, weight, bias)
+    if not bias:
+        return sums
+    return torch.cat([sums, torch.stack([sums[..., 1], weight.sum().expand(sums.shape[:2])], -1)], 1)
+
+
+def _sums_of_channels(left: Tensor, rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+    """``sum weight left [rows, 1]ᵀ`` of one input a group: ``(n, g, a)``, ``(n, g, 1)`` -> ``(g, a, k)``."""
+    left = left * weight[:, None, None]
+    sums = (left * rows).sum(0)
+    return torch.stack([sums, left.sum(0)], -1) if bias else sums[..., None]

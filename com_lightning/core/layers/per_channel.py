@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Size, Tensor, nn
@@ -25,6 +26,10 @@ class PerChannel(LayerType):
     name = "per channel"
     corrects = True
 
+    def __init__(self) -> None:
+        self._too_small: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        """Whether the stored scale is one too small, for each layer of which that is known."""
+
     def matches(self, module: nn.Module) -> bool:
         shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
         leaf = not list(module.children()) and len(shapes) == 1
@@ -40,7 +45,7 @@ class PerChannel(LayerType):
         return True  # by the scale itself, which may differ from what the layer stores
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
-        yield self._response(module, args, kwargs)[0].unsqueeze(-1), True
+        yield self._response(module, args, kwargs).unsqueeze(-1), True
 
     def offset(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
@@ -62,7 +67,7 @@ class PerChannel(LayerType):
         keep: Tensor | None,
         gap: Tensor | None = None,
     ) -> bool:
-        if self._response(module, *merged)[1]:  # the solver's differences between weights are the same either way
+        if self._is_too_small(module, *merged):  # the solver's differences between weights are the same either way
             weight = torch.cat([weight[..., :1] + 1, weight[..., 1:]], dim=-1)
         return super().gather(module, statistics, merged, expert, weight, keep, gap)
 
@@ -75,12 +80,12 @@ class PerChannel(LayerType):
             return f"its output is a {type(output).__name__}"
         if output.dim() < len(self._shape(module)):
             return f"its output has fewer dimensions than its parameters, {tuple(self._shape(module))}"
-        z, one_too_small = self._response(module, args, kwargs)
+        z = self._response(module, args, kwargs)
         channels = self._shape(module).numel()
         if z.shape[-1] != channels:
             return f"its output has {z.shape[-1]} channels, its parameters have {channels}"
         scale, *offset = (p.flatten() for p in parameters.values())
-        expected = z * (scale + float(one_too_small)) + (offset[0] if offset else 0.0)
+        expected = z * (scale + float(self._is_too_small(module, args, kwargs))) + (offset[0] if offset else 0.0)
         actual = self._channels_last(module, output, args, kwargs)
         known = actual.isfinite() & expected.isfinite()  # NaN in a batch says nothing of the layer
         actual, expected = torch.where(known, actual, 0.0), torch.where(known, expected, 0.0)
@@ -144,16 +149,33 @@ class PerChannel(LayerType):
             last = not second
         return output.movedim(1, -1) if second and not last else output.flatten(-len(shape))
 
-    def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, bool]:
-        """``z`` as ``(*lead, channels)`` in float32 or better, and whether the stored scale is one too small."""
-        dtype = torch.promote_types(first(args, kwargs).dtype, torch.float32)
-        args, kwargs = _cast(dtype, args, kwargs)
-        zero = {name: torch.zeros_like(p, dtype=dtype) for name, p in self._present(module).items()}
-        scale = next(iter(zero))
-        at_zero = self._run(module, zero, args, kwargs)
-        at_one = self._run(module, {**zero, scale: torch.ones_like(zero[scale])}, args, kwargs)
-        z = self._channels_last(module, at_one - at_zero, args, kwargs)
-        return z, bool(at_zero.nan_to_num(0.0).count_nonzero())
+    def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """``z`` as ``(*lead, channels)`` in float32 or better: what the layer makes of a scale of one."""
+        args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+        stored = 0.0 if self._is_too_small(module, args, kwargs) else 1.0
+        return self._channels_last(module, self._at(stored, module, args, kwargs), args, kwargs)
+
+    def _is_too_small(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the stored scale is one too small: it makes something of the input where it is zero."""
+        known = self._too_small.get(module)
+        if known is None:
+            args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+            known = _says_something(self._at(0.0, module, args, kwargs))
+            if known or _says_something(self._at(1.0, module, args, kwargs)):  # else another input may tell
+                self._too_small[module] = known
+        return known
+
+    def _at(self, scale: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output with this stored scale and no offset."""
+        dtype = first(args, kwargs).dtype
+        values = {name: torch.zeros_like(p, dtype=dtype) for name, p in self._present(module).items()}
+        next(iter(values.values())).fill_(scale)
+        return self._run(module, values, args, kwargs)
+
+
+def _says_something(output: Any) -> bool:
+    """Whether anything but zero, and what is not finite, has come out."""
+    return isinstance(output, Tensor) and bool((output.isfinite() & (output != 0)).any())
 
 
 class BatchNorm(PerChannel):
