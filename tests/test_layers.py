@@ -85,6 +85,19 @@ def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyP
     assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
 
 
+@pytest.mark.parametrize("one_too_small", [True, False])
+def test_an_input_of_zeros_does_not_tell_how_a_scale_is_stored(one_too_small: bool) -> None:
+    module: nn.Module = GemmaRMSNorm(6) if one_too_small else LlamaRMSNorm(6)
+    perturb(module, 0.5, seed=1)
+    x, kind = torch.randn(4, 6), layer_type(module)
+    assert isinstance(kind, PerChannel)
+    ((rows, _),) = kind.rows(module, (torch.zeros(4, 6),), {})
+    assert not rows.any()
+    ((rows, _),) = kind.rows(module, (x,), {})
+    scale = kind.to_matrix(module, module)[:, 0, 0] + float(one_too_small)
+    torch.testing.assert_close(rows[..., 0] * scale, module(x))
+
+
 @pytest.mark.parametrize("bias", [True, False])
 def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)

@@ -21,7 +21,7 @@ from com_lightning.core.rehearsal import held_by_gradients
 from com_lightning.core.rule import Distance, LayerRecord, Rule, Task
 from com_lightning.core.sensitivity import RANK, Sensitivity, omega_of, roots
 from com_lightning.core.sharing import average, named_tensors
-from com_lightning.core.solver import factorize, solve_or_average
+from com_lightning.core.solver import factorize, solve
 from tests.helpers import Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 
 SENSITIVE: dict[str, Rule] = {
@@ -111,7 +111,7 @@ def test_the_solution_is_that_of_the_dense_system(drift: bool, rank: int, monkey
     drifts = [torch.randn(1, o, k).double() if drift else None for _ in importance]
     own = [torch.randn(o, rank).double() for _ in importance]
     factor = factorize(grams, importance, ridge)
-    start, _ = solve_or_average(factor, grams, drifts, weights, importance)
+    start = solve(factor, grams, drifts, weights, importance)
     solution, steps = solve_in_metrics(factor, grams, drifts, weights, importance, ridge, own, start)
     mean = sum(a * w[0] for a, w in zip(importance, weights))
     scale = sum(a * g[0].diagonal().mean() for a, g in zip(importance, grams))
@@ -132,7 +132,7 @@ def test_equal_metrics_change_nothing() -> None:
     grams = [(x.T @ x)[None] for x in (torch.randn(20, 4).double(), torch.randn(20, 4).double())]
     weights = [torch.randn(1, 6, 4).double() for _ in grams]
     factor = factorize(grams, [0.5, 0.5], 0.01)
-    start, _ = solve_or_average(factor, grams, [None, None], weights, [0.5, 0.5])
+    start = solve(factor, grams, [None, None], weights, [0.5, 0.5])
     root = torch.randn(6, 3).double()
     solution, steps = solve_in_metrics(factor, grams, [None, None], weights, [0.5, 0.5], 0.01, [root, root], start)
     assert steps <= 1

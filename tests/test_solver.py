@@ -54,9 +54,10 @@ def brute_force(
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("multiply", [True, False])
-def test_equals_brute_force(normalize: bool, bias: bool, two_sided: bool, multiply: bool) -> None:
+@pytest.mark.parametrize("features", [1, 5])
+def test_equals_brute_force(normalize: bool, bias: bool, two_sided: bool, multiply: bool, features: int) -> None:
     torch.manual_seed(0)
-    features, outputs, importance = 5, 3, [0.5, 0.3, 0.2]
+    outputs, importance = 3, [0.5, 0.3, 0.2]
     merged = [torch.randn(n, features).double() * (1 + i) for i, n in enumerate((20, 30, 11))]
     expert = [x + 0.3 * torch.randn_like(x) for x in merged] if two_sided else merged
     weights = [torch.randn(outputs, features + bias).double() for _ in merged]
@@ -203,20 +204,39 @@ def test_a_matrix_that_is_none_of_squares_keeps_the_average() -> None:
     weights = [torch.randn(2, 3, 2) for _ in range(2)]
     drifts: list[Tensor | None] = [torch.randn(2, 3, 2) for _ in range(2)]
     factor = factorize(grams, [0.5, 0.5], 0.0)
-    solution, kept = solve_or_average(factor, grams, drifts, weights, [0.5, 0.5])
-    assert kept == 1
+    found = solve_or_average(factor, grams, drifts, weights, [0.5, 0.5])
+    assert found.kept == 1
     mean = (weights[0] + weights[1]).double() / 2
-    torch.testing.assert_close(solution[1], mean[1])
+    torch.testing.assert_close(found.weight[1], mean[1])
     alone = [[entry[:1] for entry in part if entry is not None] for part in (grams, drifts, weights)]
     first = solve(factorize(alone[0], [0.5, 0.5], 0.0), alone[0], alone[1], alone[2], [0.5, 0.5])
-    torch.testing.assert_close(solution[:1], first)
+    torch.testing.assert_close(found.weight[:1], first)
 
 
 def test_a_solution_that_overflows_keeps_the_average() -> None:
     grams, weights = [torch.full((1, 1, 1), 1e-300, dtype=torch.float64)], [torch.ones(1, 1, 1).double()]
     drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300, dtype=torch.float64)]
-    solution, kept = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
-    assert (solution.item(), kept) == (1.0, 1)
+    found = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
+    assert (found.weight.item(), found.kept) == (1.0, 1)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("anchored", [True, False])
+def test_the_residual_comes_with_the_solution(groups: int, anchored: bool) -> None:
+    torch.manual_seed(0)
+    importance = [0.2, 0.5, 0.3]
+    rows = [torch.randn(groups, 9, 4).double() for _ in importance]
+    grams, weights = [x.mT @ x for x in rows], [torch.randn(groups, 3, 4).double() for _ in importance]
+    nothing: list[Tensor | None] = [None] * 3
+    anchor = torch.randn(groups, 3, 4).double() if anchored else None
+    found = solve_or_average(factorize(grams, importance, 0.1), grams, nothing, weights, importance, anchor, True)
+    assert found.residual == pytest.approx(residual(grams, weights, found.weight, importance))
+    # An average that is kept has one, too; with a matrix that needs more on its diagonal than the ridge.
+    flat, alike = [torch.ones(groups, 4, 4).double() for _ in importance], [torch.ones(groups, 3, 4).double()] * 3
+    again = solve_or_average(factorize(flat, importance, 0.0), flat, nothing, weights, importance, measured=True)
+    assert again.residual == pytest.approx(residual(flat, weights, again.weight, importance), abs=1e-6)
+    same = solve_or_average(factorize(flat, importance, 0.0), flat, nothing, alike, importance, measured=True)
+    assert same.residual == pytest.approx(0.0, abs=1e-12)
 
 
 # What a layer may be given, at random

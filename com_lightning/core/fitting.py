@@ -95,19 +95,21 @@ def fit(
     anchor = None
     if layer.base is not None:  # what no data reached is the average, as with any rule
         anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
-    solution, kept = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor)
-    found = Fit(solution, importance, ridge, reached, kept)
-    if known and not kept:
+    measured = len(rule.streams) < 2
+    later = averaged or bool(known) or bool(inputs.factor.failed.any())  # what is solved may be changed after that
+    solved = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor, measured and not later)
+    found = Fit(solved.weight, importance, ridge, reached, solved.kept, residual=solved.residual)
+    if known and not solved.kept:
         found.solution, found.steps = solve_in_metrics(
-            inputs.factor, grams, drifts, weights, importance, ridge, known, solution
+            inputs.factor, grams, drifts, weights, importance, ridge, known, solved.weight
         )
     if averaged:
         found.solution[..., -1] = mean[..., -1]
-    if len(rule.streams) < 2:
+    if measured and later:
         found.residual = residual(grams, weights, found.solution[..., : weights[0].shape[2]], importance)
     if biases:
         found.each = with_own_biases(found.solution, *statistics)
-        shares = solution.new_tensor(importance)[:, None, None, None]
+        shares = found.solution.new_tensor(importance)[:, None, None, None]
         found.solution = torch.stack(found.each).mul_(shares).sum(0)
     elif apart:
         found.each = solve_each(*statistics, average(weights, importance), ridge)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.private import centred
-from com_lightning.core.solver import factorize, solve_or_average
+from com_lightning.core.solver import factorize, solve
 from com_lightning.core.statistics import InputStatistics
 
 CANDIDATES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
@@ -56,7 +56,7 @@ def choose_ridge(
         loss = 0.0
         for (grams, drifts), held_out in (halves, halves[::-1]):
             factor = factorize(grams, importance, ridge)
-            solution, _ = solve_or_average(factor, grams, drifts, weights, importance)
+            solution = solve(factor, grams, drifts, weights, importance)
             loss += _loss(solution, held_out, weights, importance)
         losses.append(loss)
     return CANDIDATES[losses.index(min(losses))]

@@ -90,7 +90,7 @@ def solve_each(
     result = []
     for gram, drift, weight in zip(grams, drifts, weights):
         factor = factorize([gram], [1.0], ridge)
-        solution = solve_or_average(factor, [gram], [drift], [weight], [1.0], anchor)[0]
+        solution = solve_or_average(factor, [gram], [drift], [weight], [1.0], anchor).weight
         reached = gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
         result.append(torch.where(reached[:, None, None], solution, anchor.double()))
     return result

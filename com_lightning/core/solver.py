@@ -48,6 +48,7 @@ class Factor:
         bound: an upper bound of it, from trace and ridge.
         jitter: what had to be added to the diagonal for the factorisation to succeed, relative to its mean in the
             group, worst group.
+        added: ``(g,)``, ridge and jitter as they were added to the diagonal.
         failed: ``(g,)``, groups whose matrix has no factor even so; they keep the average.
     """
 
@@ -55,7 +56,23 @@ class Factor:
     condition: float
     bound: float
     jitter: float
+    added: Tensor
     failed: Tensor
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What :func:`solve_or_average` has found.
+
+    Attributes:
+        weight: ``(g, o, k)`` in float64.
+        kept: how many groups keep the average because their solution is not better than that.
+        residual: relative residual of the fit, see :func:`residual`, if it was asked for.
+    """
+
+    weight: Tensor
+    kept: int
+    residual: float | None = None
 
 
 def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float) -> Factor:
@@ -88,19 +105,21 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         scale, ridge = 1.0, max(ridge, 1.0)
     own = diagonal.mean(-1, keepdim=True)
     own = torch.where(own > 0, own, scale)  # a group without data
+    added = torch.full_like(own[:, 0], ridge * scale)
     diagonal.add_(ridge * scale)
     jitter = 0.0
     lower, info = torch.linalg.cholesky_ex(total)
     while bool((failed := info != 0).any()) and jitter < 1.0:
         step = 9 * jitter if jitter else 1e-12
         diagonal.add_(step * own * failed[:, None])
+        added += step * own[:, 0] * failed
         jitter += step
         lower, info = torch.linalg.cholesky_ex(total)
     lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().amax())
     bound = float(own.amax()) * lower.shape[-1] / (ridge * scale) if ridge and not jitter else math.inf
-    return Factor(lower, condition, bound, jitter, failed)
+    return Factor(lower, condition, bound, jitter, added, failed)
 
 
 def solve(
@@ -129,7 +148,7 @@ def solve(
         >>> solve(factor, grams, [None, None], weights, [0.5, 0.5]).item()
         9.0
     """
-    return solve_or_average(factor, grams, drifts, weights, importance)[0]
+    return solve_or_average(factor, grams, drifts, weights, importance).weight
 
 
 def solve_or_average(
@@ -139,17 +158,21 @@ def solve_or_average(
     weights: Sequence[Tensor],
     importance: Sequence[float],
     anchor: Tensor | None = None,
-) -> tuple[Tensor, int]:
-    """As :func:`solve`, and how many groups keep the average because their solution is not better than that.
+    measured: bool = False,
+) -> Solution:
+    """As :func:`solve`, but where a solution is not better than the average, that is kept.
 
     With an ``anchor``, ``(g, o, k)``, it takes the place of the average ``W̄``.
 
     With ``R`` the right-hand side and ``A = L Lᵀ`` the regularised Gram matrix, a difference ``D`` to the average
     lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution. Products of weights and
     Gram matrices are made in the precision of these, which have no more digits.
+
+    If it is ``measured``, with targets on the merged model's input, the residual comes for one more product: the loss
+    of ``W̄`` is made of what ``R`` is made of, and so is ``sum a ||W_i x̂||²`` beside ``||W̄ L||²``.
     """
     solution = torch.empty_like(weights[0], dtype=torch.float64)
-    kept = 0
+    kept, error, energy = 0, 0.0, 0.0
     for part in _parts(solution):
         mean = torch.zeros_like(solution[part])
         for weight, share in zip(weights, importance):
@@ -157,11 +180,15 @@ def solve_or_average(
         if anchor is not None:
             mean = anchor[part].to(torch.float64)
         right = torch.zeros_like(mean)
+        spread = 0.0
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
             gap = weight[part].to(torch.float64) - mean
-            right.add_(_product(gap.to(gram.dtype), gram[part]), alpha=share)
+            product = _product(gap.to(gram.dtype), gram[part])
+            right.add_(product, alpha=share)
             if drift is not None:
                 right.add_(drift[part].to(torch.float64), alpha=share)
+            if measured:
+                spread += share * _dot(product, gap)
         lower = factor.lower[part]
         difference = _divided(right, lower)
         gain = (right * difference).sum((1, 2))  # of the exact solution
@@ -169,12 +196,20 @@ def solve_or_average(
             gain = 2.0 * gain - _product(difference, lower).square().sum((1, 2))
         worse = factor.failed[part] | ~(gain >= 0.0)
         kept += int(worse.sum())
-        solution[part] = mean + difference.masked_fill_(worse[:, None, None], 0.0)
-    return solution, kept
+        difference.masked_fill_(worse[:, None, None], 0.0)
+        if measured:
+            added = factor.added[part]
+            energy += spread + 2.0 * _dot(mean, right) + float(_product(mean, lower).square().sum())
+            energy -= float((added * mean.square().sum((1, 2))).sum())
+            ridge = added * difference.square().sum((1, 2))
+            error += spread - float((gain.masked_fill(worse, 0.0) + ridge).sum())
+        solution[part] = mean + difference
+    relative = max(error, 0.0) / energy if energy > 0 else 0.0
+    return Solution(solution, kept, relative if measured else None)
 
 
 def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor, importance: Sequence[float]) -> float:
-    """Relative residual of a fit on the merged model's inputs: ``sum a ||(W - W_i) x̂||² / sum a ||W_i x̂||²``.
+    """Relative residual of any weights on the merged model's inputs: ``sum a ||(W - W_i) x̂||² / sum a ||W_i x̂||²``.
 
     Example::
 
