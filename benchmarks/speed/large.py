@@ -1,8 +1,9 @@
-"""Eight experts of a 1B-parameter language model on one machine without a GPU: memory and seconds, from files to files.
+"""Eight experts of a 1B-parameter language model on one machine without a GPU.
 
 Random weights of the sizes of Llama 3.2 1B in bfloat16, as folders of transformers; few and short calibration samples,
-as what is measured are the models and the statistics. Each merge runs once, in a process of its own. Mapped files are
-pages that the system drops when it needs room.
+as what is measured are the models and the statistics. Each merge runs once, in a process of its own. Seconds are those
+of the merge alone; memory is the most there was, from reading the experts to writing the result. Mapped files are pages
+that the system drops when it needs room.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class Calibrated(Language):
 
 
 def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> dict[str, float]:
-    """One merge in this process: seconds, and bytes beyond what there was."""
+    """One merge in this process: its seconds, without reading and writing, and bytes beyond what there was."""
     method = METHODS[name]()
     base = str(folder / "base")
     sources = {str(number): str(folder / str(number)) for number in range(experts)}
