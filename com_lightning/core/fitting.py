@@ -96,7 +96,8 @@ def fit(
     if layer.base is not None:  # what no data reached is the average, as with any rule
         anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
     measured = len(rule.streams) < 2
-    later = averaged or bool(known) or bool(inputs.factor.failed.any())  # what is solved may be changed after that
+    # A solution that is changed after that, or of a matrix without a factor, is measured apart.
+    later = averaged or bool(known) or bool(inputs.factor.failed.any())
     solved = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor, measured and not later)
     found = Fit(solved.weight, importance, ridge, reached, solved.kept, residual=solved.residual)
     if known and not solved.kept:
