@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
+from com_lightning.core.allocation import kept_memory
 from com_lightning.core.bad_batches import BadBatches
 from com_lightning.core.corrections import Corrections, Source
 from com_lightning.core.fitting import Fit, fit
@@ -22,11 +23,12 @@ from com_lightning.core.models import Models
 from com_lightning.core.paging import Pager
 from com_lightning.core.perturbation import with_copies
 from com_lightning.core.placement import is_watchable
+from com_lightning.core.products import exact_products
 from com_lightning.core.residual import OutputError
 from com_lightning.core.rule import LayerRecord, Rule, Stream, Task
 from com_lightning.core.run import Run, Solved
 from com_lightning.core.sharing import copy_module
-from com_lightning.core.statistics import InputStatistics, exact_products
+from com_lightning.core.statistics import InputStatistics
 from com_lightning.core.summing import add_up
 from com_lightning.core.uses import Uses
 from com_lightning.core.watch import Part, Watched, Writes, plain
@@ -68,7 +70,7 @@ def merge_layers(
     from com_lightning.core.sensitivity import roots
 
     run = run or Run()
-    with run.peers.told():
+    with run.peers.told(), kept_memory():
         if rule.perturbed_copies:
             tasks = with_copies(tasks, rule.perturbed_copies, run.peers)
         corrected = rule.residual and rule.streams == ("merged", "expert")

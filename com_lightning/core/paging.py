@@ -12,7 +12,6 @@ kept. The mode also sees what is about to be read, and fetches what is not there
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -23,6 +22,8 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from com_lightning.core.allocation import give_back
 
 
 class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -166,8 +167,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have the C library give freed memory back, which glibc keeps where anything that lies behind it is in use."""
         if self._moved > 2**25 and self.device.type == "cpu":
             self._moved = 0
-            with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
-                ctypes.CDLL(None).malloc_trim(0)
+            give_back()
 
     def _living(self, book: _Book) -> list[tuple[_Page, UntypedStorage]]:
         """The pages of a forward that somebody still refers to, with their storages."""

@@ -38,10 +38,10 @@ from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.lockstep import Arrival, Forward
 from com_lightning.core.peers import Peers
+from com_lightning.core.products import exact_products
 from com_lightning.core.rule import Distance, LayerRecord, Rule, Task
 from com_lightning.core.run import Run
 from com_lightning.core.sharing import copy_module
-from com_lightning.core.statistics import exact_products
 from com_lightning.core.uses import Uses
 from com_lightning.core.watch import plain
 

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from com_lightning.core.products import times
+
 # A few matrices of this many numbers stay in a processor's cache.
 PART_ELEMENTS = 2**16
 
@@ -115,7 +117,8 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         added += step * own[:, 0] * failed
         jitter += step
         lower, info = torch.linalg.cholesky_ex(total)
-    lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
+    if bool(failed.any()):
+        lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().amax())
     bound = float(own.amax()) * lower.shape[-1] / (ridge * scale) if ridge and not jitter else math.inf
@@ -183,7 +186,7 @@ def solve_or_average(
         spread = 0.0
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
             gap = weight[part].to(torch.float64) - mean
-            product = _product(gap.to(gram.dtype), gram[part])
+            product = times(gap.to(gram.dtype), gram[part].mT)
             right.add_(product, alpha=share)
             if drift is not None:
                 right.add_(drift[part].to(torch.float64), alpha=share)
@@ -193,13 +196,14 @@ def solve_or_average(
         difference = _divided(right, lower)
         gain = (right * difference).sum((1, 2))  # of the exact solution
         if not factor.bound < SAFE_CONDITION:
-            gain = 2.0 * gain - _product(difference, lower).square().sum((1, 2))
+            gain = 2.0 * gain - times(difference, lower).square().sum((1, 2))
         worse = factor.failed[part] | ~(gain >= 0.0)
         kept += int(worse.sum())
         difference.masked_fill_(worse[:, None, None], 0.0)
         if measured:
             added = factor.added[part]
-            energy += spread + 2.0 * _dot(mean, right) + float(_product(mean, lower).square().sum())
+            lengths = times(mean.to(grams[0].dtype), lower.to(grams[0].dtype))
+            energy += spread + 2.0 * _dot(mean, right) + _dot(lengths, lengths)
             energy -= float((added * mean.square().sum((1, 2))).sum())
             ridge = added * difference.square().sum((1, 2))
             error += spread - float((gain.masked_fill(worse, 0.0) + ridge).sum())
@@ -224,12 +228,12 @@ def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor,
             gram = all_grams[part]
             total.add_(gram, alpha=share)
             exact = weight[part].to(gram.dtype)
-            rows = _product(exact, gram)
+            rows = times(exact, gram.mT)
             own = share * _dot(rows, exact)
             energy += own
             error += own - 2.0 * share * _dot(rows, merged[part])
         solution = merged[part].to(total.dtype)
-        error += _dot(_product(solution, total), solution)
+        error += _dot(times(solution, total.mT), solution)
     return max(error, 0.0) / energy if energy > 0 else 0.0
 
 
@@ -237,14 +241,9 @@ def _dot(left: Tensor, right: Tensor) -> float:
     return float((left * right).sum(dtype=torch.float64))
 
 
-# A table is a batch of as many matrices of one entry as it has rows, for which PyTorch's own routines are slow.
-def _product(weight: Tensor, gram: Tensor) -> Tensor:
-    """``(g, o, k)`` times ``(g, k, k)``."""
-    return weight * gram if gram.shape[-1] == 1 else torch.matmul(weight, gram)
-
-
 def _divided(right: Tensor, lower: Tensor) -> Tensor:
     """``(g, o, k)`` times the inverse of the matrix whose Cholesky factor is ``lower``, ``(g, k, k)``."""
+    # Of tables, as in `times`.
     return right / lower / lower if lower.shape[-1] == 1 else torch.cholesky_solve(right.mT, lower).mT
 
 

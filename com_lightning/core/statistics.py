@@ -6,38 +6,12 @@ Only sums are kept, so they can be added up over batches in any order, and over 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
-
-@contextmanager
-def exact_products() -> Iterator[None]:
-    """Statistics are sums of squares, for which TF32 or bfloat16 in place of float32 is not enough.
-
-    Lightning advises ``torch.set_float32_matmul_precision("medium")`` or ``"high"`` on GPUs with tensor cores.
-    """
-    if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
-        precision = torch.get_float32_matmul_precision()
-        torch.set_float32_matmul_precision("highest")
-        try:
-            yield
-        finally:
-            torch.set_float32_matmul_precision(precision)
-        return
-    settings: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
-    before = [setting.fp32_precision for setting in settings]
-    try:
-        for setting in settings:
-            setting.fp32_precision = "ieee"
-        yield
-    finally:
-        for setting, precision in zip(settings, before):
-            setting.fp32_precision = precision
+from com_lightning.core.products import add_product, aligned, completed, outputs, turns
 
 
 @dataclass
@@ -232,8 +206,8 @@ class InputStatistics:
         if features == 1:
             self.gram = _added(self.gram, _gram_of_channels(merged, root.square(), self.bias))
         else:
-            scaled = self._scaled(merged, root)
-            self.gram = _add_product(self.gram, scaled, scaled, symmetric=True)
+            scaled = self._turned("turned", self._scaled(merged, root))
+            self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
         if expert is None:
             return
         gap = torch.sub(expert, merged, out=self.scratch.empty("gap", merged, *merged.shape))
@@ -241,13 +215,13 @@ class InputStatistics:
         if self.multiply:
             assert weight is not None
             weight = weight[..., :features].to(gap.dtype)
-            gap = gap * weight[..., 0] if features == 1 else torch.einsum("ngf,gof->ngo", gap, weight)
+            gap = gap * weight[..., 0] if features == 1 else outputs(gap, weight)
             if offset is not None:
                 gap += offset
         if features == 1:
             self.drift = _added(self.drift, _sums_of_channels(gap, merged, root.square(), self.bias))
         else:
-            self.drift = _add_product(self.drift, gap.mul_(root[:, None, None]), scaled)
+            self.drift = add_product(self.drift, self._turned("turned gap", gap.mul_(root[:, None, None])), scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
         """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
@@ -266,10 +240,7 @@ class InputStatistics:
 
     def complete(self) -> Tensor | None:
         """The whole of ``gram``: what is above the diagonal is that below it. More can be added afterwards."""
-        if self.gram is not None:
-            for block in _blocks(self.gram.shape[-1]):
-                self.gram[:, block, block.stop :] = self.gram[:, block.stop :, block].mT
-        return self.gram
+        return None if self.gram is None else completed(self.gram)
 
     def mean_gram(self) -> Tensor:
         """``G_i = gram / rows``, ``(g, k, k)``.
@@ -301,47 +272,19 @@ class InputStatistics:
         scaled[..., features:] = root[:, None, None]
         return scaled
 
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        """Rows ``(n, g, k)`` as products are fastest with them."""
+        if not turns(rows):
+            return rows
+        n, _, numbers = rows.shape
+        return self.scratch.empty(name, rows, numbers, n).copy_(rows[:, 0].T).T[:, None]
+
     def _average(self) -> None:
         if not self._averaged:
             self._averaged = True
             for sums in (self.gram, self.drift):
                 if sums is not None:
                     sums /= max(self.rows, 1)
-
-
-def aligned(length: int) -> int:
-    """How far apart rows are to be, so that long ones begin at multiples of 64 bytes.
-
-    The bias makes rows of 769 or 3073 numbers, with which products take a third longer than with 768 or 3072 (tried).
-    """
-    return length if length < 512 else math.ceil(length / 16) * 16
-
-
-def _blocks(size: int) -> Iterator[slice]:
-    """Columns of a symmetric matrix that are computed together, from the diagonal down: of a large one, a quarter, of
-    a very large one a sixth.
-
-    That saves three eighths of the products, or five twelfths. More and smaller blocks save more of them, but each
-    takes longer (tried).
-    """
-    step = size if size < 512 else math.ceil(size / (64 if size < 2048 else 96)) * 16
-    return (slice(start, min(start + step, size)) for start in range(0, size, step))
-
-
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bool = False) -> Tensor:
-    """``total + leftᵀ right`` for each group, in place: ``(n, g, a)``, ``(n, g, b)`` -> ``(g, a, b)``.
-
-    If it is ``symmetric``, what is above the blocks on the diagonal is left as it is.
-    """
-    if total is None:
-        total = left.new_zeros(left.shape[1], left.shape[2], aligned(right.shape[2]))[..., : right.shape[2]]
-    if left.shape[1] == 1:
-        for block in _blocks(left.shape[2]) if symmetric else [slice(0, right.shape[2])]:
-            first = block.start if symmetric else 0
-            total[0, first:, block].addmm_(left[:, 0, first:].T, right[:, 0, block])
-    else:
-        total.baddbmm_(left.permute(1, 2, 0), right.permute(1, 0, 2))
-    return total
 
 
 def _added(total: Tensor | None, sums: Tensor) -> Tensor:

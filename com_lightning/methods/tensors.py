@@ -14,9 +14,9 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
+from com_lightning.core.products import exact_products
 from com_lightning.core.rule import LayerRecord, NonFiniteError
 from com_lightning.core.sharing import all_finite, average, named_tensors, slices
-from com_lightning.core.statistics import exact_products
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
 

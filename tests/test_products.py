@@ -1,0 +1,144 @@
+"""Products of matrices by oneDNN: the same but for rounding, and only where nothing else is asked for."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_lightning.core import products
+from com_lightning.core.chain import merge_layers
+from com_lightning.core.products import exact_products, linear
+from com_lightning.core.rule import Rule, Task
+from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.statistics import InputStatistics
+from tests.helpers import perturb, relative
+
+pytestmark = pytest.mark.skipif(
+    not (torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")), reason="PyTorch has no oneDNN"
+)
+
+
+@pytest.fixture(params=[True, False], ids=["oneDNN", "as PyTorch does"])
+def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether oneDNN passes for faster, whatever this machine is."""
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: request.param)
+    return bool(request.param)
+
+
+@pytest.fixture
+def medium() -> Iterator[None]:
+    """Products may be computed in bfloat16, where the processor has it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 400) -> tuple[Tensor, Tensor, Tensor]:
+    """Input, weight and bias of a product that is worthwhile."""
+    torch.manual_seed(0)
+    return torch.randn(*rows, numbers), torch.randn(outputs, numbers), torch.randn(outputs)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("rows", [(4, 64), (256,), (2, 2, 64)])
+def test_linear(faster: bool, rows: tuple[int, ...], bias: bool) -> None:
+    inputs, weight, offset = large(rows)
+    given = (inputs, weight, offset if bias else None)
+    assert products._by_onednn(*given) == faster
+    assert relative(linear(*given), F.linear(*(None if t is None else t.double() for t in given))) < 1e-6
+
+
+def test_inputs_that_do_not_lie_in_order(faster: bool) -> None:
+    inputs, weight, bias = large((64, 4))
+    assert relative(linear(inputs.transpose(0, 1), weight, bias), F.linear(inputs.transpose(0, 1), weight, bias)) < 1e-6
+
+
+def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    inputs, weight, bias = large()
+    by_onednn = products._by_onednn
+    assert by_onednn(inputs, weight, bias)
+    assert not by_onednn(inputs[:1, :1], weight, bias), "too small"
+    assert not by_onednn(inputs.double(), weight.double(), bias.double())
+    assert not by_onednn(inputs, large(numbers=400, outputs=384)[1].T, None), "oneDNN is slow with it"
+    assert not by_onednn(inputs, nn.Parameter(weight), bias), "it may be differentiated"
+    with torch.no_grad():
+        assert by_onednn(inputs, nn.Parameter(weight), bias)
+    with torch.autocast("cpu"):
+        assert not by_onednn(inputs, weight, bias)
+        assert linear(inputs, weight, bias).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not by_onednn(inputs, weight, bias)
+    several = torch.vmap(partial(linear, inputs))(torch.stack([weight, 2 * weight]))
+    assert relative(several[1], 2 * several[0]) < 1e-6
+    differentiable = weight.clone().requires_grad_()
+    linear(inputs, differentiable, bias).sum().backward()
+    assert differentiable.grad is not None
+
+
+@pytest.mark.usefixtures("medium")
+def test_statistics_have_all_digits_whatever_precision_forwards_are_given(faster: bool) -> None:
+    inputs, weight, _ = large()
+    with exact_products():
+        assert relative(linear(inputs, weight), F.linear(inputs.double(), weight.double())) < 1e-6
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("multiply", [True, False])
+def test_statistics(faster: bool, bias: bool, multiply: bool) -> None:
+    """Of a layer that is wide enough, and of batches of which one is too small for oneDNN."""
+    torch.manual_seed(0)
+    weight = torch.randn(1, 300, 600 + bias)
+    wide, exact = (InputStatistics(bias, True, multiply) for _ in range(2))
+    for rows in (256, 3, 200):
+        merged, expert, offset = torch.randn(rows, 1, 600), torch.randn(rows, 1, 600), torch.randn(rows, 1, 300)
+        extra = (weight, offset) if multiply else (None, None)
+        wide.update(merged, expert, *extra)
+        exact.update(merged.double(), expert.double(), *(None if t is None else t.double() for t in extra))
+    drift, expected = wide.mean_drift(weight), exact.mean_drift(weight.double())
+    assert drift is not None and expected is not None
+    assert relative(drift, expected) < 1e-6
+    assert relative(wide.mean_gram(), exact.mean_gram()) < 1e-6
+
+
+class Wide(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(64, 1024), nn.Linear(1024, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(x)))
+
+
+@pytest.mark.parametrize("rule", [Rule(target="merged"), Rule(residual=True)], ids=["one-sided", "default"])
+def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: Rule) -> None:
+    torch.manual_seed(0)
+    base = Wide()
+    experts = [perturb(copy.deepcopy(base), seed=seed) for seed in (1, 2)]
+    batches = [torch.randn(2, 1024, 64) for _ in experts]
+    found, used = [], []
+    by_onednn = products._by_onednn
+
+    def noted(*tensors: Tensor) -> bool:
+        used.append(by_onednn(*tensors))
+        return used[-1]
+
+    monkeypatch.setattr(products, "_by_onednn", noted)
+    for faster in (True, False):
+        monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
+        used.clear()
+        tensors = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
+        merged = {name: average([each[name] for each in tensors]) for name in tensors[0]}
+        tasks = [Task(str(i), e, [b], lambda m, x, _: m(x)) for i, (e, b) in enumerate(zip(experts, batches))]
+        merge_layers(tasks, merged, [0.5, 0.5], rule)
+        assert any(used) == faster
+        found.append(merged)
+    for name, value in found[0].items():
+        assert relative(value, found[1][name]) < 1e-4, name
