@@ -11,6 +11,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tests.helpers import Classifier, make_experts
 
@@ -28,3 +29,5 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     with warnings.catch_warnings():
         yield
+    if dist.is_initialized():  # Lightning leaves it to the end of the process
+        dist.destroy_process_group()

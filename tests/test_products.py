@@ -50,9 +50,10 @@ def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 40
 @pytest.mark.parametrize("rows", [(4, 64), (256,), (2, 2, 64)])
 def test_linear(faster: bool, rows: tuple[int, ...], bias: bool) -> None:
     inputs, weight, offset = large(rows)
-    given = (inputs, weight, offset if bias else None)
-    assert products._by_onednn(*given) == faster
-    assert relative(linear(*given), F.linear(*(None if t is None else t.double() for t in given))) < 1e-6
+    own = offset if bias else None
+    assert products._by_onednn(inputs, weight, own) == faster
+    exact = F.linear(inputs.double(), weight.double(), None if own is None else own.double())
+    assert relative(linear(inputs, weight, own), exact) < 1e-6
 
 
 def test_inputs_that_do_not_lie_in_order(faster: bool) -> None:
@@ -79,7 +80,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     several = torch.vmap(partial(linear, inputs))(torch.stack([weight, 2 * weight]))
     assert relative(several[1], 2 * several[0]) < 1e-6
     differentiable = weight.clone().requires_grad_()
-    linear(inputs, differentiable, bias).sum().backward()
+    linear(inputs, differentiable, bias).sum().backward()  # type: ignore[no-untyped-call]
     assert differentiable.grad is not None
 
 
@@ -103,7 +104,8 @@ def test_statistics(faster: bool, bias: bool, multiply: bool) -> None:
         wide.update(merged, expert, *extra)
         exact.update(merged.double(), expert.double(), *(None if t is None else t.double() for t in extra))
     drift, expected = wide.mean_drift(weight), exact.mean_drift(weight.double())
-    assert drift is not None and expected is not None
+    assert drift is not None
+    assert expected is not None
     assert relative(drift, expected) < 1e-6
     assert relative(wide.mean_gram(), exact.mean_gram()) < 1e-6
 
@@ -114,7 +116,7 @@ class Wide(nn.Module):
         self.up, self.down = nn.Linear(64, 1024), nn.Linear(1024, 64)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.down(F.gelu(self.up(x)))
+        return x + self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
 @pytest.mark.parametrize("rule", [Rule(target="merged"), Rule(residual=True)], ids=["one-sided", "default"])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import contenders, floor, large, merges, scaling, timing
+from benchmarks.speed import breakdown, contenders, floor, large, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
 from com_lightning.core.statistics import InputStatistics
 
@@ -44,6 +45,34 @@ def test_a_contender_tells_what_it_found_as_its_last_line() -> None:
     found = timing.in_a_process("benchmarks.speed.contenders", "one-sided", *sizes, "--threads", 1)
     assert found["seconds"] > 0
     assert found["layers"] > 0
+
+
+def test_a_breakdown_has_all_parts_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(breakdown, "in_a_process", lambda module, name, *options: breakdown.merge(name, TINY))
+    found = breakdown.run(TINY, 1, 1)
+    assert list(found) == list(contenders.RULES)
+    assert list(found["default"]) == [*breakdown.PARTS, breakdown.REST, "all"]
+    two_sided = {"drifts multiplied by weights", "what streams lack", "outputs compared"}
+    assert set(found["default"]) - set(found["one-sided"]) == two_sided
+    for own in found.values():
+        *parts, total = (seconds for [seconds] in own.values())
+        assert sum(parts) == pytest.approx(total)
+        assert all(seconds > 0 for seconds in parts)
+
+
+def test_timers_do_not_count_what_is_within_twice() -> None:
+    timers = breakdown.Timers()
+    inner = timers.timed("inner", lambda: time.sleep(0.02))
+
+    def outer() -> None:
+        time.sleep(0.01)
+        inner()
+        time.sleep(0.01)
+
+    timers.timed("outer", outer)()
+    assert timers.seconds["inner"] >= 0.02
+    assert timers.seconds["outer"] >= 0.02
+    assert sum(timers.seconds.values()) < 0.08
 
 
 @pytest.mark.slow
@@ -105,4 +134,4 @@ def test_a_library_that_is_not_installed_is_told_and_skipped(
     monkeypatch.setattr(merges, "in_a_process", lambda *_: {"seconds": 1.0, "peak": 1.0})
     found = merges.run(TINY, 2, 1)
     assert "FusionBench is not installed" in capsys.readouterr().err
-    assert list(found) == [*floor.PARTS, *contenders.RULES]
+    assert list(found) == [*floor.PARTS, *contenders.OURS]

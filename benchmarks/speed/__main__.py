@@ -1,4 +1,4 @@
-"""How fast a merge is: ``python -m benchmarks.speed [--parts merges scaling files large] [--repeats 5]``.
+"""How fast a merge is: ``python -m benchmarks.speed [--parts merges breakdown scaling files large] [--repeats 5]``.
 
 Everything is timed in turn within one run, and told as ratios of what was timed side by side. Ctrl-C ends a part with
 the repeats that are complete. Writes ``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they
@@ -20,19 +20,21 @@ from typing import Any
 import torch
 
 from benchmarks.lockstep import environment
-from benchmarks.speed import files, large, merges, scaling
+from benchmarks.speed import breakdown, files, large, merges, scaling
 from benchmarks.speed.tower import Tower
 from com_lightning.report import table
 
 TINY = Tower(tasks=2, samples=4, batch_size=2, blocks=1, width=64, image=32, patch=16)
 TITLES = {
     "merges": "Against the floor, and against FusionBench",
+    "breakdown": "Where the time goes",
     "scaling": "Against size",
     "files": "Against mergekit, without data",
     "large": "Eight experts of 1B parameters",
 }
 ABOUT = {
     "merges": merges.__doc__,
+    "breakdown": breakdown.__doc__,
     "scaling": scaling.__doc__,
     "files": files.__doc__,
     "large": large.__doc__,
@@ -44,6 +46,13 @@ def run_merges(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     found = merges.run(tower, options.repeats, options.threads)
     repeats = len(found["forwards"]["seconds"])
     return {"setting": {**asdict(tower), "repeats": repeats}, "found": found, "rows": merges.rows(found)}
+
+
+def run_breakdown(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.breakdown`."""
+    found = breakdown.run(tower, options.repeats, options.threads)
+    repeats = len(next(iter(found.values()))["all"])
+    return {"setting": {**asdict(tower), "repeats": repeats}, "found": found, "rows": breakdown.rows(found)}
 
 
 def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -76,6 +85,7 @@ def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
 
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
     "merges": run_merges,
+    "breakdown": run_breakdown,
     "scaling": run_scaling,
     "files": run_files,
     "large": run_large,

@@ -23,6 +23,7 @@ from benchmarks.speed import floor
 from benchmarks.speed.tower import Tower
 from com_lightning.core.chain import merge_layers
 from com_lightning.core.rule import Rule, Task
+from com_lightning.core.run import Run
 from com_lightning.core.sharing import average, named_tensors
 
 
@@ -37,8 +38,14 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     watch.over.set()
 
 
-def ours(rule: Rule) -> Callable[[Tower, dict[str, float]], None]:
-    """A merge by our rules, from experts in memory to merged weights in memory."""
+def ours(rule: Rule, budget: float | None = None) -> Callable[[Tower, dict[str, float]], None]:
+    """A merge by our rules, from experts in memory to merged weights in memory.
+
+    Args:
+        rule: what is solved.
+        budget: GiB that paused forwards may hold.
+    """
+    run = Run(memory_budget=None if budget is None else int(budget * 2**30))
 
     def merge(tower: Tower, found: dict[str, float]) -> None:
         _, experts, batches = tower.made()
@@ -50,7 +57,7 @@ def ours(rule: Rule) -> Callable[[Tower, dict[str, float]], None]:
             tasks = [Task(str(i), expert, own, call) for i, (expert, own) in enumerate(zip(experts, batches))]
             tensors = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
             merged = {name: average([each[name] for each in tensors]) for name in tensors[0]}
-            records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule)
+            records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule, run)
         found["layers"] = sum(bool(record.parameters) for record in records)
 
     return merge
@@ -107,10 +114,15 @@ def part_of_the_floor(name: str) -> Callable[[Tower, dict[str, float]], None]:
 
 RULES = {"one-sided": Rule(target="merged"), "default": Rule(residual=True)}
 """The default is two-sided, and corrected for what residual streams lack."""
+BUDGET = 0.25
+OURS = {
+    **{name: ours(rule) for name, rule in RULES.items()},
+    f"one-sided, memory_budget={BUDGET}": ours(RULES["one-sided"], BUDGET),
+}
 THEIRS = "FusionBench RegMean++"
 CONTENDERS: dict[str, Callable[[Tower, dict[str, float]], None]] = {
     **{name: part_of_the_floor(name) for name in floor.PARTS},
-    **{name: ours(rule) for name, rule in RULES.items()},
+    **OURS,
     THEIRS: fusion_bench,
 }
 

@@ -1,9 +1,9 @@
 """Merges of the vision tower of CLIP ViT-B/32, against their floor and against FusionBench's RegMean++ (git head).
 
 The floor is the forwards, twice where the rule is two-sided, one product for the Gram matrix of each distinct input,
-and one Cholesky factorisation for each, with what is divided by it; each alone, as plainly as can be. FusionBench
-merges the linear layers of the blocks; ours merge the patch embedding and the normalisations too. All in turn, each in
-a process of its own.
+and one Cholesky factorisation for each, with what is divided by it; each alone, as plainly as PyTorch does it, by the
+library that it takes. FusionBench merges the linear layers of the blocks; ours merge the patch embedding and the
+normalisations too. All in turn, each in a process of its own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import sys
 from dataclasses import asdict
 
 from benchmarks.speed import floor
-from benchmarks.speed.contenders import RULES, THEIRS
+from benchmarks.speed.contenders import OURS, RULES, THEIRS
 from benchmarks.speed.timing import Timed, in_a_process, in_turn, ratios, spread
 from benchmarks.speed.tower import Tower
 
@@ -23,7 +23,7 @@ Found = dict[str, dict[str, list[float]]]
 
 def run(tower: Tower, repeats: int, threads: int) -> Found:
     """Time all in turn; FusionBench only where it is installed."""
-    names = [*floor.PARTS, *RULES, THEIRS]
+    names = [*floor.PARTS, *OURS, THEIRS]
     if importlib.util.find_spec("fusion_bench") is None:
         told = "FusionBench is not installed, and left out: pip install a clone of its repository to have it, too"
         print(told, file=sys.stderr)
@@ -64,8 +64,8 @@ def rows(found: Found) -> list[list[str]]:
     for name, own in found.items():
         line = [name, spread(own["seconds"])]
         line.append(spread(ratios(own["seconds"], bounds[name])) if name in bounds else "")
-        line.append(spread(ratios(theirs["seconds"], own["seconds"])) if theirs and name in bounds else "")
+        line.append(spread(ratios(theirs["seconds"], own["seconds"])) if theirs and name in OURS else "")
         line.append(spread([size / 2**30 for size in own["peak"]]) if "peak" in own else "")
-        line.append(spread(ratios(own["peak"], theirs["peak"])) if theirs and name in bounds else "")
+        line.append(spread(ratios(own["peak"], theirs["peak"])) if theirs and name in OURS else "")
         lines.append(line)
     return [*lines, *([f"floor, {name}", spread(values), "", "", "", ""] for name, values in bounds.items())]

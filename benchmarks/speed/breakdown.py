@@ -1,0 +1,140 @@
+"""Where the time of a merge goes: seconds of each part, without those of parts within it.
+
+The vision tower of CLIP ViT-B/32, as in the comparison with FusionBench. Forwards are those of the merged model and,
+where the rule is two-sided, of the experts. Each merge in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+from unittest import mock
+
+import torch
+
+from benchmarks.speed.contenders import CONTENDERS, RULES
+from benchmarks.speed.timing import in_a_process, in_turn
+from benchmarks.speed.tower import Tower
+from com_lightning.core import chain, gathering, lockstep
+from com_lightning.core import statistics as gathered
+from com_lightning.core.corrections import Corrections
+from com_lightning.core.residual import OutputError
+
+PARTS: dict[str, list[tuple[Any, str]]] = {
+    "forwards": [(lockstep._Coroutine, "advance")],
+    "Gram matrices and drifts": [(gathered, "add_product")],
+    "drifts multiplied by weights": [(gathered, "outputs")],
+    "rows scaled and compared": [(gathered.InputStatistics, "update")],
+    "what streams lack": [(Corrections, "gap"), (Corrections, "leave")],
+    "outputs compared": [(OutputError, "add")],
+    "solving": [(chain._Chain, "_solve")],
+    "sums checked": [(gathering, "_is_sound")],
+}
+"""Part -> functions, by where they are looked up."""
+REST = "all else"
+Found = dict[str, dict[str, list[float]]]
+"""Rule -> part -> seconds in each repeat."""
+
+
+class Timers:
+    """Seconds of parts, each without those of the parts within it."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that counts as that part."""
+
+        @functools.wraps(function)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._turn()
+            self._open.append(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self._turn()
+                self._open.pop()
+
+        return wrapped
+
+    def _turn(self) -> None:
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since
+        self._since = now
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Time :data:`PARTS` in all that is done within."""
+        with ExitStack() as stack:
+            for part, functions in PARTS.items():
+                for holder, name in functions:
+                    stack.enter_context(mock.patch.object(holder, name, self.timed(part, getattr(holder, name))))
+            yield
+
+
+def merge(name: str, tower: Tower) -> dict[str, float]:
+    """One merge in this process: seconds of each part that it has, and of all."""
+    timers, found = Timers(), dict[str, float]()
+    with timers.watching():
+        CONTENDERS[name](tower, found)
+    rest = found["seconds"] - sum(timers.seconds.values())
+    return {
+        **{part: timers.seconds[part] for part in PARTS if part in timers.seconds},
+        REST: rest,
+        "all": found["seconds"],
+    }
+
+
+def run(tower: Tower, repeats: int, threads: int) -> Found:
+    """Time both rules in turn."""
+    parts: dict[str, list[dict[str, float]]] = {name: [] for name in RULES}
+
+    def timed(name: str) -> Callable[[], float]:
+        def seconds() -> float:
+            sizes = [part for key, value in asdict(tower).items() for part in (f"--{key}", value)]
+            parts[name].append(in_a_process("benchmarks.speed.breakdown", name, *sizes, "--threads", threads))
+            return parts[name][-1]["all"]
+
+        return seconds
+
+    whole = min(map(len, in_turn({name: timed(name) for name in RULES}, repeats, "breakdown").values()))
+    return {name: {part: [one[part] for one in own[:whole]] for part in own[0]} for name, own in parts.items()}
+
+
+def rows(found: Found) -> list[list[str]]:
+    """Of a table: medians, and their share of the whole."""
+    lines = [["part", *(f"{name}, {unit}" for name in found for unit in ("s", "%"))]]
+    for part in [*PARTS, REST, "all"]:
+        line = [part]
+        for own in found.values():
+            seconds = statistics.median(own[part]) if part in own else None
+            whole = statistics.median(own["all"])
+            line += ["", ""] if seconds is None else [f"{seconds:.1f}", f"{100 * seconds / whole:.0f}"]
+        lines.append(line)
+    return lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("name", choices=RULES)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    for field, value in asdict(Tower()).items():
+        parser.add_argument(f"--{field}", type=int, default=value)
+    options = vars(parser.parse_args())
+    torch.set_num_threads(options.pop("threads"))
+    print(json.dumps(merge(options.pop("name"), Tower(**options))))
+
+
+if __name__ == "__main__":
+    main()
