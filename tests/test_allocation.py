@@ -1,0 +1,77 @@
+"""Freed memory is kept while a merge runs, and given back when it ends."""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from com_lightning.core import allocation
+from com_lightning.core.allocation import kept_memory
+
+glibc = pytest.mark.skipif(
+    allocation._glibc() is None or not Path("/proc/self/statm").exists(), reason="the C library is not glibc"
+)
+SIZE = 2**24
+"""Bytes of an activation: from some such on, freed memory goes back at once, as glibc has it by itself."""
+
+
+def allocate(count: int) -> None:
+    """Allocate, fill and free so many tensors together."""
+    tensors = [torch.ones(SIZE // 4) for _ in range(count)]
+    del tensors
+
+
+def faults() -> int:
+    """Pages that the system has given so far."""
+    resource = pytest.importorskip("resource")
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+
+
+def resident() -> int:
+    """Bytes of memory that the process has."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@glibc
+def test_memory_that_was_freed_is_not_asked_for_again() -> None:
+    with kept_memory():
+        allocate(16)
+        before = faults()
+        for _ in range(3):
+            allocate(16)
+        assert faults() - before < 3 * 16 * SIZE // 4096 // 2
+
+
+@glibc
+def test_memory_is_given_back_even_after_an_error() -> None:
+    allocate(16)
+    allocation.give_back()
+    before = resident()
+    kept = []
+
+    def merge() -> None:
+        with kept_memory():
+            allocate(16)
+            kept.append(resident() - before)
+            raise ValueError("in a merge")
+
+    with pytest.raises(ValueError, match="in a merge"):
+        merge()
+    assert kept[0] > 10 * SIZE
+    assert resident() - before < 2 * SIZE
+
+
+def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Other:
+        """Without glibc's functions."""
+
+    def library(name: Any) -> Any:
+        return Other()
+
+    monkeypatch.setattr(ctypes, "CDLL", library)
+    with kept_memory():
+        assert allocation._glibc() is None
