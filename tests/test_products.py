@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from com_lightning.core import products
 from com_lightning.core.chain import merge_layers
@@ -69,6 +70,9 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not by_onednn(inputs[:1, :1], weight, bias), "too small"
     assert not by_onednn(inputs.double(), weight.double(), bias.double())
     assert not by_onednn(inputs, large(numbers=400, outputs=384)[1].T, None), "oneDNN is slow with it"
+    assert not by_onednn(inputs, weight, bias[:1]), "it is broadcast"
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        linear(inputs[..., :-1].contiguous(), weight)
     assert not by_onednn(inputs, nn.Parameter(weight), bias), "it may be differentiated"
     with torch.no_grad():
         assert by_onednn(inputs, nn.Parameter(weight), bias)
@@ -79,6 +83,9 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not by_onednn(inputs, weight, bias)
     several = torch.vmap(partial(linear, inputs))(torch.stack([weight, 2 * weight]))
     assert relative(several[1], 2 * several[0]) < 1e-6
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(weight, torch.ones_like(weight))  # type: ignore[no-untyped-call]
+        assert forward_ad.unpack_dual(linear(inputs, dual, bias)).tangent is not None  # type: ignore[no-untyped-call]
     differentiable = weight.clone().requires_grad_()
     linear(inputs, differentiable, bias).sum().backward()  # type: ignore[no-untyped-call]
     assert differentiable.grad is not None

@@ -131,10 +131,13 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
         rows.numel() * len(weight) >= WORTHWHILE
         and all(_is_plain(tensor) for tensor in (rows, weight, bias) if tensor is not None)
-        and weight.dim() == 2
+        and rows.dim() > 1
+        and rows.shape[-1:] == weight.shape[1:]  # PyTorch tells what is wrong where they are not
+        and (bias is None or bias.shape == weight.shape[:1])
         and weight.is_contiguous()  # oneDNN takes others, but takes a thousand times as long
         and not torch.is_autocast_enabled("cpu")
         and torch._C._functorch.peek_interpreter_stack() is None
+        and torch.autograd.forward_ad._current_level < 0
         and _prefers_onednn()
     )
 
@@ -164,5 +167,7 @@ def _onednn_is_faster() -> bool:
 
 
 def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    return about.read_text() if about.exists() else platform.processor()
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # another system than Linux
+        return platform.processor()
