@@ -31,3 +31,12 @@ def _fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         yield
     if dist.is_initialized():  # Lightning leaves it to the end of the process
         dist.destroy_process_group()
+
+
+@pytest.fixture
+def low() -> Iterator[None]:
+    """Float32 products of the model are computed in TF32, or in bfloat16 on CPUs that have it."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    yield
+    torch.set_float32_matmul_precision(before)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,15 +63,6 @@ def test_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     print(f"{precision}: {difference:.1e}")
     assert difference <= WORST[precision]
     assert {p.dtype for module in callback.modules.values() for p in module.parameters()} == {torch.float32}
-
-
-@pytest.fixture
-def low() -> Iterator[None]:
-    """Float32 products of the model are computed in TF32, or in bfloat16 on CPUs that have it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="PyTorch has one setting for all")

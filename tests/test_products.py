@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
@@ -30,15 +29,6 @@ def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     """Whether oneDNN passes for faster, whatever this machine is."""
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: request.param)
     return bool(request.param)
-
-
-@pytest.fixture
-def medium() -> Iterator[None]:
-    """Products may be computed in bfloat16, where the processor has it."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 400) -> tuple[Tensor, Tensor, Tensor]:
@@ -91,7 +81,7 @@ def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert differentiable.grad is not None
 
 
-@pytest.mark.usefixtures("medium")
+@pytest.mark.usefixtures("low")
 def test_statistics_have_all_digits_whatever_precision_forwards_are_given(faster: bool) -> None:
     inputs, weight, _ = large()
     with exact_products():

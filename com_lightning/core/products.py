@@ -65,7 +65,11 @@ def outputs(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def times(weight: Tensor, matrices: Tensor) -> Tensor:
-    """``(g, o, k)`` times ``(g, k, m)``. Best by columns: symmetric matrices are to be given as their transposes."""
+    """``(g, o, k)`` times ``(g, k, m)``.
+
+    Fastest where matrices are stored by columns, as Cholesky factors are. Of symmetric ones stored by rows, give the
+    transpose, which is the same matrix.
+    """
     if matrices.shape[1] == 1:  # a batch of as many as a table has rows, for which PyTorch's own routines are slow
         return weight * matrices
     return torch.matmul(weight, matrices) if len(matrices) > 1 else linear(weight[0], matrices[0].T)[None]
@@ -157,8 +161,7 @@ def _prefers_onednn() -> bool:
 def _onednn_is_faster() -> bool:
     """Whether products in float32 are made faster by oneDNN than by MKL, which is what PyTorch takes.
 
-    MKL has its best routines for Intel's processors alone. On AMD's with AVX-512, oneDNN is twice as fast (tried on an
-    EPYC of the fifth generation).
+    So it is on AMD's with AVX-512, by a factor of two (tried on an EPYC of the fifth generation, torch 2.15).
     """
     if not (torch._C.has_mkl and torch._C._has_mkldnn):
         return False
