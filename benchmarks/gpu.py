@@ -33,11 +33,12 @@ from torch.utils.data import DataLoader
 from benchmarks.lockstep import environment
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
 from com_lightning.cli import main as com_lightning
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import average, named_tensors, tied_names
-from com_lightning.report import table
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, named_tensors, tied_names
+from com_lightning.results.report import table
 from com_lightning.trainer import MergeTrainer
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -33,10 +33,11 @@ from transformers import ViTConfig, ViTModel
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors
-from com_lightning.report import table
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors
+from com_lightning.results.report import table
 
 SEED = 0
 IMAGE, PATCH = 64, 16

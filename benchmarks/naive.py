@@ -12,15 +12,16 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from com_lightning.core import chain
-from com_lightning.core.lockstep import Arrival, Candidacy, Forward, Place, lockstep
-from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.chain import chain
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place, lockstep
+from com_lightning.core.sweep.task import LayerRecord, Task
 
 
 def naive_chain(
     tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], rule: Rule
 ) -> list[LayerRecord]:
-    """:func:`~com_lightning.core.chain.merge_layers` with :func:`rerun` in place of the lockstep."""
+    """:func:`~com_lightning.core.chain.chain.merge_layers` with :func:`rerun` in place of the lockstep."""
     with patch.object(chain, "lockstep", rerun):
         return chain.merge_layers(tasks, merged, importance, rule)
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from com_lightning.callback import ChainOfMergesCallback
     from com_lightning.cli import MergeCLI
-    from com_lightning.datamodule import MergeDataModule, TaskLoaders
-    from com_lightning.experts import MergeError
+    from com_lightning.data.datamodule import MergeDataModule, TaskLoaders
+    from com_lightning.errors import MergeError
     from com_lightning.methods import (
         DARE,
         DELLA,
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         RegMeanPlusPlus,
         TaskArithmetic,
     )
-    from com_lightning.report import MergeReport
+    from com_lightning.results.report import MergeReport
     from com_lightning.trainer import MergeTrainer
 
 __version__ = "0.1.0"
@@ -83,9 +83,9 @@ _HOMES = {
     "KarcherMean": "methods",
     "LOT": "methods",
     "MergeCLI": "cli",
-    "MergeDataModule": "datamodule",
-    "MergeError": "experts",
-    "MergeReport": "report",
+    "MergeDataModule": "data.datamodule",
+    "MergeError": "errors",
+    "MergeReport": "results.report",
     "MergeTrainer": "trainer",
     "MergingMethod": "methods",
     "RegMean": "methods",
@@ -93,7 +93,7 @@ _HOMES = {
     "Refitted": "methods",
     "SLERP": "methods",
     "TaskArithmetic": "methods",
-    "TaskLoaders": "datamodule",
+    "TaskLoaders": "data.datamodule",
     "TIES": "methods",
     "TSVM": "methods",
     "WUDI": "methods",

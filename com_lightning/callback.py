@@ -17,23 +17,24 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
-from com_lightning.datamodule import MergeDataModule
-from com_lightning.evaluation import quiet_lightning, single_device_trainer, validate_tasks
-from com_lightning.experts import ExpertSource, MergeError
-from com_lightning.journal import FileJournal
-from com_lightning.logs import log_layer, log_tasks
-from com_lightning.merger import average_shared, execute, load_into, with_shared
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError
+from com_lightning.execution import average_shared, execute, load_into, with_shared
+from com_lightning.experts.load import ExpertSource
+from com_lightning.experts.state_dicts import some
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.plan import MergePlan, make_plan
-from com_lightning.processes import peers_of, require_mergeable, together
-from com_lightning.report import MergeReport
-from com_lightning.results import output_problems, save_results, space_problems
-from com_lightning.state_dicts import some
-from com_lightning.workplace import Workplace
+from com_lightning.results.atomic import Workplace
+from com_lightning.results.folder import output_problems, save_results, space_problems
+from com_lightning.results.journal import FileJournal
+from com_lightning.results.loggers import log_layer, log_tasks
+from com_lightning.results.report import MergeReport
+from com_lightning.strategies import peers_of, require_mergeable, together
+from com_lightning.validation import quiet_lightning, single_device_trainer, validate_tasks
 
 
 class ChainOfMergesCallback(Callback):
@@ -60,7 +61,7 @@ class ChainOfMergesCallback(Callback):
         metric: the logged metric that tables show; by default the first one that is not a loss. What is logged is
             known after validation only: a name that is not is told in the report, and another is shown.
         baselines: also validate the experts and their plain average, to compare with.
-        output_dir: folder for the result (see :func:`~com_lightning.results.save_results`); ``None``: see :meth:`save`.
+        output_dir: folder for the result (see :func:`~com_lightning.results.folder.save_results`); ``None``: see :meth:`save`.
         overwrite: replace an existing ``output_dir``.
         verbose: print the report at the end, for where there is no line of code to print it.
         on_bad_batch: what NaN or infinity in a calibration batch, or in what the models make of it, does: ``"raise"``
@@ -207,7 +208,7 @@ class ChainOfMergesCallback(Callback):
         return self.report
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
-        """Write the result to a folder, see :func:`~com_lightning.results.save_results`."""
+        """Write the result to a folder, see :func:`~com_lightning.results.folder.save_results`."""
         if not self.merged:
             raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
         save_results(Path(folder), self.modules, self._shared, self.report, overwrite, self.files, self._precision)

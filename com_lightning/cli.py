@@ -16,12 +16,11 @@ from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
-from com_lightning.checkpoints import reason
-from com_lightning.core.peers import PeerError
-from com_lightning.datamodule import MergeDataModule
-from com_lightning.experts import MergeError
-from com_lightning.export import PRECISIONS, export
-from com_lightning.inspection import MOST, inspect, save
+from com_lightning.analysis.inspection import MOST, inspect, save
+from com_lightning.core.sweep.distributed import PeerError
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError, reason
+from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
 
 

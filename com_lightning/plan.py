@@ -12,20 +12,20 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
-from com_lightning.adapters import adapter_parameters
-from com_lightning.base_model import load_base
-from com_lightning.checkpoints import collected_warnings
-from com_lightning.core.candidates import Candidate, candidates
 from com_lightning.core.layers import own_parameters
-from com_lightning.core.sharing import named_tensors, size_of, tied_names
-from com_lightning.datamodule import MergeDataModule
-from com_lightning.experts import ExpertSource, MergeError, Parameters, load_expert, sort_parameters, take_precision
-from com_lightning.hub import local_folders
-from com_lightning.kinship import non_finite_weights
+from com_lightning.core.layers.candidates import Candidate, candidates
+from com_lightning.core.tensors.modules import named_tensors, size_of, tied_names
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError, collected_warnings
+from com_lightning.experts.adapters import adapter_parameters
+from com_lightning.experts.base_model import load_base
+from com_lightning.experts.hub import local_folders
+from com_lightning.experts.load import ExpertSource, Parameters, load_expert, sort_parameters, take_precision
+from com_lightning.experts.similarity import non_finite_weights
+from com_lightning.experts.state_dicts import some, told_once
+from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
-from com_lightning.report import table
-from com_lightning.state_dicts import some, told_once
-from com_lightning.vocabulary import match_vocabularies
+from com_lightning.results.report import table
 
 
 @dataclass
@@ -144,7 +144,7 @@ def make_plan(
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
-        grow_vocabulary: see :func:`~com_lightning.vocabulary.match_vocabularies`; ``model`` grows too.
+        grow_vocabulary: see :func:`~com_lightning.experts.vocabulary.match_vocabularies`; ``model`` grows too.
         base: what the experts were fine-tuned from, for a method that needs it; ``None``: ``model``.
 
     Raises:

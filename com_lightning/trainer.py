@@ -9,17 +9,18 @@ from typing import Any, Dict, List, Literal, Optional, Union
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
+from com_lightning.analysis.compare import Compare, SeveralRules, checked, compared
+from com_lightning.analysis.comparison import Comparison
 from com_lightning.callback import ChainOfMergesCallback
-from com_lightning.compare import Compare, SeveralRules, checked, compared
-from com_lightning.comparison import Comparison
-from com_lightning.core.peers import Peers
-from com_lightning.core.sharing import renewed
-from com_lightning.datamodule import MergeDataModule
-from com_lightning.evaluation import single_device_trainer, validate_tasks
-from com_lightning.experts import MergeError
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.tensors.modules import renewed
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError
+from com_lightning.memory_estimate import needed
 from com_lightning.methods import MergingMethod
-from com_lightning.needs import needed
-from com_lightning.processes import (
+from com_lightning.results.folder import load_results, output_problems
+from com_lightning.results.report import MergeReport
+from com_lightning.strategies import (
     early_peers,
     end_with_parent,
     known_as_parent,
@@ -27,8 +28,7 @@ from com_lightning.processes import (
     returns_nothing,
     together,
 )
-from com_lightning.report import MergeReport
-from com_lightning.results import load_results, output_problems
+from com_lightning.validation import single_device_trainer, validate_tasks
 
 
 class MergeTrainer(Trainer):

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 _WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -27,16 +27,17 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import com_lightning.trainer as trainer_module
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
-from com_lightning.core import fitting
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.lockstep import running
-from com_lightning.core.peers import PeerError, Peers, ProcessGroup
-from com_lightning.core.private import own_tensors
-from com_lightning.core.refitting import refit
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, SkippedBatch, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
-from com_lightning.processes import together
+from com_lightning.core.chain import fit as fitting
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.heads import refit
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.solve.task_biases import own_tensors
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import PeerError, Peers, ProcessGroup
+from com_lightning.core.sweep.lockstep import running
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.strategies import together
 from tests.helpers import Classifier, free_port, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 from tests.zoo import make_experts as zoo_experts
@@ -322,7 +323,7 @@ def test_processes_that_are_not_in_an_exchange_hear_of_a_failure(
     apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends them, within the time that the one that failed waits for them."""
-    monkeypatch.setattr("com_lightning.core.peers.PATIENCE", 1.0)
+    monkeypatch.setattr("com_lightning.core.sweep.distributed.PATIENCE", 1.0)
     if apart:  # as where tensors go through NCCL
         monkeypatch.setattr(dist, "get_backend", lambda *group: "gloo" if group else "nccl")
     context = mp.get_context("fork")

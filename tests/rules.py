@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.rule import LayerRecord, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import average
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average
 from com_lightning.methods import MergeJob, MergingMethod
 
 Values = Mapping[str, Tensor]

@@ -15,9 +15,9 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.core.sharing import named_tensors
-from com_lightning.experts import ExpertSource, load_expert
-from com_lightning.versions import eager
+from com_lightning.compat import eager
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import FEATURES, quiet_trainer
 from tests.test_formats import Net, Wrapper
 from tests.test_pretrained import TextModule, make_bert, make_texts

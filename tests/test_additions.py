@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from com_lightning.core.additions import find_writers
-from com_lightning.core.corrections import Source
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.run import Run
+from com_lightning.core.chain.find_residuals import find_writers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.residual_stream import Source
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import Task
 from tests.helpers import NAMES_OF_5, built
 from tests.test_chain import merge, points, spread
 from tests.zoo import averages, make_experts, run

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from com_lightning.core import allocation
-from com_lightning.core.allocation import kept_memory
+from com_lightning.core.tensors import allocator as allocation
+from com_lightning.core.tensors.allocator import kept_memory
 
 glibc = pytest.mark.skipif(
     allocation._glibc() is None or not Path("/proc/self/statm").exists(), reason="the C library is not glibc"

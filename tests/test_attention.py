@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.attention import split_attention
-from com_lightning.core.sharing import copy_module
+from com_lightning.core.tensors.attention import split_attention
+from com_lightning.core.tensors.modules import copy_module
 from tests.helpers import relative
 
 FORMS = {

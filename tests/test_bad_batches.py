@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, TaskLoaders
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
-from com_lightning.core.run import Run
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from tests.helpers import FEATURES, Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 

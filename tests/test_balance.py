@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.fitting import balanced
-from com_lightning.core.rule import Balance, LayerRecord, Rule, Task
-from com_lightning.core.statistics import Shift
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.fit import balanced
+from com_lightning.core.chain.options import Balance, Rule
+from com_lightning.core.solve.statistics import Shift
+from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import perturb
 
 

@@ -11,13 +11,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.candidates import candidates
-from com_lightning.core.chain import merge_layers
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
 from com_lightning.core.layers import layer_type
-from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, named_tensors
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.layers.candidates import candidates
+from com_lightning.core.layers.normalization import BatchNorm, PerChannel
+from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import built, relative
 from tests.zoo import averages, make_experts, run, with_values
 from tests.zoo import merge as merge_zoo

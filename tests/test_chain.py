@@ -22,10 +22,11 @@ from transformers import (
     ViTModel,
 )
 
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.residual import OutputError
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.output_error import OutputError
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors, tied_names
 from tests.helpers import NAMES_OF_5, built, relative
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
@@ -395,7 +396,7 @@ def test_the_residual_is_that_of_the_output_as_the_layer_gave_it() -> None:
 
 
 def test_the_core_needs_no_lightning() -> None:
-    code = "import sys; sys.modules['lightning'] = None; import com_lightning.core.chain; print('fine')"
+    code = "import sys; sys.modules['lightning'] = None; import com_lightning.core.chain.chain; print('fine')"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.stdout.strip() == "fine", result.stderr
 

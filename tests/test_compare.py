@@ -14,17 +14,18 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-import com_lightning.compare
-import com_lightning.merger
+import com_lightning.analysis.compare
+import com_lightning.execution
 from com_lightning import MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning.analysis.comparison import Comparison, Outcome
+from com_lightning.analysis.splits import Splits, split
 from com_lightning.cli import main
-from com_lightning.comparison import Comparison, Outcome
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import average, named_tensors
-from com_lightning.core.shift import measure_shift
-from com_lightning.splits import Splits, split
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.drift import measure_shift
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 ROOT = Path(__file__).parent.parent
@@ -280,7 +281,7 @@ def test_a_comparison_goes_on_where_it_was(
         pass
 
     done: list[str] = []
-    execute = com_lightning.merger.execute
+    execute = com_lightning.execution.execute
 
     def counted(plan: Any, *args: Any) -> Any:
         if len(done) == after and limited:
@@ -288,7 +289,7 @@ def test_a_comparison_goes_on_where_it_was(
         done.append(type(plan.method).__name__)
         return execute(plan, *args)
 
-    monkeypatch.setattr(com_lightning.compare, "execute", counted)
+    monkeypatch.setattr(com_lightning.analysis.compare, "execute", counted)
     limited = True
     with pytest.raises(Interrupted):
         compare(tmp_path / "out", seeds=[0, 1])
@@ -309,7 +310,7 @@ def test_what_belongs_to_another_comparison_is_not_taken(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:  # all is merged, nothing written
-        patch.setattr(com_lightning.compare, "save_pictures", full)
+        patch.setattr(com_lightning.analysis.compare, "save_pictures", full)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
             compare(tmp_path / "out", "regmean")
     assert len(list((tmp_path / ".out.partial" / "journal").iterdir())) == 3  # the experts, the average, regmean
@@ -320,13 +321,13 @@ def test_what_belongs_to_another_comparison_is_not_taken(
 
 def test_experts_are_as_they_were(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept: dict[str, Any] = {}
-    init = com_lightning.compare.Compare.__init__
+    init = com_lightning.analysis.compare.Compare.__init__
 
     def spying(self: Any, plan: Any, *args: Any) -> None:
         kept.update(plan=plan, before={t: copy.deepcopy(e.state_dict()) for t, e in plan.experts.items()})
         init(self, plan, *args)
 
-    monkeypatch.setattr(com_lightning.compare.Compare, "__init__", spying)
+    monkeypatch.setattr(com_lightning.analysis.compare.Compare, "__init__", spying)
     compare(tmp_path / "out")
     for task, before in kept["before"].items():
         now = kept["plan"].experts[task].state_dict()

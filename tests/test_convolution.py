@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import base, layer_type
 from com_lightning.core.layers.convolution import Convolution
-from com_lightning.core.solver import factorize, solve
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.ridge import factorize, solve
+from com_lightning.core.solve.statistics import InputStatistics
 from tests.helpers import built, perturb, relative
 
 SIZES = {1: (9,), 2: (8, 7), 3: (6, 5, 7)}

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.lockstep import Forward, lockstep
-from com_lightning.core.rule import LayerRecord, Rule, Task
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.lockstep import Forward, lockstep
+from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import Classifier, make_experts, quiet_trainer, relative
 from tests.zoo import averages, run
 from tests.zoo import make_experts as zoo_experts

@@ -22,7 +22,7 @@ from torch.utils.data import (
 )
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
-from com_lightning.datamodule import CalibrationSample
+from com_lightning.data.datamodule import CalibrationSample
 from tests.helpers import FEATURES, Classifier, make_experts, quiet_trainer
 
 COUNT = 50

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord, Task
-from com_lightning.core.run import Run
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.methods import MergeJob
 from tests.helpers import built, make_data, make_experts, quiet_trainer, relative
 from tests.processes import processes, share

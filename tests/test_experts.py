@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, TaskLoaders
-from com_lightning.core.sharing import named_tensors, tied_names
-from com_lightning.experts import ExpertSource, load_expert
-from com_lightning.versions import LOADS_SAFELY
+from com_lightning.compat import LOADS_SAFELY
+from com_lightning.core.tensors.modules import named_tensors, tied_names
+from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 TASKS = ("a", "b")

@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from com_lightning import MergeError
-from com_lightning.experts import load_expert, read_checkpoint
+from com_lightning.experts.files import read_checkpoint
+from com_lightning.experts.load import load_expert
 from tests.helpers import Classifier
 from tests.test_experts import NeedsWidth, Payload, as_source, only, problems, save_lightning, state_of
 

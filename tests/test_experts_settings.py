@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from com_lightning import ChainOfMerges, MergeDataModule, MergeError
-from com_lightning.core.sharing import named_tensors
-from com_lightning.experts import load_expert, sort_parameters
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.experts.load import load_expert, sort_parameters
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 from tests.test_experts import TASKS, TiedClassifier, merge, only, problems, state_of, unread_data
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 
 from com_lightning import MergeError
 from com_lightning.cli import main
-from com_lightning.export import export
+from com_lightning.results.export import export
 from tests.helpers import perturb, quiet_trainer
 from tests.test_pretrained import TextModule, expert_folder, make_bert, merge, same, save_tokenizer
 

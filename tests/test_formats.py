@@ -20,9 +20,9 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models import mobilenet_v3_small
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.experts import ExpertSource, load_expert
-from com_lightning.state_dicts import places, plain_state
-from com_lightning.versions import eager
+from com_lightning.compat import eager
+from com_lightning.experts.load import ExpertSource, load_expert
+from com_lightning.experts.state_dicts import places, plain_state
 from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer
 
 

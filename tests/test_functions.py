@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import perturb, relative
 
 Function = Callable[..., Tensor]

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.rule import LayerRecord
-from com_lightning.core.sharing import average, copy_module, named_tensors
-from com_lightning.core.watch import Part, Watched, Writes, watched_in
+from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors
+from com_lightning.core.tensors.tracked import Part, Watched, Writes, watched_in
 from tests.helpers import relative
 from tests.test_functions import Before, Function, data, experts_of, merge, solved, tokens
 

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.held_out import CANDIDATES, FALLBACK, choose_ridge
-from com_lightning.core.rule import HELD_OUT, LayerRecord, Ridge, Rule, Task
-from com_lightning.core.solver import factorize, solve
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import HELD_OUT, Ridge, Rule
+from com_lightning.core.solve.held_out import CANDIDATES, FALLBACK, choose_ridge
+from com_lightning.core.solve.ridge import factorize, solve
+from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import built, make_data, make_experts, quiet_trainer, relative
 
 

@@ -22,8 +22,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer
-from com_lightning.experts import load_expert
-from com_lightning.results import load_results
+from com_lightning.experts.load import load_expert
+from com_lightning.results.folder import load_results
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -22,7 +22,7 @@ PROJECT = '''
 import os, signal, time
 from pathlib import Path
 
-from com_lightning.core.lockstep import running
+from com_lightning.core.sweep.lockstep import running
 from tests.helpers import Classifier, PointsData
 
 

@@ -14,9 +14,9 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors.torch import save_file
 
 from com_lightning import Average, ChainOfMergesCallback, MergeError, TaskArithmetic
-from com_lightning.hub import local_folders
-from com_lightning.inspection import inspect
-from com_lightning.state_dicts import plain_state
+from com_lightning.analysis.inspection import inspect
+from com_lightning.experts.hub import local_folders
+from com_lightning.experts.state_dicts import plain_state
 from tests.helpers import NAMES_OF_5, perturb
 from tests.test_pretrained import TextModule, make_bert
 
@@ -129,7 +129,7 @@ def test_names_of_an_older_transformers_are_read(cache: Path, tmp_path: Path) ->
     """CLIP's vision towers on the Hub have a prefix that transformers 5 has dropped."""
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
-    from com_lightning.pretrained import load_pretrained
+    from com_lightning.experts.transformers_models import load_pretrained
 
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
     tower = CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=2, image_size=32, patch_size=16))

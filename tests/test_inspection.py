@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from com_lightning.checkpoints import MergeError
+from com_lightning.analysis.inspection import LayerDistance, inspect
 from com_lightning.cli import main
-from com_lightning.inspection import LayerDistance, inspect
+from com_lightning.errors import MergeError
 
 
 def state(seed: int = 0, scale: float = 1.0) -> dict[str, Tensor]:

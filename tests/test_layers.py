@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from com_lightning.core.layers import Embedding, LayerType, PerChannel, base, layer_type
 from com_lightning.core.layers.linear import Bilinear
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 from tests.helpers import perturb, relative
 
 CASES: dict[str, tuple[nn.Module, Tensor]] = {

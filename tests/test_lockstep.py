@@ -13,7 +13,7 @@ import torch
 from greenlet import greenlet
 from torch import Tensor, nn
 
-from com_lightning.core.lockstep import Forward, lockstep
+from com_lightning.core.sweep.lockstep import Forward, lockstep
 
 
 class Net(nn.Module):

@@ -21,7 +21,7 @@ from safetensors.torch import save
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.cli import main
-from com_lightning.experts import load_expert, sort_parameters
+from com_lightning.experts.load import load_expert, sort_parameters
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore")

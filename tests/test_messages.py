@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeReport
-from com_lightning.account import account
-from com_lightning.adapters import adapter_problems
-from com_lightning.checkpoints import reason
-from com_lightning.core.rule import LayerRecord
-from com_lightning.experts import Parameters, load_expert, sort_parameters
-from com_lightning.plots import _spikes
+from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.errors import reason
+from com_lightning.experts.adapters import adapter_problems
+from com_lightning.experts.load import Parameters, load_expert, sort_parameters
+from com_lightning.results.parameter_summary import account
+from com_lightning.results.plots import _spikes
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 

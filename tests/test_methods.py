@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import NonFiniteError, Task
-from com_lightning.core.run import Run
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import NonFiniteError, Task
 from com_lightning.methods import (
     DARE,
     DELLA,
@@ -34,7 +34,7 @@ from com_lightning.methods import (
     ParameterRecord,
     TaskArithmetic,
 )
-from com_lightning.methods.tensors import ParameterRule, SharedParameter
+from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 from tests.helpers import relative
 from tests.rules import SHAPES, Values, make_job, make_values, merge, records
 

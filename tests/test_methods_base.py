@@ -32,7 +32,7 @@ from com_lightning import (
     methods,
 )
 from com_lightning.cli import main
-from com_lightning.experts import load_expert
+from com_lightning.experts.load import load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.test_adapters import adapted, trained
 from tests.test_pretrained import TextModule

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.rule import Task
-from com_lightning.core.run import Run
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import Task
 from com_lightning.methods import (
     DARE,
     DELLA,
@@ -28,8 +28,8 @@ from com_lightning.methods import (
     MergingMethod,
     TaskArithmetic,
 )
+from com_lightning.methods.parameterwise import shared_parameters
 from com_lightning.methods.spherical import inner_products
-from com_lightning.methods.tensors import shared_parameters
 from com_lightning.methods.trimming import kth_largest
 from tests.helpers import relative
 from tests.rules import SHAPES, make_job, make_values, merge

@@ -23,10 +23,10 @@ from com_lightning import (
     RegMean,
     TaskArithmetic,
 )
-from com_lightning.core.peers import Peers
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from com_lightning.methods import MergeJob
 from com_lightning.methods.adamerging import CoefficientRecord, entropy
 from tests.helpers import perturb, relative

@@ -18,7 +18,7 @@ from com_lightning import (
     TaskArithmetic,
     methods,
 )
-from com_lightning.named_methods import NAMES, read_methods
+from com_lightning.methods.registry import NAMES, read_methods
 from tests.rules import make_values, merge
 
 

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from com_lightning.core.rule import Task
+from com_lightning.core.sweep.task import Task
 from com_lightning.methods import (
     DARE,
     DELLA,
@@ -28,7 +28,7 @@ from com_lightning.methods import (
     RegMeanPlusPlus,
     TaskArithmetic,
 )
-from com_lightning.methods.tensors import SharedParameter
+from com_lightning.methods.parameterwise import SharedParameter
 from tests.helpers import relative
 from tests.rules import merge
 

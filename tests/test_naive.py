@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import NAMES_OF_5, built, relative
 
 IMPORTANCE = (0.4, 0.6)

@@ -12,10 +12,11 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from com_lightning.core.chain import merge_layers
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
 from com_lightning.core.layers import kept
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import perturb, relative
 
 LENGTHS = [[5, 3, 6, 4], [2, 6, 6, 3]]

@@ -17,13 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.cli import main
-from com_lightning.core import chain
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.lockstep import Forward, lockstep
-from com_lightning.core.paging import Pager
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.chain import chain
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.lockstep import Forward, lockstep
+from com_lightning.core.sweep.offload import Pager
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.test_cli import DATA, MODEL, QUIET
 from tests.zoo import averages, run
@@ -302,7 +303,7 @@ def test_a_full_disk_is_told_with_the_folder(monkeypatch: pytest.MonkeyPatch, tm
     def full(self: Pager, *args: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("com_lightning.core.paging._memory", full)
+    monkeypatch.setattr("com_lightning.core.sweep.offload._memory", full)
     with pytest.raises(OSError, match="No space left") as caught:
         merge(Net, (6, 8), 0)
     if hasattr(caught.value, "__notes__"):

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
-from com_lightning.core.chain import merge_layers
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
 from com_lightning.core.layers import Embedding, layer_type, own_parameters
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import built, relative
 
 Merged = tuple[nn.Module, list[LayerRecord]]

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.peers import Peers
-from com_lightning.core.perturbation import perturbed, with_copies
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.run import Run
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import Task
+from com_lightning.data.augmentation import perturbed, with_copies
 
 
 @dataclass

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.placement import Placement
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.sharing import named_tensors
-from com_lightning.core.statistics import InputStatistics
-from com_lightning.processes import require_mergeable
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.core.tensors.placement import Placement
+from com_lightning.strategies import require_mergeable
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 from tests.zoo import make_experts as zoo_experts

@@ -24,10 +24,10 @@ from transformers import (
 )
 
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
-from com_lightning.core.sharing import named_tensors
-from com_lightning.experts import ExpertSource, load_expert
+from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.experts.load import ExpertSource, load_expert
 from com_lightning.plan import make_plan
-from com_lightning.results import load_results
+from com_lightning.results.folder import load_results
 from tests.helpers import perturb, quiet_trainer
 
 WORDS = [f"word{number}" for number in range(25)]

@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.private import centred, own_tensors, with_own_biases
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors
-from com_lightning.results import load_results
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.solve.task_biases import centred, own_tensors, with_own_biases
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors
+from com_lightning.results.folder import load_results
 from tests.helpers import built, make_data, make_experts, quiet_trainer, relative
 
 PRIVATE = {
@@ -174,8 +175,8 @@ def test_it_is_saved_loaded_validated_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_merge_goes_on_where_it_was(tmp_path: Path) -> None:
-    from com_lightning.core.run import Run
-    from com_lightning.journal import FileJournal
+    from com_lightning.core.sweep.context import Run
+    from com_lightning.results.journal import FileJournal
 
     class Stop(Exception):
         pass

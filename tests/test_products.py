@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from com_lightning.core import products
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.products import exact_products, linear
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.sharing import average, named_tensors
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors import matmul as products
+from com_lightning.core.tensors.matmul import exact_products, linear
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import perturb, relative
 
 pytestmark = pytest.mark.skipif(

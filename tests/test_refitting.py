@@ -27,11 +27,12 @@ from com_lightning import (
     RegMeanPlusPlus,
     TaskArithmetic,
 )
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.refitting import refit
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import named_tensors
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.heads import refit
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import named_tensors
 from tests.helpers import Classifier, built, make_data, perturb, quiet_trainer
 
 

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule
-from com_lightning.html import html_report
+from com_lightning.results.html import html_report
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 VOID = {"meta", "img", "br"}

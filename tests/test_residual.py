@@ -13,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, RegMean, RegMeanPlusPlus
-from com_lightning.core import additions
-from com_lightning.core.chain import merge_layers
+from com_lightning.core.chain import find_residuals as additions
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
 from com_lightning.core.layers import layer_type
-from com_lightning.core.layers.contraction import Contraction
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Rule, Task
-from com_lightning.core.run import Run, Solved
-from com_lightning.journal import FileJournal
+from com_lightning.core.layers.einsum import Contraction
+from com_lightning.core.sweep.context import Run, Solved
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
+from com_lightning.results.journal import FileJournal
 from tests.helpers import built, perturb, relative
 from tests.test_additions import Block
 from tests.test_chain import MODELS, case, merge, points, spread, tensors, worst

@@ -19,15 +19,15 @@ from lightning.pytorch import LightningModule
 from safetensors.torch import load_file
 from torch import nn
 
-import com_lightning.results
+import com_lightning.results.folder
 from com_lightning import (
     ChainOfMergesCallback,
     MergeDataModule,
     MergeError,
 )
-from com_lightning.core.sharing import named_tensors, tied_names
-from com_lightning.experts import ExpertSource
-from com_lightning.results import are_alike, load_results, output_problems, save_results
+from com_lightning.core.tensors.modules import named_tensors, tied_names
+from com_lightning.experts.load import ExpertSource
+from com_lightning.results.folder import are_alike, load_results, output_problems, save_results
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 FILES = {"a.ckpt", "b.ckpt", "merged.safetensors", "README.md"} | {
@@ -121,7 +121,7 @@ def test_checkpoints_are_what_was_validated(result: Result, tmp_path: Path) -> N
     callback, folder = result
     script = """
 import json, sys
-from com_lightning.versions import LOADS_SAFELY
+from com_lightning.compat import LOADS_SAFELY
 from tests.helpers import Classifier, make_data, quiet_trainer
 safe = {"weights_only": True} if LOADS_SAFELY else {}
 found = {}
@@ -244,7 +244,7 @@ def test_a_failure_leaves_nothing(
     if existing:
         folder.mkdir()
         (folder / "report.json").write_text("old")
-    monkeypatch.setattr(com_lightning.results, function, fail)
+    monkeypatch.setattr(com_lightning.results.folder, function, fail)
     with pytest.raises(MergeError, match=r"could not be written .*No space left"):
         callback.save(folder, overwrite=existing)
     assert [path.name for path in tmp_path.iterdir()] == (["out"] if existing else [])
@@ -256,7 +256,7 @@ def test_an_error_in_the_middle_leaves_nothing(result: Result, tmp_path: Path, m
     def stop(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(com_lightning.results, "save_figure", stop)
+    monkeypatch.setattr(com_lightning.results.folder, "save_figure", stop)
     with pytest.raises(KeyboardInterrupt):
         result[0].save(tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -306,7 +306,7 @@ def test_a_result_that_cannot_be_written_is_not_lost(tmp_path: Path, monkeypatch
     folder.mkdir()
     (folder / "report.json").write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(com_lightning.results, "save_figure", fail)
+        patch.setattr(com_lightning.results.folder, "save_figure", fail)
         with pytest.raises(MergeError, match="could not be written"):
             merge(folder, overwrite=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".out.partial", "out"]

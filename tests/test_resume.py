@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-import com_lightning.journal
+import com_lightning.results.journal
 from com_lightning import (
     Average,
     ChainOfMerges,
@@ -32,12 +32,13 @@ from com_lightning import (
     MergeError,
     TaskArithmetic,
 )
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, SkippedBatch, Task
-from com_lightning.core.run import Run, Solved
-from com_lightning.fingerprint import _digest, combined, fingerprint_of_data
-from com_lightning.journal import FileJournal
-from com_lightning.workplace import Workplace, write_whole
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run, Solved
+from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
+from com_lightning.results.atomic import Workplace, write_whole
+from com_lightning.results.fingerprint import _digest, combined, fingerprint_of_data
+from com_lightning.results.journal import FileJournal
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.zoo import averages
 
@@ -216,7 +217,7 @@ def test_a_full_disk_is_told_and_nothing_is_lost(unfinished: Path, monkeypatch: 
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(com_lightning.journal, "save_file", full)
+        patch.setattr(com_lightning.results.journal, "save_file", full)
         with pytest.raises(MergeError, match=r"No space left on device.* 2 layers are there"):
             merge(unfinished)
     assert merge(unfinished).report.resumed == 2
@@ -337,7 +338,7 @@ class Slotted:
 _DIGEST = """
 import torch
 from PIL import Image
-from com_lightning.fingerprint import _digest
+from com_lightning.results.fingerprint import _digest
 from tests.test_resume import Slotted
 print(_digest([Slotted(torch.ones(2)), {"one", "two", "three"}, Image.new("L", (2, 2), 3)]))
 """

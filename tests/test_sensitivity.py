@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
-from com_lightning.core import metric as metric_module
-from com_lightning.core import sensitivity
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.metric import DAMPING, solve_in_metrics
-from com_lightning.core.peers import Peers
-from com_lightning.core.rehearsal import held_by_gradients
-from com_lightning.core.rule import Distance, LayerRecord, Rule, Task
-from com_lightning.core.sensitivity import RANK, Sensitivity, omega_of, roots
-from com_lightning.core.sharing import average, named_tensors
-from com_lightning.core.solver import factorize, solve
+from com_lightning.core.chain import sensitivity
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.dry_run import held_by_gradients
+from com_lightning.core.chain.options import Distance, Rule
+from com_lightning.core.chain.sensitivity import RANK, Sensitivity, omega_of, roots
+from com_lightning.core.solve import weighted_ridge as metric_module
+from com_lightning.core.solve.ridge import factorize, solve
+from com_lightning.core.solve.weighted_ridge import DAMPING, solve_in_metrics
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 
 SENSITIVE: dict[str, Rule] = {

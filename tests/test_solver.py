@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from com_lightning.core import solver
-from com_lightning.core.gathering import CalibrationForward, Inputs, Layer
+from com_lightning.core.chain.gather import CalibrationForward, Inputs, Layer
+from com_lightning.core.chain.options import Rule
 from com_lightning.core.layers.linear import Linear
-from com_lightning.core.lockstep import Arrival
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.solver import factorize, residual, solve, solve_or_average
-from com_lightning.core.statistics import InputStatistics, Scratch
-from com_lightning.core.watch import Part
+from com_lightning.core.solve import ridge as solver
+from com_lightning.core.solve.ridge import factorize, residual, solve, solve_or_average
+from com_lightning.core.solve.statistics import InputStatistics, Scratch
+from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.tracked import Part
 
 
 def brute_force(

@@ -12,7 +12,7 @@ import pytest
 
 from benchmarks.speed import breakdown, contenders, floor, large, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 
 
 def here(module: str, name: str, *options: object) -> dict[str, float]:

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForMaskedLM, BertForMaskedLM
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
-from com_lightning.core.sharing import tied_names
-from com_lightning.experts import load_expert
+from com_lightning.core.tensors.modules import tied_names
+from com_lightning.experts.load import load_expert
 from tests.helpers import perturb, quiet_trainer
 from tests.test_experts import save_lightning
 from tests.test_pretrained import WORDS, TextModule, expert_folder, make_bert, make_texts, merge, save_tokenizer

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks.naive import naive_chain
-from com_lightning.core.sharing import named_tensors, tied_names
+from com_lightning.core.tensors.modules import named_tensors, tied_names
 from tests.helpers import relative
 from tests.zoo import ZOO, Merged, account, averages, make_experts, merge, shares
 

@@ -23,10 +23,12 @@ import torch
 from benchmarks.speed.contenders import CONTENDERS, RULES
 from benchmarks.speed.timing import in_a_process, in_turn
 from benchmarks.speed.tower import Tower
-from com_lightning.core import chain, gathering, lockstep
-from com_lightning.core import statistics as gathered
-from com_lightning.core.corrections import Corrections
-from com_lightning.core.residual import OutputError
+from com_lightning.core.chain import chain
+from com_lightning.core.chain import gather as gathering
+from com_lightning.core.chain.output_error import OutputError
+from com_lightning.core.chain.residual_stream import Corrections
+from com_lightning.core.solve import statistics as gathered
+from com_lightning.core.sweep import lockstep
 
 PARTS: dict[str, list[tuple[Any, str]]] = {
     "forwards": [(lockstep._Coroutine, "advance")],

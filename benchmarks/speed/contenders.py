@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from benchmarks.memory import Watch
 from benchmarks.speed import floor
 from benchmarks.speed.tower import Tower
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import Rule, Task
-from com_lightning.core.run import Run
-from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import average, named_tensors
 
 
 @contextmanager

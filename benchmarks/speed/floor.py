@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.speed.tower import Tower
-from com_lightning.core.products import aligned
+from com_lightning.core.tensors.matmul import aligned
 
 
 def inputs(tower: Tower) -> Iterator[tuple[int, int, list[int]]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from benchmarks.lockstep import Setting
 from benchmarks.speed.timing import Timed, exponent, in_turn, spread
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import Rule
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
 
 SIZES: Mapping[str, Sequence[int]] = {
     "blocks": (4, 8, 16, 32, 48),

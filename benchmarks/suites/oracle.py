@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks.suites.modules import OneCycle
 from benchmarks.suites.suite import Recipe, Suite, trained_or_kept
-from com_lightning.core.sharing import matches_any
+from com_lightning.core.tensors.modules import matches_any
 
 JOINT = "joint training"
 """Its name among the methods of a suite."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.suites.suite import Suite
-from com_lightning.checkpoints import MergeError
-from com_lightning.named_methods import Setting, read_methods
+from com_lightning.errors import MergeError
+from com_lightning.methods.registry import Setting, read_methods
 
 RULES = (
     "average",
@@ -49,7 +49,7 @@ def settings_for(suite: Suite, methods: Sequence[str] | None = None) -> list[Set
 
     Args:
         suite: whose rules that do not apply are left out of the default.
-        methods: as :func:`~com_lightning.named_methods.read_methods` has them; by default :data:`RULES`.
+        methods: as :func:`~com_lightning.methods.registry.read_methods` has them; by default :data:`RULES`.
 
     Raises:
         MergeError: with all that is wrong with the list, and for a rule that does not apply to the suite.

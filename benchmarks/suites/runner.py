@@ -20,11 +20,11 @@ from benchmarks.suites.results import EXPERT, Entry, Results, versions
 from benchmarks.suites.suite import Experts, Suite
 from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
-from com_lightning.compare import reseeded
-from com_lightning.core.rule import Rule
-from com_lightning.evaluation import quiet_lightning
-from com_lightning.merger import describe
-from com_lightning.named_methods import Setting
+from com_lightning.analysis.compare import reseeded
+from com_lightning.core.chain.options import Rule
+from com_lightning.execution import describe
+from com_lightning.methods.registry import Setting
+from com_lightning.validation import quiet_lightning
 
 CALIBRATION_BATCH = 32  # it decides how much is paused at a time; to AdaMerging it is the batch of a step
 

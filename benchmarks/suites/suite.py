@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import TQDMProgressBar
 
 from benchmarks.suites.packages import cache_folder
 from com_lightning import MergeDataModule
-from com_lightning.evaluation import quiet_lightning
+from com_lightning.validation import quiet_lightning
 
 
 @dataclass(frozen=True)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from com_lightning.core.differentiation import differentiated, gradients_of, seeded
-from com_lightning.core.placement import Placement
-from com_lightning.core.rule import LayerRecord, NonFiniteError, Task
-from com_lightning.core.sharing import copy_module
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
+from com_lightning.core.tensors.gradients import differentiated, gradients_of, seeded
+from com_lightning.core.tensors.modules import copy_module
+from com_lightning.core.tensors.placement import Placement
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.methods.parameterwise import SharedParameter, finite, shared_parameters
 from com_lightning.methods.task_vectors import TIES, trimmed
-from com_lightning.methods.tensors import SharedParameter, finite, shared_parameters
 
 
 @dataclass

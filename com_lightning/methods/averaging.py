@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from com_lightning.core.rule import LayerRecord
+from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 

@@ -11,8 +11,8 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
-from com_lightning.core.rule import LayerRecord, Task
-from com_lightning.core.run import Run
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import LayerRecord, Task
 
 
 @dataclass

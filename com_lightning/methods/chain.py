@@ -6,16 +6,17 @@ import math
 from collections.abc import Sequence
 from typing import Dict, Literal, Optional, Union
 
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.private import own_tensors
-from com_lightning.core.refitting import refit
-from com_lightning.core.rule import HELD_OUT, Balance, Distance, LayerRecord, Rule
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.heads import refit
+from com_lightning.core.chain.options import HELD_OUT, Balance, Distance, Rule
+from com_lightning.core.solve.task_biases import own_tensors
+from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 from com_lightning.methods.enough import merge_with_enough
 
 
 class ClosedForm(MergingMethod):
-    """A rule whose layers are solved by :func:`~com_lightning.core.chain.merge_layers`."""
+    """A rule whose layers are solved by :func:`~com_lightning.core.chain.chain.merge_layers`."""
 
     rule: Rule
     enough: float | None = None
@@ -70,27 +71,27 @@ class ChainOfMerges(ClosedForm):
         importance: task -> its weight, relative to the others; uniform by default.
         ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix;
             ``"held_out"``: chosen at each layer, on the statistics of batches that it is then not solved with, in the
-            same pass (beyond the paper, see :mod:`com_lightning.core.held_out`). Needs two batches of each task.
+            same pass (beyond the paper, see :mod:`com_lightning.core.solve.held_out`). Needs two batches of each task.
         residual: where a layer's output is added to a residual stream, ``t = W_i x + (r - r̂)`` with ``r`` and ``r̂``
             the stream in the expert and in the merged model: the layer repairs what the stream has lost as well. Beyond
             the paper; see ``benchmarks/results`` for what it brings. Without effect on a one-sided merge
             and where nothing is added to a layer's output.
         sensitivity: count errors in a layer's outputs by what they do to the expert's predictions (beyond the paper,
-            see :mod:`com_lightning.core.sensitivity`): to the ``"probabilities"`` that the outputs of its last layer
+            see :mod:`com_lightning.core.chain.sensitivity`): to the ``"probabilities"`` that the outputs of its last layer
             stand for as logits, or to these ``"numbers"`` themselves, for what is no classifier and no language model.
             No labels are needed; each expert is run forward and backward once, and layers are solved by conjugate
             gradients. ``None``: all errors count alike.
         private_biases: each task keeps biases and normalisation parameters of its own, solved for it (beyond the paper,
-            see :mod:`com_lightning.core.private`). For models that know their task when they are used, as they do if
+            see :mod:`com_lightning.core.solve.task_biases`). For models that know their task when they are used, as they do if
             each has its own head: the result is one set of matrices and, for each task, a small set of vectors.
         refit_private: once the shared layers are merged, solve the private ones, heads say, for the features of the
-            merged model (beyond the paper, see :mod:`com_lightning.core.refitting`). The result has no more parameters;
+            merged model (beyond the paper, see :mod:`com_lightning.core.chain.heads`). The result has no more parameters;
             it takes one more forward of the experts and the merged model. :class:`Refitted` does it for any rule.
         perturbed_copies: calibrate with so many copies of each batch besides, in which parts of samples are swapped
-            and numbers get noise (beyond the paper, see :mod:`com_lightning.core.perturbation`). For few samples, and
+            and numbers get noise (beyond the paper, see :mod:`com_lightning.data.augmentation`). For few samples, and
             best with ``sensitivity``: cost and memory are those of as many more.
         balance: multiply the importance of each task, layer by layer, by a power of how far its inputs have drifted
-            from the expert's so far (beyond the paper, see :func:`com_lightning.core.fitting.balanced`): ``"mean"``,
+            from the expert's so far (beyond the paper, see :func:`com_lightning.core.chain.fit.balanced`): ``"mean"``,
             its distance, for the mean over tasks, or ``"worst"``, the square of it, for the task that loses most.
         enough: use no more of the calibration samples than help: merge with an eighth of them, with twice as many, and
             so on, until that lowers the error on samples not calibrated with by less than this share (0.05, say); see

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.rule import LayerRecord
-from com_lightning.core.sharing import average, named_tensors
+from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.core.tensors.modules import average, named_tensors
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 

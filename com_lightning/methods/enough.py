@@ -8,9 +8,9 @@ from dataclasses import replace
 import torch
 from tqdm.auto import tqdm
 
-from com_lightning.core.rule import LayerRecord, Task
-from com_lightning.core.run import Run
-from com_lightning.core.shift import measure_shift
+from com_lightning.core.chain.drift import measure_shift
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.methods.base import MergeJob
 
 PARTS = (8, 4, 2, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Optional
 
-from com_lightning.core.rule import Rule
+from com_lightning.core.chain.options import Rule
 from com_lightning.methods.chain import ClosedForm
 
 

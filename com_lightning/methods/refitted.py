@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from com_lightning.core.refitting import refit
-from com_lightning.core.rule import LayerRecord, Rule
+from com_lightning.core.chain.heads import refit
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
 
@@ -15,7 +16,7 @@ class Refitted(MergingMethod):
 
     What ``ChainOfMerges(refit_private=True)`` does, for any other rule: a head was trained on the features of its
     expert, and meets those of the merged model, however that was merged. The equation is in
-    :mod:`com_lightning.core.refitting`; the rules' papers leave private layers as they are. It reads calibration
+    :mod:`com_lightning.core.chain.heads`; the rules' papers leave private layers as they are. It reads calibration
     data, also where the rule itself needs none, but no labels, and adds no parameters. Where nothing is private, it
     changes nothing.
 

@@ -13,7 +13,7 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
-from com_lightning.methods.tensors import ParameterRule, SharedParameter, scale_problems
+from com_lightning.methods.parameterwise import ParameterRule, SharedParameter, scale_problems
 
 
 class _Spectral(ParameterRule):

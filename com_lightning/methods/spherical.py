@@ -13,7 +13,7 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
-from com_lightning.methods.tensors import ParameterRule, SharedParameter
+from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 
 _TINY = 1e-7
 """Sine below which two directions count as one, or as opposite."""

@@ -9,7 +9,7 @@ from typing import Dict, Literal, Optional
 import torch
 from torch import Tensor
 
-from com_lightning.methods.tensors import Combine, ParameterRule, SharedParameter, scale_problems
+from com_lightning.methods.parameterwise import Combine, ParameterRule, SharedParameter, scale_problems
 from com_lightning.methods.trimming import kth_largest
 
 

@@ -8,7 +8,7 @@ from typing import Dict, Optional
 import torch
 from torch import Tensor
 
-from com_lightning.methods.tensors import ParameterRule, SharedParameter
+from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 
 
 class WUDI(ParameterRule):

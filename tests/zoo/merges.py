@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from com_lightning.core.chain import merge_layers
-from com_lightning.core.rule import LayerRecord, Rule, Task
-from com_lightning.core.sharing import average, copy_module, named_tensors, tied_names
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.modules import average, copy_module, named_tensors, tied_names
 from tests.helpers import perturb
 from tests.zoo.models import ZOO, Inputs
 

@@ -3,7 +3,7 @@
 A layer type says how its input becomes rows ``(n, g, f)`` (``g`` independent groups of ``f`` inputs) and how its
 parameters become a weight ``(g, o, k)``, ``k = f + 1`` with a bias. Statistics and solver know nothing else about it.
 A new layer type is one class and one entry in :data:`LAYER_TYPES`, or, if it is a function rather than a module, in
-:mod:`com_lightning.core.functions`.
+:mod:`com_lightning.core.layers.functional`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from com_lightning.core.layers.base import LayerType, kept, own_parameters
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Bilinear, Linear
-from com_lightning.core.layers.per_channel import BatchNorm, PerChannel
+from com_lightning.core.layers.normalization import BatchNorm, PerChannel
 
 __all__ = ["LAYER_TYPES", "Embedding", "LayerType", "PerChannel", "kept", "layer_type", "own_parameters"]
 

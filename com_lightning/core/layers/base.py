@@ -11,7 +11,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and keyword arguments of one call of a layer."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.layers.base import Call, LayerType, kept, own_parameter
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 
 # Attention scores that a mask has ruled out stand at minus infinity, the lowest number, -1e9, -1e4, ...
 _LOWEST, _HIGHEST = -9e3, 1e18
@@ -19,7 +19,7 @@ class Scale(LayerType):
     """``x * p``: a layer scale, say. Every element of the parameter is a group with one input.
 
     Any selection of the parameter may be spread over the input in any way: the second argument of a call is the
-    :class:`~com_lightning.core.watch.Part` of it, which knows the positions. Rows are not normalised.
+    :class:`~com_lightning.core.tensors.tracked.Part` of it, which knows the positions. Rows are not normalised.
     """
 
     name = "product"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 
 
 class Embedding(LayerType):

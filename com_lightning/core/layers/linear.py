@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import base
 from com_lightning.core.layers.base import Call, LayerType, first, kept, own_names, own_parameter, with_bias
-from com_lightning.core.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputStatistics
 
 # The statistics of a bilinear layer with this many products take 256 MiB per task and matrix.
 MAX_PRODUCTS = 2**13

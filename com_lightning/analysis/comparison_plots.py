@@ -1,0 +1,95 @@
+"""Pictures of a comparison: the rules side by side, task by task, and the covariate shift with and without a chain."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from com_lightning.analysis.comparison import Comparison
+from com_lightning.results.report import _number
+
+
+def save_pictures(comparison: Comparison, folder: Path) -> bool:
+    """Draw ``methods.png``, ``tasks.png``, and ``shift.png`` if there are chains. Returns whether there was
+    matplotlib."""
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    _drawn(folder / "methods.png", (8, 1.2 + 0.35 * len(comparison.rows)), lambda axes: _bars(axes, comparison))
+    wide, high = 3.5 + 0.9 * len(comparison.tasks), 1.4 + 0.35 * len(comparison.rows)
+    _drawn(folder / "tasks.png", (max(wide, 5.5), high), lambda axes: _heat_map(axes, comparison))
+    if comparison.average_shift:
+        _drawn(folder / "shift.png", (9, 4.2), lambda axes: _shift(axes, comparison))
+    return True
+
+
+def _drawn(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    draw(figure.subplots())
+    figure.savefig(path, dpi=130)
+
+
+def _bars(axes: Any, comparison: Comparison) -> None:
+    rows, factor = comparison.rows, 100 if comparison.by_share else 1
+    name = f"mean {comparison.metric}{' / expert (%)' if comparison.by_share else ''}"
+    values = [factor * (row.score or 0.0) for row in rows]
+    spreads = [float("nan") if row.spread is None else factor * row.spread for row in rows]
+    spread = any(value == value for value in spreads)
+    places = range(len(values))
+    colors = ["#2a6f97" if row.outcomes[0].shift else "#e0a458" for row in comparison.rows]
+    axes.barh(places, values, xerr=spreads if spread else None, color=colors, capsize=3)
+    axes.set_yticks(places, [row.label for row in comparison.rows], fontsize=8)
+    axes.invert_yaxis()
+    seeds = max(len(row.outcomes) for row in comparison.rows)
+    told = f"; standard deviation between {seeds} seeds" if spread else ""
+    axes.set_xlabel(f"{name}{', lower is better' if comparison.lower_is_better else ''}{told}")
+
+
+def _heat_map(axes: Any, comparison: Comparison) -> None:
+    rows, tasks = comparison.rows, comparison.tasks
+    factor = 100 if comparison.by_share else 1
+    found = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
+    cells = [[float("nan") if value is None else factor * value for value in row] for row in found]
+    image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_is_better else "viridis")
+    axes.figure.colorbar(image, ax=axes, label=f"{comparison.metric}{' / expert (%)' if comparison.by_share else ''}")
+    middle = sum(image.get_clim()) / 2
+    for y, row in enumerate(rows):
+        for x, task in enumerate(tasks):
+            light = (cells[y][x] < middle) != comparison.lower_is_better
+            value = _number(row.absolute[task])
+            axes.text(x, y, value, ha="center", va="center", fontsize=8, color="white" if light else "black")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
+    axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
+
+
+def _shift(axes: Any, comparison: Comparison) -> None:
+    """Mean over tasks, and the range between them, for each chain and for the average."""
+    curves = {"average (no chain)": comparison.average_shift}
+    curves.update({row.label: row.outcomes[0].shift for row in comparison.rows if row.outcomes[0].shift})
+    places: dict[str, int] = {}
+    for curve in [*list(curves.values())[1:], comparison.average_shift]:
+        for layer, _ in curve:
+            places.setdefault(layer, len(places))
+    colors = ["#9aa5b1", "#2a6f97", "#c1553b", "#6a994e", "#7b5ea7", "#b08900"]
+    for number, (label, curve) in enumerate(curves.items()):
+        known = [(places[layer], list(values.values())) for layer, values in curve if values]
+        x = [place for place, _ in known]
+        color = colors[number % len(colors)]
+        axes.plot(x, [_average(v) for _, v in known], marker=".", linewidth=1.2, label=label, color=color)
+        axes.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], alpha=0.15, color=color)
+    axes.set_xlabel("layer, in the order of merging")
+    axes.set_ylabel("relative distance to the expert's input")
+    axes.set_title("covariate shift: mean and range over tasks, first seed", fontsize=10)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+
+
+def _average(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

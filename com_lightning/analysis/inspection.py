@@ -1,0 +1,298 @@
+"""How far apart experts are, before anything is merged: ``com-lightning inspect``.
+
+Checkpoints are compared as they are, without a model: the tensors that all have, under one name and in one shape.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from com_lightning.core.tensors.modules import matches_any
+from com_lightning.errors import MergeError
+from com_lightning.experts.files import folder_problems, read_checkpoint
+from com_lightning.experts.hub import local_folders
+from com_lightning.experts.state_dicts import plain_state, some
+from com_lightning.results.atomic import write_text, write_whole
+from com_lightning.results.report import table
+
+MOST = 12
+"""Layers that are printed."""
+
+
+@dataclass
+class LayerDistance:
+    """How far apart the experts are in one layer, or in one group of layers: sums, which add up.
+
+    Task vectors ``τ_i = θ_i - θ`` are taken from the base, or from the mean of the experts where none is given.
+
+    Attributes:
+        name: of the layer; ``""``: all of them.
+        products: ``<τ_i, τ_j>``, one row per expert.
+        energy: ``||θ||²``.
+        against: sum over values of the part of the task vectors that is against the sign which most of it has,
+            ``min(Σ τ⁺, Σ τ⁻)``.
+        magnitude: ``Σ_i |τ_i|``, summed over values.
+        values: how many.
+    """
+
+    name: str
+    products: list[list[float]]
+    energy: float = 0.0
+    against: float = 0.0
+    magnitude: float = 0.0
+    values: int = 0
+
+    @staticmethod
+    def of(name: str, experts: Sequence[Tensor], base: Tensor | None) -> LayerDistance:
+        """That of one tensor."""
+        wide = [expert.detach().flatten().float() for expert in experts]
+        origin = base.detach().flatten().float() if base is not None else torch.stack(wide).mean(0)
+        vectors = torch.stack(wide).sub_(origin)
+        products = (vectors @ vectors.T).double().tolist()
+        up, down = vectors.clamp_min(0).sum(0), vectors.clamp_max(0).sum(0).neg_()
+        against, magnitude = torch.minimum(up, down).sum(), up.sum() + down.sum()
+        energy = float(origin.square().sum())
+        return LayerDistance(name, products, energy, float(against), float(magnitude), len(origin))
+
+    def add(self, other: LayerDistance) -> None:
+        """Add what is known of another one."""
+        self.products = [[a + b for a, b in zip(*rows)] for rows in zip(self.products, other.products)]
+        self.energy += other.energy
+        self.against += other.against
+        self.magnitude += other.magnitude
+        self.values += other.values
+
+    @property
+    def distances(self) -> list[float]:
+        """``||τ_i|| / ||θ||`` of each expert."""
+        return [(max(row[i], 0.0) / max(self.energy, 1e-30)) ** 0.5 for i, row in enumerate(self.products)]
+
+    @property
+    def cosines(self) -> list[list[float]]:
+        """Between the task vectors; 0 where one is."""
+        norms = [max(row[i], 0.0) ** 0.5 for i, row in enumerate(self.products)]
+        return [
+            [value / (norms[i] * norms[j]) if norms[i] * norms[j] > 0 else 0.0 for j, value in enumerate(row)]
+            for i, row in enumerate(self.products)
+        ]
+
+    @property
+    def conflict(self) -> float:
+        """Share of the task vectors' magnitude that is against the elected sign: 0 where all agree, at most 1/2."""
+        return self.against / self.magnitude if self.magnitude > 0 else 0.0
+
+
+@dataclass
+class Inspection:
+    """How far apart experts are.
+
+    Attributes:
+        experts: their names.
+        layers: in the order of the first expert's state dict.
+        from_base: whether task vectors are taken from a base, not from the experts' mean.
+        alone: what is not compared, because not all have it in one shape: heads, mostly.
+    """
+
+    experts: list[str]
+    layers: list[LayerDistance]
+    from_base: bool
+    alone: list[str]
+
+    @cached_property
+    def whole(self) -> LayerDistance:
+        """All layers together."""
+        zero = [[0.0] * len(self.experts) for _ in self.experts]
+        total = LayerDistance("", zero)
+        for layer in self.layers:
+            total.add(layer)
+        return total
+
+    def to_json(self) -> str:
+        """All that is known, for programs."""
+
+        def told(layer: LayerDistance) -> dict[str, Any]:
+            found = {"distance": dict(zip(self.experts, layer.distances)), "values": layer.values}
+            if self.from_base:
+                found["cosines"] = {a: dict(zip(self.experts, row)) for a, row in zip(self.experts, layer.cosines)}
+                found["conflict"] = layer.conflict
+            return found
+
+        content = {
+            "experts": self.experts,
+            "from_base": self.from_base,
+            "whole": told(self.whole),
+            "layers": {layer.name: told(layer) for layer in self.layers},
+            "not compared": self.alone,
+        }
+        return json.dumps(content, indent=1) + "\n"
+
+    def to_markdown(self, most: int | None = None) -> str:
+        """Tables; of the layers, only the ``most`` in which experts are furthest apart."""
+        whole = self.whole
+        parts = [f"# {len(self.experts)} experts, {whole.values:,} values in {len(self.layers)} layers"]
+        if self.from_base:
+            rows = [["expert", "distance from the base", *(f"cosine to {name}" for name in self.experts)]]
+            for name, distance, cosines in zip(self.experts, whole.distances, whole.cosines):
+                rows.append([name, f"{distance:.4f}", *(f"{cosine:.3f}" for cosine in cosines)])
+            parts += [table(rows), _conflict(whole)]
+        else:
+            rows = [["expert", "distance from the mean"]]
+            rows += [[name, f"{distance:.4f}"] for name, distance in zip(self.experts, whole.distances)]
+            parts += [table(rows), "With a base (--base), the directions that the experts went are compared, too."]
+        measure: Callable[[LayerDistance], float] = (
+            (lambda layer: layer.conflict) if self.from_base else (lambda layer: max(layer.distances))
+        )
+        shown = self.layers if most is None else sorted(self.layers, key=measure, reverse=True)[:most]
+        rows = [["layer", "values", *self.experts, *["sign conflict"] * self.from_base]]
+        for layer in shown:
+            conflict = [f"{100 * layer.conflict:.1f} %"] * self.from_base
+            rows.append([layer.name, f"{layer.values:,}", *(f"{d:.4f}" for d in layer.distances), *conflict])
+        which = "" if len(shown) == len(self.layers) else f", the {len(shown)} furthest apart of {len(self.layers)}"
+        parts += [
+            f"Distances by layer{which}:",
+            table(rows),
+            "Distances are relative to the length of what they are from.",
+        ]
+        if self.alone:
+            parts.append(f"Not compared, because not all have it in one shape: {some(self.alone)}.")
+        return "\n\n".join(parts) + "\n"
+
+
+def _conflict(whole: LayerDistance) -> str:
+    return (
+        f"Sign conflict: {100 * whole.conflict:.1f} % of the task vectors' magnitude is against the sign that most of "
+        "it has (0: all agree; 50: it cancels out)."
+    )
+
+
+def inspect(
+    experts: Mapping[str, str | Path], base: str | Path | None = None, private: Sequence[str] = ()
+) -> Inspection:
+    """Compare checkpoints.
+
+    Args:
+        experts: name -> Lightning checkpoint, state dict, safetensors file, or folder of ``save_pretrained``, or its
+            name on the Hub (``hf://owner/name``).
+        base: what they were fine-tuned from, likewise; it may be a part of the experts' modules, the transformers model
+            in them, say.
+        private: patterns of parameters to leave out.
+
+    Raises:
+        MergeError: with all files that cannot be read, and if the experts have nothing in common.
+    """
+    if len(experts) < 2:
+        raise MergeError([f"inspect: needs two or more experts, got {len(experts)}"])
+    states = dict[str, dict[str, Tensor]]()
+    local, problems = local_folders({**experts, **({"the base": base} if base else {})})
+    for name, path in local.items():
+        try:
+            states[name] = _tensors(Path(path))
+        except MergeError as error:
+            problems += error.problems
+    if problems:
+        raise MergeError(problems)
+    origin = states.pop("the base") if base else None
+    first, *others = states.values()
+    names = [n for n in first if not matches_any(n, private)]
+    common = [n for n in names if all(n in o and o[n].shape == first[n].shape for o in others)]
+    if not common:
+        raise MergeError([f"inspect: {some(list(experts))} have no tensor in common, by name and shape"])
+    if origin is not None:
+        origin = _aligned(origin, common)
+        common = [n for n in common if n in origin and origin[n].shape == first[n].shape]
+        if not common:
+            raise MergeError([f"base: {base} has no tensor in common with the experts, by name and shape"])
+    layers: dict[str, LayerDistance] = {}
+    for name in tqdm(common, desc="comparing", leave=False):
+        layer = name.rpartition(".")[0] or name
+        own = LayerDistance.of(layer, [state[name] for state in states.values()], origin[name] if origin else None)
+        if layer in layers:
+            layers[layer].add(own)
+        else:
+            layers[layer] = own
+    alone = sorted({n for state in states.values() for n in state} - set(common))
+    return Inspection(list(experts), list(layers.values()), origin is not None, alone)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """Name -> tensor of floating-point numbers."""
+    if path.is_dir() and (path / "config.json").is_file():
+        if problems := folder_problems(path):
+            raise MergeError([f"{path}: {problem}" for problem in problems])
+        files = sorted(path.glob("model*.safetensors")) or sorted(path.glob("pytorch_model*.bin"))
+        if not files:
+            raise MergeError([f"{path}: no model.safetensors and no pytorch_model.bin in it"])
+        state = {name: value for file in files for name, value in read_checkpoint(file)["state_dict"].items()}
+    elif (path / "adapter_config.json").is_file():
+        raise MergeError([f"{path}: a PEFT adapter, which is no model by itself; merge_and_unload it, and save that"])
+    else:
+        state = read_checkpoint(path)["state_dict"]
+    return {n: v for n, v in plain_state(state).items() if isinstance(v, Tensor) and v.is_floating_point()}
+
+
+def _aligned(base: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
+    """The base under the experts' names: either's module may hold the other's as a part."""
+    prefixes = {""} | {".".join(name.split(".")[:cut]) + "." for name in names for cut in (1, 2, 3)}
+    wanted = set(names)
+    longer = max(prefixes, key=lambda prefix: sum(prefix + name in wanted for name in base))
+    own = {longer + name: value for name, value in base.items()}
+    if wanted & own.keys():
+        return own
+    prefixes = {".".join(name.split(".")[:cut]) + "." for name in base for cut in (1, 2, 3)}
+    shorter = max(prefixes, key=lambda prefix: sum(prefix + name in base for name in wanted), default="")
+    return {name.removeprefix(shorter): value for name, value in base.items()}
+
+
+def save(inspection: Inspection, folder: Path) -> list[str]:
+    """Write ``inspection.md``, ``inspection.json`` and, if there is matplotlib, ``inspection.png``; their names."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "inspection.md", inspection.to_markdown())
+    write_text(folder / "inspection.json", inspection.to_json())
+    if (figure := draw(inspection)) is None:
+        return ["inspection.md", "inspection.json"]
+    write_whole(folder / "inspection.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    return ["inspection.md", "inspection.json", "inspection.png"]
+
+
+def draw(inspection: Inspection) -> Any:
+    """Heat maps of the cosines between experts, and of the distances by layer; ``None`` without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return None
+    names, layers = inspection.experts, inspection.layers
+    figure = Figure(figsize=(12, min(max(3.6, 1 + 0.16 * len(layers)), 14)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 1 + 2 * inspection.from_base, squeeze=False)[0]
+    axes = panels[-1 - inspection.from_base]
+    image = axes.imshow([layer.distances for layer in layers], aspect="auto", cmap="viridis")
+    figure.colorbar(image, ax=axes)
+    axes.set_title("distance from the base" if inspection.from_base else "distance from the mean", fontsize="medium")
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    step = max(len(layers) // 60, 1)
+    axes.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=6)
+    if inspection.from_base:
+        cosines = inspection.whole.cosines
+        image = panels[0].imshow(cosines, cmap="coolwarm", vmin=-1, vmax=1)
+        for y, row in enumerate(cosines):
+            for x, value in enumerate(row):
+                color = "white" if abs(value) > 0.6 else "black"
+                panels[0].text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+        panels[0].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+        panels[0].set_yticks(range(len(names)), names, fontsize=8)
+        panels[0].set_title("cosine between task vectors", fontsize="medium")
+        panels[-1].barh(range(len(layers)), [100 * layer.conflict for layer in layers], color="#c1553b")
+        panels[-1].set_ylim(len(layers) - 0.5, -0.5)
+        panels[-1].set_yticks([])
+        panels[-1].set_title("sign conflict by layer (%)", fontsize="medium")
+    return figure

@@ -1,0 +1,164 @@
+"""The data of a comparison in disjoint parts: to calibrate on, to choose settings on, to report."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Optional
+
+import torch
+from torch.utils.data import BatchSampler
+
+from com_lightning.data.datamodule import MergeDataModule, _fresh, _passes, _population, _subset
+from com_lightning.errors import MergeError
+
+Kept = Mapping[str, Sequence[Optional[set[int]]]]
+"""Task -> for each of its val loaders the dataset indices to validate on; ``None``: all."""
+
+
+class PartOfData(MergeDataModule):
+    """The tasks of a MergeDataModule that is set up, with a calibration seed of its own and part of the val data.
+
+    Args:
+        data: what is meant.
+        seed: of the calibration sample.
+        kept: what is validated.
+    """
+
+    def __init__(self, data: MergeDataModule, seed: int, kept: Kept) -> None:
+        super().__init__(data.tasks, data.samples, data.source, True, seed, data.batch_size)
+        self.trainer, self.kept = data.trainer, kept
+        self._prepared, self._set_up = True, data._set_up
+
+    def _validation_loaders(self, name: str) -> Any:
+        kept = self.kept.get(name, [])
+        if all(part is None for part in kept):
+            return self.tasks[name].val_dataloader()
+        loaders = [_restricted(loader, part) for loader, part in zip(self._loaders(name, "val"), kept)]
+        return loaders[0] if len(loaders) == 1 else loaders
+
+
+@dataclass
+class Splits:
+    """Which samples of the val loaders are for what.
+
+    Attributes:
+        data: the tasks.
+        seeds: of the calibration samples.
+        report: what is reported. No setting is chosen on it, and no seed calibrates on it.
+        selection: what settings are chosen on; no seed calibrates on it either. ``None``: nothing is to be chosen.
+        counts: task -> ``"calibration"`` (samples of all seeds together, where they come from the val loaders),
+            ``"selection"``, ``"report"`` -> number of samples; ``None`` where that is not known.
+    """
+
+    data: MergeDataModule
+    seeds: Sequence[int]
+    report: Kept = field(default_factory=dict)
+    selection: Kept | None = None
+    counts: dict[str, dict[str, int | None]] = field(default_factory=dict)
+
+    def part(self, split: str, seed: int | None = None) -> PartOfData:
+        """The data of one split, ``"report"`` or ``"selection"``, with the calibration sample of one seed."""
+        kept = self.report if split == "report" else self.selection
+        assert kept is not None
+        return PartOfData(self.data, self.seeds[0] if seed is None else seed, kept)
+
+    def __str__(self) -> str:
+        source, seeds = self.data.source, ", ".join(map(str, self.seeds))
+        held = _range([count["calibration"] for count in self.counts.values()])
+        lines = []
+        if held != "0":
+            lines.append(f"Calibration: up to {self.data.samples} samples of each task's {source} data, seeds {seeds}.")
+        chosen, told = [_range([c[split] for c in self.counts.values()]) for split in ("selection", "report")]
+        if self.selection is not None:
+            lines.append(f"Selection of settings: {chosen} samples of each task's val data.")
+        used = ["calibrated"] * (held != "0") + ["chosen"] * (self.selection is not None)
+        on = f" that nothing was {' or '.join(used)} on" if used else ""
+        lines.append(f"Reported: {told} samples of each task's val data{on}.")
+        return "\n".join(lines)
+
+
+def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects: bool) -> Splits:
+    """Split the val data of all tasks.
+
+    What is left when the calibration samples of all seeds are taken out is reported; if settings are to be chosen, a
+    seeded half of it (of each dataset) is for that.
+
+    Args:
+        data: set up, and without problems of its own.
+        seeds: of the calibration samples.
+        calibrates: whether any method reads calibration data.
+        selects: whether settings are to be chosen.
+
+    Raises:
+        MergeError: with all tasks that have too few samples, or none that can be told apart.
+    """
+    report: dict[str, list[set[int] | None]] = {}
+    selection: dict[str, list[set[int] | None]] = {}
+    result, problems = Splits(data, seeds), []
+    hold = calibrates and data.source == "val"
+    for name in data.tasks:
+        loaders = data._loaders(name, "val")
+        populations = [_population(loader) for loader in loaders]
+        if (hold or selects) and None in populations:
+            problems.append(
+                f"task '{name}': the samples of an iterable dataset cannot be split; set data.source to train, and "
+                "give each method one setting"
+            )
+            continue
+        # Loaders of one dataset have its samples in common.
+        owners = [id(getattr(loader, "dataset", loader)) for loader in loaders]
+        held: dict[int, set[int]] = {owner: set() for owner in owners}
+        chosen: dict[int, set[int]] = {owner: set() for owner in owners}
+        for seed in seeds if hold else ():
+            for owner, drawn in zip(owners, PartOfData(data, seed, {})._chosen(name)):
+                held[owner].update(drawn or ())
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{data.seed}/{name}/selection".encode()))
+        for owner in dict.fromkeys(owners) if selects else ():
+            mine = [population or () for own, population in zip(owners, populations) if own == owner]
+            rest = [index for index in dict.fromkeys(chain(*mine)) if index not in held[owner]]
+            order = torch.randperm(len(rest), generator=generator)[: len(rest) // 2].tolist()
+            chosen[owner].update(rest[place] for place in order)
+        report[name], selection[name] = [], []
+        for owner, population in zip(owners, populations):
+            all_of_it = set(population or ())
+            selection[name].append(all_of_it & chosen[owner])
+            report[name].append(all_of_it - chosen[owner] - held[owner] if hold or selects else None)
+        total = sum(len(population or ()) for population in populations)
+        sizes = [sum(len(part or ()) for part in parts[name]) for parts in (selection, report)]
+        sizes[1] = sizes[1] if hold or selects else total
+        known = None not in populations
+        taken = sum(map(len, held.values())) if hold else data.samples if calibrates else 0
+        told = zip(("calibration", "selection", "report"), (taken, sizes[0], sizes[1] if known else None))
+        result.counts[name] = dict(told)
+        gone = sum(map(len, held.values()))
+        if known and (not sizes[1] or (selects and not sizes[0])):
+            problems.append(
+                f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and "
+                f"too few are left to {'choose settings on and ' if selects else ''}report; lower data.samples, give "
+                "fewer seeds, or set data.source to train"
+            )
+    if problems:
+        raise MergeError(problems)
+    result.report, result.selection = report, selection if selects else None
+    return result
+
+
+def _restricted(loader: Any, kept: set[int] | None) -> Any:
+    """A fresh loader over some of the samples, in the order of the loader."""
+    if kept is None:
+        return loader
+    if type(loader.batch_sampler) is BatchSampler:
+        remaining = [index for index in _population(loader) or () if index in kept]
+        return _subset(loader, remaining, loader.batch_size or 1)
+    groups = [[index for index in batch if index in kept] for batch in _passes(loader)[0]]  # the user's own grouping
+    return _fresh(loader, loader.dataset, batch_sampler=[group for group in groups if group])
+
+
+def _range(counts: Sequence[int | None]) -> str:
+    known = sorted({count for count in counts if count is not None})
+    if not known or None in counts:
+        return "all"
+    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"

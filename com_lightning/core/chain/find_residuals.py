@@ -1,0 +1,201 @@
+"""Which layers write to a residual stream, and what stands for that stream: found out by one forward.
+
+A layer is a *writer* if its output is added to something. That is looked at by tensor: the additions of one forward are
+watched, and each tensor has a provenance, the input or output of a layer that it is, or the sum of such. It is kept by
+what leaves values as they are (dropout in eval mode, a reshape, the transpose of the first two dimensions) and lost in
+anything else, a layer scale for instance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from com_lightning.core.chain.chain import _Chain
+from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.residual_stream import Source
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.task import LayerRecord, Stream, Task
+from com_lightning.core.tensors.tracked import Watched, name_of, plain
+
+Term = tuple[Literal["input", "output"], str]
+Terms = Mapping[Term, bool]
+"""What a tensor is the sum of, and whether the first two dimensions of each stand the other way round in it."""
+
+_NOTHING: Terms = {}
+
+_ADDITIONS = {"add", "add_", "__add__", "__radd__", "__iadd__"}
+_PRODUCTS = {"mul", "multiply", "__mul__", "__rmul__"}
+# Functions that leave the elements in their order, if the last dimension stays the same.
+_RESHAPES = {
+    *("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "view_as", "reshape_as"),
+    *("contiguous", "clone", "detach", "to", "type", "float", "double", "half", "bfloat16", "type_as"),
+}
+_TRANSPOSES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "moveaxis", "t", "T", "mT"}
+_FOLLOWED = _ADDITIONS | _PRODUCTS | _RESHAPES | _TRANSPOSES
+
+
+def find_writers(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> dict[str, list[Source]]:
+    """Layers whose output is added to a stream -> what that stream consists of and is known before the layer is solved.
+
+    Args:
+        tasks: as in :func:`~com_lightning.core.chain.chain.merge_layers`. One expert runs forward, on its first batch.
+        merged: the tensors that are merged; none is written.
+        run: for its processes, which agree on what the first that has a batch has found.
+    """
+    task = next((task for task in tasks if len(task.batches)), None)
+    found = None
+    if task is not None:
+        found = _Discovery(task, merged).writers()
+    known = [part for part in run.peers.exchange(found) if part is not None]
+    return known[0] if known else {}
+
+
+class _Discovery(_Chain):
+    def __init__(self, task: Task, merged: Mapping[str, Tensor]) -> None:
+        self.additions = _Additions()
+
+        def call(module: Any, batch: Any, index: int) -> None:
+            with self.additions:
+                task.call(module, batch, index)
+
+        numbers = None if task.numbers is None else task.numbers[:1]
+        only = replace(task, batches=[task.batches[0]], numbers=numbers, call=call)
+        super().__init__([only], merged, [1.0], Rule("expert", "merged"), Run())
+
+    def writers(self) -> dict[str, list[Source]]:
+        with contextlib.suppress(Exception):  # the merge runs it again, and tells, or skips a batch that is a bad one
+            self.run()
+        return self.additions.writers()
+
+    def _on_output(self, task: int, batch: int, stream: Stream) -> Any:
+        return self.additions.leave
+
+    def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        layer = self.models.layer(name, self.uses.layers.get(name))
+        if note := self._refusal(layer, arrivals):
+            return LayerRecord(name, layer.kind.name, note=note)
+        self.additions.enter(name, arrivals[0].input, layer.kind.corrects)
+        for part in layer.parts.values():  # as if they had been solved, so that the same layers are met as in a merge
+            extent = part.extent(self.models.merged[part.name])
+            self.uses.solved.setdefault(self.models.tied[part.name], []).append(extent)
+        return LayerRecord(name, layer.kind.name)
+
+
+@dataclass(frozen=True)
+class _Known:
+    """Provenance of a tensor, as long as nothing writes to it, and whether it is not just a part of what it holds."""
+
+    terms: Terms
+    version: int
+    whole: bool = False
+
+
+class _Additions(TorchFunctionMode):
+    """Follows what layers get and give through the functions of a forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._known = WeakTensorKeyDictionary()
+        self._order: dict[Term, int] = {}
+        self._shapes: dict[Term, torch.Size] = {}
+        self._sums: dict[str, dict[Term, bool]] = {}
+        """Layers that can be corrected -> the terms of the sum that their output has gone into."""
+
+    def enter(self, layer: str, value: Tensor, corrects: bool) -> None:
+        """A layer is called with a tensor."""
+        if corrects:
+            self._sums[layer] = {}
+        known = self._known.get(value)  # type: ignore[no-untyped-call]
+        seen = known is not None and known.whole and known.version == value._version
+        if not seen or next(iter(known.terms))[0] == "output":  # of several layers with one input, the first
+            self._name(("input", layer), value)
+        self._order["input", layer] = len(self._order)
+
+    def leave(self, layer: str, value: Any) -> None:
+        """What it gives."""
+        if isinstance(value, Tensor):
+            self._name(("output", layer), plain(value))
+            self._order["output", layer] = len(self._order)
+
+    def writers(self) -> dict[str, list[Source]]:
+        found = {}
+        for layer, terms in self._sums.items():
+            mine: Term = ("output", layer)
+            before = [term for term in terms if self._order[term] <= self._order["input", layer]]
+            if before:
+                found[layer] = [Source(*term, swapped=terms[term] != terms[mine]) for term in before]
+        return found
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name, terms = name_of(func), _NOTHING
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        before = [(tensor, self._terms(tensor)) for tensor in tensors if name in _FOLLOWED]
+        result = func(*args, **kwargs)
+        if not isinstance(result, Tensor) or not any(terms for _, terms in before):
+            return result
+        if name in _ADDITIONS and kwargs.get("alpha", 1) == 1:
+            terms = self._added(before, result)
+        elif name in _PRODUCTS:
+            terms = before[0][1] if any(isinstance(a, (int, float)) and a == 1 for a in args) else _NOTHING
+        elif name in _TRANSPOSES:
+            terms = self._transposed(before[0], func, args, kwargs)
+        elif name in _RESHAPES and result.shape[-1:] == before[0][0].shape[-1:] and result.is_floating_point():
+            terms = before[0][1]
+        if terms and not self._terms(result):  # an output has got its name within the function
+            self._know(result, terms)
+        return result
+
+    def _added(self, addends: Sequence[tuple[Tensor, Terms]], result: Tensor) -> Terms:
+        total: dict[Term, bool] = {}
+        for tensor, terms in addends:
+            if tensor.shape != result.shape or isinstance(tensor, (Watched, torch.nn.Parameter)):
+                continue
+            if total.keys() & terms:  # twice the same is no sum of different things
+                return {}
+            total.update(terms)
+        # Where the order of dimensions differs, all must be as the sum is: a reshape in between would be in the way.
+        if any(total.values()):
+            total = {term: swapped for term, swapped in total.items() if self._shape(term, swapped) == result.shape}
+        for role, layer in total:
+            mine = self._sums.get(layer) if role == "output" else None
+            if mine is not None and mine.keys() <= total.keys():  # the first sum, and what that goes into
+                mine.update(total)
+        return total
+
+    def _transposed(self, of: tuple[Tensor, Terms], func: Any, args: Any, kwargs: Any) -> Terms:
+        tensor, terms = of
+        probe = torch.empty(tensor.shape, device="meta")
+        args = [probe if arg is tensor else arg for arg in args]
+        moved = func(*args, **{name: probe if arg is tensor else arg for name, arg in kwargs.items()})
+        if moved.stride() == probe.stride():
+            return terms
+        if tensor.dim() < 3 or moved.stride() != probe.transpose(0, 1).stride():
+            return {}
+        # Of what has been reshaped before, these are not the first two dimensions.
+        return {term: not swapped for term, swapped in terms.items() if self._shape(term, swapped) == tensor.shape}
+
+    def _shape(self, term: Term, swapped: bool) -> torch.Size:
+        shape = self._shapes[term]
+        return torch.Size((shape[1], shape[0], *shape[2:])) if swapped else shape
+
+    def _name(self, term: Term, tensor: Tensor) -> None:
+        self._shapes[term] = tensor.shape
+        self._know(tensor, {term: False}, whole=True)
+
+    def _know(self, tensor: Tensor, terms: Terms, whole: bool = False) -> None:
+        if not tensor.is_inference():
+            self._known[tensor] = _Known(terms, tensor._version, whole)
+
+    def _terms(self, tensor: Tensor) -> Terms:
+        known = self._known.get(tensor)  # type: ignore[no-untyped-call]
+        return known.terms if known is not None and known.version == tensor._version else _NOTHING

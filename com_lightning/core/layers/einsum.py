@@ -1,0 +1,160 @@
+"""Products of an input with a weight along any of their dimensions."""
+
+from __future__ import annotations
+
+import math
+import string
+from collections.abc import Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.layers.base import Call, LayerType, first, own_parameter
+from com_lightning.core.solve.statistics import InputStatistics
+
+
+class Contraction(LayerType):
+    """``einsum``, ``matmul`` and their kin of an input and a weight.
+
+    Args:
+        data, weight, output: one letter per dimension of each, as in ``torch.einsum``.
+    """
+
+    name = "contraction"
+    corrects = True
+
+    def __init__(self, data: str, weight: str, output: str) -> None:
+        self.groups = [letter for letter in weight if letter in output and letter in data]
+        self.outputs = [letter for letter in weight if letter in output and letter not in data]
+        self.inputs = [letter for letter in weight if letter not in output]
+        self.lead = [letter for letter in data if letter not in weight]
+        self.data, self.weight, self.output = data, weight, output
+
+    @classmethod
+    def parse(cls, equation: str, left: Tensor, right: Tensor, weight_first: bool) -> Contraction | None:
+        """The contraction that ``torch.einsum(equation, left, right)`` is.
+
+        ``None`` where it is more than one: a letter twice in a factor, a dimension of the weight alone that is summed,
+        or one of size one that is spread.
+        """
+        sides = equation.replace(" ", "").split("->")
+        factors = sides[0].split(",")
+        if len(sides) != 2 or len(factors) != 2:
+            return None
+        rest = [letter for letter in string.ascii_letters if letter not in equation]
+        ellipses = [tensor.dim() - len(f.replace("...", "")) for f, tensor in zip(factors, (left, right)) if "..." in f]
+        widest = rest[: max(ellipses, default=0)]
+        named = []
+        for factor, tensor in zip(factors, (left, right)):
+            dims = tensor.dim() - len(factor.replace("...", ""))
+            named.append(factor.replace("...", "".join(widest[len(widest) - dims :]) if dims > 0 else ""))
+        output = sides[1].replace("...", "".join(widest))
+        sizes: dict[str, int] = {}
+        for factor, tensor in zip(named, (left, right)):
+            if len(set(factor)) != len(factor) or len(factor) != tensor.dim():
+                return None
+            if any(sizes.setdefault(letter, size) != size for letter, size in zip(factor, tensor.shape)):
+                return None
+        weight, data = named if weight_first else reversed(named)
+        if any(letter not in data and letter not in output for letter in weight):
+            return None
+        if any(letter not in weight and letter not in output for letter in data):
+            return None
+        return cls(data, weight, output)
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # no module is one
+
+    def key(self, module: nn.Module) -> Hashable:
+        return (type(self), self.data, tuple(self.inputs), tuple(self.groups))
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        data = first(args, kwargs)
+        data = data.permute([self.data.index(letter) for letter in (*self.lead, *self.groups, *self.inputs)])
+        sizes = data.shape[len(self.lead) :]
+        groups = sizes[: len(self.groups)].numel()
+        yield data.reshape(*data.shape[: len(self.lead)], groups, sizes[len(self.groups) :].numel()), True
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        weight = own_parameter(layer, "weight").permute(self._order)
+        a, b = len(self.groups), len(self.groups) + len(self.outputs)
+        return weight.reshape(weight.shape[:a].numel(), weight.shape[a:b].numel(), weight.shape[b:].numel())
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        order = self._order
+        shape = own_parameter(module, "weight").shape
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return {"weight": weight.reshape([shape[dim] for dim in order]).permute(back)}
+
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        sizes = dict(zip(self.weight, own_parameter(module, "weight").shape))
+        sizes.update(zip(self.data, first(args, kwargs).shape))
+        shape = [sizes[letter] for letter in self.output]
+        if gap.numel() != math.prod(shape):
+            return None
+        order = [self.output.index(letter) for letter in (*self.lead, *self.groups, *self.outputs)]
+        return gap.reshape(shape).permute(order).reshape(-1, *weight.shape[:2])
+
+    def has_bias(self, module: nn.Module) -> bool:
+        return False
+
+    @property
+    def _order(self) -> list[int]:
+        return [self.weight.index(letter) for letter in (*self.groups, *self.outputs, *self.inputs)]
+
+
+class GroupedLinear(LayerType):
+    """``torch.nn.functional.grouped_mm``: rows sorted by expert, each multiplied with the weight of its own expert.
+
+    Every expert is a group, with as many rows as were sent to it; one that no row was sent to keeps the average. The
+    teacher's rows are used where both models sent as many rows to every expert.
+    """
+
+    name = "grouped linear"
+
+    def matches(self, module: nn.Module) -> bool:
+        return False  # no module is one
+
+    def has_bias(self, module: nn.Module) -> bool:
+        return False
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        start = 0
+        for end in args[1].tolist():
+            yield args[0][start:end, None], False
+            start = end
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        return own_parameter(layer, "weight").mT
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        return {"weight": weight.mT}
+
+    def key(self, module: nn.Module) -> Hashable:
+        return id(module)  # the same rows may be sent elsewhere
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+        gap: Tensor | None = None,
+    ) -> bool:
+        paired = expert is not None and torch.equal(merged[0][1], expert[0][1])
+        others = self.rows(module, *expert) if paired and expert is not None else iter(())
+        parts = []
+        for group, (rows, _) in enumerate(self.rows(module, *merged)):
+            part = InputStatistics(False, statistics.normalize, statistics.multiply, scratch=statistics.scratch)
+            part.update(rows, next(others, (None, False))[0], weight[group : group + 1])
+            parts.append(part)
+            statistics.shift.add(part.shift)
+        grams = [part.gram for part in parts if part.gram is not None]
+        drifts = [part.drift for part in parts if part.drift is not None]
+        statistics.add(torch.cat(grams), torch.cat(drifts) if paired else None, sum(part.rows for part in parts))
+        return paired

@@ -1,0 +1,218 @@
+"""Functions that are layers: what a parameter that goes into one of them is, as a regression.
+
+A function is described by a stand-in: a module that holds the parameters as the function takes them, and a layer type
+that knows it. What is learned from it is written back to wherever the function's arguments were picked from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from com_lightning.core.layers import LayerType, PerChannel
+from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
+from com_lightning.core.layers.einsum import Contraction, GroupedLinear
+from com_lightning.core.layers.elementwise import Offset, Scale
+from com_lightning.core.layers.embedding import Embedding
+from com_lightning.core.layers.linear import Linear, TransposedLinear
+from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of
+
+
+@dataclass(frozen=True)
+class Use:
+    """A function call that is a layer.
+
+    Attributes:
+        kind: its type.
+        parts: own name of each parameter of the stand-in -> what it is of which parameter.
+        stand_in: makes the module that ``kind`` knows, without parameters.
+        args: what that module is called with.
+    """
+
+    kind: LayerType
+    parts: Mapping[str, Part]
+    stand_in: Callable[[], nn.Module]
+    args: tuple[Any, ...]
+
+    def module(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """The stand-in with given parameters."""
+        module = self.stand_in()
+        module._parameters = {**dict.fromkeys(module._parameters), **tensors}  # type: ignore[dict-item]
+        return module
+
+
+def recognise(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], free: Callable[[Part], bool]
+) -> Use | None:
+    """The layer that a function call is, if it is one.
+
+    Args:
+        function, args, kwargs: the call; at least one argument is watched.
+        free: whether a part of a parameter may still be solved.
+    """
+    name = name_of(function)
+    if name not in _KNOWN:
+        return None
+    try:
+        use: Use | None = _KNOWN[name](name, free, *args, **kwargs)
+    except TypeError:  # called in a way that these do not know
+        return None
+    if use is None or not all(free(part) for part in use.parts.values()):
+        return None
+    data = use.args[0]
+    return use if isinstance(data, Tensor) and not isinstance(data, Watched) else None
+
+
+Free = Callable[[Part], bool]
+
+
+def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
+    if not isinstance(weight, Watched) or not free(weight.part):
+        known = isinstance(bias, Watched) and free(bias.part)
+        return _add("add", free, F.linear(input, brought(weight)), bias) if known else None
+    if weight.dim() != 2:
+        return None
+    return _layer(Linear(), lambda: nn.Linear(1, 1, bias is not None, "meta"), (input,), weight, bias)
+
+
+def _convolution(
+    name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Use | None:
+    transposed = "transpose" in name
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    settings = dict(zip(names if transposed else ("stride", "padding", "dilation", "groups"), args)) | kwargs
+    if not isinstance(weight, Watched) or not free(weight.part):
+        if not isinstance(bias, Watched) or not free(bias.part):
+            return None
+        spread = bias.view(-1, *[1] * (weight.dim() - 2))
+        return _add("add", free, getattr(F, name)(input, brought(weight), None, **settings), spread)
+    if not isinstance(settings.get("padding", 0), (int, str, tuple, list)):
+        return None
+    first, second = weight.shape[:2]
+    groups = settings.get("groups", 1)
+    channels = (first, second * groups) if transposed else (second * groups, first)
+    kind = getattr(nn, name.replace("conv_t", "ConvT").replace("conv", "Conv"))
+    settings = {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+
+    def stand_in() -> nn.Module:
+        module: nn.Module = kind(*channels, tuple(weight.shape[2:]), bias=bias is not None, device="meta", **settings)
+        return module
+
+    return _layer(TransposedConvolution() if transposed else Convolution(), stand_in, (input,), weight, bias)
+
+
+def _embedding(name: str, free: Free, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Use | None:
+    rows, width = weight.shape
+    return _layer(Embedding(), lambda: nn.Embedding(rows, width, device="meta"), (input,), weight)
+
+
+def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> Use | None:
+    if name == "__rmatmul__":
+        left, right = right, left
+    weight_first = isinstance(left, Watched)
+    if (left.dim() < 2 and not weight_first) or right.dim() < 2:
+        return None
+    batch = "abcdefghijklm"[: max(left.dim(), right.dim()) - 2]
+    one, two = (batch[len(batch) - tensor.dim() + 2 :] for tensor in (left, right))
+    equation = f"{one}xy,{two}yz->{batch}xz"
+    return _einsum(name, free, equation, left, right)
+
+
+def _addmm(name: str, free: Free, input: Tensor, mat1: Tensor, mat2: Tensor) -> Use | None:
+    if input.dim() != 1:
+        return None
+    return _layer(TransposedLinear(), nn.Module, (mat1,), mat2, input)
+
+
+def _einsum(name: str, free: Free, equation: str, *operands: Any) -> Use | None:
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    if len(operands) != 2:
+        return None
+    left, right = operands
+    weight, data = (left, right) if isinstance(left, Watched) else (right, left)
+    contraction = Contraction.parse(equation, left, right, weight is left)
+    if contraction is None or not isinstance(weight, Watched):
+        return None
+    return _layer(contraction, nn.Module, (data,), weight)
+
+
+def _grouped(name: str, free: Free, input: Tensor, weight: Tensor, offs: Tensor | None = None, **_: Any) -> Use | None:
+    if offs is None or input.dim() != 2 or weight.dim() != 3:
+        return None
+    return _layer(GroupedLinear(), nn.Module, (input, offs), weight)
+
+
+def _add(name: str, free: Free, one: Any, two: Any) -> Use | None:
+    return _elementwise(Offset(), one, two)
+
+
+def _attention(
+    name: str, free: Free, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **settings: Any
+) -> Use | None:
+    """Biases of the scores (relative positions) that are given as a mask."""
+    scale = settings.get("scale") or query.shape[-1] ** -0.5
+    if not isinstance(attn_mask, Watched) or settings.get("is_causal") or settings.get("enable_gqa"):
+        return None
+    return _add("add", free, query @ key.mT * scale, attn_mask)
+
+
+def _multiply(name: str, free: Free, one: Any, two: Any) -> Use | None:
+    return _elementwise(Scale(), one, two)
+
+
+def _elementwise(kind: LayerType, one: Any, two: Any) -> Use | None:
+    data, weight = (two, one) if isinstance(one, Watched) else (one, two)
+    if not isinstance(data, Tensor) or not isinstance(weight, Watched):
+        return None
+    if not data.is_floating_point() or not data.dim() or not data.numel():
+        return None
+    stem, rest = weight.part.split()
+    return Use(kind, {"weight": stem}, nn.Module, (data, rest))
+
+
+def _layer_norm(
+    name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Use | None:
+    return _layer(PerChannel(), lambda: nn.LayerNorm(shape, eps, device="meta"), (input,), weight, bias)
+
+
+def _rms_norm(
+    name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, eps: float | None = None
+) -> Use | None:
+    return _layer(PerChannel(), lambda: nn.RMSNorm(shape, eps, device="meta"), (input,), weight)
+
+
+def _group_norm(
+    name: str, free: Free, input: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
+) -> Use | None:
+    stand_in = partial(nn.GroupNorm, groups, input.shape[1], eps, device="meta")
+    return _layer(PerChannel(), stand_in, (input,), weight, bias)
+
+
+def _layer(
+    kind: LayerType, stand_in: Callable[[], nn.Module], args: tuple[Any, ...], weight: Any, bias: Any = None
+) -> Use | None:
+    """``None`` if an argument is neither watched nor absent, or holds an element of a parameter more than once."""
+    watched = {name: entry for name, entry in (("weight", weight), ("bias", bias)) if entry is not None}
+    if weight is None or not all(isinstance(entry, Watched) and entry.part.once for entry in watched.values()):
+        return None
+    return Use(kind, {name: entry.part for name, entry in watched.items()}, stand_in, args)
+
+
+_KNOWN: dict[str, Callable[..., Use | None]] = {
+    **{"linear": _linear, "embedding": _embedding, "einsum": _einsum, "addmm": _addmm},
+    **{f"conv{dims}d": _convolution for dims in (1, 2, 3)},
+    **{f"conv_transpose{dims}d": _convolution for dims in (1, 2, 3)},
+    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm"), _matmul),
+    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
+    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
+    **dict.fromkeys(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), _multiply),
+    "scaled_dot_product_attention": _attention,
+    **{"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm},
+}

@@ -1,0 +1,306 @@
+"""A scale and an offset per channel: normalisations and their relatives."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Size, Tensor, nn
+
+from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
+from com_lightning.core.solve.statistics import InputStatistics
+
+
+class PerChannel(LayerType):
+    """A scale, and perhaps an offset, per channel: LayerNorm, RMSNorm and their many relatives.
+
+    Recognised by what it computes, not by its class: a module without children whose one or two parameters are vectors
+    of one length, and whose output is ``scale_c * z_c + offset_c`` where ``z`` does not depend on them. ``z`` is found
+    by running the layer with other parameters; a layer that stores ``scale - 1`` (Gemma's RMSNorm) comes out right.
+    Each channel is a group with one input.
+    """
+
+    name = "per channel"
+    corrects = True
+
+    def __init__(self) -> None:
+        self._too_small: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        """Whether the stored scale is one too small, for each layer of which that is known."""
+
+    def matches(self, module: nn.Module) -> bool:
+        shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
+        leaf = not list(module.children()) and len(shapes) == 1
+        return leaf and self._names(module) is not None
+
+    def has_bias(self, module: nn.Module) -> bool:
+        return len(self._present(module)) == 2
+
+    def key(self, module: nn.Module) -> Hashable:
+        return id(module)  # the rows depend on more than the input (eps, running statistics, ...): never shared
+
+    def multiply(self, weight: Tensor) -> bool:
+        return True  # by the scale itself, which may differ from what the layer stores
+
+    def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
+        yield self._response(module, args, kwargs).unsqueeze(-1), True
+
+    def offset(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+    ) -> Tensor | None:
+        shape = first(args, kwargs).shape
+        if gap.numel() != shape.numel():
+            return None
+        args, kwargs = _cast(gap.dtype, args, kwargs)
+        channels = self._channels_last(module, gap.reshape(shape), args, kwargs)
+        return channels.reshape(-1, len(weight), 1)
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+        gap: Tensor | None = None,
+    ) -> bool:
+        if self._is_too_small(module, *merged):  # the solver's differences between weights are the same either way
+            weight = torch.cat([weight[..., :1] + 1, weight[..., 1:]], dim=-1)
+        return super().gather(module, statistics, merged, expert, weight, keep, gap)
+
+    def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+        dtype = torch.promote_types(first(args, kwargs).dtype, torch.float32)
+        args, kwargs = _cast(dtype, args, kwargs)
+        parameters = {name: p.detach().to(dtype) for name, p in self._present(module).items()}
+        output = self._run(module, parameters, args, kwargs)
+        if not isinstance(output, Tensor):
+            return f"its output is a {type(output).__name__}"
+        if output.dim() < len(self._shape(module)):
+            return f"its output has fewer dimensions than its parameters, {tuple(self._shape(module))}"
+        z = self._response(module, args, kwargs)
+        channels = self._shape(module).numel()
+        if z.shape[-1] != channels:
+            return f"its output has {z.shape[-1]} channels, its parameters have {channels}"
+        scale, *offset = (p.flatten() for p in parameters.values())
+        expected = z * (scale + float(self._is_too_small(module, args, kwargs))) + (offset[0] if offset else 0.0)
+        actual = self._channels_last(module, output, args, kwargs)
+        known = actual.isfinite() & expected.isfinite()  # NaN in a batch says nothing of the layer
+        actual, expected = torch.where(known, actual, 0.0), torch.where(known, expected, 0.0)
+        if bool((actual - expected).abs().amax() <= 1e-4 * expected.abs().amax() + 1e-30):
+            return None
+        return "its output is not a scale and an offset per channel"
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        columns = [own_parameter(layer, name).flatten() for name in self._names(layer) or ()]
+        return torch.stack(columns, dim=-1)[:, None, :]
+
+    def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
+        names = self._names(module) or ()
+        shape = self._shape(module)
+        return {name: weight[:, 0, column].reshape(shape) for column, name in enumerate(names)}
+
+    def _names(self, module: nn.Module) -> tuple[str, ...] | None:
+        """Names of the scale and the offset, in this order."""
+        names = tuple(self._present(module))
+        if len(names) == 1 and names[0] != "bias":
+            return names
+        if len(names) == 2 and "bias" in names:
+            return (names[0] if names[1] == "bias" else names[1], "bias")
+        return None
+
+    def _present(self, module: nn.Module) -> dict[str, Tensor]:
+        present = {name: p for name, p in module._parameters.items() if p is not None}
+        return dict(sorted(present.items(), key=lambda item: item[0] == "bias"))
+
+    def _shape(self, module: nn.Module) -> Size:
+        return next(iter(self._present(module).values())).shape
+
+    def _run(
+        self, module: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """The layer's output with other parameters, in their precision."""
+        dtype = next(iter(parameters.values())).dtype
+        probe = copy.copy(module)
+        probe._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
+        probe._buffers = _cast(dtype, (), module._buffers)[1]
+        return probe.forward(*args, **kwargs)
+
+    def _channels_last(
+        self, module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Tensor:
+        """The layer's output as ``(*lead, channels)``."""
+        shape = self._shape(module)
+        last = output.shape[-len(shape) :] == shape
+        second = len(shape) == 1 and output.dim() > 2 and output.shape[1:2] == shape
+        if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)):
+            last, second = False, True
+        if last and second:  # an image as wide as it has channels: see where the first channel's scale is felt
+            zero = {name: torch.zeros_like(p, dtype=output.dtype) for name, p in self._present(module).items()}
+            scale = next(iter(zero))
+            one = {
+                **zero,
+                scale: torch.zeros_like(zero[scale]).index_fill(0, torch.tensor([0], device=output.device), 1),
+            }
+            felt = self._run(module, one, args, kwargs) - self._run(module, zero, args, kwargs)
+            second = not bool(felt[:, 1:].any())
+            last = not second
+        return output.movedim(1, -1) if second and not last else output.flatten(-len(shape))
+
+    def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """``z`` as ``(*lead, channels)`` in float32 or better: what the layer makes of a scale of one."""
+        args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+        stored = 0.0 if self._is_too_small(module, args, kwargs) else 1.0
+        return self._channels_last(module, self._at(stored, module, args, kwargs), args, kwargs)
+
+    def _is_too_small(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the stored scale is one too small: it makes something of the input where it is zero."""
+        known = self._too_small.get(module)
+        if known is None:
+            args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+            known = _says_something(self._at(0.0, module, args, kwargs))
+            if known or _says_something(self._at(1.0, module, args, kwargs)):  # else another input may tell
+                self._too_small[module] = known
+        return known
+
+    def _at(self, scale: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output with this stored scale and no offset."""
+        dtype = first(args, kwargs).dtype
+        values = {name: torch.zeros_like(p, dtype=dtype) for name, p in self._present(module).items()}
+        next(iter(values.values())).fill_(scale)
+        return self._run(module, values, args, kwargs)
+
+
+def _says_something(output: Any) -> bool:
+    """Whether anything but zero, and what is not finite, has come out."""
+    return isinstance(output, Tensor) and bool((output.isfinite() & (output != 0)).any())
+
+
+class BatchNorm(PerChannel):
+    """``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in eval mode, with or without a scale and an offset.
+
+    Scale and offset are solved with every expert's in terms of the average of the running statistics, so they make up
+    for whatever these are. The running statistics are then re-estimated for the inputs that the merged model has,
+
+        m_i' = m_i + (mean x̂ - mean x)      v_i' = v_i var x̂ / var x
+        m = sum_i a_i m_i'                  v = sum_i a_i (v_i' + (m_i' - m)²)
+
+    over tasks i with running mean ``m_i``, variance ``v_i`` and importance ``a_i`` (law of total variance): what an
+    expert has seen in training, moved by as much as its inputs have moved on the calibration data. Without the experts'
+    inputs (one-sided) they are the mean and variance of ``x̂`` itself. Solved scale and offset are put in their terms,
+    which leaves the layer's function as it was solved; without scale and offset, the running statistics are all there
+    is.
+    """
+
+    name = "batch normalisation"
+
+    def matches(self, module: nn.Module) -> bool:
+        batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
+        return batch_norm and not list(module.children()) and set(self._present(module)) == {"weight", "bias"}
+
+    def buffers(self, layer: nn.Module) -> tuple[str, ...]:
+        return ("running_mean", "running_var")
+
+    def gather(
+        self,
+        module: nn.Module,
+        statistics: InputStatistics,
+        merged: Call,
+        expert: Call | None,
+        weight: Tensor,
+        keep: Tensor | None,
+        gap: Tensor | None = None,
+    ) -> bool:
+        paired = super().gather(module, statistics, merged, expert, weight, keep, gap)
+        if paired or expert is None:
+            statistics.moments.update(self._values(merged, keep))
+        if paired and expert is not None:
+            statistics.expert_moments.update(self._values(expert, keep))
+        return paired
+
+    def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
+        own_mean, own_scale = self._statistics(layer)
+        mean, scale = self._statistics(like)
+        own = {name: p.detach().double() for name, p in self._present(layer).items()}
+        ratio = own["weight"] / own_scale
+        return torch.stack([ratio * scale, own["bias"] + ratio * (mean - own_mean)], -1)[:, None, :]
+
+    def finish(
+        self,
+        module: nn.Module,
+        weight: Tensor,
+        experts: Sequence[nn.Module],
+        statistics: Sequence[InputStatistics] | None,
+        importance: Sequence[float],
+    ) -> dict[str, Tensor] | str:
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.running_mean is not None
+        entries: Sequence[InputStatistics | None] = statistics or [None] * len(experts)
+        estimates = [self._estimate(layer, entry) for layer, entry in zip(experts, entries)]
+        # As they will be stored, so that scale and offset make up for that too.
+        dtype = module.running_mean.dtype
+        mean = _weighted(importance, [m for m, _ in estimates]).to(dtype).double()
+        spread = [v + (m - mean).square() for m, v in estimates]
+        variance = _weighted(importance, spread).to(dtype).double()
+        old_mean, old_scale = self._statistics(module)
+        slope = weight[:, 0, 0] / old_scale
+        scale, offset = slope * (variance + module.eps).sqrt(), weight[:, 0, 1] + slope * (mean - old_mean)
+        affine = {} if module.weight is None else {"weight": scale, "bias": offset}
+        return {**affine, "running_mean": mean, "running_var": variance}
+
+    def _present(self, module: nn.Module) -> dict[str, Tensor]:
+        present = super()._present(module)
+        if present:
+            return present
+        assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+        assert module.running_mean is not None
+        return {"weight": torch.ones_like(module.running_mean), "bias": torch.zeros_like(module.running_mean)}
+
+    @staticmethod
+    def _values(call: Call, keep: Tensor | None) -> Tensor:
+        """The layer's raw input as ``(n, channels)``."""
+        values = first(*call).movedim(1, -1)
+        index = kept(keep, values.shape[:-1])
+        values = values.flatten(0, -2)
+        return values if index is None else values[index]
+
+    @staticmethod
+    def _estimate(layer: nn.Module, statistics: InputStatistics | None) -> tuple[Tensor, Tensor]:
+        """Running mean and variance for one task's inputs in the merged model, in float64."""
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        mean, variance = layer.running_mean.double(), layer.running_var.double()
+        if statistics is None or statistics.moments.count < 2:
+            return mean, variance
+        ours, theirs = statistics.moments, statistics.expert_moments
+        if not theirs.count:
+            return ours.mean, ours.variance
+        # A channel that the calibration data hardly stir says nothing on how much its variance has grown.
+        stirred = theirs.variance > 1e-3 * variance
+        grown = variance * ours.variance / torch.where(stirred, theirs.variance, 1.0)
+        variance = torch.where(stirred, grown, (variance + ours.variance - theirs.variance).clamp_min(0.0))
+        return mean + ours.mean - theirs.mean, variance
+
+    @staticmethod
+    def _statistics(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        """Running mean and standard deviation, in float64."""
+        assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
+        assert layer.running_mean is not None
+        assert layer.running_var is not None
+        return layer.running_mean.double(), (layer.running_var.double() + layer.eps).sqrt()
+
+
+def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([weight * tensor for weight, tensor in zip(weights, tensors)]).sum(0)
+
+
+def _cast(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same arguments with floating-point tensors in ``dtype``."""
+
+    def cast(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}

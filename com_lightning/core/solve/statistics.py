@@ -1,0 +1,307 @@
+"""Second-order statistics of the inputs of one layer, gathered for one task.
+
+Only sums are kept, so they can be added up over batches in any order, and over processes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.tensors.matmul import add_product, aligned, completed, outputs, turns
+
+
+@dataclass
+class Shift:
+    """How far the merged model's inputs of a layer are from the expert's: the covariate shift on arrival.
+
+    Attributes:
+        distance, energy: sums over rows of ``||x̂ - x||²`` and ``||x||²``.
+        cosine: sum over rows of the cosine between ``x̂`` and ``x``.
+        rows: number of rows summed.
+    """
+
+    distance: Tensor | float = 0.0
+    energy: Tensor | float = 0.0
+    cosine: Tensor | float = 0.0
+    rows: int = 0
+
+    def update(self, merged: Tensor, expert: Tensor, gap: Tensor) -> None:
+        """Add rows, by the lengths ``||x̂||``, ``||x||`` and ``||x - x̂||`` of each, ``(n,)``."""
+        merged, expert, gap = merged.double(), expert.double(), gap.double()
+        self.distance = self.distance + gap.square().sum()
+        self.energy = self.energy + expert.square().sum()
+        # The law of cosines, in the form that loses no digits where rows are nearly alike.
+        both = merged * expert
+        apart = (gap.square() - (merged - expert).square()) / (2.0 * both)
+        self.cosine = self.cosine + torch.where(both > 0, 1.0 - apart, 0.0).sum()
+        self.rows += len(merged)
+
+    def add(self, other: Shift) -> None:
+        """Add what another one has seen."""
+        self.distance = self.distance + other.distance
+        self.energy = self.energy + other.energy
+        self.cosine = self.cosine + other.cosine
+        self.rows += other.rows
+
+    def cpu(self) -> Shift:
+        """The same as plain numbers."""
+        return Shift(float(self.distance), float(self.energy), float(self.cosine), self.rows)
+
+    @property
+    def relative_distance(self) -> float:
+        """``||x̂ - x|| / ||x||`` over all rows."""
+        return math.sqrt(float(self.distance) / max(float(self.energy), 1e-30))
+
+    @property
+    def mean_cosine(self) -> float:
+        """Mean over rows of the cosine between ``x̂`` and ``x``."""
+        return float(self.cosine) / max(self.rows, 1)
+
+
+@dataclass
+class Moments:
+    """Count, sum and sum of squares of the values of each channel, ``(channels,)`` in float64.
+
+    Example::
+
+        >>> moments = Moments()
+        >>> moments.update(torch.tensor([[1.0], [3.0]]))
+        >>> moments.mean.item(), moments.variance.item()
+        (2.0, 2.0)
+    """
+
+    count: int = 0
+    total: Tensor | float = 0.0
+    square: Tensor | float = 0.0
+
+    def update(self, values: Tensor) -> None:
+        """Add values, ``(n, channels)``."""
+        values = values.to(torch.float64)
+        self.count += len(values)
+        self.total = self.total + values.sum(0)
+        self.square = self.square + values.square().sum(0)
+
+    def add(self, other: Moments) -> None:
+        """Add what others have seen."""
+        self.count += other.count
+        self.total = self.total + other.total
+        self.square = self.square + other.square
+
+    def to(self, device: torch.device | str) -> Moments:
+        total, square = (torch.as_tensor(value).to(device) for value in (self.total, self.square))
+        return Moments(self.count, total, square)
+
+    @property
+    def mean(self) -> Tensor:
+        return torch.as_tensor(self.total) / max(self.count, 1)
+
+    @property
+    def variance(self) -> Tensor:
+        """The unbiased one, as running statistics have it."""
+        gap = torch.as_tensor(self.square) - self.count * self.mean.square()
+        return gap.clamp_min(0.0) / max(self.count - 1, 1)
+
+
+class Scratch:
+    """Memory that every batch of a layer writes to anew.
+
+    To get as much from the system for each of them takes longer than what is computed in it (tried, on a CPU).
+    """
+
+    def __init__(self) -> None:
+        self._parts: dict[str, Tensor] = {}
+
+    def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
+        """A tensor of that shape and of the type of ``like``, which is good until the next of that name."""
+        part = self._parts.get(name)
+        if part is None or part.dtype != like.dtype or part.device != like.device or len(part) < math.prod(shape):
+            part = self._parts[name] = like.new_empty(math.prod(shape))
+        return part[: math.prod(shape)].view(shape)
+
+    def clear(self) -> None:
+        """Give it back."""
+        self._parts.clear()
+
+
+@dataclass
+class InputStatistics:
+    """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, for one task.
+
+    With ``x̂`` the input in the model merged so far, ``x`` that in the expert, a trailing 1 where the layer has a bias
+    (``k = f + 1``, else ``k = f``), and the row weight ``s``, which is 1 or, with ``normalize``, one over the larger of
+    ``||x̂||²`` and ``||x||²`` (bias entry included; ``x̂`` alone where no expert's rows are given):
+
+    Attributes:
+        multiply: whether the drift is multiplied by the expert's weight while it is gathered, which costs less where a
+            layer has far fewer outputs than inputs, but cannot be shared with another layer of the same input.
+        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``. Of a large one, the part above the diagonal is there after
+            :meth:`complete`.
+        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``, with what the output is to be beyond
+            the expert's. ``None``: no expert rows were seen.
+        rows: number of rows summed.
+        moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, where its type has a use for them (batch
+            normalisation); calls that have no counterpart in the expert are left out of both.
+        scratch: what rows are prepared in; those of other tasks may use the same.
+
+    Gathered in float32, or float64 if the rows are, with autocast off.
+
+    Complexity: ``g f k`` multiply-adds a row for each of the two, or ``2 g o f`` for a drift already multiplied.
+
+    Example::
+
+        >>> statistics = InputStatistics(bias=False, normalize=False)
+        >>> statistics.update(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]))
+        >>> statistics.gram
+        tensor([[[10.,  2.],
+                 [ 2.,  4.]]])
+    """
+
+    bias: bool
+    normalize: bool
+    multiply: bool = False
+    gram: Tensor | None = None
+    drift: Tensor | None = None
+    rows: int = 0
+    shift: Shift = field(default_factory=Shift)
+    moments: Moments = field(default_factory=Moments)
+    expert_moments: Moments = field(default_factory=Moments)
+    scratch: Scratch = field(default_factory=Scratch)
+    _averaged: bool = False
+
+    def update(
+        self,
+        merged: Tensor,
+        expert: Tensor | None = None,
+        weight: Tensor | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
+        """Add rows.
+
+        Args:
+            merged: ``x̂``, ``(n, g, f)``.
+            expert: ``x`` of the same shape, row for row; ``None`` leaves the drift alone.
+            weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
+            offset: what the output is to be beyond the expert's, ``(n, g, o)``; only where ``multiply`` is set.
+        """
+        merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
+        expert = None if expert is None else expert.to(merged.dtype)
+        features = merged.shape[2]
+        root = merged.new_ones(len(merged))
+        length = torch.linalg.vector_norm(merged, dim=(1, 2))
+        expert_length = length if expert is None else torch.linalg.vector_norm(expert, dim=(1, 2))
+        if self.normalize:
+            # The row that enters the regression has unit length, one bias entry included; an empty row counts nothing.
+            # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
+            square = torch.maximum(length, expert_length).square()
+            norm = (square + float(self.bias)).sqrt()
+            # A square that overflows, or has lost its digits, must not pass for a row that counts nothing.
+            smallest = 1e-30 if merged.dtype == torch.float32 else 0.0
+            unknown = ~norm.isfinite() | ((square > 0) & (norm.square() < smallest))
+            root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(unknown, torch.nan)
+        self.rows += len(merged)
+        if features == 1:
+            self.gram = _added(self.gram, _gram_of_channels(merged, root.square(), self.bias))
+        else:
+            scaled = self._turned("turned", self._scaled(merged, root))
+            self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
+        if expert is None:
+            return
+        gap = torch.sub(expert, merged, out=self.scratch.empty("gap", merged, *merged.shape))
+        self.shift.update(length, expert_length, torch.linalg.vector_norm(gap, dim=(1, 2)))
+        if self.multiply:
+            assert weight is not None
+            weight = weight[..., :features].to(gap.dtype)
+            gap = gap * weight[..., 0] if features == 1 else outputs(gap, weight)
+            if offset is not None:
+                gap += offset
+        if features == 1:
+            self.drift = _added(self.drift, _sums_of_channels(gap, merged, root.square(), self.bias))
+        else:
+            self.drift = add_product(self.drift, self._turned("turned gap", gap.mul_(root[:, None, None])), scaled)
+
+    def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
+        """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
+        self.gram = _added(self.gram, gram)
+        if drift is not None:
+            self.drift = _added(self.drift, drift)
+        self.rows += rows
+
+    def join(self, other: InputStatistics) -> None:
+        """Add what another one of the same layer has seen."""
+        if other.gram is not None:
+            self.add(other.gram, other.drift, other.rows)
+        self.shift.add(other.shift)
+        self.moments.add(other.moments)
+        self.expert_moments.add(other.expert_moments)
+
+    def complete(self) -> Tensor | None:
+        """The whole of ``gram``: what is above the diagonal is that below it. More can be added afterwards."""
+        return None if self.gram is None else completed(self.gram)
+
+    def mean_gram(self) -> Tensor:
+        """``G_i = gram / rows``, ``(g, k, k)``.
+
+        The sums become means in place, because a second Gram matrix of every task may not fit: no row can be added
+        afterwards.
+        """
+        gram = self.complete()
+        assert gram is not None, "no rows were added"
+        self._average()
+        return gram
+
+    def mean_drift(self, weight: Tensor) -> Tensor | None:
+        """``D_i``: the drift multiplied by the expert's weight ``(g, o, k)`` and divided by the number of rows."""
+        if self.drift is None:
+            return None
+        self._average()
+        if self.multiply:
+            return self.drift
+        features = self.drift.shape[1]
+        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift)
+
+    def _scaled(self, rows: Tensor, root: Tensor) -> Tensor:
+        """``rows * root``, or with a bias ``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, k)``."""
+        n, groups, features = rows.shape
+        length = features + int(self.bias)
+        scaled = self.scratch.empty("scaled", rows, n, groups, aligned(length))[..., :length]
+        torch.mul(rows, root[:, None, None], out=scaled[..., :features])
+        scaled[..., features:] = root[:, None, None]
+        return scaled
+
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        """Rows ``(n, g, k)`` as products are fastest with them."""
+        if not turns(rows):
+            return rows
+        n, _, numbers = rows.shape
+        return self.scratch.empty(name, rows, numbers, n).copy_(rows[:, 0].T).T[:, None]
+
+    def _average(self) -> None:
+        if not self._averaged:
+            self._averaged = True
+            for sums in (self.gram, self.drift):
+                if sums is not None:
+                    sums /= max(self.rows, 1)
+
+
+def _added(total: Tensor | None, sums: Tensor) -> Tensor:
+    return sums if total is None else total.add_(sums)
+
+
+def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+    """Gram matrices of one input a group, as in normalisations, which products of matrices are slow for:
+    ``(n, g, 1)`` and the weight of each row ``(n,)`` -> ``(g, k, k)``."""
+    sums = _sums_of_channels(rows, rows, weight, bias)
+    if not bias:
+        return sums
+    return torch.cat([sums, torch.stack([sums[..., 1], weight.sum().expand(sums.shape[:2])], -1)], 1)
+
+
+def _sums_of_channels(left: Tensor, rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+    """``sum weight left [rows, 1]ᵀ`` of one input a group: ``(n, g, a)``, ``(n, g, 1)`` -> ``(g, a, k)``."""
+    left = left * weight[:, None, None]
+    sums = (left * rows).sum(0)
+    return torch.stack([sums, left.sum(0)], -1) if bias else sums[..., None]

@@ -1,0 +1,103 @@
+"""Biases and normalisation parameters that each task keeps for itself, solved for it.
+
+A merged model with a head for each task knows which task it is at. Then a layer may share its matrix, and have a bias
+for each task: the matrix is solved on inputs and outputs centred per task,
+
+    W = argmin sum_i a_i / N_i  sum_n s_n || W (x̂_n - m_i) - (W_i x_n - t_i) ||²,    b_i = t_i - W m_i
+
+with ``m_i`` and ``t_i`` the weighted means of task i's inputs and targets. A scale and an offset per channel, with
+running statistics if there are any, are solved for each task alone. It goes beyond Chain of Merges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.layers import PerChannel
+from com_lightning.core.layers.candidates import candidates
+from com_lightning.core.layers.convolution import Convolution
+from com_lightning.core.layers.linear import Linear
+from com_lightning.core.solve.ridge import factorize, solve_or_average
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import own_copy, tied_names
+
+
+def own_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Full name of each bias and normalisation parameter or buffer that a layer is solved for -> one tensor for each
+    task, with the merged value to begin with.
+
+    Args:
+        tasks: the experts.
+        merged: name of what is shared -> its merged value. Tied parameters stay shared.
+    """
+    ties = list(tied_names(tasks[0].expert).items())
+    tied = {name for pair in ties if pair[0] != pair[1] for name in pair}
+    result: dict[str, list[Tensor]] = {}
+    for layer in candidates(tasks[0].expert, merged).values():
+        names = {**layer.parameters, **layer.buffers}
+        if not isinstance(layer.kind, PerChannel):
+            names = {"bias": names["bias"]} if isinstance(layer.kind, (Linear, Convolution)) and "bias" in names else {}
+        for name in names.values():
+            if name not in tied:
+                result[name] = [own_copy(merged[name]) for _ in tasks]
+    return result
+
+
+def centred(
+    grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
+    """Statistics of a layer with a bias, ``(g, k, k)`` and ``(g, o, k)``, and weights, for the regression without it:
+    about the means of each task, in float64.
+
+    Example: two inputs, 1 and 3, vary about their mean by one.
+
+        >>> centred([torch.tensor([[[5.0, 2.0], [2.0, 1.0]]])], [None], [torch.ones(1, 1, 2)])[0][0].item()
+        1.0
+    """
+    means = [_mean(gram) for gram in grams]
+    pure: list[Tensor | None] = [
+        None if drift is None else drift.double()[..., :-1] - drift.double()[..., -1:] * mean.mT
+        for drift, mean in zip(drifts, means)
+    ]
+    about = [gram.double()[..., :-1, :-1] - gram.double()[..., :-1, -1:] * mean.mT for gram, mean in zip(grams, means)]
+    return about, pure, [weight[..., :-1] for weight in weights]
+
+
+def with_own_biases(
+    matrix: Tensor, grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
+) -> list[Tensor]:
+    """``[W, b_i]`` for each task, ``(g, o, k)``; arguments as for :func:`centred`, and what comes of it,
+    ``(g, o, k - 1)``."""
+    result = []
+    for gram, drift, weight in zip(grams, drifts, weights):
+        weight = weight.double()
+        bias = weight[..., -1:] + (weight[..., :-1] - matrix) @ _mean(gram)
+        if drift is not None:
+            total = gram[..., -1:, -1:].double()
+            bias = bias + torch.where(total > 0, drift[..., -1:].double() / total, 0.0)
+        result.append(torch.cat([matrix, bias], -1))
+    return result
+
+
+def solve_each(
+    grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor], anchor: Tensor, ridge: float
+) -> list[Tensor]:
+    """The weight of a layer for each task alone, ``(g, o, k)``, pulled towards ``anchor``; that where a group has no
+    data."""
+    result = []
+    for gram, drift, weight in zip(grams, drifts, weights):
+        factor = factorize([gram], [1.0], ridge)
+        solution = solve_or_average(factor, [gram], [drift], [weight], [1.0], anchor).weight
+        reached = gram.diagonal(dim1=-2, dim2=-1).sum(-1) > 0
+        result.append(torch.where(reached[:, None, None], solution, anchor.double()))
+    return result
+
+
+def _mean(gram: Tensor) -> Tensor:
+    """Weighted mean of the inputs, ``(g, k - 1, 1)``."""
+    gram = gram.double()
+    total = gram[..., -1:, -1:]
+    return torch.where(total > 0, gram[..., :-1, -1:] / total, 0.0)

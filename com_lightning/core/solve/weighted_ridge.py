@@ -1,0 +1,116 @@
+"""The closed form of one layer where errors count by direction, differently for each task.
+
+With ``H_i`` what task i makes of errors in the layer's outputs (see :mod:`com_lightning.core.chain.sensitivity`), the merged
+weight minimises
+
+    sum_i a_i / N_i  sum_n s_n || H_i^½ (W x̂_n - W_i x_n) ||²  +  l sum_i a_i || H_i^½ (W - W̄) ||²
+
+which for the difference ``D = W - W̄`` to the average is the linear system
+
+    sum_i a_i H_i D (G_i + l I)  =  sum_i a_i H_i [ (W_i - W̄) G_i + D_i ]
+
+with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal it has that module's solution;
+with different ones it has as many unknowns as the weight has numbers, and is solved by conjugate gradients, which are
+preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours; systems
+of this form are those of Tam et al., arXiv 2312.04339.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.solve.ridge import Factor
+
+DAMPING = 0.3
+"""Share of the identity in each ``H_i``, whose own diagonal has a mean of one: no direction is free of charge."""
+STEPS, TOLERANCE = 100, 1e-2
+
+
+def solve_in_metrics(
+    factor: Factor,
+    grams: Sequence[Tensor],
+    drifts: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    importance: Sequence[float],
+    ridge: float,
+    roots: Sequence[Tensor],
+    start: Tensor,
+) -> tuple[Tensor, int]:
+    """The merged weight ``(1, o, k)`` in float64, and how many steps it took.
+
+    Args:
+        factor, grams, drifts, weights, importance: as for :func:`~com_lightning.core.solve.ridge.solve`; one group.
+        ridge: relative to the mean of the diagonal of the summed Gram matrix, as in
+            :func:`~com_lightning.core.solve.ridge.factorize`.
+        roots: ``U_i`` of each task, ``(o, r)`` in float64, with ``H_i = U_i U_iᵀ + 0.3``.
+        start: the solution without metrics.
+
+    Complexity: for each step, with ``r`` columns in each of ``T`` roots, ``o k² + T r k (2 o + k)`` multiply-adds.
+    """
+    mean = torch.zeros_like(start[0])
+    for weight, share in zip(weights, importance):
+        mean.add_(weight[0].double(), alpha=share)
+    scale = sum(share * float(gram[0].diagonal().double().mean()) for gram, share in zip(grams, importance))
+    whole, ridged, right = torch.zeros_like(grams[0][0], dtype=torch.float64), [], torch.zeros_like(mean)
+    for gram, drift, weight, share, root in zip(grams, drifts, weights, importance, roots):
+        own = gram[0].double()
+        rows = (weight[0].double() - mean) @ own
+        if drift is not None:
+            rows += drift[0].double()
+        right.add_(rows, alpha=share * DAMPING).addmm_(root, root.T @ rows, alpha=share)
+        own = own.clone()
+        own.diagonal().add_(ridge * scale)
+        ridged.append(own)
+        whole.add_(own, alpha=share)
+
+    def apply(difference: Tensor) -> Tensor:
+        result = DAMPING * (difference @ whole)
+        for own, share, root in zip(ridged, importance, roots):
+            result.addmm_(root, (root.T @ difference) @ own, alpha=share)
+        return result
+
+    divide = _divider([share**0.5 * root for root, share in zip(roots, importance)])
+
+    def precondition(residual: Tensor) -> Tensor:
+        return divide(torch.cholesky_solve(residual.T, factor.lower[0]).T)
+
+    difference, steps = _conjugate_gradients(apply, precondition, right, start[0] - mean)
+    return (mean + difference)[None], steps
+
+
+def _divider(roots: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+    """Divides by ``sum_i U_i U_iᵀ + 0.3`` from the left."""
+    wide = torch.cat(list(roots), dim=1)
+    if wide.shape[1] >= len(wide):
+        matrix = wide @ wide.T
+        matrix.diagonal().add_(DAMPING)
+        lower = torch.linalg.cholesky(matrix)
+        return lambda right: torch.cholesky_solve(right, lower)
+    core = wide.T @ wide  # Woodbury's identity
+    core.diagonal().add_(DAMPING)
+    lower = torch.linalg.cholesky(core)
+    return lambda right: (right - wide @ torch.cholesky_solve(wide.T @ right, lower)) / DAMPING
+
+
+def _conjugate_gradients(
+    apply: Callable[[Tensor], Tensor], precondition: Callable[[Tensor], Tensor], right: Tensor, start: Tensor
+) -> tuple[Tensor, int]:
+    """Solve ``apply(x) = right``, to a relative error of :data:`TOLERANCE` in the preconditioner's norm."""
+    solution, residual = start.clone(), right - apply(start)
+    step = preconditioned = precondition(residual)
+    energy = float((residual * preconditioned).sum())
+    small = TOLERANCE**2 * float((right * precondition(right)).sum())
+    for number in range(STEPS):
+        if not energy > small:  # nothing to do, or nothing that can be done
+            return solution, number
+        image = apply(step)
+        length = energy / float((step * image).sum())
+        solution.add_(step, alpha=length)
+        residual.sub_(image, alpha=length)
+        preconditioned = precondition(residual)
+        before, energy = energy, float((residual * preconditioned).sum())
+        step = preconditioned + (energy / before) * step
+    return solution, STEPS

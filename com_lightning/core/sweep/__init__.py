@@ -1,0 +1,1 @@
+"""One pass of all calibration forwards over all layers, in lockstep and in execution order."""

@@ -1,0 +1,111 @@
+"""The function calls that forwards make with shared parameters, and which of them are layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.chain.gather import CalibrationForward
+from com_lightning.core.layers.functional import Use, recognise
+from com_lightning.core.sweep.lockstep import Place, pause, running
+from com_lightning.core.sweep.models import Models
+from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of, plain, tensors_in, watched_in
+
+
+class Uses:
+    """What has become of each shared parameter so far.
+
+    Attributes:
+        layers: name of each function call that is a layer -> how it uses parameters.
+        used: first name of each parameter that went into a function that is no layer: too late for one that is.
+        entered: those of them that have come to be used since the processes last met.
+        solved: first name of a parameter -> extents of the parts of it that are solved.
+        notes: first name of a parameter -> why it is not solved.
+    """
+
+    def __init__(self, models: Models) -> None:
+        self.models = models
+        self.layers: dict[str, Use] = {}
+        self.used: set[str] = set()
+        self.entered: set[str] = set()
+        self.solved: dict[str, list[tuple[int, int]]] = {}
+        self.notes: dict[str, LayerRecord] = {}
+
+    def watch(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
+        """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
+
+        Returns what to call with the function's result; what that returns, if not ``None``, takes its place.
+        """
+        forward = running()
+        if not isinstance(forward, CalibrationForward):
+            return None
+        watched = list(watched_in(args, kwargs))
+        if forward.stream == "merged":
+            for entry in watched:
+                entry.refresh(self.models.computed[entry.part.name])
+        if not any(self._is_free(entry.part) for entry in watched):
+            return None
+        if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
+            label, place = self._placed(use)
+            self.layers.setdefault(label, replace(use, args=()))
+            if pause(label, place, tuple(map(brought, use.args)), {}):
+                for entry in watched if forward.stream == "merged" else ():
+                    entry.refresh(self.models.computed[entry.part.name])
+                return lambda result: forward.on_output(label, result) if forward.on_output else None
+
+        def leaving(result: Any) -> None:
+            if function is Tensor.__setitem__ or any(True for _ in tensors_in(result)):
+                for part in [entry.part for entry in watched if self._is_free(entry.part)]:
+                    first = self.models.tied[part.name]
+                    self.used.add(first)
+                    self.entered.add(first)
+                    note = f"goes into {name_of(function).strip('_')}, where it has no closed form"
+                    self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
+
+        return None if use is not None else leaving
+
+    def _is_free(self, part: Part) -> bool:
+        """Whether a function of a part of a parameter may be solved: no forward has computed with it yet."""
+        return self.models.tied[part.name] not in self.used and self.is_unsolved(part)
+
+    def is_unsolved(self, part: Part) -> bool:
+        """Whether no element of a part has been solved."""
+        solved = self.solved.get(self.models.tied[part.name])
+        if not solved:
+            return True
+        whole = self.models.merged[part.name]
+        if solved[0] == (0, whole.numel() - 1):
+            return False
+        start, end = part.extent(whole)
+        return all(end < a or b < start for a, b in solved)
+
+    def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
+        """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
+        model = self.models.running[forward.task, forward.stream]
+        for entry in watched:
+            if entry.part.steps:
+                name, own = entry.part.name, model.tensors[entry.part.name]
+                if entry.target is None and name in model.targets:  # it was brought there to be cast
+                    own = own.to(*model.targets[name])
+                if not torch.equal(plain(entry), entry.part.of(own, casts=True)):
+                    return False
+        return True
+
+    def _placed(self, use: Use) -> tuple[str, Place]:
+        """Name of a function call by the parameter that it uses, and its place among all layers."""
+        part = next(iter(use.parts.values()))
+        name, whole = part.name, self.models.merged[part.name]
+        start, end = part.extent(whole)
+        row = max(whole[0].numel(), 1) if whole.dim() else 1
+        place = (self.models.places.get(name.rpartition(".")[0], 0), start // row, self.models.order[name])
+        if end - start + 1 == whole.numel():
+            return name, place
+        if start % row or (end + 1) % row:
+            return f"{name}[{start}:{end + 1} of the elements]", place
+        first, last = start // row, (end + 1) // row
+        return f"{name}[{first}]" if last - first == 1 else f"{name}[{first}:{last}]", place

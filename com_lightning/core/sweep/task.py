@@ -1,0 +1,137 @@
+"""What goes into a sweep over layers, and what is told about each layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from com_lightning.core.tensors.placement import Move
+
+Stream = Literal["merged", "expert"]
+
+
+@dataclass
+class Task:
+    """One task: its expert, and the calibration data that speak for it.
+
+    Args:
+        name: of the task.
+        expert: the fine-tuned module, in eval mode.
+        batches: calibration batches.
+        call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
+        keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
+        numbers: of the batches among those of all processes; ``None``: these are all.
+        move: puts a module on the device and into the precision that its forwards run in. The expert itself stays where
+            it is stored, a mapped file for instance, and is solved with in the precision it has there.
+        stays: whether what the expert's forward uses is moved when it is used, and no sooner.
+        loss: ``loss(module, batch, index)`` is what the module is trained to lower, for rules that differentiate it.
+        predict: ``predict(module, batch, index)`` gives logits, ``(n, classes)``, for rules that look at predictions.
+        size: number of samples in a batch.
+    """
+
+    name: str
+    expert: nn.Module
+    batches: Sequence[Any]
+    call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
+    keep: Callable[[Any], Tensor | None] = lambda batch: None
+    numbers: Sequence[int] | None = None
+    move: Move = lambda module: module
+    stays: bool = False
+    loss: Callable[[nn.Module, Any, int], Tensor] | None = None
+    predict: Callable[[nn.Module, Any, int], Tensor] | None = None
+    size: Callable[[Any], int] = lambda batch: 1
+
+    @property
+    def batch_numbers(self) -> Sequence[int]:
+        """The number of each of its batches among those of all processes."""
+        return range(len(self.batches)) if self.numbers is None else self.numbers
+
+    def with_batches(self, numbers: Sequence[int]) -> Task:
+        """The same with those of its batches alone that have these numbers."""
+        there = dict(zip(self.batch_numbers, self.batches))
+        return replace(self, batches=[there[number] for number in numbers], numbers=numbers)
+
+
+@dataclass
+class LayerRecord:
+    """What happened at one layer; sums and ratios are over the calibration rows.
+
+    Attributes:
+        name, kind: the layer and its type.
+        task: the one that it belongs to, where it is private.
+        parameters: full name of each parameter that was solved -> how many of its values were.
+        buffers: full names of the buffers that were re-estimated (running statistics).
+        distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
+        importance: per task, what it counted, where that differs between layers.
+        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
+            input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
+            other tensors, it is that of the sum of its output and these, because that is what was solved for.
+        ridge: what it was solved with.
+        condition, jitter: of the factorisation, see :class:`~com_lightning.core.solve.ridge.Factor`.
+        rows: number of rows per task.
+        masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
+        groups, idle: independent regressions (rows of a table, experts of a mixture, channels), and how many of them no
+            data reached, which keep the average.
+        kept: those of them that keep the average because what they were solved for is no better, which only rounding
+            brings about.
+        steps: of conjugate gradients, where errors in the outputs count by direction; ``None``: they count alike.
+        unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
+        corrected_for: the tensors whose drift the layer makes up for as well, because its output is added to them.
+        uncorrected: calls where that was not possible: these tensors were gone, changed, or of other shapes.
+        shared_with: the earlier layer whose statistics were used, because both have the same input.
+        seconds: for gathering and solving.
+        solving: seconds of these that went into the closed form.
+        note: why it was not solved, if it was not.
+    """
+
+    name: str
+    kind: str
+    parameters: dict[str, int] = field(default_factory=dict)
+    buffers: list[str] = field(default_factory=list)
+    distance: dict[str, float] = field(default_factory=dict)
+    cosine: dict[str, float] = field(default_factory=dict)
+    importance: dict[str, float] = field(default_factory=dict)
+    residual: float | None = None
+    ridge: float | None = None
+    condition: float | None = None
+    jitter: float | None = None
+    rows: dict[str, int] = field(default_factory=dict)
+    masked: list[str] = field(default_factory=list)
+    groups: int = 0
+    idle: int = 0
+    kept: int = 0
+    steps: int | None = None
+    unpaired: int = 0
+    corrected_for: list[str] = field(default_factory=list)
+    uncorrected: int = 0
+    shared_with: str | None = None
+    task: str | None = None
+    seconds: float = 0.0
+    solving: float = 0.0
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class SkippedBatch:
+    """A calibration batch that was left out.
+
+    Attributes:
+        task, batch: its task, and its number among those of all processes.
+        layer: the first one whose statistics it is not in.
+        why: what its inputs there were.
+    """
+
+    task: str
+    batch: int
+    layer: str
+    why: str
+
+    def __str__(self) -> str:
+        return f"task '{self.task}', batch {self.batch}, from layer '{self.layer}' on: its inputs {self.why}"
+
+
+class NonFiniteError(ValueError):
+    """NaN or infinity in an expert's weights, in the inputs of a layer, or in what it was solved for."""

@@ -1,0 +1,1 @@
+"""Tensors and modules: copies that share storage, tracked parameters, matrix products, memory."""

@@ -1,0 +1,117 @@
+"""Where, and in which precision, forwards run, as opposed to how experts are stored."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.tensors.attention import split_attention
+from com_lightning.core.tensors.modules import copy_module, named_tensors
+
+Move = Callable[[nn.Module], nn.Module]
+"""Moves a module to a device, converts it to a precision, or both, in place."""
+
+
+class Placement:
+    """Copies of a stored module as its forwards run, without a second copy of what need not be converted.
+
+    The mover is shown the module with empty tensors, and what it makes of these tells what each tensor is to become;
+    whatever else it does (metrics move their states, a LightningModule notes its device) is done in every copy.
+
+    Args:
+        module: as it is stored: in a mapped file, on another device, in another precision. It is not changed.
+        move: what would have to be done to it before it can run.
+
+    Example::
+
+        >>> placement = Placement(nn.Linear(2, 2), lambda module: module.to(torch.bfloat16))
+        >>> placement.module().weight.dtype
+        torch.bfloat16
+    """
+
+    def __init__(self, module: nn.Module, move: Move = lambda module: module) -> None:
+        self.stored = {name: tensor for name, tensor, _ in named_tensors(module)}
+        self._skeleton = move(copy_module(module, {id(t): _empty(t) for t in self.stored.values()}))
+        self._slots = {name: tensor for name, tensor, _ in named_tensors(self._skeleton)}
+        self._placed: dict[int, Tensor] = {}
+
+    def place(self, name: str, tensor: Tensor | None = None) -> Tensor:
+        """The parameter or buffer of that name, or ``tensor`` in its stead, as a forward uses it: the very tensor where
+        nothing has to be converted, else a copy that is made once."""
+        tensor = self.stored[name] if tensor is None else tensor
+        if id(tensor) not in self._placed:
+            slot = self._slots[name]
+            placed = tensor
+            if (tensor.device, tensor.dtype) != (slot.device, slot.dtype):
+                placed = tensor.detach().to(slot.device, slot.dtype)
+                if isinstance(tensor, nn.Parameter):
+                    placed = nn.Parameter(placed, requires_grad=tensor.requires_grad)
+            self._placed[id(tensor)] = placed
+        return self._placed[id(tensor)]
+
+    def target(self, name: str) -> tuple[torch.device, torch.dtype]:
+        """Device and precision that the tensor of that name runs in."""
+        return self._slots[name].device, self._slots[name].dtype
+
+    def module(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
+        """A copy that can run, with the given tensors, by name, in place of its own. Ties are kept."""
+        given = tensors or {}
+        values = {name: given[name] if name in given else self.place(name) for name in self.stored}
+        return copy_module(self._skeleton, {id(self._slots[name]): value for name, value in values.items()})
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
+
+
+@dataclass
+class Running:
+    """A model that runs, with attention taken apart.
+
+    Attributes:
+        module: the model.
+        tensors: its parameters and buffers, by name.
+        targets: name of a parameter that stays elsewhere -> where it is brought to when it is used.
+    """
+
+    module: nn.Module
+    tensors: dict[str, Tensor]
+    targets: dict[str, tuple[torch.device, torch.dtype]]
+
+    @staticmethod
+    def of(
+        placement: Placement, stream: str, merged: Mapping[str, Tensor], stays: bool, converted: dict[int, Tensor]
+    ) -> Running:
+        """The merged model of a task, or its expert.
+
+        Args:
+            placement: of the expert.
+            stream: ``"merged"`` or ``"expert"``.
+            merged: name -> merged tensor.
+            stays: whether the expert's shared parameters stay where they are.
+            converted: ``id`` of each merged tensor -> what it is converted to, for all tasks.
+        """
+        own = {name: tensor for name, tensor in merged.items() if name in placement.stored}
+        if stream == "merged":
+            for name, tensor in own.items():
+                if id(tensor) not in converted:
+                    converted[id(tensor)] = placement.place(name, tensor)
+            tensors, targets = {name: converted[id(tensor)] for name, tensor in own.items()}, {}
+        else:
+            stored = {n: placement.stored[n] for n in own if stays and isinstance(placement.stored[n], nn.Parameter)}
+            tensors = {name: tensor for name, tensor in stored.items() if is_watchable(name, tensor)}
+            targets = {name: placement.target(name) for name in tensors}
+        module = placement.module(tensors)
+        for name, (whole, _) in split_attention(module).items():
+            if whole in targets:
+                targets[name] = targets[whole]
+        return Running(module, {name: tensor for name, tensor, _ in named_tensors(module)}, targets)
+
+
+def is_watchable(name: str, tensor: Tensor) -> bool:
+    """What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for."""
+    return type(tensor) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".") and tensor.numel() > 0

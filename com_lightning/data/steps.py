@@ -1,0 +1,137 @@
+"""A user's own steps, run on calibration batches: what is validated, what is trained, what is predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.data import extract_batch_size
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from com_lightning.errors import MergeError
+
+
+@dataclass
+class Batch:
+    """A calibration batch on the device."""
+
+    content: Any
+    dataloader_idx: int
+    keep: Tensor | None
+
+
+@dataclass
+class CalibrationStep:
+    """Runs a module's own ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
+
+    trainer: Trainer
+
+    def __call__(self, module: nn.Module, batch: Batch, index: int) -> None:
+        own, content = _prepared(module, batch, self.trainer)
+        with self.trainer.precision_plugin.forward_context():
+            if callable(calibration_step := getattr(own, "calibration_step", None)):
+                calibration_step(content)
+                return
+            own.on_validation_start()
+            own.on_validation_epoch_start()
+            own.on_validation_batch_start(content, index, batch.dataloader_idx)
+            own.validation_step(*_arguments(own.validation_step, content, index, batch.dataloader_idx))
+
+
+@dataclass
+class TrainingLoss:
+    """The loss that a module's own ``training_step`` returns, with ``log`` muted.
+
+    Raises:
+        MergeError: if it returns none, or one that has no gradient.
+    """
+
+    trainer: Trainer
+    task: str
+
+    def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
+        own, content = _prepared(module, batch, self.trainer)
+        with self.trainer.precision_plugin.forward_context():
+            # Lightning passes no dataloader_idx to a training_step.
+            returned = own.training_step(*_arguments(own.training_step, content, index))
+        loss = returned.get("loss") if isinstance(returned, Mapping) else returned
+        if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
+            return loss.reshape(())
+        told = _told(loss) if loss is returned else f"a dictionary whose 'loss' is {_told(loss)}"
+        raise MergeError(
+            [
+                f"task '{self.task}', batch {index}: training_step returns {told}; the method needs a loss to "
+                "differentiate, one number, or a dictionary with it as 'loss' (which manual optimization does not give)"
+            ]
+        )
+
+
+@dataclass
+class Prediction:
+    """The logits that a module's own ``predict_step`` returns, or else its ``forward``, with ``log`` muted.
+
+    Raises:
+        MergeError: if they are no floating-point tensor ``(n, classes)`` that has a gradient.
+    """
+
+    trainer: Trainer
+    task: str
+
+    def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
+        own, content = _prepared(module, batch, self.trainer)
+        label, advice = f"task '{self.task}', batch {index}", "override predict_step, and return logits, (n, classes)"
+        with self.trainer.precision_plugin.forward_context():
+            if is_overridden("predict_step", own):
+                source = "predict_step"
+                logits = own.predict_step(*_arguments(own.predict_step, content, index, batch.dataloader_idx))
+            elif isinstance(content, Tensor) or (isinstance(content, (list, tuple)) and content):
+                source = "forward"
+                logits = own(content if isinstance(content, Tensor) else content[0])
+            else:
+                raise MergeError([f"{label}: forward has no first element to be given; {advice}"])
+        fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() == 2
+        if not (fits and len(logits) and logits.shape[1] > 1):
+            raise MergeError([f"{label}: {source} returns {_told(logits)}, not logits; {advice}"])
+        if not logits.requires_grad:
+            raise MergeError([f"{label}: what {source} returns does not depend on the shared parameters; {advice}"])
+        assert isinstance(logits, Tensor)
+        return logits
+
+
+def samples_in(batch: Batch) -> int:
+    """Number of samples in a batch."""
+    return max(extract_batch_size(batch.content), 1)
+
+
+def _prepared(module: nn.Module, batch: Batch, trainer: Trainer) -> tuple[LightningModule, Any]:
+    assert isinstance(module, LightningModule)
+    module.trainer = trainer
+    for part in module.modules():
+        if isinstance(part, LightningModule):
+            for name in ("log", "log_dict"):
+                object.__setattr__(part, name, lambda *args, **kwargs: None)
+    # Several forwards run on each batch, and a step may take things out of it, or change them in place.
+    return module, apply_to_collection(batch.content, Tensor, torch.clone)
+
+
+def _arguments(step: Callable[..., Any], content: Any, index: int, dataloader_idx: int | None = None) -> list[Any]:
+    """Lightning's own way to tell what a step takes."""
+    arguments = [content]
+    if is_param_in_hook_signature(step, "batch_idx", min_args=2):
+        arguments.append(index)
+    if dataloader_idx is not None and is_param_in_hook_signature(step, "dataloader_idx", min_args=3):
+        arguments.append(dataloader_idx)
+    return arguments
+
+
+def _told(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return "nothing" if value is None else f"a {type(value).__name__}"
+    without = "" if value.requires_grad else ", without a gradient"
+    return f"a tensor {tuple(value.shape)} of {str(value.dtype).removeprefix('torch.')}{without}"

@@ -1,0 +1,270 @@
+"""From experts and data to merged modules."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+
+from com_lightning.compat import eager
+from com_lightning.core.chain.options import HELD_OUT
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
+from com_lightning.core.tensors.placement import Placement
+from com_lightning.data.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
+from com_lightning.data.padding import padding_mask, unmasked
+from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
+from com_lightning.errors import MergeError
+from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.plan import MergePlan
+from com_lightning.results.fingerprint import (
+    combined,
+    fingerprint_of_base,
+    fingerprint_of_data,
+    fingerprint_of_experts,
+    readable,
+)
+from com_lightning.results.parameter_summary import account
+from com_lightning.results.report import MergeReport
+
+
+def execute(
+    plan: MergePlan,
+    trainer: Trainer,
+    data: MergeDataModule | None,
+    run: Run,
+    experts_stay: bool = False,
+) -> tuple[dict[str, LightningModule], MergeReport]:
+    """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
+
+    Must not run in inference mode: the tensors made here are to be trained again.
+
+    Args:
+        plan: what to merge.
+        trainer: whose device, precision and limits are used.
+        data: the tasks' data; ``None`` where the method needs none.
+        run: how it is carried out.
+        experts_stay: whether the experts' weights are brought to the device where they are used, and no sooner.
+    """
+    peers = run.peers
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
+    _check_halves(plan.method, tasks, peers)
+    if any(peers.exchange(run.journal.keeps)):
+        told = {
+            "method": describe(plan.method),
+            "shared parameters": plan.parameters.shared,
+            "on_bad_batch": run.on_bad_batch,
+            "precision": trainer.precision,
+            "device": device.type,
+            "processes": peers.size,
+            **{f"version of {package}": version for package, version in _versions().items()},
+        }
+        data_of_all = peers.exchange(fingerprint_of_data(tasks))
+        known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
+        run.journal.bind({**known, **readable(told)})
+    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.needs_average)
+    with eager():
+        try:
+            job = MergeJob(tasks, merged, run, plan.base, device)
+            records = plan.method.merge(job)
+        except torch.OutOfMemoryError as error:
+            if hasattr(error, "add_note"):  # Python 3.11
+                error.add_note(
+                    "all calibration forwards pause at each layer and hold their activations there: give the merge a "
+                    "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
+                )
+            raise
+    modules = with_shared(plan, merged, job.own, job.refitted)
+    report = MergeReport(
+        method=describe(plan.method),
+        tasks=list(plan.experts),
+        layers=[record for record in records if not isinstance(record, ParameterRecord)],
+        samples={name: job.used.get(name, sample.samples) for name, sample in samples.items()},
+        overlap={name: sample.overlap for name, sample in samples.items()},
+        skipped=run.skipped,
+        warnings=list(plan.parameters.warnings),
+        seconds=time.perf_counter() - start,
+        peak_memory=_peak_memory(device),
+        seed=data.seed if data is not None else None,
+        resumed=run.journal.resumed,
+        versions=_versions(),
+    )
+    report.parameters, report.sizes = account(
+        plan.experts, plan.parameters, records, bool(plan.layers), job.own, job.refitted
+    )
+    everyones = peers.exchange(unmasked(tasks, report.layers))
+    report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
+    rule = getattr(plan.method, "rule", None)
+    if rule and rule.sensitivity and all(record.steps is None for record in report.layers):
+        report.warnings.append(
+            "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
+            "all errors count alike; a calibration_step of the module's own would be run in its place"
+        )
+    return modules, report
+
+
+def _check_halves(method: MergingMethod, tasks: Sequence[Task], peers: Peers) -> None:
+    """Make sure that there is something to hold out, where a ridge is to be chosen."""
+    if getattr(getattr(method, "rule", None), "ridge", None) != HELD_OUT:
+        return
+    counts = peers.exchange([len(task.batches) for task in tasks])
+    if few := [task.name for number, task in enumerate(tasks) if sum(own[number] for own in counts) < 2]:
+        told = f"there is one of {', '.join(few)}; set the datamodule's batch_size to at most half its samples"
+        raise MergeError([f"ridge='{HELD_OUT}': needs two or more calibration batches of each task, and {told}"])
+
+
+def calibration_tasks(
+    plan: MergePlan,
+    trainer: Trainer,
+    data: MergeDataModule | None,
+    rank: int,
+    processes: int,
+    experts_stay: bool = False,
+    batches: int | None = None,
+) -> tuple[list[Task], dict[str, CalibrationSample]]:
+    """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
+
+    Also returns the samples that the batches were taken from, where the method needs any.
+    """
+
+    def move(module: nn.Module) -> nn.Module:
+        return trainer.precision_plugin.convert_module(module).to(trainer.strategy.root_device)
+
+    samples: dict[str, CalibrationSample] = {}
+    tasks = []
+    for name, expert in plan.experts.items():
+        moved: list[Batch] = []
+        if plan.method.needs_data and data is not None:
+            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+            samples[name] = data.calibration(name, limit, rank, processes)
+            running = Placement(expert, move).module()  # whose hooks may compute on the device
+            assert isinstance(running, LightningModule)
+            running.trainer = trainer
+            for number, (batch, index) in list(zip(samples[name].numbers, samples[name].batches))[:batches]:
+                label = f"task '{name}', calibration batch {number}"
+                with data.seeded(name, number, cuda=trainer.strategy.root_device.type == "cuda"):  # hooks may augment
+                    moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
+            del running
+        numbers = samples[name].numbers if name in samples else None
+        step = CalibrationStep(trainer)
+        task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay)
+        task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
+        tasks.append(task)
+    return tasks, samples
+
+
+def average_shared(
+    plan: MergePlan,
+    weights: Sequence[float] | None = None,
+    device: torch.device | str = "cpu",
+    parameters_too: bool = True,
+) -> dict[str, Tensor]:
+    """The average of each shared parameter and floating-point buffer, in the precision that it is stored in; one tensor
+    for all names of a tied one. Without ``parameters_too`` those are there, with any values."""
+    precision = plan.precision(next(iter(plan.experts)))
+    states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
+    ties = tied_names(next(iter(plan.experts.values())))
+    result: dict[str, Tensor] = {}
+    for name in plan.parameters.shared:
+        tensors = [state[name] for state in states]
+        if ties[name] in result:
+            result[name] = result[ties[name]]
+        elif tensors[0].is_floating_point():
+            dtype, is_parameter = precision.get(name, tensors[0].dtype), isinstance(tensors[0], nn.Parameter)
+            if is_parameter and not parameters_too:
+                value = torch.empty_like(tensors[0], dtype=dtype, device=device, requires_grad=False)
+            else:
+                value = average(tensors, weights).to(device, dtype)
+            result[name] = nn.Parameter(value, False) if is_parameter else value
+    return result
+
+
+def with_shared(
+    plan: MergePlan,
+    shared: Mapping[str, Tensor],
+    own: Mapping[str, Sequence[Tensor]] | None = None,
+    refitted: Mapping[str, Mapping[str, Tensor]] | None = None,
+) -> dict[str, LightningModule]:
+    """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision, or, where there are
+    any of that name, its ``own``; the private ones are those of the expert, unless they were ``refitted``."""
+    converted: dict[int, Tensor] = {}
+    modules = {}
+    for number, (task, expert) in enumerate(plan.experts.items()):
+        tensors = {}
+        values = {**shared, **{name: each[number] for name, each in (own or {}).items()}}
+        values.update((refitted or {}).get(task, {}))
+        for name, tensor, _ in named_tensors(expert):
+            if (value := values.get(name)) is not None:
+                if id(value) not in converted:
+                    converted[id(value)] = as_dtype(value, tensor.dtype)
+                tensors[id(tensor)] = converted[id(value)]
+        module = copy_module(expert, tensors)
+        assert isinstance(module, LightningModule)
+        modules[task] = module
+    return modules
+
+
+@torch.no_grad()
+def load_into(model: LightningModule, module: LightningModule, lend: bool = False) -> None:
+    """Copy all parameters and buffers of ``module`` into ``model``, or lend it those that need no conversion."""
+    values = {name: tensor for name, tensor, _ in named_tensors(module)}
+    for name, tensor, _ in named_tensors(model):
+        if lend:
+            tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
+        else:
+            tensor.copy_(values[name])
+
+
+def describe(method: MergingMethod) -> dict[str, Any]:
+    """Class and settings of a method, in plain values."""
+    settings = {
+        name: describe(value) if isinstance(value, MergingMethod) else value
+        for name, value in vars(method).items()
+        if name not in ("rule", *MergingMethod.__annotations__)
+    }
+    rule = getattr(method, "rule", None)
+    return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
+
+
+def _on_device(
+    batch: Any, index: int, expert: LightningModule, data: LightningDataModule, trainer: Trainer, label: str
+) -> Batch:
+    """Lightning's own steps from the loader to ``validation_step``, with the hooks of whoever overrides them."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
+    batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
+    return Batch(batch, index, padding_mask(batch, expert, label))
+
+
+def _peak_memory(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for package in ("com_lightning", "torch", "lightning", "torchmetrics", "transformers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

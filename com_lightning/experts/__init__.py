@@ -1,0 +1,1 @@
+"""Experts in, from whatever they are: checkpoints, state dicts, folders, adapters, modules."""

@@ -1,0 +1,75 @@
+"""The base model: what the experts were fine-tuned from."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from com_lightning.core.tensors.modules import average, named_tensors
+from com_lightning.errors import MergeError, collected_warnings
+from com_lightning.experts.adapters import adapter_parameters
+from com_lightning.experts.load import ExpertSource, load_expert
+from com_lightning.experts.similarity import unrelated_base
+from com_lightning.experts.state_dicts import some
+
+
+def load_base(
+    source: ExpertSource | None,
+    model: LightningModule,
+    experts: Mapping[str, LightningModule],
+    shared: Collection[str],
+    grow_vocabulary: bool = False,
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Name of each shared floating-point parameter or buffer -> its value in the base; and what is odd about it.
+
+    Args:
+        source: as that of an expert, see :func:`~com_lightning.experts.load.load_expert`; ``None``: the weights of
+            ``model``, the very tensors.
+        model: a module of the experts' class.
+        experts: task -> its module.
+        shared: names of what is merged.
+        grow_vocabulary: whether rows that a table of the base lacks are the average of the experts', so that no expert
+            has learned anything there but its difference from the others.
+
+    Raises:
+        MergeError: if the base cannot be read, lacks what is shared, or if the experts seem not to descend from
+            ``model``, where that is all there is.
+    """
+    label = f"base ({source})" if isinstance(source, (str, Path)) else "base"
+    with collected_warnings() as warnings:
+        own = source is None and not adapter_parameters(model)  # adapters are folded, in a copy
+        module = model if own else load_expert("base", model if source is None else source, model, label)
+    state = {name: tensor for name, tensor, _ in named_tensors(module)}
+    states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts.values()]
+    base, unfit = {}, []
+    for name in shared:
+        if not states[0][name].is_floating_point():
+            continue
+        value, shape = state.get(name), states[0][name].shape
+        if value is not None and grow_vocabulary and value.dim() and value.shape[1:] == shape[1:]:
+            rows = average([expert[name].detach()[len(value) :] for expert in states])
+            value = torch.cat([value.detach(), rows.to(value)]) if len(rows) else value
+        if value is None or value.shape != shape:
+            told = "missing" if value is None else f"{tuple(value.shape)}"
+            unfit.append(f"{name} is {told}, in the experts {tuple(shape)}")
+        else:
+            base[name] = value
+    if unfit:
+        raise MergeError([f"{label}: it does not fit the experts: {some(unfit, '; ', 2)}"])
+    if odd := unrelated_base(base, experts, shared):
+        if source is None:
+            raise MergeError(
+                [
+                    f"base: the rule needs the weights that the experts were fine-tuned from, and takes those of your "
+                    f"model, but {odd}. Give them as `base`: a checkpoint, or a module"
+                ]
+            )
+        warnings.append(f"{label}: {odd}")
+    for task, expert in zip(experts, states):
+        if all(torch.equal(value.to(expert[name]), expert[name]) for name, value in base.items()):
+            warnings.append(f"{label} has the very weights of expert '{task}', which then has learned nothing")
+    return base, list(warnings)

@@ -1,0 +1,144 @@
+"""Embedding tables of different length, and the tokens that their rows stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.tensors.modules import average, matches_any
+from com_lightning.experts.state_dicts import plain, some
+from com_lightning.experts.transformers_models import input_table, pretrained_parts, tokenizer_of
+
+_SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size")  # as transformers' configurations name them
+
+
+def match_vocabularies(
+    model: nn.Module, experts: Mapping[str, nn.Module], private: Sequence[str] | None, grow: bool
+) -> list[str]:
+    """What stands in the way of merging embedding tables row by row.
+
+    Args:
+        model: the base.
+        experts: task -> its module.
+        private: patterns of parameters that stay with their task; their tables may differ.
+        grow: give all tables the rows of the longest one, in ``model`` and the experts, in place. Rows that a table
+            lacks become the average of the experts that have them, which is what a merge then makes of them.
+
+    Returns:
+        Tables that differ in length (unless they grow), and tokenizers that number tokens differently.
+    """
+    if not experts:
+        return []
+    everyone = {"model": model, **experts}
+    tables = {name: rows for name, rows in _lengths(everyone).items() if not matches_any(name, private or ())}
+    differing = {name: rows for name, rows in tables.items() if len(set(rows.values())) > 1}
+    problems = _token_problems(experts, tables)
+    if differing and not grow:
+        told = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
+        problems.append(
+            f"embedding tables have different numbers of rows: {some(told, '; ')}. To merge the rows that all have and "
+            "keep the others, set grow_vocabulary; to leave each task its own table, name it in `private`, with "
+            "whatever else differs"
+        )
+    elif not problems:
+        for name, rows in differing.items():
+            for each in [name, *_outputs(everyone, rows)]:
+                _grow(model, experts, each, max(rows.values()))
+    return problems
+
+
+def grow_to(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Give the embedding tables of a module, and the heads over the same vocabulary, the length that they have in a
+    state dict, if that is longer. The rows themselves are not taken over."""
+    own = {plain(name): name for name, _ in module.named_parameters()}
+    saved = {own[name]: len(t) for name, t in state.items() if name in own and isinstance(t, Tensor) and t.dim()}
+    lengths = {name: (len(module.get_parameter(name)), length) for name, length in saved.items()}
+    grown = {lengths[name] for name in _tables(module) if name in lengths and lengths[name][0] < lengths[name][1]}
+    for name, (old, new) in lengths.items():
+        if (old, new) in grown:
+            parameter = module.get_parameter(name)
+            _lengthen(module, name, parameter.new_zeros(new - old, *parameter.shape[1:]))
+
+
+def _tables(module: nn.Module) -> dict[str, nn.Embedding]:
+    return {
+        f"{name}.weight" if name else "weight": part
+        for name, part in module.named_modules(remove_duplicate=False)
+        if isinstance(part, nn.Embedding)
+    }
+
+
+def _lengths(everyone: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """Name of each table that all have, with rows of one width -> who -> number of rows."""
+    tables = {who: _tables(module) for who, module in everyone.items()}
+    return {
+        name: {who: own[name].num_embeddings for who, own in tables.items()}
+        for name in tables["model"]
+        if len({own[name].embedding_dim if name in own else None for own in tables.values()}) == 1
+    }
+
+
+def _outputs(everyone: Mapping[str, nn.Module], rows: Mapping[str, int]) -> list[str]:
+    """Other parameters that have one row per token in every module: heads over the vocabulary, tied or not."""
+    named = {who: dict(module.named_parameters(remove_duplicate=False)) for who, module in everyone.items()}
+    return [
+        name
+        for name in named["model"].keys() - _tables(everyone["model"]).keys()
+        if all(name in own and own[name].dim() and len(own[name]) == rows[who] for who, own in named.items())
+        and len({own[name].shape[1:] for own in named.values()}) == 1
+    ]
+
+
+def _grow(model: nn.Module, experts: Mapping[str, nn.Module], name: str, length: int) -> None:
+    base, *values = (m.get_parameter(name).detach() for m in (model, *experts.values()))
+    lengths = sorted({len(value) for value in (base, *values)})
+    longest = [
+        average([value[start:end] for value in values if len(value) >= end] or [base[start:end]])
+        for start, end in zip([0, *lengths], lengths)
+    ]
+    rows = torch.cat([part.to(base) for part in longest])
+    for module in (model, *experts.values()):
+        _lengthen(module, name, rows[len(module.get_parameter(name)) : length])
+
+
+def _lengthen(module: nn.Module, name: str, rows: Tensor) -> None:
+    """Append rows to a parameter; it stays the same object, so that ties hold."""
+    parameter = module.get_parameter(name)
+    old = len(parameter)
+    parameter.data = torch.cat([parameter.data, rows.to(parameter)])
+    for part in module.modules():
+        if part._parameters.get("weight") is parameter:
+            if isinstance(part, nn.Embedding):
+                part.num_embeddings = len(parameter)
+            elif isinstance(part, nn.Linear):
+                part.out_features = len(parameter)
+    for transformer in pretrained_parts(module).values():
+        config: Any = transformer.config
+        for holder in (config, config.get_text_config(), *transformer.modules()):
+            for size in _SIZES if len(rows) else ():
+                if vars(holder).get(size) == old:
+                    setattr(holder, size, len(parameter))
+
+
+def _token_problems(experts: Mapping[str, nn.Module], tables: Collection[str]) -> list[str]:
+    """Tokenizers that know a table's row by different tokens."""
+    known: dict[str, tuple[str, dict[int, str]]] = {}
+    problems = []
+    for task, expert in experts.items():
+        for place, part in pretrained_parts(expert).items():
+            table, tokenizer = input_table(part), tokenizer_of(expert, part)
+            if tokenizer is None or not any(own is table for name, own in _tables(expert).items() if name in tables):
+                continue
+            tokens = {number: token for token, number in tokenizer.get_vocab().items()}
+            first, others = known.setdefault(place, (task, tokens))
+            if different := [n for n in sorted(tokens.keys() & others.keys()) if tokens[n] != others[n]]:
+                n, more = different[0], f" ({len(different)} numbers in all)" if len(different) > 1 else ""
+                problems.append(
+                    f"the tokenizers of '{first}' and '{task}' differ: number {n} is {others[n]!r} in '{first}' and "
+                    f"{tokens[n]!r} in '{task}'{more}; rows of different tokens cannot be merged: name the embedding "
+                    "table in `private`, with whatever else differs"
+                )
+    return problems

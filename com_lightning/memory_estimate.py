@@ -1,0 +1,97 @@
+"""How much memory the calibration forwards of a merge take, measured on one batch of each task."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.data import extract_batch_size
+
+from com_lightning.compat import eager
+from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
+from com_lightning.core.chain.options import Rule
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.execution import average_shared, calibration_tasks
+from com_lightning.plan import MergePlan
+
+
+def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:
+    """What the paused forwards of a merge will hold, and how many samples fit, in words.
+
+    The plan's experts are moved and converted as for the merge; nothing is merged or logged.
+
+    Args:
+        plan: what would be merged.
+        trainer: whose device, precision and limits are used.
+        data: the tasks' data.
+        memory_budget: GiB that paused forwards may hold.
+    """
+    rule = getattr(plan.method, "rule", None)
+    if not plan.method.needs_data or not isinstance(rule, Rule):
+        return plan.need
+    loggers, stage, module = trainer.loggers, trainer.state.stage, getattr(trainer, "datamodule", None)
+    trainer.loggers, trainer.validating, trainer.datamodule = [DummyLogger()], True, data  # type: ignore[attr-defined]
+    try:
+        with torch.inference_mode(False), eager():
+            tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
+            merged = average_shared(plan)
+            gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
+            held = [(1 + rule.perturbed_copies) * size for size in held_by_forwards(tasks, merged, rule)]
+    finally:
+        trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
+    counts = [len(samples[task.name].batches) for task in tasks]
+    each: list[float] = [h / _size(samples[task.name].batches[0][0]) for h, task in zip(held, tasks) if task.batches]
+    total = sum(h * count for h, count in zip(held, counts))
+    device = trainer.strategy.root_device
+    free = _free(device)
+    models = "merged model and expert" if len(rule.streams) > 1 else f"{rule.streams[0]} model"
+    most = max((sample.samples for sample in samples.values()), default=0)
+    one, processes = float(sum(each)), trainer.world_size
+    apiece = f" in each of {processes} processes" if processes > 1 else ""
+    told = (
+        f"the calibration data's batches come on top.\nPaused forwards: about {_told(total)}{apiece} for {most:,} "
+        f"samples of each task ({_told(one)} for one of each, {models})"
+    )
+    if free is not None and one:
+        spare = max(free - plan.memory()["largest layer"], 0)
+        fit = spare / one * (processes if device.type == "cuda" else 1)
+        told += f"; {_told(spare)} is free besides, enough for {fit:,.0f}"
+    if gradients:
+        told += f". Before that, the gradients of one batch at a time: about {_told(gradients)}"
+    if memory_budget is not None and one:
+        where = f"files in {tempfile.gettempdir()}" if device.type == "cpu" else "host memory"
+        budget = int(memory_budget * 2**30)
+        rest = f"the rest is paged to {where}" if total > budget else "which is all"
+        told += f". With memory_budget={memory_budget:g}, {_told(min(total, budget))} of it stays, {rest}"
+    return told + "."
+
+
+def _size(batch: Any) -> int:
+    return max(extract_batch_size(batch), 1)
+
+
+def _told(size: float) -> str:
+    for unit in ("KiB", "MiB"):
+        size /= 1024
+        if size < 1000:
+            return f"{size:,.1f} {unit}"
+    return f"{size / 1024:,.1f} GiB"
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes of memory that nothing uses; ``None`` where that cannot be told."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:  # what the kernel would give, caches too
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None

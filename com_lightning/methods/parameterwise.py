@@ -1,0 +1,227 @@
+"""Rules that merge one parameter at a time, from its values in the experts (and the base) alone."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import EllipsisType
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.sweep.task import LayerRecord, NonFiniteError
+from com_lightning.core.tensors.matmul import exact_products
+from com_lightning.core.tensors.modules import all_finite, average, named_tensors, slices
+from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
+
+
+@dataclass
+class SharedParameter:
+    """One parameter, in all experts and in the base.
+
+    Its values are made when they are asked for, in float32 at least and on the device to compute on, so that a rule
+    holds no more of them there than it works on.
+
+    Attributes:
+        name: in the experts; of a tied parameter, its first name.
+        values: task -> its value in that expert, in the order of the tasks. Tasks of importance 0 are left out.
+        weights: task -> its importance; their sum is one.
+        origin: its value in the base; ``None`` where the rule needs none.
+        target: the merged parameter.
+        device: to compute on.
+    """
+
+    name: str
+    values: Mapping[str, Tensor]
+    weights: Mapping[str, float]
+    origin: Tensor | None
+    target: Tensor
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _holds: bool = False
+    _base: Tensor | None = None
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """What every task vector is made with is made once within."""
+        self._holds = True
+        try:
+            yield
+        finally:
+            self._holds, self._base = False, None
+
+    def parts(self) -> Iterator[tuple[slice | EllipsisType, SharedParameter]]:
+        """A few rows at a time, and where they are, for what is done with each element on its own."""
+        for place in slices(self.target) if self.device.type == "cpu" else [...]:
+            values = {task: value.detach()[place] for task, value in self.values.items()}
+            origin = None if self.origin is None else self.origin.detach()[place]
+            part = replace(self, values=values, origin=origin, target=self.target.detach()[place], _base=None)
+            with part.held():
+                yield place, part
+
+    def by_parts(self, combine: Callable[[SharedParameter], Tensor]) -> Tensor:
+        """What a rule makes of the parameter that acts on each element alone, in the precision that it is stored in."""
+        result = torch.empty_like(self.target.detach(), device=self.device)
+        for place, part in self.parts():
+            result[place] = combine(part)
+        return result
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks, in order."""
+        return list(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What is computed in: float32, or float64 if that is what is merged."""
+        return torch.promote_types(self.target.dtype, torch.float32)
+
+    def share(self, task: str) -> float:
+        """Importance of a task in a sum over tasks: 1 for each where all count alike."""
+        return self.weights[task] * len(self.values)
+
+    def expert(self, task: str) -> Tensor:
+        """The value in an expert."""
+        return self._working(self.values[task])
+
+    def base(self) -> Tensor:
+        """The value in the base."""
+        assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
+        base = self._working(self.origin) if self._base is None else self._base
+        self._base = base if self._holds else None
+        return base
+
+    def average(self) -> Tensor:
+        """The average of the experts."""
+        return self._working(average(list(self.values.values()), list(self.weights.values())))
+
+    def vector(self, task: str) -> Tensor:
+        """The task vector: the expert less the base. A tensor of its own, which may be written into."""
+        return self.expert(task) - self.base()
+
+    def sum(self, vector: Callable[[str], Tensor] | None = None) -> Tensor:
+        """The sum over tasks of (something made of) the task vectors, each counted by its :meth:`share`."""
+        vector = vector or self.vector
+        total = self.zeros()
+        for task in self.tasks:
+            total.add_(vector(task), alpha=self.share(task))
+        return total
+
+    def zeros(self) -> Tensor:
+        """Zeros of its shape, to sum up in."""
+        return torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
+
+    def uniform(self, task: str, seed: int) -> Tensor:
+        """Uniform random numbers in [0, 1), one per element, that depend on seed, task and name alone: not on the order
+        in which parameters or tasks come, the number of processes, or the device."""
+        digest = hashlib.sha256(f"{seed}/{task}/{self.name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
+        return torch.rand(self.target.shape, generator=generator).to(self.device)
+
+    def _working(self, value: Tensor) -> Tensor:
+        return value.detach().to(self.device, self.dtype)
+
+
+Combine = Callable[[SharedParameter], "Tensor | None"]
+
+
+class ParameterRule(MergingMethod):
+    """A rule that needs no data, and merges each parameter on its own.
+
+    Every shared floating-point parameter is given to :meth:`combine` once (tied ones under their first name); buffers,
+    running statistics for instance, are averaged. With several processes the parameters are shared out among them.
+    """
+
+    needs_data = False
+    needs_average = False
+
+    @abstractmethod
+    def combine(self, parameter: SharedParameter) -> Tensor | None:
+        """The merged value; ``None``: the average."""
+
+    def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
+        """:meth:`combine`, with whatever has to be known of all parameters beforehand."""
+        return self.combine
+
+    def merge(self, job: MergeJob) -> list[LayerRecord]:
+        weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
+        device = job.device or torch.device("cpu")
+        # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
+        with job.run.peers.told(), torch.autocast(device.type, enabled=False), exact_products():
+            return self._merge(job, list(shared_parameters(job, weights)))
+
+    @torch.no_grad()
+    def _merge(self, job: MergeJob, parameters: Sequence[SharedParameter]) -> list[LayerRecord]:
+        records: list[LayerRecord] = []
+        peers = job.run.peers
+        combine = self.combiner(parameters)
+        for number, parameter in enumerate(parameters):
+            start, owner = time.perf_counter(), number % peers.size
+            value = None
+            if owner == peers.rank:
+                with parameter.held():
+                    value = finite(combine(parameter), parameter)
+            if peers.exchange(value is not None)[owner]:  # where nobody has failed
+                if value is None:
+                    value = torch.empty_like(parameter.target, device=parameter.device)
+                peers.broadcast(value, owner)
+                parameter.target.copy_(value)
+                count = {parameter.name: parameter.target.numel()}
+                record = ParameterRecord(parameter.name, type(self).__name__, count)
+                record.seconds = time.perf_counter() - start
+                job.run.on_layer(record)
+                records.append(record)
+            else:
+                parameter.target.copy_(parameter.average())
+        return records
+
+    def _out_of(self, low: float, high: float, **settings: float) -> list[str]:
+        """What is wrong with settings that are to lie above ``low``, and at ``high`` or below."""
+        return [
+            f"{name}: must be above {low:g} and at most {high:g}, got {value}"
+            for name, value in settings.items()
+            if not low < value <= high
+        ]
+
+
+def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[SharedParameter]:
+    """The parameters of a job, each once, whatever its names."""
+    counted = [task for task in job.tasks if weights[task.name] > 0]
+    states = {task.name: {name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in counted}
+    seen: set[int] = set()
+    for name, target in job.merged.items():
+        if isinstance(target, nn.Parameter) and target.numel() and id(target) not in seen:
+            seen.add(id(target))
+            values = {task: state[name] for task, state in states.items()}
+            origin = job.base[name] if job.base is not None else None
+            device = job.device or target.device
+            yield SharedParameter(name, values, {task: weights[task] for task in values}, origin, target, device)
+
+
+def scale_problems(scale: float) -> list[str]:
+    """What is wrong with a factor of task vectors."""
+    return [] if math.isfinite(scale) else [f"scale: must be a finite number, got {scale}"]
+
+
+def finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
+    """A merged value in the precision that it is stored in.
+
+    Raises:
+        NonFiniteError: if it holds NaN or infinity there, naming whose fault that is.
+    """
+    rounded = value.to(parameter.target.dtype) if value is not None else None
+    if rounded is None or all_finite(rounded):
+        return rounded
+    for task, own in parameter.values.items():
+        if not all_finite(own):
+            raise NonFiniteError(f"{parameter.name} of expert '{task}' holds NaN or infinity")
+    if parameter.origin is not None and not all_finite(parameter.origin):
+        raise NonFiniteError(f"{parameter.name} of the base holds NaN or infinity")
+    told = str(parameter.target.dtype).removeprefix("torch.")
+    raise NonFiniteError(
+        f"the merged value of {parameter.name} is too large for {told}; lower the rule's scale, or merge in float32"
+    )

@@ -1,0 +1,75 @@
+"""A report as one web page that needs nothing else: no network, no script."""
+
+from __future__ import annotations
+
+import base64
+import re
+from collections.abc import Sequence
+from html import escape
+
+from com_lightning.results.report import MergeReport
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --accent: #2a6f97; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 72rem; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { border-bottom: 1px solid var(--line); padding: .25rem .7rem; text-align: left; white-space: nowrap; }
+th { border-bottom: 2px solid var(--accent); } td.number, th.number { text-align: right; }
+.wide { overflow-x: auto; } img { max-width: 100%; background: white; border-radius: 4px; }
+.warning { border-left: 4px solid #c1553b; padding: .3rem .8rem; margin: .6rem 0; }
+.note, summary { color: #777; } summary { cursor: pointer; }
+"""
+
+
+def html_report(report: MergeReport, picture: bytes | None = None) -> str:
+    """The whole report as HTML.
+
+    Args:
+        report: of a merge.
+        picture: a PNG to show, see :func:`~com_lightning.results.plots.save_figure`.
+    """
+    title = f"Merge of {len(report.tasks)} experts with {report.method.get('class')}"
+    settings = ", ".join(f"{name}={value}" for name, value in report.method.items() if name != "class")
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    parts = [f"<h1>{escape(title)}</h1>"]
+    parts += [f'<p class="note">{escape(settings)}</p>'] if settings else []
+    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
+    if report.metrics:
+        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.metric))}</code></p>", _table(report.task_rows())]
+    if picture:
+        encoded = base64.b64encode(picture).decode("ascii")
+        shown = "each task before and after the merge, and the covariate shift from layer to layer"
+        parts.append(f'<p><img alt="{shown}" src="data:image/png;base64,{encoded}"></p>')
+    parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
+    if report.layers:
+        parts += [
+            "<h2>Layers</h2>",
+            f'<p class="note">{escape(report.layers_explained())}</p>',
+            _table(report.layer_rows()),
+        ]
+    if rows := report.unsolved_rows():
+        parts += [
+            f"<h2>Averaged parameters</h2><details><summary>{len(rows) - 1} of them</summary>",
+            _table(rows),
+            "</details>",
+        ]
+    seed = f"Calibration seed {report.seed}; " if report.seed is not None else ""
+    parts.append(f'<p class="note">{escape(seed + versions)}.</p>')
+    body = "\n".join(parts)
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    numbers = [all(re.match(r"[-–.\d]|$", row[c]) for row in body) for c in range(len(head))]
+
+    def line(row: Sequence[str], tag: str) -> str:
+        kinds = [' class="number"' if number else "" for number in numbers]
+        return "<tr>" + "".join(f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, row)) + "</tr>"
+
+    lines = "\n".join(line(row, "td") for row in body)
+    return f'<div class="wide"><table>\n<thead>{line(head, "th")}</thead>\n<tbody>\n{lines}\n</tbody></table></div>'

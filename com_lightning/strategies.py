@@ -1,0 +1,146 @@
+"""Merging in several processes: which strategies can, and how the processes keep together."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from threading import Thread
+
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
+from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
+from lightning.pytorch.strategies import DDPStrategy
+from torchmetrics import Metric
+
+from com_lightning.core.sweep.distributed import Peers, ProcessGroup
+from com_lightning.errors import MergeError
+
+
+def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
+    """Refuse what would merge wrongly, or to no avail.
+
+    Raises:
+        MergeError: for a strategy that shards the model, a result that nobody would see, layers that are
+            replaced, a device without float64.
+    """
+    problems, strategy = [], trainer.strategy
+    if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
+        problems.append(
+            f"strategy: {type(strategy).__name__} may keep a part of the model in each process, and a layer is solved "
+            "as a whole; use strategy=ddp, or devices=1"
+        )
+    if returns_nothing(trainer) and not output_dir:
+        problems.append("output_dir: the processes of this strategy end with the merge; say where to write the result")
+    if isinstance(trainer.precision_plugin, (BitsandbytesPrecision, TransformerEnginePrecision)):
+        problems.append(
+            f"precision: {type(trainer.precision_plugin).__name__} puts other layers in the place of the experts'; "
+            "merge in 32-true or bf16-true, and convert the result"
+        )
+    if isinstance(trainer.accelerator, MPSAccelerator):
+        problems.append("merging solves in float64, which MPS does not have; set accelerator=cpu")
+    if problems:
+        raise MergeError(problems)
+
+
+def returns_nothing(trainer: Trainer) -> bool:
+    """Whether the merge is done by processes of which nothing comes back but what they write (spawn, fork)."""
+    return trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") != "popen"
+
+
+def peers_of(trainer: Trainer) -> Peers:
+    """The processes of a trainer that has set up its strategy."""
+    return ProcessGroup() if trainer.world_size > 1 and dist.is_initialized() else Peers()
+
+
+def early_peers(trainer: Trainer) -> Peers:
+    """The processes of a trainer that has not set up its strategy, where torchrun, SLURM or the like started them all.
+
+    What goes wrong on one machine alone, such as a file that it lacks, is then told to the others, which would wait for
+    it otherwise. Where Lightning starts the processes, the first comes this far on its own, and starts the others only
+    if nothing is wrong.
+    """
+    strategy = trainer.strategy
+    if trainer.world_size < 2 or not isinstance(strategy, DDPStrategy):
+        return Peers()
+    environment = strategy.cluster_environment
+    # Lightning's own environment tells in the others that they were started from outside, but not in the first.
+    if isinstance(environment, LightningEnvironment) or not environment or not environment.creates_processes_externally:
+        return Peers()
+    environment.validate_settings(num_devices=strategy.num_processes, num_nodes=strategy.num_nodes)
+    strategy.setup_environment()  # the trainer does so again, which changes nothing
+    return peers_of(trainer)
+
+
+_PARENT = "COM_LIGHTNING_PARENT"
+
+
+@contextmanager
+def known_as_parent() -> Iterator[None]:
+    """Processes that are started within know which one started them, see :func:`end_with_parent`."""
+    os.environ[_PARENT] = str(os.getpid())
+    try:
+        yield
+    finally:
+        os.environ.pop(_PARENT, None)
+
+
+def end_with_parent() -> None:
+    """If Lightning started this process for a merge, let it end when the process that started it is killed.
+
+    It would else wait for that one until the strategy's timeout: to be let in, or for a GPU.
+    """
+    parent = int(os.environ.pop(_PARENT, 0))
+    if not parent or sys.platform == "win32":  # where a process keeps its parent's number
+        return
+    direct = os.getppid() == parent  # or else the interpreter was started by a launcher of its own
+
+    def watch() -> None:
+        while os.getppid() == parent if direct else _exists(parent):
+            time.sleep(0.5)
+        print("com-lightning: the process that started this one has ended", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def _exists(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+        # One that was killed stays until whoever started it has taken note.
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except OSError:  # not ours, or not Linux
+        return True
+
+
+@contextmanager
+def together(peers: Peers) -> Iterator[None]:
+    """Where one process fails, all do, instead of waiting for it."""
+    with peers.told():
+        yield
+        peers.exchange(None)  # nobody goes on before all have come this far
+
+
+@contextmanager
+def alone(module: LightningModule) -> Iterator[None]:
+    """Metrics of a module that only this process validates do not wait for the others."""
+    metrics = [part for part in module.modules() if isinstance(part, Metric)]
+    before = [metric.distributed_available_fn for metric in metrics]
+    try:
+        for metric in metrics:
+            metric.distributed_available_fn = _nobody
+        yield
+    finally:
+        for metric, available in zip(metrics, before):
+            metric.distributed_available_fn = available
+
+
+def _nobody() -> bool:
+    return False
