@@ -27,6 +27,7 @@ test-oldest:
 lint: $(INSTALLED)
 	$(RUN)/ruff check .
 	$(RUN)/ruff format --check .
+	$(RUN)/lint-imports --no-logo --no-cache
 	$(RUN)/mypy
 
 # Into build/site, to be opened from disk. The variable silences an advertisement that is printed at every start.
