@@ -1,24 +1,96 @@
-"""What differs between the versions of Lightning and PyTorch that are supported."""
+"""What differs between the supported versions of Lightning, PyTorch and this library itself."""
 
 from __future__ import annotations
 
+import functools
 import io
 import sys
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
-from typing import Any, Optional, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
 Module = TypeVar("Module", bound=LightningModule)
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOADS_SAFELY = "weights_only" in signature(LightningModule.load_from_checkpoint).parameters  # Lightning 2.6
 _HYPER_PARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+
+
+class Renamed(NamedTuple):
+    """The new name of an option, and how an old value becomes a new one."""
+
+    new: str
+    convert: Callable[[Any], Any] = lambda value: value
+
+
+RENAMED_OPTIONS = {
+    "metric": Renamed("monitor"),
+    "no_resume": Renamed("resume", lambda value: not value),
+    "experts_device": Renamed("offload_experts", lambda value: value == "cpu"),
+    "grow_vocabulary": Renamed("resize_embeddings"),
+    "samples": Renamed("num_samples"),
+    "source": Renamed("split"),
+    "refit_private": Renamed("refit_heads"),
+    "balance": Renamed("balance", lambda value: {"worst": True, "mean": False, None: False}.get(value, value)),
+}
+"""Old name -> its successor. Old names work until version 0.3."""
+
+
+def with_new_names(options: Mapping[str, Any], known: Container[str], stacklevel: int = 2) -> dict[str, Any]:
+    """Give old options their new names and values, and warn of each.
+
+    Args:
+        options: name -> value.
+        known: the names that are taken today. An old name that is among them means something else, and stays.
+        stacklevel: of the warning, seen from the caller.
+
+    Raises:
+        TypeError: if an option is given under both names.
+    """
+    result: dict[str, Any] = {}
+    for name, value in options.items():
+        new, convert = RENAMED_OPTIONS.get(name, Renamed(name))
+        if new not in known or (name != new and name in known):
+            new = name
+        elif (name, value) != (new, convert(value)):
+            if name != new and new in options:
+                raise TypeError(f"{name} is the old name of {new}; give only one of them")
+            message = f"the option {name}={value!r} is now {new}={convert(value)!r}; the old one will stop working"
+            warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
+            value = convert(value)
+        result[new] = value
+    return result
+
+
+def renamed_options(function: Function) -> Function:
+    """Decorate a function or an ``__init__`` so that it takes old names of its options, see :data:`RENAMED_OPTIONS`.
+
+    Example::
+
+        >>> @renamed_options
+        ... def merge(monitor=None, resume=True):
+        ...     return monitor, resume
+        >>> import warnings
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     merge(metric="val_acc", no_resume=True)
+        ('val_acc', False)
+    """
+    known = signature(function).parameters
+
+    @functools.wraps(function)
+    def renamed(*args: Any, **options: Any) -> Any:
+        return function(*args, **with_new_names(options, known, stacklevel=2))
+
+    return renamed  # type: ignore[return-value]
 
 
 @contextmanager
