@@ -23,7 +23,8 @@ from lightning.pytorch import seed_everything
 
 from com_lightning import Average, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergingMethod, RegMean
 from com_lightning.cli import main as com_lightning
-from com_lightning.results.report import MergeReport, table
+from com_lightning.results.report import MergeReport
+from com_lightning.results.tables import table
 from com_lightning.trainer import MergeTrainer
 from examples.digits.data import DigitsData
 from examples.digits.model import ViTClassifier

@@ -38,7 +38,7 @@ from com_lightning.core.chain.options import Rule
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors, tied_names
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 from com_lightning.trainer import MergeTrainer
 
 ROOT = Path(__file__).resolve().parents[1]

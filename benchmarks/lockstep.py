@@ -37,7 +37,7 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import Rule
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 SEED = 0
 IMAGE, PATCH = 64, 16

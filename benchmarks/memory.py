@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import com_lightning as com
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 MODES: dict[str, Any] = {
     "average": lambda: com.Average(),

@@ -25,7 +25,7 @@ from com_lightning.experts.similarity import non_finite_weights
 from com_lightning.experts.state_dicts import some, told_once
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 
 @dataclass

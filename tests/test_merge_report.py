@@ -19,7 +19,7 @@ from com_lightning import (
     TaskLoaders,
 )
 from com_lightning.core.tensors.modules import named_tensors
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 from tests.helpers import Classifier, make_data, make_experts, perturb
 from tests.test_results import Result, WithBuffers, merge
 

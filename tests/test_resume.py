@@ -37,7 +37,7 @@ from com_lightning.core.chain.options import Rule
 from com_lightning.core.sweep.context import Run, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.results.atomic import Workplace, write_whole
-from com_lightning.results.fingerprint import _digest, combined, fingerprint_of_data
+from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data
 from com_lightning.results.journal import FileJournal
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.zoo import averages
@@ -338,9 +338,9 @@ class Slotted:
 _DIGEST = """
 import torch
 from PIL import Image
-from com_lightning.results.fingerprint import _digest
+from com_lightning.results.fingerprint import digest
 from tests.test_resume import Slotted
-print(_digest([Slotted(torch.ones(2)), {"one", "two", "three"}, Image.new("L", (2, 2), 3)]))
+print(digest([Slotted(torch.ones(2)), {"one", "two", "three"}, Image.new("L", (2, 2), 3)]))
 """
 
 
@@ -367,7 +367,7 @@ def test_objects_are_told_apart_by_content() -> None:
         (torch.tensor([1j]).conj(), torch.tensor([1j])),
     ]
     for one, other in pairs:
-        assert _digest(one) == _digest(copy.deepcopy(one)) != _digest(other), one
+        assert digest(one) == digest(copy.deepcopy(one)) != digest(other), one
 
 
 def test_data_are_told_apart_by_content() -> None:

@@ -22,7 +22,7 @@ import torch
 from benchmarks.lockstep import environment
 from benchmarks.speed import breakdown, files, large, merges, scaling
 from benchmarks.speed.tower import Tower
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 TINY = Tower(tasks=2, samples=4, batch_size=2, blocks=1, width=64, image=32, patch=16)
 TITLES = {

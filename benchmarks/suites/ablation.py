@@ -13,7 +13,7 @@ from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.pictures import GREY, WITH_DATA, WITHOUT
 from benchmarks.suites.results import Results, Row, write
 from benchmarks.suites.tables import MAIN_SAMPLES
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 ROWS: Mapping[str, str] = {
     "average": "average",

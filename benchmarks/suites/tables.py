@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.pictures import draw_bars, draw_samples
 from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 MAIN_SAMPLES = 256  # what the main table shows of several numbers of calibration samples
 VAL_SAMPLES = 1000  # of each task, at most, that settings are chosen on: enough to tell them apart, and soon done

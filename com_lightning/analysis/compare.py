@@ -32,7 +32,7 @@ from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMetho
 from com_lightning.methods.registry import Setting, read_methods
 from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace, write_text
-from com_lightning.results.fingerprint import _digest, combined, fingerprint_of_data, fingerprint_of_experts, readable
+from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.results.folder import output_problems
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import peers_of, together
@@ -233,7 +233,7 @@ class Compare(Callback):
 
     def _samples(self, part: str) -> str:
         kept = self.splits.part(part).kept
-        return _digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
+        return digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
 
     def _run(self, peers: Peers, on_layer: Any = None) -> Run:
         run = Run(peers=peers, memory_budget=self.memory_budget, on_bad_batch=self.on_bad_batch)
@@ -294,7 +294,7 @@ class Compare(Callback):
             "precision": trainer.precision,
             "device": trainer.strategy.root_device.type,
             "processes": trainer.world_size,
-            "base": _digest(dict(self.plan.base or {})),
+            "base": digest(dict(self.plan.base or {})),
             "versions": _versions(),
         }
         return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(told)}
@@ -351,7 +351,7 @@ class _Known:
 
     def _path(self, key: Any) -> Path:
         assert self.folder is not None
-        return self.folder / f"{_digest([dict(self.context), json.dumps(key, sort_keys=True, default=str)])}.json"
+        return self.folder / f"{digest([dict(self.context), json.dumps(key, sort_keys=True, default=str)])}.json"
 
 
 def _shift(records: Sequence[LayerRecord]) -> list[tuple[str, dict[str, float]]]:

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-from com_lightning.results.report import MergeReport, _finite, _lower_is_better, _mean, _number, _percent, table
+from com_lightning.results.report import MergeReport
+from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
 
 TaskMetrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
@@ -69,12 +70,12 @@ class Row:
     @property
     def mean(self) -> float | None:
         """Of the metric, over tasks and seeds."""
-        return _mean(list(self.absolute.values()))
+        return mean(list(self.absolute.values()))
 
     @property
     def score(self) -> float | None:
         """What rules are ranked by: the mean over seeds."""
-        return None if None in self.means else _mean(self.means)
+        return None if None in self.means else mean(self.means)
 
     @property
     def spread(self) -> float | None:
@@ -120,7 +121,7 @@ class Comparison:
 
     @property
     def lower_is_better(self) -> bool:
-        return _lower_is_better(self.metric or "")
+        return lower_is_better(self.metric or "")
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -144,15 +145,15 @@ class Comparison:
             MergeReport(tasks=self.tasks, metric=metric, metrics={"expert": self.experts[split], "merged": o})
             for o in (outcome.metrics[split] for outcome in outcomes)
         ]
-        absolute = {t: _mean([r.metrics["merged"].get(t, {}).get(metric) for r in reports]) for t in self.tasks}
-        normalized = {t: _mean([r.normalized("merged", t) for r in reports]) for t in self.tasks}
+        absolute = {t: mean([r.metrics["merged"].get(t, {}).get(metric) for r in reports]) for t in self.tasks}
+        normalized = {t: mean([r.normalized("merged", t) for r in reports]) for t in self.tasks}
         shares = [r.mean_normalized("merged") for r in reports]
-        means = [_mean([r.metrics["merged"].get(t, {}).get(metric) for t in self.tasks]) for r in reports]
-        whole = None if None in shares else _mean(shares)
+        means = [mean([r.metrics["merged"].get(t, {}).get(metric) for t in self.tasks]) for r in reports]
+        whole = None if None in shares else mean(shares)
         return Row(list(outcomes), tried, absolute, normalized, whole, shares if self.by_share else means)
 
     def _told(self, score: float | None) -> str:
-        return _percent(score) if self.by_share else _number(score)
+        return percent(score) if self.by_share else number(score)
 
     @cached_property
     def by_share(self) -> bool:
@@ -174,10 +175,10 @@ class Comparison:
         head = ["method", *self.tasks, "mean", "mean / expert", "± between seeds", "seconds", "GiB"]
         experts = [self.experts["report"].get(task, {}).get(self.metric or "") for task in self.tasks]
         rows = [head + ["best of"] * grids]
-        rows.append(["(experts)", *map(_number, experts), _number(_mean(experts)), *["-"] * 4] + [""] * grids)
+        rows.append(["(experts)", *map(number, experts), number(mean(experts)), *["-"] * 4] + [""] * grids)
         for row in self.rows:
-            cells = [f"{_number(row.absolute[t])} ({_percent(row.normalized[t])})" for t in self.tasks]
-            cells += [_number(row.mean), _percent(row.mean_normalized), self._told(row.spread)]
+            cells = [f"{number(row.absolute[t])} ({percent(row.normalized[t])})" for t in self.tasks]
+            cells += [number(row.mean), percent(row.mean_normalized), self._told(row.spread)]
             cells += [f"{row.seconds:.1f}", f"{row.peak_memory / 2**30:.2f}"]
             rows.append([row.label, *cells] + [str(row.tried) if row.tried > 1 else ""] * grids)
         return table(rows)
@@ -244,7 +245,7 @@ class Comparison:
             }
             for row in self.rows
         ]
-        plain: dict[str, Any] = _finite(
+        plain: dict[str, Any] = finite(
             {"metric": self.metric, "lower_is_better": self.lower_is_better, "methods": methods, **asdict(self)}
         )
         return plain

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from com_lightning.analysis.comparison import Comparison
-from com_lightning.results.report import _number
+from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
@@ -62,7 +62,7 @@ def _heat_map(axes: Any, comparison: Comparison) -> None:
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
             light = (cells[y][x] < middle) != comparison.lower_is_better
-            value = _number(row.absolute[task])
+            value = number(row.absolute[task])
             axes.text(x, y, value, ha="center", va="center", fontsize=8, color="white" if light else "black")
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
@@ -77,10 +77,10 @@ def _shift(axes: Any, comparison: Comparison) -> None:
         for layer, _ in curve:
             places.setdefault(layer, len(places))
     colors = ["#9aa5b1", "#2a6f97", "#c1553b", "#6a994e", "#7b5ea7", "#b08900"]
-    for number, (label, curve) in enumerate(curves.items()):
+    for index, (label, curve) in enumerate(curves.items()):
         known = [(places[layer], list(values.values())) for layer, values in curve if values]
         x = [place for place, _ in known]
-        color = colors[number % len(colors)]
+        color = colors[index % len(colors)]
         axes.plot(x, [_average(v) for _, v in known], marker=".", linewidth=1.2, label=label, color=color)
         axes.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], alpha=0.15, color=color)
     axes.set_xlabel("layer, in the order of merging")

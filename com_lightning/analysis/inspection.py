@@ -22,7 +22,7 @@ from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.state_dicts import plain_state, some
 from com_lightning.results.atomic import write_text, write_whole
-from com_lightning.results.report import table
+from com_lightning.results.tables import table
 
 MOST = 12
 """Layers that are printed."""

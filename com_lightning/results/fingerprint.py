@@ -1,4 +1,9 @@
-"""What a merge depends on, as short texts to compare: the same ones give the same weights."""
+"""Fingerprints of what a merge depends on: equal fingerprints mean that a repeated merge gives equal weights.
+
+An unfinished merge may only go on if its experts, data and settings are still the same. Comparing them in full would
+need a copy of everything, so that the journal stores a hash of each instead. :func:`digest` hashes by content, because
+an object's identity and its pickle both change from process to process.
+"""
 
 from __future__ import annotations
 
@@ -17,80 +22,124 @@ from com_lightning.core.tensors.modules import named_tensors
 
 
 def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
-    """For each task: all parameters and buffers of its expert, by name, and its class."""
-    return {f"expert '{task.name}'": _digest(_state(task.expert)) for task in tasks}
+    """Hash the class, parameters and buffers of each expert.
+
+    Args:
+        tasks: The tasks of the merge.
+
+    Returns:
+        One entry per task.
+    """
+    return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert)) for task in tasks}
 
 
 def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """All that is shared, as it is in the base; nothing where the method needs no base."""
-    return {} if base is None else {"base": _digest(sorted(base.items()))}
+    """Hash the shared tensors of the base model.
+
+    Args:
+        base: Name -> tensor; ``None`` if the method needs no base.
+
+    Returns:
+        One entry, or none.
+    """
+    return {} if base is None else {"base": digest(sorted(base.items()))}
 
 
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
-    """For each task: number of each calibration batch that this process has -> its content."""
-    return [dict(zip(task.batch_numbers, map(_digest, task.batches))) for task in tasks]
+    """Hash each calibration batch of this process.
+
+    Args:
+        tasks: The tasks with this process's batches.
+
+    Returns:
+        For each task: number of the batch -> hash.
+    """
+    return [dict(zip(task.batch_numbers, map(digest, task.batches))) for task in tasks]
 
 
 def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]) -> dict[str, str]:
-    """The calibration data of all processes, task by task, whichever had which."""
+    """Combine the hashes of calibration data from all processes, however the batches were spread over them.
+
+    Args:
+        tasks: The tasks of the merge.
+        parts: What :func:`fingerprint_of_data` returned in each process.
+
+    Returns:
+        One entry per task.
+    """
     result = {}
     for number, task in enumerate(tasks):
-        batches = {batch: digest for part in parts for batch, digest in part[number].items()}
-        result[f"calibration data of '{task.name}'"] = _digest(sorted(batches.items()))
+        batches = {batch: content for part in parts for batch, content in part[number].items()}
+        result[f"calibration data of '{task.name}'"] = digest(sorted(batches.items()))
     return result
 
 
 def readable(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Settings as they are."""
+    """Write settings as text instead of hashing them, so that an error message can show what changed.
+
+    Args:
+        settings: Name -> value.
+
+    Returns:
+        Name -> the value as text.
+    """
     return {n: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for n, v in settings.items()}
 
 
-def _state(module: nn.Module) -> list[Any]:
+def digest(value: Any) -> str:
+    """Hash a value by its content.
+
+    Args:
+        value: Anything that a collate function may return: tensors, arrays, containers, objects.
+
+    Returns:
+        32 hexadecimal digits, equal for equal content in every process.
+    """
+    content = hashlib.blake2b(digest_size=16)
+    _add(content, value)
+    return content.hexdigest()
+
+
+def _class_and_tensors(module: nn.Module) -> list[Any]:
     return [type(module).__qualname__, *((name, tensor) for name, tensor, _ in named_tensors(module))]
 
 
-def _digest(value: Any) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    _add(digest, value)
-    return digest.hexdigest()
-
-
-def _add(digest: Any, value: Any, within: tuple[int, ...] = ()) -> None:
-    """Content rather than identity, for whatever a collate function may return."""
-    if id(value) in within:
+def _add(content: Any, value: Any, ancestors: tuple[int, ...] = ()) -> None:
+    """Add a value to a hash. Values that contain themselves are added once."""
+    if id(value) in ancestors:
         return
-    within = (*within, id(value))
-    digest.update(f"<{type(value).__name__}>".encode())
+    ancestors = (*ancestors, id(value))
+    content.update(f"<{type(value).__name__}>".encode())
     if isinstance(value, Tensor) and value.is_nested:
-        _add(digest, value.unbind(), within)
+        _add(content, value.unbind(), ancestors)
     elif isinstance(value, Tensor):
         value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
         value = value.resolve_conj().resolve_neg()
-        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
+        content.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        content.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
     elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
-        digest.update(f"{value.dtype}{value.shape}".encode())
-        digest.update(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
+        content.update(f"{value.dtype}{value.shape}".encode())
+        content.update(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
     elif value is None or isinstance(value, (str, bytes, int, float, complex)):
-        digest.update(repr(value).encode())
+        content.update(repr(value).encode())
     elif isinstance(value, Mapping):
-        digest.update(str(len(value)).encode())
+        content.update(str(len(value)).encode())
         for key in value:
-            _add(digest, key, within)
-            _add(digest, value[key], within)
+            _add(content, key, ancestors)
+            _add(content, value[key], ancestors)
     elif isinstance(value, (list, tuple)):
-        digest.update(str(len(value)).encode())
-        for part in value:
-            _add(digest, part, within)
-    elif isinstance(value, (set, frozenset)):  # whose order differs from process to process
-        digest.update("".join(sorted(map(_digest, value))).encode())
+        content.update(str(len(value)).encode())
+        for entry in value:
+            _add(content, entry, ancestors)
+    elif isinstance(value, (set, frozenset)):  # their order differs from process to process
+        content.update("".join(sorted(map(digest, value))).encode())
     elif isinstance(value, (type, FunctionType, BuiltinFunctionType)):
-        digest.update(value.__qualname__.encode())
+        content.update(value.__qualname__.encode())
     else:
         try:
-            # What pickle would take, but not its bytes, which hold addresses.
+            # What pickle would store, but not its bytes, which depend on addresses.
             reduced = value.__reduce_ex__(2)
-        except Exception:  # cannot be told apart from others of its type
+        except Exception:  # an object that cannot be pickled counts by its type alone
             return
-        for part in reduced if isinstance(reduced, tuple) else (reduced,):
-            _add(digest, list(part) if isinstance(part, Iterator) else part, within)
+        for entry in reduced if isinstance(reduced, tuple) else (reduced,):
+            _add(content, list(entry) if isinstance(entry, Iterator) else entry, ancestors)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
 
 Metrics = Mapping[str, float]
 
@@ -17,7 +16,6 @@ PRIVATE_SOLVED, PRIVATE_REFITTED = "private, solved for each task", "private, so
 """What became of a parameter that would be shared by default, and of one that is private anyway."""
 
 _COMPARED = ("average", "merged")
-_ERRORS = {"bpb", "bpc", "cer", "err", "mae", "mape", "mse", "nll", "ppl", "rmse", "wer"}
 
 
 @dataclass
@@ -86,17 +84,17 @@ class MergeReport:
 
     def compare_with_average(self) -> None:
         """Add a warning if the plain average does better than the merged model in the mean of the shown metric."""
-        means = {k: _mean([t.get(self.metric or "") for t in self.metrics.get(k, {}).values()]) for k in _COMPARED}
+        means = {k: mean([t.get(self.metric or "") for t in self.metrics.get(k, {}).values()]) for k in _COMPARED}
         average, merged = (means[kind] for kind in _COMPARED)
         if average is None or merged is None or self.method.get("class") == "Average":
             return
-        if merged > average if _lower_is_better(self.metric or "") else merged < average:
+        if merged > average if lower_is_better(self.metric or "") else merged < average:
             ridge = f" (it is {self.method['ridge']})" if "ridge" in self.method else ""
             samples = sorted({0, *self.samples.values()})[-1]
             data = f"Give more calibration samples (there are {samples} per task), a higher ridge{ridge}, or take"
             self.warnings.append(
-                f"the merge is worse than the plain average: the mean {self.metric} is {_number(merged)} merged and "
-                f"{_number(average)} averaged. {data if samples else 'Try other settings, or'} the method Average"
+                f"the merge is worse than the plain average: the mean {self.metric} is {number(merged)} merged and "
+                f"{number(average)} averaged. {data if samples else 'Try other settings, or'} the method Average"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -106,7 +104,7 @@ class MergeReport:
             for kind, tasks in self.metrics.items()
         }
         summary = {kind: self.mean_normalized(kind) for kind in self.metrics}
-        plain: dict[str, Any] = _finite({**asdict(self), "normalized": normalized, "mean_normalized": summary})
+        plain: dict[str, Any] = finite({**asdict(self), "normalized": normalized, "mean_normalized": summary})
         return plain
 
     def to_json(self) -> str:
@@ -125,10 +123,10 @@ class MergeReport:
         for task in self.tasks:
             values = [self.metrics[kind].get(task, {}).get(self.metric or "") for kind in kinds]
             ratios = [self.normalized(kind, task) for kind in ratio_kinds]
-            rows.append([task, *map(_number, values), *map(_percent, ratios)])
-        means = [_mean([self.metrics[k].get(t, {}).get(self.metric or "") for t in self.tasks]) for k in kinds]
+            rows.append([task, *map(number, values), *map(percent, ratios)])
+        means = [mean([self.metrics[k].get(t, {}).get(self.metric or "") for t in self.tasks]) for k in kinds]
         ratios = [self.mean_normalized(kind) for kind in ratio_kinds]
-        rows.append(["mean", *map(_number, means), *map(_percent, ratios)])
+        rows.append(["mean", *map(number, means), *map(percent, ratios)])
         return rows
 
     def layer_table(self) -> str:
@@ -146,10 +144,10 @@ class MergeReport:
             told += [f"{layer.uncorrected} calls uncorrected"] if layer.uncorrected else []
             told += [_idle(layer)] if layer.idle else []
             told += [f"{layer.kept:,} of {layer.groups:,} keep the average, which is better"] if layer.kept else []
-            shift, cosine = _mean(list(layer.distance.values())), _mean(list(layer.cosine.values()))
+            shift, cosine = mean(list(layer.distance.values())), mean(list(layer.cosine.values()))
             numbers = [shift, cosine, layer.residual, layer.condition]
             rows.append(
-                [layer.name or "(root)", layer.kind, *map(_number, numbers), f"{layer.seconds:.2f}", "; ".join(told)]
+                [layer.name or "(root)", layer.kind, *map(number, numbers), f"{layer.seconds:.2f}", "; ".join(told)]
             )
         return rows
 
@@ -217,63 +215,8 @@ class MergeReport:
         return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _lower_is_better(metric: str) -> bool:
-    name = metric.lower()
-    whole = any(word in name for word in ("loss", "perplexity", "error"))
-    return whole or not _ERRORS.isdisjoint(re.split(r"[^a-z]+", name))
-
-
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Aligned columns, as Markdown: the first row is the head, and numbers stand to the right.
-
-    Example::
-
-        >>> print(table([["task", "value"], ["a", "0.5"], ["b", "-"]]))
-        | task | value |
-        | :--- | ----: |
-        | a    |   0.5 |
-        | b    |     - |
-    """
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    body = rows[1:]
-    left = [not any(row[c][:1] in {*"0123456789-."} for row in body if row[c]) for c in range(len(widths))]
-    rule = [":" + "-" * (w - 1) if to_left else "-" * (w - 1) + ":" for w, to_left in zip(widths, left)]
-    lines = [_line(rows[0], widths, left), _line(rule, widths, left)]
-    return "\n".join([*lines, *(_line(row, widths, left) for row in body)])
-
-
-def _line(row: Sequence[str], widths: Sequence[int], left: Sequence[bool]) -> str:
-    cells = [cell.ljust(w) if to_left else cell.rjust(w) for cell, w, to_left in zip(row, widths, left)]
-    return f"| {' | '.join(cells)} |"
-
-
 def _idle(layer: LayerRecord) -> str:
     kinds = {"embedding": "rows of the table", "grouped linear": "experts", "contraction": "stacked matrices"}
     kinds |= {"sum": "elements", "product": "elements", "per channel": "channels", "batch normalisation": "channels"}
     what = f"{layer.idle:,} of {layer.groups:,} {kinds.get(layer.kind, 'groups')} " if layer.groups > 1 else ""
     return f"{what}saw no data"
-
-
-def _mean(values: Sequence[float | None]) -> float | None:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else None
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.3g}" if abs(value) >= 1e4 or 0 < abs(value) < 1e-3 else f"{value:.4f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.1f} %"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(part) for part in value]
-    return value
