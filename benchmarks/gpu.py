@@ -34,7 +34,7 @@ from benchmarks.lockstep import environment
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
 from com_lightning.cli import main as com_lightning
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors, tied_names
@@ -249,7 +249,7 @@ def _timed(
             _say(f"  {name}: {len(done)} layers, {time.perf_counter() - start:.1f} s")
 
     start = time.perf_counter()
-    records = merge_layers(tasks, merged, [0.5, 0.5], Rule(), Run(on_layer))
+    records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Run(on_layer))
     if cuda:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start

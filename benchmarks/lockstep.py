@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.naive import naive_chain
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from com_lightning.results.tables import table
@@ -42,7 +42,7 @@ from com_lightning.results.tables import table
 SEED = 0
 IMAGE, PATCH = 64, 16
 NOISE = 0.1  # of an expert, relative to the standard deviation of each parameter
-Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], Rule], list[LayerRecord]]
+Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], ChainOptions], list[LayerRecord]]
 
 
 @dataclass
@@ -86,7 +86,7 @@ class Setting:
             images = torch.randn(samples, 3, image, image)
             self.tasks.append(Task(str(number), perturbed(base), torch.split(images, batch_size), self._call))
         self.importance = [1 / tasks] * tasks
-        self.rule = Rule()
+        self.rule = ChainOptions()
 
     def start(self) -> dict[str, Tensor]:
         """The average of the experts."""
@@ -298,7 +298,7 @@ def main() -> None:
     ]
 
     settings = {"command": command, "seed": SEED, **{k: v for k, v in vars(options).items() if k != "output"}}
-    settings |= {"image": IMAGE, "patch": PATCH, "noise": NOISE, "rule": asdict(Rule())}
+    settings |= {"image": IMAGE, "patch": PATCH, "noise": NOISE, "rule": asdict(ChainOptions())}
     machine = (
         f"{about['cpu']}, {about['cores']} cores, {about['threads']} in use, load {about['load']} at the start; "
         f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}"

@@ -13,13 +13,13 @@ from unittest.mock import patch
 from torch import Tensor
 
 from com_lightning.core.chain import chain
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 
 def naive_chain(
-    tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], rule: Rule
+    tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], rule: ChainOptions
 ) -> list[LayerRecord]:
     """:func:`~com_lightning.core.chain.chain.merge_layers` with :func:`rerun` in place of the lockstep."""
     with patch.object(chain, "lockstep", rerun):

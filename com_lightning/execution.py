@@ -14,16 +14,13 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from com_lightning.compat import eager
-from com_lightning.core.chain.options import HELD_OUT
 from com_lightning.core.sweep.context import Run
-from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
 from com_lightning.data.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
 from com_lightning.data.padding import padding_mask, unmasked
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
-from com_lightning.errors import MergeError
 from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.plan import MergePlan
 from com_lightning.results.fingerprint import (
@@ -61,7 +58,6 @@ def execute(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
-    _check_halves(plan.method, tasks, peers)
     if any(peers.exchange(run.journal.keeps)):
         told = {
             "method": describe(plan.method),
@@ -114,16 +110,6 @@ def execute(
             "all errors count alike; a calibration_step of the module's own would be run in its place"
         )
     return modules, report
-
-
-def _check_halves(method: MergingMethod, tasks: Sequence[Task], peers: Peers) -> None:
-    """Make sure that there is something to hold out, where a ridge is to be chosen."""
-    if getattr(getattr(method, "rule", None), "ridge", None) != HELD_OUT:
-        return
-    counts = peers.exchange([len(task.batches) for task in tasks])
-    if few := [task.name for number, task in enumerate(tasks) if sum(own[number] for own in counts) < 2]:
-        told = f"there is one of {', '.join(few)}; set the datamodule's batch_size to at most half its samples"
-        raise MergeError([f"ridge='{HELD_OUT}': needs two or more calibration batches of each task, and {told}"])
 
 
 def calibration_tasks(

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.compat import eager
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
@@ -31,7 +31,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         memory_budget: GiB that paused forwards may hold.
     """
     rule = getattr(plan.method, "rule", None)
-    if not plan.method.needs_data or not isinstance(rule, Rule):
+    if not plan.method.needs_data or not isinstance(rule, ChainOptions):
         return plan.need
     loggers, stage, module = trainer.loggers, trainer.state.stage, getattr(trainer, "datamodule", None)
     trainer.loggers, trainer.validating, trainer.datamodule = [DummyLogger()], True, data  # type: ignore[attr-defined]
@@ -40,7 +40,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
             gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
-            held = [(1 + rule.perturbed_copies) * size for size in held_by_forwards(tasks, merged, rule)]
+            held = held_by_forwards(tasks, merged, rule)
     finally:
         trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
     counts = [len(samples[task.name].batches) for task in tasks]

@@ -30,7 +30,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Me
 from com_lightning.core.chain import fit as fitting
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.task_biases import own_tensors
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import PeerError, Peers, ProcessGroup
@@ -75,15 +75,15 @@ def processes(size: int, work: Callable[[Peers], Any], folder: Path) -> list[Any
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(size)]
 
 
-def merge(tasks: list[Task], rule: Rule, peers: Peers) -> Result:
+def merge(tasks: list[Task], rule: ChainOptions, peers: Peers) -> Result:
     merged = averages([task.expert for task in tasks])
     own = own_tensors(tasks, merged) if rule.private_biases else {}
     part = share(tasks, peers.rank, peers.size)
-    if rule.refit_private:
+    if rule.refit_heads:
         merged = {name: tensor for name, tensor in merged.items() if not name.startswith("last")}
     records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), own=own)
     found = dict[str, dict[str, Tensor]]()
-    if rule.refit_private:
+    if rule.refit_heads:
         refitted, found = refit(part, merged, own, rule, Run(peers=peers))
         records += refitted
     return {
@@ -125,13 +125,15 @@ def zoo(name: str) -> list[Task]:
 
 NOTES = sys.version_info >= (3, 11)  # exceptions have them
 
-RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
-RULES["private biases"] = Rule(private_biases=True, residual=True)
-RULES["refitted"] = Rule(refit_private=True)
-RULES["perturbed copies"] = Rule(perturbed_copies=2)
-RULES["balance"] = Rule(balance="worst")
-RULES["held out"] = Rule(ridge="held_out")
-SENSITIVE = Rule(sensitivity="numbers")
+RULES = {
+    "two-sided": ChainOptions(),
+    "one-sided": ChainOptions(target="merged"),
+    "regmean": ChainOptions("expert", "merged"),
+}
+RULES["private biases"] = ChainOptions(private_biases=True, residual=True)
+RULES["refitted"] = ChainOptions(refit_heads=True)
+RULES["balance"] = ChainOptions(balance=True)
+SENSITIVE = ChainOptions(sensitivity="numbers")
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -157,7 +159,7 @@ def test_processes_merge_as_one(size: int, rule: str, tmp_path: Path) -> None:
     ("name", "residual"), [("BERT", False), ("ViT", False), ("U-Net", False), ("swin_t", False), ("ViT", True)]
 )
 def test_architectures_are_merged_as_by_one(name: str, residual: bool, tmp_path: Path) -> None:
-    tasks, rule = zoo(name), Rule(residual=residual)
+    tasks, rule = zoo(name), ChainOptions(residual=residual)
     expected, records = merge(tasks, rule, Peers())
     assert any(r.corrected_for for r in records) == residual
     for merged, theirs in processes(2, lambda peers: merge(tasks, rule, peers), tmp_path):
@@ -172,7 +174,7 @@ def test_architectures_are_merged_as_by_one(name: str, residual: bool, tmp_path:
 def test_sensitivities_are_those_of_all_processes(tmp_path: Path) -> None:
     tasks = mixture()
     expected, records = merge(tasks, SENSITIVE, Peers())
-    plain, _ = merge(tasks, Rule(), Peers())
+    plain, _ = merge(tasks, ChainOptions(), Peers())
     assert any(record.steps for record in records)
     assert any(relative(plain[name], value) > 1e-3 for name, value in expected.items())
     for merged, theirs in processes(2, lambda peers: merge(tasks, SENSITIVE, peers), tmp_path):
@@ -184,7 +186,7 @@ def test_sensitivities_are_those_of_all_processes(tmp_path: Path) -> None:
 def test_identical_experts_come_back_from_several_processes(tmp_path: Path) -> None:
     tasks = mixture()
     twins = [Task(task.name, tasks[0].expert, task.batches) for task in tasks]
-    for merged, _ in processes(2, lambda peers: merge(twins, Rule(), peers), tmp_path):
+    for merged, _ in processes(2, lambda peers: merge(twins, ChainOptions(), peers), tmp_path):
         for name, tensor, _ in named_tensors(tasks[0].expert):
             assert relative(merged[name], tensor) < 1e-9
 
@@ -199,7 +201,7 @@ def test_a_process_that_fails_ends_all_with_its_message(culprit: int, tmp_path: 
         return module(batch)
 
     broken = [Task(task.name, task.expert, task.batches, call) for task in tasks]
-    results = processes(2, lambda peers: merge(broken, Rule(), peers), tmp_path)
+    results = processes(2, lambda peers: merge(broken, ChainOptions(), peers), tmp_path)
     assert isinstance(results[culprit], ValueError)
     assert isinstance(results[1 - culprit], PeerError)
     assert f"process {culprit} of 2 failed: ValueError: this batch is broken" in str(results[1 - culprit])
@@ -358,7 +360,7 @@ def with_bad_batches(*places: tuple[int, int]) -> list[Task]:
 
 def merge_skipping(tasks: list[Task], peers: Peers) -> tuple[dict[str, Tensor], list[SkippedBatch]]:
     merged, run = averages([task.expert for task in tasks]), Run(peers=peers, on_bad_batch="skip")
-    merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], Rule(), run)
+    merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], ChainOptions(), run)
     return merged, run.skipped
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from com_lightning.core.chain.find_residuals import find_writers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import Peers
@@ -201,7 +201,7 @@ def test_discovery_is_one_forward_that_leaves_nothing_behind() -> None:
     assert not any(m._forward_pre_hooks or m._forward_hooks for e in experts for m in e.modules())
     assert all(torch.equal(merged[name], value) for name, value in before.items())
     with pytest.raises(ValueError, match="at the end"):
-        merge(experts, [[points(0)], [points(10)]], Rule(residual=True), call=call)
+        merge(experts, [[points(0)], [points(10)]], ChainOptions(residual=True), call=call)
 
 
 def test_processes_take_what_the_first_with_a_batch_has_found() -> None:

@@ -14,14 +14,18 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, TaskLoaders
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from tests.helpers import FEATURES, Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.zoo import averages
 
-RULES = {"two-sided": Rule(), "one-sided": Rule(target="merged"), "regmean": Rule("expert", "merged")}
-RULES["plain"], RULES["corrected"] = Rule(normalize=False), Rule(residual=True)
+RULES = {
+    "two-sided": ChainOptions(),
+    "one-sided": ChainOptions(target="merged"),
+    "regmean": ChainOptions("expert", "merged"),
+}
+RULES["plain"], RULES["corrected"] = ChainOptions(normalize=False), ChainOptions(residual=True)
 
 
 def net() -> nn.Module:
@@ -52,7 +56,7 @@ def points(seed: int, count: int = 12) -> Tensor:
 def merge(
     experts: list[nn.Module],
     batches: list[list[Any]],
-    rule: Rule,
+    rule: ChainOptions,
     on_bad_batch: Literal["raise", "skip"] = "skip",
     keep: Callable[[Any], Tensor | None] = lambda batch: None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
@@ -105,17 +109,17 @@ def test_a_task_that_loses_all_its_batches_is_an_error() -> None:
     for batch in batches[1]:
         batch[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=r"task 'task1': none of its calibration batches is left.*layer '0'"):
-        merge(experts, batches, Rule())
+        merge(experts, batches, ChainOptions())
 
 
 def test_nan_at_padded_positions_is_not_bad() -> None:
     experts = built(net)
     batches = [[points(n).reshape(2, 6, 5)] for n in range(2)]
-    expected = merge(experts, batches, Rule(), keep=lambda batch: torch.ones(2, 6).bool())[0]
+    expected = merge(experts, batches, ChainOptions(), keep=lambda batch: torch.ones(2, 6).bool())[0]
     padded = [[torch.cat([part[0], torch.full((2, 3, 5), float("nan"))], 1)] for part in batches]
     mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 3)], 1).bool()
     for mode in ("raise", "skip"):
-        merged, _, run = merge(experts, padded, Rule(), mode, keep=lambda batch: mask)
+        merged, _, run = merge(experts, padded, ChainOptions(), mode, keep=lambda batch: mask)
         assert not run.skipped
         assert same(merged, expected)
 
@@ -127,9 +131,9 @@ def test_batch_normalisation_takes_no_moments_of_bad_batches() -> None:
     experts = built(make)
     generator = torch.Generator().manual_seed(0)
     batches = [[torch.randn(8, 2, 6, 6, generator=generator) for _ in range(3)] for _ in range(2)]
-    good = merge(experts, [batches[0][:2], batches[1]], Rule())[0]
+    good = merge(experts, [batches[0][:2], batches[1]], ChainOptions())[0]
     batches[0][2][0, 0, 0, 0] = float("nan")
-    merged, _, run = merge(experts, batches, Rule())
+    merged, _, run = merge(experts, batches, ChainOptions())
     assert [entry.layer for entry in run.skipped] == ["0"]
     assert same(merged, good, 1e-4)
 
@@ -153,7 +157,7 @@ def test_what_overflows_float64_too_is_told_as_it_is() -> None:
     batches = [[points(n).double()] for n in range(2)]
     batches[1][0][0, 0] = 1e200
     with pytest.raises(NonFiniteError, match=r"are finite, but what is computed from them is not \(they are 1e\+200"):
-        merge(experts, batches, Rule(normalize=False), "raise")
+        merge(experts, batches, ChainOptions(normalize=False), "raise")
 
 
 def test_a_solution_that_its_precision_cannot_hold_is_named() -> None:
@@ -167,7 +171,7 @@ def test_a_solution_that_its_precision_cannot_hold_is_named() -> None:
         module(batch.half() * (3 if expert else 1))
 
     with pytest.raises(NonFiniteError, match=r"solution of layer ''.*weight.*torch.float16.*wider precision"):
-        merge(experts, [[points(0)], [points(1)]], Rule(normalize=False, ridge=0.0), "raise", call=call)
+        merge(experts, [[points(0)], [points(1)]], ChainOptions(normalize=False, ridge=0.0), "raise", call=call)
 
 
 # The callback

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from com_lightning import ChainOfMerges
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.fit import balanced
-from com_lightning.core.chain.options import Balance, Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.statistics import Shift
 from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import perturb
@@ -21,15 +21,14 @@ def _shift(squared: float) -> Shift:
     return Shift(distance=squared, energy=1.0, rows=1)
 
 
-@pytest.mark.parametrize("power", [1, 2])
-def test_what_has_drifted_more_counts_more(power: int) -> None:
-    shares = balanced([0.25, 0.25, 0.5], [_shift(0.0), _shift(0.3), _shift(0.3)], power)
+def test_what_has_drifted_more_counts_more() -> None:
+    shares = balanced([0.25, 0.25, 0.5], [_shift(0.0), _shift(0.3), _shift(0.3)])
     assert sum(shares) == pytest.approx(1)
     assert 0.09 < shares[0] < 0.25  # what has not drifted still counts
     assert shares[2] == pytest.approx(2 * shares[1])  # beside the importance that was given
-    assert balanced([0.25, 0.75], [_shift(0.0), _shift(0.0)], power) == [0.25, 0.75]
-    assert balanced([0.25, 0.75], [Shift(), Shift()], power) == [0.25, 0.75]
-    assert balanced([0.25, 0.75], [_shift(float("nan")), _shift(0.1)], power) == [0.25, 0.75]
+    assert balanced([0.25, 0.75], [_shift(0.0), _shift(0.0)]) == [0.25, 0.75]
+    assert balanced([0.25, 0.75], [Shift(), Shift()]) == [0.25, 0.75]
+    assert balanced([0.25, 0.75], [_shift(float("nan")), _shift(0.1)]) == [0.25, 0.75]
 
 
 def _tasks(scales: tuple[float, ...], seed: int = 0) -> list[Task]:
@@ -41,12 +40,12 @@ def _tasks(scales: tuple[float, ...], seed: int = 0) -> list[Task]:
     return [Task(f"task{n}", expert.requires_grad_(False), [x]) for n, (expert, x) in enumerate(zip(experts, inputs))]
 
 
-def _merged(tasks: list[Task], balance: Balance | None) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+def _merged(tasks: list[Task], balance: bool) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     states = [dict(task.expert.named_parameters()) for task in tasks]
     merged: dict[str, Tensor] = {
         name: nn.Parameter(torch.stack([state[name] for state in states]).mean(0), False) for name in states[0]
     }
-    return merged, merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), Rule(balance=balance))
+    return merged, merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), ChainOptions(balance=balance))
 
 
 def _errors(tasks: list[Task], merged: dict[str, Tensor]) -> list[float]:
@@ -59,12 +58,11 @@ def _errors(tasks: list[Task], merged: dict[str, Tensor]) -> list[float]:
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("balance", ["mean", "worst"])
-def test_the_worst_is_raised(balance: Balance, seed: int) -> None:
+def test_the_worst_is_raised(seed: int) -> None:
     tasks = _tasks((0.1, 0.1, 0.3), seed)
-    merged, plain = _merged(tasks, None)
+    merged, plain = _merged(tasks, False)
     before = _errors(tasks, merged)
-    merged, records = _merged(tasks, balance)
+    merged, records = _merged(tasks, True)
     after = _errors(tasks, merged)
     assert before.index(max(before)) == 2
     assert max(after) < max(before)
@@ -74,15 +72,14 @@ def test_the_worst_is_raised(balance: Balance, seed: int) -> None:
     assert records[-1].importance["task2"] > 0.36
 
 
-@pytest.mark.parametrize("balance", ["mean", "worst"])
-def test_identical_experts_give_the_expert_back(balance: Balance) -> None:
+def test_identical_experts_give_the_expert_back() -> None:
     tasks = _tasks((0.0, 0.0))
-    merged, _ = _merged(tasks, balance)
+    merged, _ = _merged(tasks, True)
     for name, tensor in tasks[0].expert.named_parameters():
         assert torch.allclose(merged[name], tensor, atol=1e-5)
 
 
 def test_it_needs_the_experts_inputs() -> None:
-    told = ChainOfMerges(target="merged", balance="worst").problems(["a", "b"])
-    assert told == ["balance: needs target='expert', which tells how far the inputs of a layer have drifted"]
-    assert not ChainOfMerges(balance="worst").problems(["a", "b"])
+    told = ChainOfMerges(target="merged", balance=True).problems(["a", "b"])
+    assert told == ["balance: needs target='expert', which measures how far the inputs of a layer have drifted"]
+    assert not ChainOfMerges(balance=True).problems(["a", "b"])

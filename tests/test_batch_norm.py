@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.layers.normalization import BatchNorm, PerChannel
@@ -25,9 +25,9 @@ from tests.zoo import merge as merge_zoo
 
 Batches = list[list[Tensor]]
 RULES = {
-    "two-sided": Rule(),
-    "one-sided": Rule(target="merged"),
-    "each layer on its own": Rule(inputs="expert", target="merged"),
+    "two-sided": ChainOptions(),
+    "one-sided": ChainOptions(target="merged"),
+    "each layer on its own": ChainOptions(inputs="expert", target="merged"),
 }
 
 
@@ -68,7 +68,7 @@ def mlp(norm: Callable[[], nn.Module] = lambda: nn.BatchNorm1d(6)) -> nn.Module:
 
 
 def merge(
-    experts: list[nn.Module], batches: Batches, rule: Rule, importance: list[float] | None = None, **kwargs: Any
+    experts: list[nn.Module], batches: Batches, rule: ChainOptions, importance: list[float] | None = None, **kwargs: Any
 ) -> tuple[nn.Module, list[LayerRecord]]:
     importance = importance or [1 / len(experts)] * len(experts)
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
@@ -117,7 +117,7 @@ def test_running_statistics_are_those_of_the_merged_models_inputs() -> None:
 def test_both_tasks_variances_and_the_distance_of_their_means_are_in_the_variance() -> None:
     importance, batches = [0.3, 0.7], make_batches(400, 6)
     experts = all_trained(built(lambda: nn.Sequential(nn.BatchNorm1d(6)), scale=0.0), batches)
-    module, records = merge(experts, batches, Rule(), importance)
+    module, records = merge(experts, batches, ChainOptions(), importance)
     means, variances = ([buffer(expert, f"0.running_{kind}") for expert in experts] for kind in ("mean", "var"))
     mean = sum(a * m for a, m in zip(importance, means))
     assert isinstance(mean, Tensor)
@@ -129,7 +129,7 @@ def test_both_tasks_variances_and_the_distance_of_their_means_are_in_the_varianc
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
-def test_re_estimating_leaves_what_the_layer_does(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_re_estimating_leaves_what_the_layer_does(rule: ChainOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     batches = make_batches(40, 5)
     experts = all_trained(built(mlp), batches)
     module, _ = merge(experts, batches, rule)
@@ -142,7 +142,7 @@ def test_re_estimating_leaves_what_the_layer_does(rule: Rule, monkeypatch: pytes
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("affine", [True, False])
-def test_identical_experts_are_given_back(rule: Rule, affine: bool) -> None:
+def test_identical_experts_are_given_back(rule: ChainOptions, affine: bool) -> None:
     batches = make_batches(40, 5)
     expert = all_trained(built(lambda: mlp(lambda: nn.BatchNorm1d(6, affine=affine)), 1), batches)[0]
     module, _ = merge([expert, copy.deepcopy(expert)], batches, rule)
@@ -155,7 +155,7 @@ def test_identical_experts_are_given_back(rule: Rule, affine: bool) -> None:
 
 def test_one_sided_statistics_are_those_of_the_calibration_data() -> None:
     batches = make_batches(40, 5)
-    module, _ = merge(all_trained(built(mlp), batches), batches, Rule(target="merged"))
+    module, _ = merge(all_trained(built(mlp), batches), batches, ChainOptions(target="merged"))
     inputs = module.get_submodule("0")(torch.cat([x for part in batches for x in part]))
     assert relative(buffer(module, "1.running_mean"), inputs.mean(0)) < 1e-5
     assert relative(buffer(module, "1.running_var"), inputs.var(0)) < 2e-2
@@ -164,7 +164,7 @@ def test_one_sided_statistics_are_those_of_the_calibration_data() -> None:
 def test_without_scale_and_offset_the_running_statistics_are_re_estimated() -> None:
     batches = make_batches(40, 5)
     experts = all_trained(built(lambda: mlp(lambda: nn.BatchNorm1d(6, affine=False))), batches)
-    module, records = merge(experts, batches, Rule())
+    module, records = merge(experts, batches, ChainOptions())
     assert [record.name for record in records] == ["0", "1", "3"]
     assert records[1].parameters == {}
     assert records[1].buffers == ["1.running_mean", "1.running_var"]
@@ -227,7 +227,7 @@ def test_variants(norm: Callable[[], nn.Module]) -> None:
     dtype = next(norm().parameters()).dtype
     batches = [[x.to(dtype) for x in part] for part in batches]
     experts = all_trained([expert.to(dtype) for expert in built(lambda: mlp(norm))], batches)
-    module, records = merge(experts, batches, Rule())
+    module, records = merge(experts, batches, ChainOptions())
     assert [bool(record.buffers) for record in records] == [False, True, False]
     with torch.no_grad():
         inputs = module.get_submodule("0")(torch.cat([x for part in batches for x in part]))
@@ -253,10 +253,10 @@ def test_batch_statistics_in_eval_mode_are_a_scale_and_an_offset() -> None:
     batches = make_batches(40, 5)
     experts = built(lambda: mlp(lambda: nn.BatchNorm1d(6, track_running_stats=False)))
     assert type(layer_type(experts[0].get_submodule("1"))) is PerChannel
-    _, records = merge(experts, batches, Rule())
+    _, records = merge(experts, batches, ChainOptions())
     assert records[1].parameters == {"1.weight": 6, "1.bias": 6}
     assert records[1].buffers == []
-    module, _ = merge([experts[0], copy.deepcopy(experts[0])], batches, Rule())
+    module, _ = merge([experts[0], copy.deepcopy(experts[0])], batches, ChainOptions())
     assert relative(module(batches[0][0]), experts[0](batches[0][0])) < 1e-5
 
 
@@ -273,5 +273,5 @@ def test_lazy_layers() -> None:
     loaded = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(6, 3))
     loaded.load_state_dict(mlp().state_dict())
     experts = [loaded.eval(), *built(mlp, 1)]
-    _, records = merge(experts, batches, Rule())
+    _, records = merge(experts, batches, ChainOptions())
     assert [bool(record.parameters) for record in records] == [True] * 3

@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.output_error import OutputError
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors, tied_names
@@ -31,11 +31,11 @@ from tests.helpers import NAMES_OF_5, built, relative
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
 RULES = {
-    "two-sided": Rule(),
-    "corrected": Rule(residual=True),
-    "one-sided": Rule(target="merged"),
-    "not normalized": Rule(normalize=False),
-    "each layer on its own": Rule(inputs="expert", target="merged"),
+    "two-sided": ChainOptions(),
+    "corrected": ChainOptions(residual=True),
+    "one-sided": ChainOptions(target="merged"),
+    "not normalized": ChainOptions(normalize=False),
+    "each layer on its own": ChainOptions(inputs="expert", target="merged"),
 }
 
 
@@ -112,7 +112,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Tensor]]] = {
 def merge(
     experts: list[nn.Module],
     batches: list[list[Any]],
-    rule: Rule | None = None,
+    rule: ChainOptions | None = None,
     importance: list[float] | None = None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
     keep: Callable[[Any], Tensor | None] = lambda batch: None,
@@ -126,7 +126,7 @@ def merge(
             value = nn.Parameter(average([s[name] for s in states], importance), False)
             merged[name] = merged.get(ties[name], value)
     tasks = [Task(f"task{i}", e, b, call, keep) for i, (e, b) in enumerate(zip(experts, batches))]
-    return merged, merge_layers(tasks, merged, importance, rule or Rule())
+    return merged, merge_layers(tasks, merged, importance, rule or ChainOptions())
 
 
 def case(name: str, count: int = 2) -> tuple[list[nn.Module], list[list[Tensor]]]:
@@ -144,7 +144,7 @@ def worst(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("name", MODELS)
-def test_identical_experts_are_given_back(name: str, rule: Rule) -> None:
+def test_identical_experts_are_given_back(name: str, rule: ChainOptions) -> None:
     experts, batches = case(name)
     merged, records = merge([experts[0], copy.deepcopy(experts[0])], batches, rule)
     assert records
@@ -162,7 +162,7 @@ def test_an_importance_of_one_and_zero_gives_that_expert_back(name: str) -> None
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 @pytest.mark.parametrize("name", ["mlp", "cnn", "vit"])
-def test_batches_and_tasks_come_in_any_order_and_size(name: str, rule: Rule) -> None:
+def test_batches_and_tasks_come_in_any_order_and_size(name: str, rule: ChainOptions) -> None:
     experts, batches = case(name, 3)
     experts = [expert.double() for expert in experts]
     batches = [[b.double() if b.is_floating_point() else b for b in part] for part in batches]
@@ -178,7 +178,7 @@ def test_batches_and_tasks_come_in_any_order_and_size(name: str, rule: Rule) -> 
 def test_the_chain_is_closer_to_the_experts_than_their_average(name: str) -> None:
     experts, batches = case(name)
     merged, _ = merge(experts, batches)
-    plain, _ = merge(experts, batches, Rule(ridge=1e9))
+    plain, _ = merge(experts, batches, ChainOptions(ridge=1e9))
 
     def error(values: dict[str, Tensor]) -> float:
         total = 0.0
@@ -234,7 +234,7 @@ def test_exactly_one_forward_of_each_model_per_batch_whatever_the_depth() -> Non
         merge(experts, batches, call=call)
         assert len(calls) == 2 * 3
         calls.clear()
-        merge(experts, batches, Rule(target="merged"), call=call)
+        merge(experts, batches, ChainOptions(target="merged"), call=call)
         assert len(calls) == 3
 
 
@@ -368,7 +368,7 @@ def test_nan_is_named(where: str) -> None:
 
 def test_one_sample_and_dead_features_give_something_finite() -> None:
     experts = built(MODELS["mlp"][0])
-    merged, _ = merge(experts, [[torch.zeros(1, 5)], [torch.zeros(1, 5)]], Rule(ridge=0.0))
+    merged, _ = merge(experts, [[torch.zeros(1, 5)], [torch.zeros(1, 5)]], ChainOptions(ridge=0.0))
     assert all(bool(value.isfinite().all()) for value in merged.values())
 
 
@@ -383,7 +383,7 @@ def test_records_tell_shift_residual_and_rows() -> None:
     assert all(r.residual is not None and 0 < r.residual < 1.5 for r in records)
     assert first.rows == {"task0": 8 * 9, "task1": 8 * 9}
     assert all(record.condition is not None and record.condition >= 1 for record in records)
-    one_sided = merge(experts, batches, Rule(target="merged"))[1]
+    one_sided = merge(experts, batches, ChainOptions(target="merged"))[1]
     assert all((r.residual is not None) == bool(r.parameters) and not r.distance for r in one_sided)
 
 

@@ -22,7 +22,7 @@ from com_lightning.analysis.splits import Splits, split
 from com_lightning.cli import main
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.drift import measure_shift
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
@@ -410,7 +410,7 @@ def test_the_shift_of_the_average() -> None:
     before = {name: value.detach().clone() for name, value in merged.items()}
     shifts = {record.name: record.distance for record in measure_shift(tasks, merged, Run())}
     assert all(torch.equal(merged[name], value) for name, value in before.items())
-    records = merge_layers(tasks, merged, [0.5, 0.5], Rule(ridge=1e9))
+    records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(ridge=1e9))
     for record in records:
         assert shifts[record.name] == pytest.approx(record.distance, rel=1e-3, abs=1e-6)
     assert len(shifts) == len(records)

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.lockstep import Forward, lockstep
 from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import Classifier, make_experts, quiet_trainer, relative
@@ -36,7 +36,7 @@ def merged(name: str, device: str, dtype: torch.dtype) -> tuple[dict[str, Tensor
         cast = [{k: v.to(device, dtype if v.is_floating_point() else None) for k, v in b.items()} for b in part]
         tasks.append(Task(f"task{number}", expert.to(device, dtype), cast, run))
     values = averages([task.expert for task in tasks])
-    records = merge_layers(tasks, values, [0.25, 0.75], Rule())
+    records = merge_layers(tasks, values, [0.25, 0.75], ChainOptions())
     return {own: value.cpu() for own, value in values.items()}, records
 
 
@@ -86,7 +86,9 @@ def test_less_precise_products_are_not_for_statistics(less: str) -> None:
 
     def weight() -> Tensor:
         values = averages(experts)
-        merge_layers([Task(str(n), e, [x]) for n, (e, x) in enumerate(zip(experts, data))], values, [0.5, 0.5], Rule())
+        merge_layers(
+            [Task(str(n), e, [x]) for n, (e, x) in enumerate(zip(experts, data))], values, [0.5, 0.5], ChainOptions()
+        )
         return values["weight"]
 
     expected, before = weight(), torch.get_float32_matmul_precision()

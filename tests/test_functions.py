@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from benchmarks.naive import naive_chain
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import perturb, relative
@@ -50,13 +50,13 @@ def merge(
     experts: Sequence[nn.Module],
     batches: list[list[Any]],
     run: Any = merge_layers,
-    rule: Rule | None = None,
+    rule: ChainOptions | None = None,
     **more: Any,
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
     merged = {name: average([state[name] for state in states]) for name in states[0]}
     tasks = [Task(f"task{n}", e, b, **more) for n, (e, b) in enumerate(zip(experts, batches))]
-    return merged, run(tasks, merged, [0.5, 0.5], rule or Rule())
+    return merged, run(tasks, merged, [0.5, 0.5], rule or ChainOptions())
 
 
 def solved(records: Sequence[LayerRecord]) -> dict[str, int]:
@@ -158,7 +158,7 @@ SUMS: dict[str, tuple[Function, Sequence[int], Callable[[Tensor], Tensor]]] = {
 def test_a_sum_takes_up_the_mean_of_what_is_missing(case: str) -> None:
     function, shape, fold = SUMS[case]
     experts, batches = experts_of(lambda: Before(function, p=shape)), data(4, 5, 6)
-    merged, records = merge(experts, batches, rule=Rule(ridge=0.0))
+    merged, records = merge(experts, batches, rule=ChainOptions(ridge=0.0))
     expected = torch.zeros(*shape, dtype=torch.float64)
     for number, (expert, (ours, theirs)) in enumerate(zip(experts, inputs_of(experts, merged, batches))):
         gap = theirs - ours
@@ -178,7 +178,7 @@ def test_a_sum_takes_up_the_mean_of_what_is_missing(case: str) -> None:
 
 def test_a_product_is_a_regression_per_element() -> None:
     experts, batches = experts_of(lambda: Before(lambda x, p: p[:, None] * x.mT, p=(6,))), data(4, 5, 6)
-    merged, records = merge(experts, batches, rule=Rule(ridge=0.0))
+    merged, records = merge(experts, batches, rule=ChainOptions(ridge=0.0))
     above = below = torch.zeros(6, dtype=torch.float64)
     for expert, (ours, theirs) in zip(experts, inputs_of(experts, merged, batches)):
         above = above + (ours * theirs).sum((0, 1)) * expert.get_parameter("p").double()
@@ -235,7 +235,7 @@ def looped(x: Tensor, w: Tensor) -> Tensor:
 @has_grouped
 def test_experts_in_one_tensor_are_regressions_of_their_own_and_the_idle_ones_averaged() -> None:
     experts, batches = experts_of(lambda: Before(grouped, w=(4, 8, 8))), data(16, 5, 6)
-    rule = Rule(target="merged", normalize=False, ridge=1e-9)
+    rule = ChainOptions(target="merged", normalize=False, ridge=1e-9)
     merged, records = merge(experts, batches, rule=rule)
     start = average([expert.get_parameter("w") for expert in experts])
     right, left = (torch.zeros(4, 8, 8, dtype=torch.float64) for _ in range(2))
@@ -343,7 +343,7 @@ def tokens() -> list[list[Tensor]]:
 
 def test_the_bias_of_a_tied_head_makes_up_for_the_weight() -> None:
     experts, batches = experts_of(TiedHead), tokens()
-    merged, records = merge(experts, batches, rule=Rule(ridge=0.0))
+    merged, records = merge(experts, batches, rule=ChainOptions(ridge=0.0))
     assert [record.name for record in records] == ["embed", "body", "bias"]
     gaps = torch.zeros(12)
     for expert, part in zip(experts, batches):
@@ -376,9 +376,9 @@ def test_padding_does_not_count_in_sums_and_products() -> None:
         assert relative(merged[name], expected[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("rule", [Rule(), Rule(target="merged"), Rule(inputs="expert")])
+@pytest.mark.parametrize("rule", [ChainOptions(), ChainOptions(target="merged"), ChainOptions(inputs="expert")])
 @pytest.mark.parametrize("function", [looped, pytest.param(grouped, marks=has_grouped)])
-def test_functions_pause_in_lockstep_as_in_the_naive_chain(function: Function, rule: Rule) -> None:
+def test_functions_pause_in_lockstep_as_in_the_naive_chain(function: Function, rule: ChainOptions) -> None:
     def whole(x: Tensor, p: Tensor, w: Tensor) -> Tensor:
         return function(x + p, w)
 

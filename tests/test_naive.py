@@ -13,14 +13,18 @@ from transformers import BertConfig, BertModel, ViTConfig, ViTModel
 
 from benchmarks.naive import naive_chain
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import NAMES_OF_5, built, relative
 
 IMPORTANCE = (0.4, 0.6)
-RULES = {"chain": Rule(), "one-sided": Rule(target="merged"), "layer by layer": Rule(inputs="expert")}
-Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], Rule], list[LayerRecord]]
+RULES = {
+    "chain": ChainOptions(),
+    "one-sided": ChainOptions(target="merged"),
+    "layer by layer": ChainOptions(inputs="expert"),
+}
+Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], ChainOptions], list[LayerRecord]]
 
 
 def vit(blocks: int = 2) -> nn.Module:
@@ -109,7 +113,7 @@ def averaged(tasks: Sequence[Task]) -> dict[str, Tensor]:
     [lambda: image_tasks(vit), text_tasks, lambda: image_tasks(cnn)],
     ids=["vit", "bert", "cnn"],
 )
-def test_the_lockstep_merges_as_the_naive_chain(make_tasks: Callable[[], list[Task]], rule: Rule) -> None:
+def test_the_lockstep_merges_as_the_naive_chain(make_tasks: Callable[[], list[Task]], rule: ChainOptions) -> None:
     tasks = make_tasks()
     start, merged, expected = averaged(tasks), averaged(tasks), averaged(tasks)
     records = merge_layers(tasks, merged, IMPORTANCE, rule)
@@ -141,7 +145,7 @@ def counted(blocks: int, run: Run) -> tuple[Counter[str], Counter[str], int]:
         task.expert.register_forward_pre_hook(count(starts))
         for block in task.expert.get_submodule("layers" if NAMES_OF_5 else "encoder.layer").children():
             block.register_forward_pre_hook(count(entered))
-    records = run(tasks, merged, IMPORTANCE, Rule())
+    records = run(tasks, merged, IMPORTANCE, ChainOptions())
     return starts, entered, sum(bool(record.parameters) for record in records)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import kept
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
@@ -48,7 +48,7 @@ def merge(
         Task(f"task{n}", e, b, call, keep=lambda batch: batch.get("attention_mask"))
         for n, (e, b) in enumerate(zip(experts, batches))
     ]
-    return merged, merge_layers(tasks, merged, [0.5, 0.5], Rule())
+    return merged, merge_layers(tasks, merged, [0.5, 0.5], ChainOptions())
 
 
 def sequences(low: int = 1, high: int = 30) -> list[list[Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import Embedding, layer_type, own_parameters
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
@@ -92,7 +92,7 @@ def merge(experts: list[nn.Module], batches: list[list[Tensor]]) -> Merged:
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
     merged = {n: nn.Parameter(average([s[n] for s in states]), False) for n in states[0]}
     tasks = [Task(str(n), expert, part) for n, (expert, part) in enumerate(zip(experts, batches))]
-    records = merge_layers(tasks, merged, [1 / len(experts)] * len(experts), Rule())
+    records = merge_layers(tasks, merged, [1 / len(experts)] * len(experts), ChainOptions())
     return copy_module(experts[0], {id(t): merged[n] for n, t, _ in named_tensors(experts[0])}), records
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
-from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import Task
 from com_lightning.data.augmentation import perturbed, with_copies
@@ -83,34 +80,3 @@ def test_copies_are_numbered_on_and_differ() -> None:
     assert first.numbers == [0, 2, 6, 8, 12, 14]
     assert torch.equal(first.batches[1], tasks[0].batches[1])
     assert len({tuple(batch.flatten().tolist()) for task in (first, second) for batch in task.batches[3::2]}) == 4
-
-
-def _merged(tasks: list[Task], copies: int) -> nn.Module:
-    result = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    states = [dict(task.expert.named_parameters()) for task in tasks]
-    with torch.no_grad():
-        for name, tensor in result.named_parameters():
-            tensor.copy_(torch.stack([state[name] for state in states]).mean(0))
-    share = [1 / len(tasks)] * len(tasks)
-    merge_layers(tasks, dict(result.named_parameters()), share, Rule(perturbed_copies=copies), Run())
-    return result
-
-
-def _tasks() -> list[Task]:
-    torch.manual_seed(0)
-    experts = [nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2)) for _ in range(2)]
-    return [Task(str(n), expert, [torch.randn(6, 4), torch.randn(6, 4)]) for n, expert in enumerate(experts)]
-
-
-def test_copies_count_as_batches_do() -> None:
-    by_itself, by_hand = _merged(_tasks(), 2), _merged(with_copies(_tasks(), 2, Peers()), 0)
-    for one, other in zip(by_itself.parameters(), by_hand.parameters()):
-        assert torch.equal(one, other)
-    assert not torch.equal(next(by_itself.parameters()), next(_merged(_tasks(), 0).parameters()))
-
-
-def test_identical_experts_give_the_expert_back() -> None:
-    one, other = _tasks()
-    merged = _merged([one, replace(other, expert=one.expert)], 3)
-    for result, expert in zip(merged.parameters(), one.expert.parameters()):
-        assert torch.allclose(result, expert, atol=1e-5)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.statistics import InputStatistics
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import named_tensors
@@ -99,7 +99,7 @@ def test_experts_that_stay_give_the_same_bits(name: str) -> None:
             for n, (e, b) in enumerate(zip(experts, cast))
         ]
         results.append(averages(experts))
-        records = merge_layers(tasks, results[-1], [0.5, 0.5], Rule())
+        records = merge_layers(tasks, results[-1], [0.5, 0.5], ChainOptions())
         assert any(record.parameters for record in records)
     for (own, first), second in zip(results[0].items(), results[1].values()):
         assert first.dtype == second.dtype
@@ -129,7 +129,7 @@ def test_an_expert_that_stays_claims_to_be_where_it_runs() -> None:
     batches = [torch.randn(8, 4).double()]
     tasks = [Task(str(n), e, batches, move=lambda module: module.double(), stays=True) for n, e in enumerate(experts)]
     result = averages(experts)
-    merge_layers(tasks, result, [0.5, 0.5], Rule())
+    merge_layers(tasks, result, [0.5, 0.5], ChainOptions())
     assert all(tensor.isfinite().all() for tensor in result.values())
 
 

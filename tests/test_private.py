@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.task_biases import centred, own_tensors, with_own_biases
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
@@ -21,10 +21,10 @@ from com_lightning.results.folder import load_results
 from tests.helpers import built, make_data, make_experts, quiet_trainer, relative
 
 PRIVATE = {
-    "two-sided": Rule(private_biases=True),
-    "one-sided": Rule(target="merged", private_biases=True),
-    "sensitive": Rule(private_biases=True, sensitivity="numbers"),
-    "all": Rule(private_biases=True, sensitivity="numbers", residual=True),
+    "two-sided": ChainOptions(private_biases=True),
+    "one-sided": ChainOptions(target="merged", private_biases=True),
+    "sensitive": ChainOptions(private_biases=True, sensitivity="numbers"),
+    "all": ChainOptions(private_biases=True, sensitivity="numbers", residual=True),
 }
 
 
@@ -47,7 +47,9 @@ MODELS: dict[str, Any] = {
 }
 
 
-def merged_by(rule: Rule, experts: list[nn.Module], batches: list[list[Tensor]]) -> tuple[list[Task], Any, Any, Any]:
+def merged_by(
+    rule: ChainOptions, experts: list[nn.Module], batches: list[list[Tensor]]
+) -> tuple[list[Task], Any, Any, Any]:
     tasks = [Task(f"task{n}", expert, own) for n, (expert, own) in enumerate(zip(experts, batches))]
     states = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in tasks]
     merged: dict[str, Tensor] = {}
@@ -108,9 +110,9 @@ def test_experts_that_differ_in_their_private_part_alone_come_back(name: str) ->
             if own and tensor.is_floating_point():
                 tensor.mul_(1.5).add_(0.1)
     batches = [[batch.double() for batch in own] for own in data_for(name)]
-    rule = Rule(private_biases=True, ridge=1e-9)
+    rule = ChainOptions(private_biases=True, ridge=1e-9)
     tasks, merged, own, _ = merged_by(rule, [first, second], batches)
-    shared = modules(*merged_by(Rule(ridge=1e-9), [first, second], batches)[:3])
+    shared = modules(*merged_by(ChainOptions(ridge=1e-9), [first, second], batches)[:3])
     for task, module, plain in zip(tasks, modules(tasks, merged, own), shared):
         output, expected = (
             torch.cat([module(b) for b in task.batches]),

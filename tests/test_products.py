@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.statistics import InputStatistics
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors import matmul as products
@@ -117,8 +117,10 @@ class Wide(nn.Module):
         return x + self.down(F.gelu(self.up(x)))  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("rule", [Rule(target="merged"), Rule(residual=True)], ids=["one-sided", "default"])
-def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: Rule) -> None:
+@pytest.mark.parametrize(
+    "rule", [ChainOptions(target="merged"), ChainOptions(residual=True)], ids=["one-sided", "default"]
+)
+def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: ChainOptions) -> None:
     torch.manual_seed(0)
     base = Wide()
     experts = [perturb(copy.deepcopy(base), seed=seed) for seed in (1, 2)]

@@ -1,4 +1,4 @@
-"""``refit_private`` and ``Refitted``: the layers of a task that are not shared, solved for the merged model."""
+"""``refit_heads`` and ``Refitted``: the layers of a task that are not shared, solved for the merged model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from com_lightning import (
 )
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import named_tensors
@@ -60,7 +60,7 @@ def merged_and_refitted(experts: list[nn.Sequential], run: Run | None = None, **
     tasks = make_tasks(experts)
     states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts]
     merged: dict[str, Tensor] = {n: (states[0][n] + states[1][n]).detach() / 2 for n in states[0] if "4" not in n}
-    settings = Rule(**{"ridge": 1e-6, "normalize": False, **rule})
+    settings = ChainOptions(**{"ridge": 1e-6, "normalize": False, **rule})
     merge_layers(tasks, merged, [0.5, 0.5], settings, run)
     records, found = refit(tasks, merged, {}, settings, run or Run())
     return tasks, merged, records, found
@@ -103,8 +103,8 @@ def test_skipped_batches_stay_out_and_are_told_of_once() -> None:
     tasks[0].batches[1][0, 0] = float("nan")
     run = Run(on_bad_batch="skip")
     merged: dict[str, Tensor] = {n: t.clone() for n, t in experts[0].state_dict().items() if "4" not in n}
-    merge_layers(tasks, merged, [0.5, 0.5], Rule(), run)
-    records, _ = refit(tasks, merged, {}, Rule(), run)
+    merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), run)
+    records, _ = refit(tasks, merged, {}, ChainOptions(), run)
     assert len(run.skipped) == 1
     assert [record.rows for record in records] == [{"task 0": 96}, {"task 1": 128}]
 
@@ -134,11 +134,10 @@ def merge(method: MergingMethod, output_dir: Path | None = None) -> ChainOfMerge
 
 
 METHODS: list[Callable[[bool], MergingMethod]] = [
-    lambda on: ChainOfMerges(refit_private=on),
-    lambda on: ChainOfMerges(refit_private=on, private_biases=True),
-    lambda on: ChainOfMerges(refit_private=on, sensitivity="numbers"),
-    lambda on: ChainOfMerges(refit_private=on, ridge="held_out"),
-    lambda on: ChainOfMerges("merged", refit_private=on),
+    lambda on: ChainOfMerges(refit_heads=on),
+    lambda on: ChainOfMerges(refit_heads=on, private_biases=True),
+    lambda on: ChainOfMerges(refit_heads=on, sensitivity="numbers"),
+    lambda on: ChainOfMerges("merged", refit_heads=on),
     lambda on: Refitted(RegMean()) if on else RegMean(),
     lambda on: Refitted(RegMeanPlusPlus()) if on else RegMeanPlusPlus(),
     lambda on: Refitted(Average()) if on else Average(),
@@ -168,7 +167,7 @@ def test_heads_come_closer_to_what_the_experts_give(method: Callable[[bool], Mer
 
 
 def test_a_refitted_chain_is_the_chain_with_the_option() -> None:
-    one, two = merge(ChainOfMerges(refit_private=True)), merge(Refitted(ChainOfMerges(), normalize=True))
+    one, two = merge(ChainOfMerges(refit_heads=True)), merge(Refitted(ChainOfMerges(), normalize=True))
     for task, module in one.modules.items():
         torch.testing.assert_close(module.state_dict(), two.modules[task].state_dict())
 
@@ -185,7 +184,7 @@ def test_what_a_rule_without_layers_does_is_told_as_without() -> None:
     [
         (Refitted(TIES(0)), "method: density: must be above 0"),
         (Refitted(TIES(), ridge=-1), "ridge: must be 0 or more, and finite, got -1"),
-        (Refitted(ChainOfMerges(refit_private=True)), "method: it solves private layers by itself already"),
+        (Refitted(ChainOfMerges(refit_heads=True)), "method: it solves private layers by itself already"),
         (Refitted(Refitted(TIES())), "method: it solves private layers by itself already"),
         (Combined(Refitted(TIES()), Average()), "matrices: Refitted merges the model as a whole"),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from com_lightning import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.core.chain import find_residuals as additions
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type
 from com_lightning.core.layers.einsum import Contraction
 from com_lightning.core.sweep.context import Run, Solved
@@ -26,14 +26,14 @@ from tests.test_additions import Block
 from tests.test_chain import MODELS, case, merge, points, spread, tensors, worst
 from tests.zoo import averages, make_experts, run
 
-CORRECTED = Rule(residual=True)
+CORRECTED = ChainOptions(residual=True)
 
 
 @pytest.mark.parametrize("normalize", [True, False])
 def test_the_solution_is_least_squares_on_the_corrected_target(normalize: bool) -> None:
     experts = [expert.double() for expert in built(Block)]
     batches = [[points(task).double(), points(task + 1).double()] for task in (0, 10)]
-    merged, records = merge(experts, batches, Rule(normalize=normalize, ridge=0.0, residual=True))
+    merged, records = merge(experts, batches, ChainOptions(normalize=normalize, ridge=0.0, residual=True))
     inputs, targets = [], []
     for expert, part in zip(experts, batches):
         x = torch.cat(part)
@@ -92,7 +92,7 @@ def test_the_stream_is_as_close_to_the_experts_as_its_last_writer_can_bring_it(n
     batches = [[spread(task + batch, *shape).double() for batch in range(2)] for task in (0, 10)]
     slopes, errors = [], []
     for residual in (True, False):
-        merged, records = merge(experts, batches, Rule(normalize=False, ridge=1e-12, residual=residual))
+        merged, records = merge(experts, batches, ChainOptions(normalize=False, ridge=1e-12, residual=residual))
         assert [bool(record.corrected_for) for record in records if record.name == writer] == [residual]
         assert not any(record.uncorrected for record in records)
         error = torch.zeros((), dtype=torch.float64)
@@ -117,7 +117,7 @@ def test_batches_come_in_any_size(name: str) -> None:
     reference, _ = merge(experts, batches, CORRECTED)
     single = [list(torch.split(torch.cat(part, dim), 1, dim)) for part in batches]
     assert worst(merge(experts, single, CORRECTED)[0], reference) < 1e-8
-    assert worst(merge(experts, batches, Rule())[0], reference) > 1e-3
+    assert worst(merge(experts, batches, ChainOptions())[0], reference) > 1e-3
 
 
 @pytest.mark.parametrize("name", ["attention", "vit", "bert", "gpt2"])
@@ -134,7 +134,7 @@ def test_running_statistics_do_not_stand_in_the_way() -> None:
     values = averages(experts)
     tasks = [Task(str(n), e, b, run) for n, (e, b) in enumerate(zip(experts, batches))]
     records = merge_layers(tasks, values, [0.5, 0.5], CORRECTED)
-    plain = merge_layers(tasks, averages(experts), [0.5, 0.5], Rule())
+    plain = merge_layers(tasks, averages(experts), [0.5, 0.5], ChainOptions())
     corrected = [(one, other) for one, other in zip(records, plain) if one.corrected_for]
     assert len(corrected) == 8
     assert {one.kind for one, _ in corrected} == {"batch normalisation"}
@@ -280,14 +280,16 @@ def test_an_interrupted_merge_goes_on_as_it_would_have(solved: int, tmp_path: Pa
 
 
 def test_which_rules_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ChainOfMerges().rule == Rule(residual=True)
-    assert ChainOfMerges(residual=False).rule == Rule()
+    assert ChainOfMerges().rule == ChainOptions(residual=True)
+    assert ChainOfMerges(residual=False).rule == ChainOptions()
     assert not RegMean().rule.residual
     assert not RegMeanPlusPlus().rule.residual
     experts, batches = case("attention")
-    plain = [merge(experts, batches, rule)[0] for rule in (Rule(), Rule(target="merged"))]
+    plain = [merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged"))]
     monkeypatch.setattr(additions, "find_writers", None)  # with nothing to correct, nothing is looked for
-    again = [merge(experts, batches, rule)[0] for rule in (Rule(), Rule(target="merged", residual=True))]
+    again = [
+        merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged", residual=True))
+    ]
     for one, other in zip(plain, again):
         assert all(torch.equal(one[name], value) for name, value in other.items())
     with pytest.raises(TypeError):

@@ -33,7 +33,7 @@ from com_lightning import (
     TaskArithmetic,
 )
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.results.atomic import Workplace, write_whole
@@ -111,7 +111,7 @@ def test_the_same_merge_goes_on(unfinished: Path, tmp_path: Path) -> None:
 
 
 def test_refitted_heads_go_on(tmp_path: Path) -> None:
-    method = ChainOfMerges(refit_private=True)
+    method = ChainOfMerges(refit_heads=True)
     interrupt(tmp_path / "out", 4, method=method)  # the first of two heads is done
     callback, whole = (merge(tmp_path / name, method=method) for name in ("out", "whole"))
     assert callback.report.resumed == 4
@@ -274,7 +274,7 @@ def test_batches_stay_lost(layers: int, tmp_path: Path) -> None:
         run.journal.bind({"a": "1"})
         merged = averages(experts)
         tasks = [Task(str(n), expert, batches[n]) for n, expert in enumerate(experts)]
-        return merged, merge_layers(tasks, merged, [0.5, 0.5], Rule(), run), run.skipped
+        return merged, merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), run), run.skipped
 
     with pytest.raises(Interrupted):
         merge("unfinished", layers)

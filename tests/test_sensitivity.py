@@ -15,7 +15,7 @@ from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
 from com_lightning.core.chain import sensitivity
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.dry_run import held_by_gradients
-from com_lightning.core.chain.options import Distance, Rule
+from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.chain.sensitivity import RANK, Sensitivity, omega_of, roots
 from com_lightning.core.solve import weighted_ridge as metric_module
 from com_lightning.core.solve.ridge import factorize, solve
@@ -25,10 +25,10 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 
-SENSITIVE: dict[str, Rule] = {
-    "probabilities": Rule(sensitivity="probabilities"),
-    "numbers": Rule(sensitivity="numbers"),
-    "one-sided": Rule(target="merged", sensitivity="numbers"),
+SENSITIVE: dict[str, ChainOptions] = {
+    "probabilities": ChainOptions(sensitivity="probabilities"),
+    "numbers": ChainOptions(sensitivity="numbers"),
+    "one-sided": ChainOptions(target="merged", sensitivity="numbers"),
 }
 
 
@@ -36,7 +36,7 @@ def tasks_of(experts: list[nn.Module], data: list[list[Any]], call: Callable[...
     return [Task(f"task{n}", e, b, call or (lambda m, x, i: m(x))) for n, (e, b) in enumerate(zip(experts, data))]
 
 
-def merged_by(rule: Rule, tasks: list[Task]) -> tuple[dict[str, Tensor], list[LayerRecord]]:
+def merged_by(rule: ChainOptions, tasks: list[Task]) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     states = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in tasks]
     merged: dict[str, Tensor] = {
         name: nn.Parameter(average([state[name] for state in states]), requires_grad=False)
@@ -154,7 +154,7 @@ def test_it_changes_what_is_merged_and_leaves_the_experts_alone(rule: str) -> No
     experts = built(network)
     before = [copy.deepcopy(expert.state_dict()) for expert in experts]
     merged, records = merged_by(SENSITIVE[rule], tasks_of(experts, points()))
-    plain, _ = merged_by(Rule(target=SENSITIVE[rule].target), tasks_of(experts, points()))
+    plain, _ = merged_by(ChainOptions(target=SENSITIVE[rule].target), tasks_of(experts, points()))
     assert [record.name for record in records if record.steps is not None] == ["0", "2", "4"]
     assert relative(merged["2.weight"], plain["2.weight"]) > 1e-3
     for expert, state in zip(experts, before):
@@ -169,7 +169,7 @@ def test_an_output_that_a_task_does_not_read_is_left_to_the_other() -> None:
         experts[1][2].weight[:, 3:] = 0.0  # type: ignore[index]
     data = points()
     shares = {}
-    for rule in (Rule(ridge=1e-6), Rule(ridge=1e-6, sensitivity="numbers")):
+    for rule in (ChainOptions(ridge=1e-6), ChainOptions(ridge=1e-6, sensitivity="numbers")):
         merged, _ = merged_by(rule, tasks_of(experts, [data[0], data[0]]))
         own = [expert[0].weight.detach() for expert in experts]  # type: ignore[index]
         gaps = [(merged["0.weight"] - weight).norm(dim=1) for weight in own]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from com_lightning.core.chain.gather import CalibrationForward, Inputs, Layer
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.solve import ridge as solver
 from com_lightning.core.solve.ridge import factorize, residual, solve, solve_or_average
@@ -333,7 +333,7 @@ def gathered(case: Case) -> list[InputStatistics]:
             forward = CalibrationForward(layers[n], lambda: None, task=n, batch=0, stream=stream)  # type: ignore[arg-type]
             arrivals.append(Arrival(forward, "layer", (0,), (rows,), {}))
     target = "expert" if case.two_sided else "merged"
-    inputs = Inputs.gathered(layer, arrivals, tasks, Rule("merged", target, case.normalize, case.ridge))  # type: ignore[arg-type]
+    inputs = Inputs.gathered(layer, arrivals, tasks, ChainOptions("merged", target, case.normalize, case.ridge))  # type: ignore[arg-type]
     assert not inputs.bad
     return inputs.statistics
 

@@ -22,7 +22,7 @@ from benchmarks.memory import Watch
 from benchmarks.speed import floor
 from benchmarks.speed.tower import Tower
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
@@ -39,7 +39,7 @@ def watched(found: dict[str, float]) -> Iterator[None]:
     watch.over.set()
 
 
-def ours(rule: Rule, budget: float | None = None) -> Callable[[Tower, dict[str, float]], None]:
+def ours(rule: ChainOptions, budget: float | None = None) -> Callable[[Tower, dict[str, float]], None]:
     """A merge by our rules, from experts in memory to merged weights in memory.
 
     Args:
@@ -113,7 +113,7 @@ def part_of_the_floor(name: str) -> Callable[[Tower, dict[str, float]], None]:
     return timed
 
 
-RULES = {"one-sided": Rule(target="merged"), "default": Rule(residual=True)}
+RULES = {"one-sided": ChainOptions(target="merged"), "default": ChainOptions(residual=True)}
 """The default is two-sided, and corrected for what residual streams lack."""
 BUDGET = 0.25
 OURS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks.lockstep import Setting
 from benchmarks.speed.timing import Timed, exponent, in_turn, spread
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 
 SIZES: Mapping[str, Sequence[int]] = {
     "blocks": (4, 8, 16, 32, 48),
@@ -42,7 +42,7 @@ def run(repeats: int, width: int, batch_size: int, sizes: Mapping[str, Sequence[
 def _timed(width: int, batch_size: int, blocks: int, samples: int, tasks: int) -> Timed:
     def seconds() -> float:
         setting = Setting(blocks, width, samples, batch_size, tasks)  # not kept: there are many
-        setting.rule = Rule(residual=True)
+        setting.rule = ChainOptions(residual=True)
         return setting.merge(merge_layers)[0].seconds
 
     return seconds

@@ -21,7 +21,7 @@ from benchmarks.suites.suite import Experts, Suite
 from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
 from com_lightning.analysis.compare import reseeded
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.execution import describe
 from com_lightning.methods.registry import Setting
 from com_lightning.validation import quiet_lightning
@@ -227,7 +227,7 @@ def _is_of(entry: Entry, settings: Sequence[Setting], seed: int) -> bool:
     method = settings[labels.index(entry.chosen) if entry.chosen else 0].method
     now: dict[str, object] = json.loads(json.dumps(describe(reseeded(method, seed)), default=str))
     # What a rule has learnt since is off by default.
-    off = {field.name: field.default for field in fields(Rule)}
+    off = {field.name: field.default for field in fields(ChainOptions)}
     return entry.settings == {
         name: value for name, value in now.items() if name in entry.settings or value != off.get(name, ...)
     }

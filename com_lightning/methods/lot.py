@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, Optional
 
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.methods.chain import ClosedForm
 
 
@@ -40,4 +40,4 @@ class LOT(ClosedForm):
 
     def __init__(self, importance: Optional[Dict[str, float]] = None, ridge: float = 1e-4) -> None:
         super().__init__(importance)
-        self.rule = Rule("expert", "merged", False, ridge, anchor="base", joint=False)
+        self.rule = ChainOptions("expert", "merged", False, ridge, anchor="base", joint=False)

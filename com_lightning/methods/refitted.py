@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from com_lightning.core.chain.heads import refit
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -14,7 +14,7 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 class Refitted(MergingMethod):
     """A rule for the shared parameters, then each task's private layers, heads say, solved for the merged features.
 
-    What ``ChainOfMerges(refit_private=True)`` does, for any other rule: a head was trained on the features of its
+    What ``ChainOfMerges(refit_heads=True)`` does, for any other rule: a head was trained on the features of its
     expert, and meets those of the merged model, however that was merged. The equation is in
     :mod:`com_lightning.core.chain.heads`; the rules' papers leave private layers as they are. It reads calibration
     data, also where the rule itself needs none, but no labels, and adds no parameters. Where nothing is private, it
@@ -42,7 +42,7 @@ class Refitted(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
-        rule = Rule(normalize=self.normalize, ridge=self.ridge, residual=True)
+        rule = ChainOptions(normalize=self.normalize, ridge=self.ridge, residual=True)
         refitted, found = refit(job.tasks, job.merged, job.own, rule, job.run)
         job.refitted.update(found)
         return records + refitted
@@ -51,6 +51,6 @@ class Refitted(MergingMethod):
         found = [f"method: {problem}" for problem in self.method.problems(tasks)]
         if not 0 <= self.ridge < math.inf:
             found.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
-        if getattr(getattr(self.method, "rule", None), "refit_private", False) or isinstance(self.method, Refitted):
+        if getattr(getattr(self.method, "rule", None), "refit_heads", False) or isinstance(self.method, Refitted):
             found.append("method: it solves private layers by itself already")
         return found

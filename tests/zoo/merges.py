@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors, tied_names
 from tests.helpers import perturb
 from tests.zoo.models import ZOO, Inputs
 
-Merge = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], Rule], list[LayerRecord]]
+Merge = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], ChainOptions], list[LayerRecord]]
 
 
 def run(module: nn.Module, inputs: Inputs, index: int = 0) -> object:
@@ -121,13 +121,13 @@ def with_values(expert: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
 
 
 def merge(
-    experts: list[nn.Module], batches: list[list[Inputs]], using: Merge = merge_layers, rule: Rule | None = None
+    experts: list[nn.Module], batches: list[list[Inputs]], using: Merge = merge_layers, rule: ChainOptions | None = None
 ) -> Merged:
     """Merge with equal importance."""
     values = averages(experts)
     tasks = [Task(f"task{n}", e, b, run) for n, (e, b) in enumerate(zip(experts, batches))]
     start = time.perf_counter()
-    records = using(tasks, values, [1 / len(experts)] * len(experts), rule or Rule())
+    records = using(tasks, values, [1 / len(experts)] * len(experts), rule or ChainOptions())
     return Merged(experts, batches, values, records, time.perf_counter() - start)
 
 

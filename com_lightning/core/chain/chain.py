@@ -15,7 +15,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.chain.fit import Fit, fit
 from com_lightning.core.chain.gather import CalibrationForward, Inputs, Layer, check_solution, where
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.output_error import OutputError
 from com_lightning.core.chain.reduce import add_up
 from com_lightning.core.chain.residual_stream import Corrections, Source
@@ -32,14 +32,13 @@ from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import copy_module
 from com_lightning.core.tensors.placement import is_watchable
 from com_lightning.core.tensors.tracked import Part, Watched, Writes, plain
-from com_lightning.data.augmentation import with_copies
 
 
 def merge_layers(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
     importance: Sequence[float],
-    rule: Rule,
+    rule: ChainOptions,
     run: Run | None = None,
     base: Mapping[str, Tensor] | None = None,
     own: Mapping[str, Sequence[Tensor]] | None = None,
@@ -72,8 +71,6 @@ def merge_layers(
 
     run = run or Run()
     with run.peers.told(), kept_memory():
-        if rule.perturbed_copies:
-            tasks = with_copies(tasks, rule.perturbed_copies, run.peers)
         corrected = rule.residual and rule.streams == ("merged", "expert")
         writers = find_writers(tasks, merged, run) if corrected else {}
         chain = _Chain(tasks, merged, importance, rule, run, base, own, writers, fixed)
@@ -88,7 +85,7 @@ class _Chain:
         tasks: Sequence[Task],
         merged: Mapping[str, Tensor],
         importance: Sequence[float],
-        rule: Rule,
+        rule: ChainOptions,
         run: Run,
         base: Mapping[str, Tensor] | None = None,
         own: Mapping[str, Sequence[Tensor]] | None = None,

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from com_lightning.core.chain.chain import _Chain
 from com_lightning.core.chain.gather import Inputs, Layer
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
 
@@ -24,7 +24,7 @@ def measure_shift(
     Takes what :func:`~com_lightning.core.chain.chain.merge_layers` does; nothing is solved or written. For the average it is
     what a chain would meet if it changed nothing.
     """
-    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), Rule("merged", "expert"), run, own=own)
+    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), ChainOptions("merged", "expert"), run, own=own)
     with run.peers.told():
         return chain.run()
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from com_lightning.core.chain.chain import _Chain
 from com_lightning.core.chain.gather import CalibrationForward
-from com_lightning.core.chain.options import Distance, Rule
+from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.chain.sensitivity import _Sensing
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.lockstep import Arrival
@@ -19,7 +19,7 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import named_tensors
 
 
-def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: Rule) -> list[int]:
+def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: ChainOptions) -> list[int]:
     """The most bytes that the forwards of each task hold while they are paused.
 
     Takes what :func:`~com_lightning.core.chain.chain.merge_layers` does, and runs the forwards in the same way; nothing is

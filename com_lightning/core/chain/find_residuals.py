@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from com_lightning.core.chain.chain import _Chain
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.lockstep import Arrival
@@ -69,7 +69,7 @@ class _Discovery(_Chain):
 
         numbers = None if task.numbers is None else task.numbers[:1]
         only = replace(task, batches=[task.batches[0]], numbers=numbers, call=call)
-        super().__init__([only], merged, [1.0], Rule("expert", "merged"), Run())
+        super().__init__([only], merged, [1.0], ChainOptions("expert", "merged"), Run())
 
     def writers(self) -> dict[str, list[Source]]:
         with contextlib.suppress(Exception):  # the merge runs it again, and tells, or skips a batch that is a bad one

@@ -10,16 +10,13 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.chain.gather import Inputs, Layer
-from com_lightning.core.chain.options import Balance, Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import PerChannel
-from com_lightning.core.solve.held_out import FALLBACK, choose_ridge
 from com_lightning.core.solve.ridge import factorize, residual, solve_or_average
 from com_lightning.core.solve.statistics import Shift
 from com_lightning.core.solve.task_biases import centred, solve_each, with_own_biases
 from com_lightning.core.solve.weighted_ridge import solve_in_metrics
 from com_lightning.core.tensors.modules import average
-
-POWERS: dict[Balance, int] = {"mean": 1, "worst": 2}
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Fit:
 def fit(
     layer: Layer,
     inputs: Inputs,
-    rule: Rule,
+    rule: ChainOptions,
     importance: Sequence[float],
     roots: Sequence[Tensor | None] = (),
     apart: bool = False,
@@ -63,22 +60,15 @@ def fit(
             :mod:`~com_lightning.core.chain.sensitivity`.
         apart: whether tasks keep biases, or all of a normalisation, for themselves.
     """
-    kind, module, weights = layer.kind, layer.merged, layer.weights
+    kind, module, weights, ridge = layer.kind, layer.merged, layer.weights, rule.ridge
     known = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
     known = known if len(known) == len(weights) and len(weights[0]) == 1 else []
     biases = apart and not isinstance(kind, PerChannel)
-    if inputs.odd:
-        # What a stream lacks can hardly be told from a layer's inputs. Held-out rows ask for a ridge that gives up on
-        # it; but to repair it where it was seen keeps the inputs of later layers true, which serves them more.
-        if known or not layer.corrected:
-            inputs.ridge = choose_ridge(inputs.statistics, inputs.odd, weights, importance, biases)
-        inputs.joined()
-    ridge = (inputs.ridge or FALLBACK) if isinstance(rule.ridge, str) else rule.ridge
     for entry in inputs.statistics:
         if entry.gram is None:  # no forward of this task got here
             entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
     if rule.balance:
-        importance = balanced(importance, [entry.shift for entry in inputs.statistics], POWERS[rule.balance])
+        importance = balanced(importance, [entry.shift for entry in inputs.statistics])
     grams = [s.mean_gram() for s in inputs.statistics]
     reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
     averaged = kind.has_bias(module) and not rule.joint
@@ -117,21 +107,21 @@ def fit(
     return found
 
 
-def balanced(importance: Sequence[float], shifts: Sequence[Shift], power: int) -> list[float]:
-    """Task importance, times a power of how far the inputs have drifted: what has suffered more counts more.
+def balanced(importance: Sequence[float], shifts: Sequence[Shift]) -> list[float]:
+    """Task importance, times the square of how far the inputs have drifted: a task that has drifted more counts more.
 
-    ``a_i c_i / sum_j a_j c_j`` with ``c_i = (d_i² / mean_j d_j²)^(p/2)``, but at least 1/2 and at most 2, where ``d_i``
-    is the relative distance of the merged model's inputs to the expert's.
+    ``a_i c_i / sum_j a_j c_j`` with ``c_i = d_i² / mean_j d_j²``, but at least 1/2 and at most 2. ``d_i`` is the
+    relative distance of the merged model's inputs to the expert's.
 
     Example::
 
         >>> near, far = (Shift(distance=square, energy=10.0, rows=5) for square in (1.0, 1.5))
-        >>> [round(share, 2) for share in balanced([0.5, 0.5], [near, far], 2)]
+        >>> [round(share, 2) for share in balanced([0.5, 0.5], [near, far])]
         [0.4, 0.6]
     """
     squares = [shift.relative_distance**2 if shift.rows else 0.0 for shift in shifts]
     mean = sum(squares) / len(squares)
     if not 0 < mean < math.inf:
         return list(importance)
-    counts = [own * min(max((square / mean) ** (power / 2), 0.5), 2.0) for own, square in zip(importance, squares)]
+    counts = [own * min(max(square / mean, 0.5), 2.0) for own, square in zip(importance, squares)]
     return [count / sum(counts) for count in counts]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.chain.options import HELD_OUT, Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Corrections, Where
 from com_lightning.core.layers import LayerType, kept
 from com_lightning.core.layers.base import Call
@@ -79,9 +79,7 @@ class Inputs:
         layer: the first of them.
         key: what their types must agree on; ``None``: not to be shared.
         seen: each input and its version.
-        statistics: per task; of even batches alone, while there are ``odd`` ones.
-        odd: per task, those of every second batch, where they are to be told apart; until the layer is solved.
-        ridge: what was chosen, if it was.
+        statistics: per task.
         unpaired: calls whose expert rows could not be matched.
         uncorrected: calls for which what the stream lacks was not known, where it is to be made up for.
         masked: names of tasks whose padding masks fit.
@@ -94,8 +92,6 @@ class Inputs:
     key: Hashable
     seen: Mapping[Where, tuple[weakref.ref[Tensor], int]]
     statistics: list[InputStatistics]
-    odd: list[InputStatistics] = field(default_factory=list)
-    ridge: float | None = None
     unpaired: int = 0
     uncorrected: int = 0
     masked: set[str] = field(default_factory=set)
@@ -131,7 +127,7 @@ class Inputs:
         layer: Layer,
         arrivals: Sequence[Arrival],
         tasks: Sequence[Task],
-        rule: Rule,
+        rule: ChainOptions,
         first: str | None = None,
         pager: Pager | None = None,
         exact: bool = False,
@@ -154,7 +150,7 @@ class Inputs:
         pairs = list(_paired(arrivals, rule))
         for merged, expert in () if exact else _fetched(pairs, pager):
             inputs._add(layer, inputs._entry(merged, tasks), merged, expert, tasks, corrections)
-        if exact or not all(_is_sound(entry, _SMALLEST) for entry in (*inputs.statistics, *inputs.odd)):
+        if exact or not all(_is_sound(entry, _SMALLEST) for entry in inputs.statistics):
             inputs = Inputs.empty(first, layer, rule, inputs.seen, tasks)
             for merged, expert in _fetched(pairs, pager):
                 inputs._add_if_finite(layer, merged, expert, tasks, rule, corrections)
@@ -163,25 +159,15 @@ class Inputs:
         return inputs
 
     @staticmethod
-    def empty(first: str, layer: Layer, rule: Rule, seen: Mapping[Where, Any], tasks: Sequence[Task]) -> Inputs:
+    def empty(first: str, layer: Layer, rule: ChainOptions, seen: Mapping[Where, Any], tasks: Sequence[Task]) -> Inputs:
         """Of no row yet."""
         scratch = Scratch()
         inputs = Inputs(first, layer.key, seen, [_empty(layer, rule, scratch) for _ in tasks])
-        if rule.ridge == HELD_OUT:
-            inputs.odd = [_empty(layer, rule, scratch) for _ in tasks]
         return inputs
-
-    def joined(self) -> None:
-        """Put the statistics of all batches together."""
-        for entry, other in zip(self.statistics, self.odd):
-            entry.join(other)
-        self.odd = []
 
     def _entry(self, arrival: Arrival, tasks: Sequence[Task]) -> InputStatistics:
         """What the rows of a forward are added to."""
-        number, batch, _ = where(arrival)
-        odd = self.odd and tasks[number].batch_numbers[batch] % 2
-        return (self.odd if odd else self.statistics)[number]
+        return self.statistics[where(arrival)[0]]
 
     def _add(
         self,
@@ -216,7 +202,7 @@ class Inputs:
         merged: Arrival,
         expert: Arrival | None,
         tasks: Sequence[Task],
-        rule: Rule,
+        rule: ChainOptions,
         corrections: Corrections | None,
     ) -> None:
         number, batch, _ = where(merged)
@@ -237,11 +223,11 @@ class Inputs:
         self.bad.append(BadBatch(number, batch, broken[0] if broken else label, why))
 
 
-def _empty(layer: Layer, rule: Rule, scratch: Scratch) -> InputStatistics:
+def _empty(layer: Layer, rule: ChainOptions, scratch: Scratch) -> InputStatistics:
     return InputStatistics(layer.kind.has_bias(layer.merged), rule.normalize, layer.multiply, scratch=scratch)
 
 
-def _paired(arrivals: Sequence[Arrival], rule: Rule) -> Iterator[tuple[Arrival, Arrival | None]]:
+def _paired(arrivals: Sequence[Arrival], rule: ChainOptions) -> Iterator[tuple[Arrival, Arrival | None]]:
     """Each arrival whose input is regressed on, and that of its batch in the expert where the rule is two-sided."""
     calls = {where(arrival): arrival for arrival in arrivals}
     two_sided = rule.streams == ("merged", "expert")

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from com_lightning.core.chain.chain import merge_layers
-from com_lightning.core.chain.options import Rule
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
@@ -27,7 +27,7 @@ def refit(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
     own: Mapping[str, Sequence[Tensor]],
-    rule: Rule,
+    rule: ChainOptions,
     run: Run,
 ) -> tuple[list[LayerRecord], dict[str, dict[str, Tensor]]]:
     """Solve the private layers of each task. It takes one more forward of the expert and of the merged model.
@@ -46,7 +46,7 @@ def refit(
     records: list[LayerRecord] = []
     found: dict[str, dict[str, Tensor]] = {}
     device = next(iter(merged.values())).device if merged else None
-    rule = Rule(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
+    rule = ChainOptions(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):
         fixed = {**merged, **{name: each[number] for name, each in own.items()}}
         private = {name: own_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}

@@ -8,61 +8,56 @@ from typing import Literal
 from com_lightning.core.sweep.task import Stream
 
 Distance = Literal["probabilities", "numbers"]
-"""What predictions are compared by: the probabilities that they stand for as logits, or their numbers."""
-
-HELD_OUT: Literal["held_out"] = "held_out"
-Ridge = float | Literal["held_out"]
-"""A number, or one that is chosen at each layer."""
-
-Balance = Literal["mean", "worst"]
-"""What is to be raised by giving more importance to tasks that have suffered more."""
+"""How predictions are compared: as probabilities, for which they are the logits, or as the numbers that they are."""
 
 
 @dataclass(frozen=True)
-class Rule:
+class ChainOptions:
     """What is solved at each layer.
 
     Args:
-        inputs: where ``x̂`` comes from: the model merged so far (a chain), or the expert, so that every layer is
-            merged on its own (RegMean).
-        target: ``"expert"`` distils the expert's output on the expert's own input, which also corrects the drift of the
-            merged model's inputs (two-sided); ``"merged"`` applies the expert's weight to the merged model's input.
-        normalize: count each row by its direction, not its size (cosine normalisation), see
+        inputs: which model ``x̂`` comes from: the model merged so far (a chain), or the expert. With the expert every
+            layer is merged alone (RegMean).
+        target: ``"expert"`` (two-sided): distil the expert's output on the expert's own input. This also corrects the
+            drift of the merged model's inputs. ``"merged"`` (one-sided): apply the expert's weight to the merged
+            model's input.
+        normalize: count each row by its direction, not by its size (cosine normalisation), see
             :class:`~com_lightning.core.solve.statistics.InputStatistics`.
-        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix; ``"held_out"``: chosen
-            at each layer, see :mod:`~com_lightning.core.solve.held_out`.
-        anchor: what a layer is where data do not tell: the average of the experts, or the base.
-        joint: solve a layer's bias together with its weight; otherwise biases are averaged.
-        residual: where a layer's output is added to a residual stream, also make up for what that stream lacks (only
-            if the rule is two-sided), see :mod:`com_lightning.core.chain.find_residuals`.
-        sensitivity: count errors in a layer's outputs by what they do to the experts' predictions, as
-            :mod:`~com_lightning.core.chain.sensitivity` has it; ``None``: all alike.
-        private_biases: each task keeps biases and normalisation parameters for itself, see
+        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
+        anchor: what a layer becomes where the data say nothing: the average of the experts, or the base.
+        joint: solve a layer's bias together with its weight. Otherwise biases are averaged.
+        residual: where a layer's output is added to a residual stream, also repair the drift of that stream (two-sided
+            only), see :mod:`com_lightning.core.chain.find_residuals`.
+        sensitivity: weight errors in a layer's outputs by their effect on the experts' predictions, see
+            :mod:`~com_lightning.core.chain.sensitivity`. ``None``: all errors count alike.
+        private_biases: each task gets biases and normalisation parameters of its own, see
             :mod:`~com_lightning.core.solve.task_biases`.
-        refit_private: solve the layers of each task that are not shared for the merged model, see
+        refit_heads: solve the private layers of each task for the merged model, see
             :mod:`~com_lightning.core.chain.heads`.
-        perturbed_copies: of each calibration batch, to calibrate with besides, see
-            :mod:`~com_lightning.data.augmentation`.
-        balance: give more importance to tasks whose inputs have drifted more, layer by layer (only if the rule is
-            two-sided), see :func:`~com_lightning.core.chain.fit.balanced`.
+        balance: give more importance, layer by layer, to tasks whose inputs have drifted more (two-sided only), see
+            :func:`~com_lightning.core.chain.fit.balanced`.
     """
 
     inputs: Stream = "merged"
     target: Stream = "expert"
     normalize: bool = True
-    ridge: Ridge = 0.01
+    ridge: float = 0.01
     anchor: Literal["average", "base"] = "average"
     joint: bool = True
     residual: bool = False
     sensitivity: Distance | None = None
     private_biases: bool = False
-    refit_private: bool = False
-    perturbed_copies: int = 0
-    balance: Balance | None = None
+    refit_heads: bool = False
+    balance: bool = False
 
     @property
     def streams(self) -> tuple[Stream, ...]:
-        """The forwards that are needed for each batch."""
+        """The forwards that each batch needs."""
         if self.inputs == "expert":
             return ("expert",)
         return ("merged", "expert") if self.target == "expert" else ("merged",)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether inputs of the merged model are compared with those of the experts."""
+        return len(self.streams) == 2

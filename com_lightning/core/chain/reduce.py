@@ -18,7 +18,7 @@ def add_up(inputs: Inputs | None, peers: Peers, owner: int, device: torch.device
     if peers.size == 1:
         return
     met = peers.exchange(None if inputs is None else _Small.of(inputs))
-    entries = [] if inputs is None else [*inputs.statistics, *inputs.odd]
+    entries = [] if inputs is None else inputs.statistics
     for number in range(next(len(small.sums) for small in met if small)):
         entry = entries[number] if entries else None
         for which in ("gram", "drift"):
@@ -63,7 +63,7 @@ class _Small:
 
     @staticmethod
     def of(inputs: Inputs) -> _Small:
-        entries = [*inputs.statistics, *inputs.odd]
+        entries = inputs.statistics
         matrices = [{"gram": entry.gram, "drift": entry.drift} for entry in entries]
         return _Small(
             inputs.unpaired,

@@ -32,7 +32,7 @@ from tqdm.auto import tqdm
 
 from com_lightning.core.chain.chain import _Call, _Chain
 from com_lightning.core.chain.gather import CalibrationForward
-from com_lightning.core.chain.options import Distance, Rule
+from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.layers import kept
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
@@ -150,7 +150,7 @@ class _Sensing(_Chain):
     """One expert's forward at a time, with gradients; nothing is solved."""
 
     def __init__(self, tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance) -> None:
-        rule = Rule("expert", "merged")
+        rule = ChainOptions("expert", "merged")
         super().__init__(tasks, merged, [1 / len(tasks)] * len(tasks), rule, Run())
         self.distance, self.place = distance, (0, 0)
         self.found: dict[str, Sensitivity] = {}
