@@ -18,9 +18,9 @@ test: lint docs
 test-all: lint
 	$(RUN)/python -m pytest -n 2
 
-# The oldest versions that are supported, with Python 3.10, in an environment of their own.
+# The oldest versions that are supported, with Python 3.11, in an environment of their own.
 test-oldest:
-	test -x $(VENV)-oldest/bin/python || python3.10 -m venv $(VENV)-oldest
+	test -x $(VENV)-oldest/bin/python || python3.11 -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/python -m pip install --quiet --editable ".[dev]" --constraint tests/oldest.txt
 	$(VENV)-oldest/bin/python -m pytest -n 2 -m "not slow"
 

@@ -7,7 +7,7 @@ import math
 import signal
 from collections.abc import Mapping
 from pathlib import Path
-from typing import List, Literal, Optional
+from typing import Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -98,19 +98,19 @@ class ChainOfMergesCallback(Callback):
     def __init__(
         self,
         experts: Mapping[str, ExpertSource],
-        method: Optional[MergingMethod] = None,
-        private: Optional[List[str]] = None,
-        metric: Optional[str] = None,
+        method: MergingMethod | None = None,
+        private: list[str] | None = None,
+        metric: str | None = None,
         baselines: bool = True,
-        output_dir: Optional[str] = None,
+        output_dir: str | None = None,
         overwrite: bool = False,
         verbose: bool = False,
         grow_vocabulary: bool = False,
         no_resume: bool = False,
-        experts_device: Optional[Literal["cpu"]] = None,
+        experts_device: Literal["cpu"] | None = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
-        base: Optional[ExpertSource] = None,
-        memory_budget: Optional[float] = None,
+        base: ExpertSource | None = None,
+        memory_budget: float | None = None,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")

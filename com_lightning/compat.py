@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Lightning, PyTorch and this library itself."""
+"""What differs between the supported versions of Lightning and of this library itself."""
 
 from __future__ import annotations
 
@@ -6,15 +6,13 @@ import functools
 import io
 import sys
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Container, Mapping
 from inspect import signature
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import nn
 
 Module = TypeVar("Module", bound=LightningModule)
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -93,31 +91,8 @@ def renamed_options(function: Function) -> Function:
     return renamed  # type: ignore[return-value]
 
 
-@contextmanager
-def eager() -> Iterator[None]:
-    """Compiled modules run as they are written: a compiled forward does not pause at its layers.
-
-    Before PyTorch 2.6 what has run so may stay uncompiled for as long as the process lives.
-    """
-    if hasattr(torch.compiler, "set_stance"):  # PyTorch 2.6
-        with torch.compiler.set_stance("force_eager"):
-            yield
-        return
-    from torch import _dynamo
-    from torch._C._dynamo import eval_frame  # type: ignore[attr-defined,unused-ignore]
-
-    _dynamo.reset()  # what is compiled already would be used
-    try:
-        with _dynamo.config.patch(disable=True):
-            yield
-    finally:
-        _dynamo.reset()
-        # Forwards that pause within a compiled module leave it to others to say that it is left.
-        eval_frame.set_eval_frame(None)
-
-
 def load_module(
-    kind: type[Module], content: Mapping[str, Any], path: Optional[Path] = None, strict: Optional[bool] = None
+    kind: type[Module], content: Mapping[str, Any], path: Path | None = None, strict: bool | None = None
 ) -> Module:
     """``kind.load_from_checkpoint``, which executes nothing that a file names, whatever the version of Lightning.
 
@@ -147,12 +122,6 @@ def load_module(
     file.seek(0)
     options: dict[str, Any] = {"weights_only": True} if LOADS_SAFELY else {}
     return kind.load_from_checkpoint(file, map_location="cpu", strict=strict, **options)
-
-
-def set_submodule(module: nn.Module, name: str, part: nn.Module) -> None:
-    """``module.set_submodule(name, part)``, which PyTorch 2.5 brings."""
-    holder, _, own = name.rpartition(".")
-    setattr(module.get_submodule(holder), own, part)
 
 
 def _is_imported(name: Any, kind: type) -> bool:

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from com_lightning.compat import eager
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
@@ -72,16 +71,15 @@ def execute(
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
         run.journal.bind({**known, **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.needs_average)
-    with eager():
+    with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
             job = MergeJob(tasks, merged, run, plan.base, device)
             records = plan.method.merge(job)
         except torch.OutOfMemoryError as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(
-                    "all calibration forwards pause at each layer and hold their activations there: give the merge a "
-                    "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's samples"
-                )
+            error.add_note(
+                "all calibration forwards pause at each layer and hold their activations there: give the merge a "
+                "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's num_samples"
+            )
             raise
     modules = with_shared(plan, merged, job.own, job.refitted)
     report = MergeReport(

@@ -11,7 +11,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 
-from com_lightning.compat import eager
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.data.datamodule import MergeDataModule
@@ -36,7 +35,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     loggers, stage, module = trainer.loggers, trainer.state.stage, getattr(trainer, "datamodule", None)
     trainer.loggers, trainer.validating, trainer.datamodule = [DummyLogger()], True, data  # type: ignore[attr-defined]
     try:
-        with torch.inference_mode(False), eager():
+        with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
             gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Dict, List, Literal, Optional, Union
+from typing import Any, Literal
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
@@ -37,22 +37,22 @@ class MergeTrainer(Trainer):
     def merge(
         self,
         model: LightningModule,
-        datamodule: Optional[LightningDataModule] = None,
-        experts: Optional[Dict[str, str]] = None,
-        method: Optional[MergingMethod] = None,
-        private: Optional[List[str]] = None,
-        metric: Optional[str] = None,
+        datamodule: LightningDataModule | None = None,
+        experts: dict[str, str] | None = None,
+        method: MergingMethod | None = None,
+        private: list[str] | None = None,
+        metric: str | None = None,
         baselines: bool = True,
         output_dir: str = "outputs/merge",
         overwrite: bool = False,
         dry_run: bool = False,
-        files: Optional[Dict[str, str]] = None,
+        files: dict[str, str] | None = None,
         grow_vocabulary: bool = False,
         no_resume: bool = False,
-        experts_device: Optional[Literal["cpu"]] = None,
+        experts_device: Literal["cpu"] | None = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
-        base: Optional[str] = None,
-        memory_budget: Optional[float] = None,
+        base: str | None = None,
+        memory_budget: float | None = None,
     ) -> MergeReport:
         """Merge experts into one model, save it, and validate every task.
 
@@ -94,7 +94,7 @@ class MergeTrainer(Trainer):
         """
         require_mergeable(self, output_dir)
         data = _tasks(datamodule) if datamodule is not None else None
-        sources: Dict[str, Any] = dict(experts or {})
+        sources: dict[str, Any] = dict(experts or {})
         merger = ChainOfMergesCallback(sources, method, private, metric, baselines, output_dir, overwrite)
         merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
         merger.on_bad_batch, merger.no_resume, merger.experts_device = on_bad_batch, no_resume, experts_device
@@ -142,23 +142,23 @@ class MergeTrainer(Trainer):
     def compare(
         self,
         model: LightningModule,
-        datamodule: Optional[LightningDataModule] = None,
-        experts: Optional[Dict[str, str]] = None,
-        methods: Union[str, List[Any]] = "regmean,chain",
-        seeds: Optional[List[int]] = None,
-        method: Optional[MergingMethod] = None,
-        private: Optional[List[str]] = None,
-        metric: Optional[str] = None,
+        datamodule: LightningDataModule | None = None,
+        experts: dict[str, str] | None = None,
+        methods: str | list[Any] = "regmean,chain",
+        seeds: list[int] | None = None,
+        method: MergingMethod | None = None,
+        private: list[str] | None = None,
+        metric: str | None = None,
         output_dir: str = "outputs/comparison",
         overwrite: bool = False,
         dry_run: bool = False,
-        files: Optional[Dict[str, str]] = None,
+        files: dict[str, str] | None = None,
         grow_vocabulary: bool = False,
         no_resume: bool = False,
-        experts_device: Optional[Literal["cpu"]] = None,
+        experts_device: Literal["cpu"] | None = None,
         on_bad_batch: Literal["raise", "skip"] = "raise",
-        base: Optional[str] = None,
-        memory_budget: Optional[float] = None,
+        base: str | None = None,
+        memory_budget: float | None = None,
     ) -> Comparison:
         """Merge the same experts by several rules, and write tables and pictures of what each is worth.
 
@@ -198,7 +198,7 @@ class MergeTrainer(Trainer):
         require_mergeable(self, output_dir)
         data = _tasks(datamodule)
         settings = compared(methods, method)
-        sources: Dict[str, Any] = dict(experts or {})
+        sources: dict[str, Any] = dict(experts or {})
         merger = ChainOfMergesCallback(sources, SeveralRules(settings), private, metric)
         merger.files, merger.grow_vocabulary, merger.base = files or {}, grow_vocabulary, base
         merger.on_bad_batch, merger.experts_device, merger.memory_budget = on_bad_batch, experts_device, memory_budget
@@ -241,13 +241,13 @@ class MergeTrainer(Trainer):
 
     def validate(
         self,
-        model: Optional[LightningModule] = None,
+        model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
-        datamodule: Optional[LightningDataModule] = None,
-        weights_only: Optional[bool] = None,
-        merged: Optional[str] = None,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        merged: str | None = None,
     ) -> Any:
         """Validate a model, or with ``merged`` the result of a merge on every task.
 
@@ -273,13 +273,13 @@ class MergeTrainer(Trainer):
 
     def test(
         self,
-        model: Optional[LightningModule] = None,
+        model: LightningModule | None = None,
         dataloaders: Any = None,
-        ckpt_path: Optional[Union[str, Path]] = None,
+        ckpt_path: str | Path | None = None,
         verbose: bool = True,
-        datamodule: Optional[LightningDataModule] = None,
-        weights_only: Optional[bool] = None,
-        merged: Optional[str] = None,
+        datamodule: LightningDataModule | None = None,
+        weights_only: bool | None = None,
+        merged: str | None = None,
     ) -> Any:
         """Test a model, or with ``merged`` the result of a merge on every task.
 

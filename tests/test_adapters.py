@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.compat import eager
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import FEATURES, quiet_trainer
@@ -116,7 +115,7 @@ def test_adapters_of_plain_networks(tmp_path: Path) -> None:
         model = Wrapper()
         model.net = torch.compile(copy.deepcopy(net)) if compiled else copy.deepcopy(net)
         expert = load_expert("a", tmp_path, model)
-        with torch.no_grad(), eager():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             torch.testing.assert_close(expert(x), expected(x))
 
 

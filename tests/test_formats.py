@@ -20,7 +20,6 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.models import mobilenet_v3_small
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.compat import eager
 from com_lightning.experts.load import ExpertSource, load_expert
 from com_lightning.experts.state_dicts import places, plain_state
 from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer
@@ -100,7 +99,7 @@ def save_lightning(module: LightningModule, path: Path, rename: Callable[[str], 
 def same(actual: nn.Module, expected: nn.Module) -> None:
     """The two compute the same."""
     x = torch.randn(5, FEATURES)
-    with torch.no_grad(), eager():
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         torch.testing.assert_close(actual.eval()(x), expected.eval()(x), rtol=0, atol=0)
 
 
@@ -333,7 +332,7 @@ def test_compiled_models_are_merged_as_others_are(make: Callable[[], Any], monke
     sources: list[Any] = [{"a": a, "b": b.state_dict()}, {"a": compiled, "b": torch.compile(copy.deepcopy(b))}]
     for experts in sources:
         model = make()
-        with eager():  # compiling for validation takes long, and is not ours
+        with torch.compiler.set_stance("force_eager"):  # compiling for validation takes long, and is not ours
             found = merge(experts, model)
         for task in "ab":
             state = plain_state(found.modules[task].state_dict())
@@ -349,7 +348,7 @@ def test_compiled_experts_come_from_checkpoints(tmp_path: Path) -> None:
         expert.net._orig_mod.load_state_dict(net.state_dict())
     a = save_lightning(experts[0], tmp_path / "a.ckpt")
     b = save_lightning(experts[1], tmp_path / "b.ckpt", lambda name: name.replace("_orig_mod.", ""))
-    with eager():
+    with torch.compiler.set_stance("force_eager"):
         callback = merge({"a": a, "b": b}, CompiledWrapper(), output_dir=str(tmp_path / "out"))
     again = CompiledWrapper.load_from_checkpoint(tmp_path / "out" / "merged.ckpt", weights_only=True)
     same(again, callback.modules["b"])
@@ -357,7 +356,6 @@ def test_compiled_experts_come_from_checkpoints(tmp_path: Path) -> None:
 
 def test_calibration_of_a_compiled_module_is_eager() -> None:
     """Without the stance a compiled forward would run through the layers, or be compiled again and again."""
-    pytest.importorskip("torch", minversion="2.6")  # before, what has run eagerly once may stay so
     compiled = []
 
     def backend(graph: Any, inputs: Any) -> Any:

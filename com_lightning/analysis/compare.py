@@ -20,7 +20,6 @@ from com_lightning.analysis.comparison import Comparison, Outcome, TaskMetrics
 from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
-from com_lightning.compat import eager
 from com_lightning.core.chain.drift import measure_shift
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import Peers
@@ -256,8 +255,7 @@ class Compare(Callback):
                 run = self._run(peers, lambda record: bar.update())
                 modules, report = execute(plan, trainer, self.splits.part("report", seed), run, self.experts_stay)
             except Exception as error:
-                if hasattr(error, "add_note"):  # Python 3.11
-                    error.add_note(f"This was {setting.label}; what had been merged before is kept.")
+                error.add_note(f"This was {setting.label}; what had been merged before is kept.")
                 raise
         own = [warning for warning in report.warnings if warning not in self.plan.parameters.warnings]
         own += [f"skipped: {batch}" for batch in report.skipped]
@@ -271,7 +269,7 @@ class Compare(Callback):
         data = self.splits.part("report", seed)
         tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.experts_stay)
         merged = average_shared(plan, device=trainer.strategy.root_device)
-        with eager():  # as in a merge
+        with torch.compiler.set_stance("force_eager"):  # as in a merge
             return _shift(measure_shift(tasks, merged, self._run(peers)))
 
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:

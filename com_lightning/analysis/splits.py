@@ -6,7 +6,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch.utils.data import BatchSampler
@@ -14,7 +14,7 @@ from torch.utils.data import BatchSampler
 from com_lightning.data.datamodule import MergeDataModule, _fresh, _passes, _population, _subset
 from com_lightning.errors import MergeError
 
-Kept = Mapping[str, Sequence[Optional[set[int]]]]
+Kept = Mapping[str, Sequence[set[int] | None]]
 """Task -> for each of its val loaders the dataset indices to validate on; ``None``: all."""
 
 

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import numpy
 import torch
@@ -60,7 +60,7 @@ class CalibrationSample:
     batches: list[tuple[Any, int]]
     numbers: list[int]
     samples: int
-    overlap: Optional[int]
+    overlap: int | None
 
 
 class MergeDataModule(LightningDataModule):
@@ -98,7 +98,7 @@ class MergeDataModule(LightningDataModule):
         source: Literal["val", "train"] = "val",
         holdout: bool = False,
         seed: int = 0,
-        batch_size: Optional[int] = None,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__()
         for name, data in tasks.items():

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from com_lightning.compat import set_submodule
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.state_dicts import plain, shape_of, some, submodule
@@ -41,7 +40,7 @@ def unloaded(part: nn.Module, label: str) -> nn.Module:
             for name, layer in list(part.named_modules()):  # transformers' own `add_adapter`
                 if isinstance(layer, BaseTunerLayer):
                     layer.merge()
-                    set_submodule(part, name, layer.get_base_layer())
+                    part.set_submodule(name, layer.get_base_layer())
             return part
     except Exception as error:
         raise MergeError([f"{label}: its adapter cannot be folded into the weights ({reason(error)})"]) from error

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Union
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
-from com_lightning.compat import load_module, set_submodule
+from com_lightning.compat import load_module
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.tensors.modules import matches_any, named_tensors, tied_names
 from com_lightning.errors import MergeError, MergeWarning, reason
@@ -31,7 +31,7 @@ from com_lightning.experts.vocabulary import grow_to
 
 __all__ = ["ExpertSource", "MergeError", "Parameters", "load_expert", "read_checkpoint", "sort_parameters"]
 
-ExpertSource = Union[str, Path, nn.Module, Mapping[str, Tensor]]
+ExpertSource = str | Path | nn.Module | Mapping[str, Tensor]
 """A checkpoint, state dict or safetensors file; a folder of ``save_pretrained`` (transformers or PEFT), or the name of
 one on the Hub (``hf://owner/name``, see :mod:`com_lightning.experts.hub`); a module or a state dict in memory."""
 
@@ -319,11 +319,11 @@ def _align(expert: LightningModule, model: LightningModule) -> None:
     compiled = {plain(name): part for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
     for name, part in reversed(list(expert.named_modules())):  # what is inside before what is around it
         if isinstance(part, OptimizedModule) and plain(name) not in compiled:
-            set_submodule(expert, name, part._orig_mod)
+            expert.set_submodule(name, part._orig_mod)
     for place in sorted(compiled, key=len, reverse=True):
         found = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
         if found and not isinstance(found[1], OptimizedModule):
-            set_submodule(expert, found[0], _compiled(found[1], compiled[place]))
+            expert.set_submodule(found[0], _compiled(found[1], compiled[place]))
 
 
 def _shapes(module: LightningModule) -> Sequence[tuple[str, torch.Size]]:

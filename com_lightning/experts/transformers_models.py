@@ -13,7 +13,6 @@ from typing import Any
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
-from com_lightning.compat import set_submodule
 from com_lightning.core.tensors.modules import copy_module
 from com_lightning.errors import MergeError
 from com_lightning.experts.adapters import adapter_parameters
@@ -176,7 +175,7 @@ def _without_adapters(module: nn.Module) -> nn.Module:
         warnings.simplefilter("ignore")  # that the adapters have been folded already
         for name, part in list(module.named_modules()):
             if isinstance(part, PeftModel):
-                set_submodule(module, name, part.merge_and_unload())
+                module.set_submodule(name, part.merge_and_unload())
     return module
 
 

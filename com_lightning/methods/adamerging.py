@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from com_lightning.methods.task_vectors import TIES, trimmed
 class CoefficientRecord(ParameterRecord):
     """A parameter that AdaMerging has merged; ``coefficients``: task -> that of its task vector."""
 
-    coefficients: Dict[str, float] | None = None
+    coefficients: dict[str, float] | None = None
 
 
 class AdaMerging(MergingMethod):
@@ -73,7 +73,7 @@ class AdaMerging(MergingMethod):
         plus_plus: bool = False,
         density: float = 0.2,
         seed: int = 0,
-        importance: Optional[Dict[str, float]] = None,
+        importance: dict[str, float] | None = None,
     ) -> None:
         super().__init__(importance)
         self.steps, self.learning_rate, self.start = steps, learning_rate, start

@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -73,7 +72,7 @@ class MergingMethod(ABC):
     keeps_to_parts: bool = True
     """Whether the method can merge some of the parameters and leave the others alone."""
 
-    def __init__(self, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, importance: dict[str, float] | None = None) -> None:
         self.importance = importance
 
     @abstractmethod

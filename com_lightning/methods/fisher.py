@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -60,7 +59,7 @@ class Fisher(MergingMethod):
     solves_layers = False
 
     def __init__(
-        self, importance: Optional[Dict[str, float]] = None, normalize: bool = False, floor: float = 1e-6
+        self, importance: dict[str, float] | None = None, normalize: bool = False, floor: float = 1e-6
     ) -> None:
         super().__init__(importance)
         self.normalize, self.floor = normalize, floor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Dict, Optional
-
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.methods.chain import ClosedForm
 
@@ -38,6 +36,6 @@ class LOT(ClosedForm):
 
     needs_base = True
 
-    def __init__(self, importance: Optional[Dict[str, float]] = None, ridge: float = 1e-4) -> None:
+    def __init__(self, importance: dict[str, float] | None = None, ridge: float = 1e-4) -> None:
         super().__init__(importance)
         self.rule = ChainOptions("expert", "merged", False, ridge, anchor="base", joint=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from com_lightning.methods.parameterwise import ParameterRule, SharedParameter, 
 class _Spectral(ParameterRule):
     needs_base = True
 
-    def __init__(self, scale: float, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:
         super().__init__(importance)
         self.scale = scale
 
@@ -55,7 +54,7 @@ class TSVM(_Spectral):
         importance: task -> its weight, relative to the others; uniform by default. It multiplies singular values.
     """
 
-    def __init__(self, scale: float = 1.0, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float = 1.0, importance: dict[str, float] | None = None) -> None:
         super().__init__(scale, importance)
 
     def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
@@ -87,7 +86,7 @@ class IsoC(_Spectral):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    def __init__(self, scale: float = 1.0, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float = 1.0, importance: dict[str, float] | None = None) -> None:
         super().__init__(scale, importance)
 
     def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
@@ -110,7 +109,7 @@ class IsoCTS(_Spectral):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    def __init__(self, scale: float = 1.0, common: float = 0.8, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float = 1.0, common: float = 0.8, importance: dict[str, float] | None = None) -> None:
         super().__init__(scale, importance)
         self.common = common
 

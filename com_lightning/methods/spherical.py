@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -69,9 +68,7 @@ class KarcherMean(ParameterRule):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    def __init__(
-        self, steps: int = 100, tolerance: float = 1e-10, importance: Optional[Dict[str, float]] = None
-    ) -> None:
+    def __init__(self, steps: int = 100, tolerance: float = 1e-10, importance: dict[str, float] | None = None) -> None:
         super().__init__(importance)
         self.steps, self.tolerance = steps, tolerance
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Dict, Literal, Optional
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ class TaskVectorRule(ParameterRule):
     needs_base = True
     elects = False
 
-    def __init__(self, scale: float, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:
         super().__init__(importance)
         self.scale = scale
 
@@ -58,7 +58,7 @@ class TaskArithmetic(TaskVectorRule):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    def __init__(self, scale: float = 0.3, importance: Optional[Dict[str, float]] = None) -> None:
+    def __init__(self, scale: float = 0.3, importance: dict[str, float] | None = None) -> None:
         super().__init__(scale, importance)
 
     def combine(self, parameter: SharedParameter) -> Tensor:
@@ -88,7 +88,7 @@ class TIES(TaskVectorRule):
         density: float = 0.2,
         scale: float = 1.0,
         trim: Literal["model", "parameter"] = "model",
-        importance: Optional[Dict[str, float]] = None,
+        importance: dict[str, float] | None = None,
     ) -> None:
         super().__init__(scale, importance)
         self.density, self.trim = density, trim
@@ -134,11 +134,11 @@ class DARE(TaskVectorRule):
     def __init__(
         self,
         drop_rate: float = 0.9,
-        scale: Optional[float] = None,
+        scale: float | None = None,
         ties: bool = False,
         rescale: bool = True,
         seed: int = 0,
-        importance: Optional[Dict[str, float]] = None,
+        importance: dict[str, float] | None = None,
     ) -> None:
         super().__init__((1.0 if ties else 0.3) if scale is None else scale, importance)
         self.drop_rate, self.ties, self.rescale, self.seed = drop_rate, ties, rescale, seed
@@ -173,7 +173,7 @@ class Breadcrumbs(TaskVectorRule):
         density: float = 0.15,
         outliers: float = 0.006,
         scale: float = 0.2,
-        importance: Optional[Dict[str, float]] = None,
+        importance: dict[str, float] | None = None,
     ) -> None:
         super().__init__(scale, importance)
         self.density, self.outliers = density, outliers
@@ -219,7 +219,7 @@ class DELLA(TaskVectorRule):
         window: float = 0.14,
         scale: float = 1.1,
         seed: int = 0,
-        importance: Optional[Dict[str, float]] = None,
+        importance: dict[str, float] | None = None,
     ) -> None:
         super().__init__(scale, importance)
         self.drop_rate, self.window, self.seed = drop_rate, window, seed

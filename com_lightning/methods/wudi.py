@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Dict, Optional
 
 import torch
 from torch import Tensor
@@ -34,7 +33,7 @@ class WUDI(ParameterRule):
     needs_base = True
 
     def __init__(
-        self, steps: int = 300, learning_rate: float = 1e-5, importance: Optional[Dict[str, float]] = None
+        self, steps: int = 300, learning_rate: float = 1e-5, importance: dict[str, float] | None = None
     ) -> None:
         super().__init__(importance)
         self.steps, self.learning_rate = steps, learning_rate

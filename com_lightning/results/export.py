@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -29,9 +29,9 @@ PRECISIONS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": to
 def export(
     source: Path,
     output_dir: Path,
-    task: Optional[str] = None,
-    base: Optional[Path] = None,
-    precision: Optional[str] = None,
+    task: str | None = None,
+    base: Path | None = None,
+    precision: str | None = None,
 ) -> Path:
     """Write a transformers model with its tokenizer and a model card, for ``from_pretrained`` and the Hub.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import torch
 from lightning import LightningDataModule
@@ -44,7 +44,7 @@ def clip_transform(size: int = 224) -> v2.Transform:
     )
 
 
-def open_images(task: str, train: bool, root: str, folder: Optional[str] = None) -> Any:
+def open_images(task: str, train: bool, root: str, folder: str | None = None) -> Any:
     """The images of one split, with labels; downloaded where they are not there yet.
 
     Args:
@@ -92,7 +92,7 @@ class TaskData(LightningDataModule):
         self,
         task: str,
         root: str = "data",
-        folder: Optional[str] = None,
+        folder: str | None = None,
         validate_on: Literal["test", "val"] = "test",
         image_size: int = 224,
         batch_size: int = 128,
@@ -125,7 +125,7 @@ class TaskData(LightningDataModule):
         for train in (True, False):
             open_images(self.task, train, self.root, self.folder)
 
-    def setup(self, stage: Optional[str] = None) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Open the splits; no image is read yet."""
         if self.splits:
             return

@@ -1,6 +1,6 @@
 """CLIP as a classifier of eight tasks: one vision tower, and a zero-shot head for each task."""
 
-from typing import Any, Dict, Optional
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -23,8 +23,8 @@ class ClipClassifier(LightningModule):
 
     def __init__(
         self,
-        base: Optional[str] = None,
-        vision: Optional[Dict[str, Any]] = None,
+        base: str | None = None,
+        vision: dict[str, Any] | None = None,
         projection_dim: int = 512,
         learning_rate: float = 1e-5,
     ) -> None:
@@ -59,29 +59,29 @@ class ClipClassifier(LightningModule):
             for task, prompts in CLASSES.items():
                 self.heads[task].load_state_dict({"weight": zero_shot_head(clip, tokenizer, prompts)})
 
-    def forward(self, batch: Dict[str, Tensor]) -> Tensor:
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """CLIP's logits for the classes of the batch's task, samples × classes."""
         images = self.vision(pixel_values=batch["pixel_values"]).pooler_output
         logits: Tensor = self.heads[TASKS[int(batch["task"][0])]](normalize(self.projection(images), dim=-1))
         return logits
 
-    def training_step(self, batch: Dict[str, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the loss of one batch."""
         loss = cross_entropy(self(batch), batch["labels"])
         self.log("train_loss", loss, prog_bar=True)
         return loss
 
-    def validation_step(self, batch: Dict[str, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log `val_acc`."""
         self.val_acc(self(batch).argmax(dim=-1), batch["labels"])
         self.log("val_acc", self.val_acc, prog_bar=True, batch_size=len(batch["labels"]))
 
-    def test_step(self, batch: Dict[str, Tensor], batch_idx: int) -> None:
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         """Log `test_acc`."""
         self.test_acc(self(batch).argmax(dim=-1), batch["labels"])
         self.log("test_acc", self.test_acc, batch_size=len(batch["labels"]))
 
-    def predict_step(self, batch: Dict[str, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Return the logits."""
         logits: Tensor = self(batch)
         return logits

@@ -6,7 +6,6 @@ task on which the base model is trained.
 
 from collections.abc import Callable
 from functools import cache
-from typing import Optional
 
 import numpy as np
 import torch
@@ -91,7 +90,7 @@ class DigitsData(LightningDataModule):
         self.test_size = test_size
         self.splits: dict[str, TensorDataset] = {}
 
-    def setup(self, stage: Optional[str] = None) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Make the splits; a task's view is applied once, to all its images."""
         if not self.splits:
             self.splits = self._rotation() if self.task == "rotation" else self._classification()

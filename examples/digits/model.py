@@ -1,6 +1,6 @@
 """A small vision transformer that classifies digits: an ordinary LightningModule, with no thought of merging in it."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -15,7 +15,7 @@ class ViTClassifier(LightningModule):
     def __init__(
         self,
         num_classes: int = 10,
-        base: Optional[str] = None,
+        base: str | None = None,
         hidden_size: int = 96,
         num_layers: int = 2,
         num_heads: int = 4,

@@ -3,8 +3,6 @@
 python -m examples.existing_project.train
 """
 
-from typing import Optional
-
 from lightning import Trainer, seed_everything
 
 from .data import TASKS, DigitsData
@@ -13,7 +11,7 @@ from .model import DigitClassifier
 FOLDER = "outputs/existing_project"
 
 
-def fit(task: str, base: Optional[str] = None) -> None:
+def fit(task: str, base: str | None = None) -> None:
     """Train on a task, from scratch or from a checkpoint, and write `<task>.ckpt`."""
     model = DigitClassifier.load_from_checkpoint(base, learning_rate=1e-3) if base else DigitClassifier()
     trainer = Trainer(max_epochs=2, limit_val_batches=0, logger=False, enable_checkpointing=False)

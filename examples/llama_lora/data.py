@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from lightning import LightningDataModule
@@ -42,7 +42,7 @@ class TextData(LightningDataModule):
         self.length, self.batch_size = length, batch_size
         self.splits: dict[str, list[dict[str, Tensor]]] = {}
 
-    def setup(self, stage: Optional[str] = None) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Tokenise."""
         if not self.splits:
             self.tokenizer = AutoTokenizer.from_pretrained(self.base)

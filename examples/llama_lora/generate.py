@@ -5,13 +5,13 @@ python -m examples.llama_lora.generate outputs/llama_lora/merged/transformers "3
 
 import argparse
 from collections.abc import Sequence
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
-def main(args: Optional[Sequence[str]] = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Print each prompt with what the model makes of it."""
     parser = argparse.ArgumentParser(description="Let a model go on with texts, greedily.")
     parser.add_argument("model", help="a folder, or a name on the Hub")

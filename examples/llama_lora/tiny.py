@@ -10,7 +10,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 from lightning import Trainer, seed_everything
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
@@ -65,7 +65,7 @@ def byte_tokenizer() -> Any:
     return kind(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 
-def main(args: Optional[Sequence[str]] = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Write the texts, train the base on all of them, and write it as ``save_pretrained`` does."""
     parser = argparse.ArgumentParser(description="Make a small base and three small tasks.")
     parser.add_argument("--output", type=Path, default=Path("outputs/llama_lora"))

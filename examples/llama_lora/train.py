@@ -6,7 +6,6 @@ python -m examples.llama_lora.train --base meta-llama/Llama-3.2-1B --data texts/
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Optional
 
 from lightning import Trainer, seed_everything
 from peft import LoraConfig, get_peft_model
@@ -15,7 +14,7 @@ from examples.llama_lora.data import TextData
 from examples.llama_lora.model import CausalLM
 
 
-def main(args: Optional[Sequence[str]] = None) -> None:
+def main(args: Sequence[str] | None = None) -> None:
     """Train, and write the adapter as PEFT's ``save_pretrained`` does."""
     parser = argparse.ArgumentParser(description="Train a LoRA adapter on the texts of one task.")
     parser.add_argument("--base", required=True, help="any causal language model: a name on the Hub, or a folder")

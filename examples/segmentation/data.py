@@ -7,7 +7,6 @@ such scenes in inverted colours; or `things`: all of these, where only the groun
 
 from functools import cache
 from itertools import product
-from typing import Optional
 
 import numpy as np
 import torch
@@ -123,7 +122,7 @@ class ScenesData(LightningDataModule):
         self.batch_size = batch_size
         self.splits: dict[str, TensorDataset] = {}
 
-    def setup(self, stage: Optional[str] = None) -> None:
+    def setup(self, stage: str | None = None) -> None:
         """Make the scenes; each split is the same in every run."""
         if not self.splits:
             self.splits = {split: self._make(split) for split in SPLITS}

@@ -1,6 +1,6 @@
 """torchvision's LR-ASPP in a LightningModule, with no thought of merging in it."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from lightning import LightningModule
@@ -15,7 +15,7 @@ class Segmenter(LightningModule):
     def __init__(
         self,
         num_classes: int = 4,
-        base: Optional[str] = None,
+        base: str | None = None,
         learning_rate: float = 3e-3,
         weight_decay: float = 0.01,
         warmup: float = 0.2,

@@ -102,7 +102,7 @@ class ProcessGroup(Peers):
 
     def explain(self, error: BaseException) -> None:
         lost = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
-        if lost and not isinstance(error, PeerError) and hasattr(error, "add_note"):  # Python 3.11
+        if lost and not isinstance(error, PeerError):
             self._over = True
             error.add_note(self._loss(error))
 

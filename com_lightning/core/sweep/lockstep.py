@@ -178,8 +178,7 @@ class _Coroutine(greenlet):
                 self._pager.paused(self.forward)
         except BaseException as error:
             where = f"after layer '{self._last_layer}'" if self._last_layer else "before the first layer"
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(f"raised in the calibration forward of {self.forward.label}, {where}")
+            error.add_note(f"raised in the calibration forward of {self.forward.label}, {where}")
             raise
         if self._pager is not None and not self:
             self._pager.finished(self.forward)

@@ -250,11 +250,10 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     places.append(file.tell())
                     file.write(_memory(storage))
         except OSError as error:
-            if hasattr(error, "add_note"):  # Python 3.11
-                error.add_note(
-                    f"while paging activations out to {self.folder}; another folder can be given by the environment "
-                    "variable TMPDIR"
-                )
+            error.add_note(
+                f"while paging activations out to {self.folder}; another folder can be given by the environment "
+                "variable TMPDIR"
+            )
             raise
         for (page, _), place in zip(pages, places):
             page.home = place

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +49,7 @@ _INDIFFERENT = {
 }
 
 
-Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], Optional[int]]
+Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
 """A function, its further arguments and, where it returns several tensors, which of them."""
 
 
@@ -235,7 +235,7 @@ def plain(value: Any) -> Any:
     """A watched tensor as an ordinary one; anything else as it is."""
     if not isinstance(value, Watched):
         return value
-    with torch._C.DisableTorchFunctionSubclass():  # as_subclass fails where a mode sees it, before PyTorch 2.5
+    with torch._C.DisableTorchFunctionSubclass():
         return torch.ops.aten.alias.default(value)
 
 
