@@ -29,7 +29,7 @@ from com_lightning.results.fingerprint import (
     fingerprint_of_experts,
     readable,
 )
-from com_lightning.results.parameter_summary import account
+from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
 
 
@@ -96,7 +96,7 @@ def execute(
         resumed=run.journal.resumed,
         versions=_versions(),
     )
-    report.parameters, report.sizes = account(
+    report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers), job.own, job.refitted
     )
     everyones = peers.exchange(unmasked(tasks, report.layers))

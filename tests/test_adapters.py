@@ -91,7 +91,10 @@ def test_ranks_layers_and_heads_may_differ(tmp_path: Path) -> None:
     b = saved(tmp_path / "b", 2, labels=5, r=4, target_modules=["query", "dense"])
     callback = merge({"a": a, "b": b}, TextModule())
     account = callback.report.parameters
-    assert {n for n, what in account.items() if what == "private"} == {"net.classifier.weight", "net.classifier.bias"}
+    assert {n for n, what in account.items() if what.status == "private"} == {
+        "net.classifier.weight",
+        "net.classifier.bias",
+    }
     assert callback.modules["b"].net.num_labels == 5  # type: ignore[union-attr]
     expert = load_expert("b", b, TextModule())
     close(expert.net, adapted(2, labels=5, r=4, target_modules=["query", "dense"]))
@@ -246,11 +249,11 @@ def test_merged_modules_with_adapters(tmp_path: Path) -> None:
     experts: dict[str, Any] = {"a": trained(1), "b": save_lightning(trained(2, rank=3), tmp_path / "b.ckpt")}
     callback = merge(experts, LoraModule(), output_dir=str(tmp_path / "out"))
     account = callback.report.parameters
-    assert all(what == "folded" for name, what in account.items() if "lora_" in name)
+    assert all(what.status == "folded" for name, what in account.items() if "lora_" in name)
     assert callback.report.sizes["private"] == 0
     assert (tmp_path / "out" / "transformers" / "model.safetensors").is_file()  # one for all
     query = "net.base_model.model.bert.encoder.layer.0.attention.self.query.base_layer.weight"
-    assert account[query] == "solved"
+    assert account[query].status == "solved"
     for task in "ab":
         module = callback.modules[task]
         close(LoraModule.load_from_checkpoint(tmp_path / "out" / f"{task}.ckpt", weights_only=True).net, module.net)
@@ -271,7 +274,7 @@ def test_merging_adapters_in_modules_is_merging_what_they_fold_to() -> None:
     for task in "ab":
         close(found.modules[task].net, expected.modules[task].net)
     assert not [layer.name for layer in found.report.layers if "lora" in layer.name]
-    assert {what for name, what in found.report.parameters.items() if "lora_" in name} == {"folded"}
+    assert {what.status for name, what in found.report.parameters.items() if "lora_" in name} == {"folded"}
     assert len(found.report.layers) == len(expected.report.layers)
 
 
@@ -325,7 +328,7 @@ def test_adapters_at_different_layers_of_modules() -> None:
     for module in (plain := LoraModule(), *experts.values()):
         module.net = module.net.merge_and_unload()
     solved = merge(dict(experts), plain, private=["net.classifier"]).report.parameters
-    assert solved["net.bert.encoder.layer.0.output.dense.weight"] == "solved"
+    assert solved["net.bert.encoder.layer.0.output.dense.weight"].status == "solved"
 
 
 def test_an_adapter_of_another_rank_than_the_models(tmp_path: Path) -> None:

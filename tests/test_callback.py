@@ -45,7 +45,7 @@ def test_five_lines() -> None:
     merger, model = merged_by(quiet_trainer())
     report = merger.report
     assert list(report.metrics) == ["expert", "average", "merged"]
-    assert report.metric == "val_acc"
+    assert report.monitor == "val_acc"
     assert set(report.metrics["merged"]) == {"a", "b"}
     assert report.normalized("expert", "a") == 1.0
     first, second = merger.modules.values()
@@ -151,7 +151,7 @@ def test_dict_batches_popped_logged_by_hand() -> None:
     tasks = MergeDataModule({str(n): TaskLoaders(loader) for n, loader in enumerate(loaders)}, samples=20)
     merger = ChainOfMergesCallback({"0": modules[0], "1": modules[1]})
     quiet_trainer(callbacks=[merger]).validate(DictClassifier(), datamodule=tasks, verbose=False)
-    assert merger.report.metric == "score"
+    assert merger.report.monitor == "score"
     assert set(merger.report.metrics["merged"]["0"]) == {"score", "loss"}
     assert all(not module.outputs for module in modules)
 

@@ -250,13 +250,13 @@ def test_a_network_with_another_class_for_its_head() -> None:
     deep.body.load_state_dict(perturb(copy.deepcopy(plain.body)).state_dict())
     callback = merge({"a": plain, "b": deep}, Wrapper(), private=None)
     account = callback.report.parameters
-    assert {name for name, what in account.items() if what == "private"} == {
+    assert {name for name, what in account.items() if what.status == "private"} == {
         f"net.head.{own}" for own in ("weight", "bias", "0.weight", "0.bias", "2.weight", "2.bias")
     }
     merged = callback.modules["b"].get_submodule("net")
     assert isinstance(merged, DeepNet)
     torch.testing.assert_close(merged.head.state_dict(), deep.head.state_dict(), rtol=0, atol=0)
-    assert account["net.body.0.weight"] == "solved"
+    assert account["net.body.0.weight"].status == "solved"
 
 
 class Twins(Wrapper):
@@ -337,7 +337,7 @@ def test_compiled_models_are_merged_as_others_are(make: Callable[[], Any], monke
         for task in "ab":
             state = plain_state(found.modules[task].state_dict())
             torch.testing.assert_close(state, expected.modules[task].state_dict(), rtol=0, atol=0)
-        assert sum(what == "solved" for what in found.report.parameters.values()) == 8
+        assert sum(what.status == "solved" for what in found.report.parameters.values()) == 8
         torch.testing.assert_close(plain_state(model.state_dict()), expected.modules["a"].state_dict())
 
 

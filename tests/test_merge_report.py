@@ -42,7 +42,10 @@ def test_the_json_holds_the_whole_report(result: Result) -> None:
     callback, folder = result
     report = callback.report
     content = strict_json((folder / "report.json").read_text())
-    assert {name: content[name] for name in asdict(report)} == json.loads(json.dumps(asdict(report)))
+    expected = {**asdict(report), "parameters": {name: str(what) for name, what in report.parameters.items()}}
+    assert {name: content[name] for name in expected} == json.loads(json.dumps(expected))
+    assert content["metric"] == content["monitor"] == "val_acc"
+    assert content["mode"] == "max"
     assert content["metrics"] == report.metrics
     assert set(content["metrics"]) == {"expert", "average", "merged"}
     assert content["normalized"]["merged"]["b"]["val_acc"] == report.normalized("merged", "b", "val_acc")
@@ -80,7 +83,7 @@ def test_every_parameter_is_accounted_for() -> None:
     private = {f"{head}.{kind}" for head in ("head", "extra") for kind in ("weight", "bias")}
     buffers = {f"body.5.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")}
     for name, what in report.parameters.items():
-        kind = what.split(":")[0]
+        kind = what.status
         if name in private:
             assert kind == "private", name
         elif name in buffers:
@@ -89,8 +92,8 @@ def test_every_parameter_is_accounted_for() -> None:
             assert kind == "solved", name
         else:
             assert kind in ("solved", "averaged"), name
-            assert kind == "solved" or len(what) > len("averaged: "), name
-    assert report.parameters["scale"].startswith("averaged: ")
+            assert kind == "solved" or what.detail, name
+    assert str(report.parameters["scale"]).startswith("averaged: ")
     assert sum(report.sizes.values()) == (
         sum(t.numel() for e in experts.values() for n, t, _ in named_tensors(e) if n in private)
         + sum(t.numel() for n, t, _ in named_tensors(experts["a"]) if n not in private)
@@ -110,7 +113,7 @@ def test_a_method_without_data(method: MergingMethod, tmp_path: Path) -> None:
     report = callback.report
     assert report.layers == []
     assert report.samples == {}
-    assert set(report.parameters.values()) == {"averaged", "private"}
+    assert set(map(str, report.parameters.values())) == {"averaged", "private"}
     assert report.method["class"] == "Average"
     assert "Average: no calibration data; " in report.summary()
     experts = make_experts((3, 4))
@@ -123,7 +126,7 @@ def test_a_method_without_data(method: MergingMethod, tmp_path: Path) -> None:
 def example(**kwargs: Any) -> MergeReport:
     values: dict[str, Any] = {
         "tasks": ["a", "b"],
-        "metric": "acc",
+        "monitor": "acc",
         "metrics": {
             "expert": {"a": {"acc": 0.8, "loss": 0.5}, "b": {"acc": 0.5, "loss": 0.25}},
             "merged": {"a": {"acc": 0.6, "loss": 1.0}, "b": {"acc": 0.5, "loss": 0.5}},
@@ -156,7 +159,7 @@ def test_normalized_metrics_that_do_not_exist(kind: str, task: str, metric: str 
 def test_a_merge_without_baselines_shows_its_own_metrics(tmp_path: Path) -> None:
     report = merge(tmp_path / "out", baselines=False).report
     assert set(report.metrics) == {"merged"}
-    assert report.metric == "val_acc"
+    assert report.monitor == "val_acc"
     assert report.normalized("merged", "a") is None
     assert f"{report.metrics['merged']['a']['val_acc']:.4f}" in report.task_table()
     assert "expert" not in report.task_table()
@@ -180,16 +183,21 @@ def test_numbers_that_json_lacks_become_null() -> None:
 )
 def test_the_metric_that_is_shown(names: list[str], expected: str | None) -> None:
     report = MergeReport(metrics={"merged": {"a": dict.fromkeys(names, 0.5)}})
-    report.choose_metric()
-    assert report.metric == expected
-    report.choose_metric("f2")
-    assert report.metric == expected
+    report.choose_monitor()
+    assert report.monitor == expected
+    report.choose_monitor("f2")
+    assert report.monitor == expected
     assert "'f2' was not logged" in report.warnings[0]
+
+
+def test_the_old_name_of_the_monitor_is_deprecated() -> None:
+    with pytest.warns(FutureWarning, match="now MergeReport.monitor"):
+        assert example().metric == "acc"
 
 
 def test_the_metric_can_be_chosen() -> None:
     report = merge(metric="val_loss").report
-    assert report.metric == "val_loss"
+    assert report.monitor == "val_loss"
     assert f"{report.metrics['merged']['a']['val_loss']:.4f}" in report.task_table()
 
 

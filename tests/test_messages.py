@@ -17,8 +17,9 @@ from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.errors import reason
 from com_lightning.experts.adapters import adapter_problems
 from com_lightning.experts.load import Parameters, load_expert, sort_parameters
-from com_lightning.results.parameter_summary import account
+from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.plots import _spikes
+from com_lightning.results.report import ParameterOutcome
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 
@@ -43,7 +44,8 @@ def compared(average: float, merged: float, metric: str = "acc", method: str = "
         "average": {"a": {metric: average}, "b": {metric: 0.5}},
         "merged": {"a": {metric: merged}, "b": {metric: 0.5}},
     }
-    report = MergeReport({"class": method, "ridge": 0.01}, ["a", "b"], metric, values, samples={"a": 64, "b": 64})
+    settings: dict[str, Any] = {"class": method, "ridge": 0.01}
+    report = MergeReport(settings, ["a", "b"], metric, metrics=values, samples={"a": 64, "b": 64})
     report.compare_with_average()
     return report.warnings
 
@@ -53,8 +55,8 @@ def test_a_merge_below_the_average_is_told(metric: str) -> None:
     [warning] = compared(0.9, 0.7, metric)
     for part in (
         f"mean {metric} is 0.6000 merged and 0.7000 averaged",
-        "there are 64 per task",
-        "it is 0.01",
+        "now 64 per task",
+        "now 0.01",
         "Average",
     ):
         assert part in warning
@@ -70,8 +72,17 @@ def test_errors_are_better_the_lower(metric: str) -> None:
     assert not compared(0.9, 0.7, metric)
 
 
+def test_the_mode_decides_whatever_the_name() -> None:
+    values = {"average": {"a": {"acc": 0.5}}, "merged": {"a": {"acc": 0.7}}}
+    for mode, warned in (("min", True), ("max", False), (None, False)):
+        report = MergeReport(tasks=["a"], metrics=values)
+        report.choose_monitor("acc", mode)  # type: ignore[arg-type]
+        report.compare_with_average()
+        assert (report.mode, bool(report.warnings)) == (mode or "max", warned)
+
+
 def test_a_report_without_averages_compares_nothing() -> None:
-    report = MergeReport(tasks=["a"], metric="acc", metrics={"merged": {"a": {"acc": 0.1}}})
+    report = MergeReport(tasks=["a"], monitor="acc", metrics={"merged": {"a": {"acc": 0.1}}})
     report.compare_with_average()
     assert report.warnings == []
 
@@ -336,11 +347,11 @@ def test_rows_without_data_count_as_averaged() -> None:
         LayerRecord("late", "linear", {"late.weight": 2, "late.bias": 1}, groups=1, idle=1),
     ]
     shared = Parameters([name for name, _ in module.named_parameters()], {"a": []}, {"adapter.weight"})
-    kinds, sizes = account({"a": module}, shared, records, True)
+    outcomes, sizes = summarize_parameters({"a": module}, shared, records, True)
     assert sizes == {"solved": 6 + 9, "averaged": 14 + 3, "private": 0, "re-estimated": 0, "buffer": 0}
-    assert kinds["table.weight"] == "solved in part: no calibration data reached 14 of its values"
-    assert kinds["late.bias"] == "averaged: no calibration data reached it"
-    assert kinds["adapter.weight"] == "folded"
+    assert str(outcomes["table.weight"]) == "solved in part: no calibration data reached 14 of its values"
+    assert str(outcomes["late.bias"]) == "averaged: no calibration data reached it"
+    assert str(outcomes["adapter.weight"]) == "folded"
 
 
 @pytest.mark.parametrize(
@@ -358,8 +369,10 @@ def test_notes_on_missing_data(kind: str, groups: int, idle: int, note: str) -> 
 
 def test_the_summary_is_a_sentence() -> None:
     sizes = {"solved": 5, "averaged": 0, "private": 2695, "re-estimated": 0, "buffer": 1024}
-    report = MergeReport(parameters={"head.weight": "private", "x": "solved"}, sizes=sizes)
-    expected = "Values: 5 solved, 2,695 private to their tasks (head.weight), 1,024 in buffers that stay as they are."
+    report = MergeReport(
+        parameters={"head.weight": ParameterOutcome("private"), "x": ParameterOutcome("solved")}, sizes=sizes
+    )
+    expected = "Values: 5 solved, 2,695 private to their tasks (head.weight), 1,024 in buffers that are left unchanged."
     assert expected in report.summary()
 
 

@@ -72,7 +72,7 @@ def test_the_trainer_merges(method: MergingMethod, tmp_path: Path) -> None:
     trainer = MergeTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     experts: dict[str, Any] = dict(zip("ab", make_experts()))
     report = trainer.merge(make_base(), data, experts, method, output_dir=str(tmp_path / "out"))
-    told = {name: what for name, what in report.parameters.items() if name.startswith("body")}
+    told = {name: str(what) for name, what in report.parameters.items() if name.startswith("body")}
     kind = type(method).__name__
     assert set(told.values()) == {f"merged by {kind}" if kind in ("Fisher", "AdaMerging") else "solved"}
     assert report.method["class"] == kind

@@ -140,7 +140,7 @@ def test_heads_may_differ(tmp_path: Path) -> None:
     a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, labels=5)
     callback = merge({"a": a, "b": b, "c": perturb(make_bert(kind=BertForTokenClassification), 0.1, seed=3)})
     head = {"net.classifier.weight", "net.classifier.bias"}
-    private = {name for name, what in callback.report.parameters.items() if what == "private"}
+    private = {name for name, what in callback.report.parameters.items() if what.status == "private"}
     assert private == head | {"net.bert.pooler.dense.weight", "net.bert.pooler.dense.bias"}
     net = callback.modules["b"].get_submodule("net")
     assert net.config.num_labels == 5  # type: ignore[union-attr]

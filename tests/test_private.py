@@ -168,9 +168,11 @@ def test_it_is_saved_loaded_validated_and_counted(tmp_path: Path) -> None:
         for name, value in merger.modules[task].state_dict().items():
             assert torch.equal(module.state_dict()[name], value), (task, name)
     report = merger.report
-    assert report.parameters["body.0.bias"] == "private, solved for each task"
-    own = sum(kind == "private, solved for each task" for kind in report.parameters.values())
-    assert f"private to their tasks (head.weight, head.bias, {own} biases and norms solved for each)" in str(report)
+    assert str(report.parameters["body.0.bias"]) == "private, solved for each task"
+    own = sum(what.status == "private, solved for each task" for what in report.parameters.values())
+    assert f"private to their tasks (head.weight, head.bias, {own} biases and norms solved for each task)" in str(
+        report
+    )
     heads = sum(p.numel() for expert in experts.values() for p in expert.head.parameters())
     assert report.sizes["private"] == heads + 2 * (8 + 8 + 8 + 8)
     assert set(report.metrics["merged"]) == set(experts)

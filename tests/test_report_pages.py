@@ -62,7 +62,7 @@ def test_what_is_not_ours_is_escaped(folder: Path) -> None:
     merger.report.tasks = ["<script>alert(1)</script>"]
     merger.report.warnings = ["a < b & c"]
     merger.report.metrics = {"merged": {merger.report.tasks[0]: {"val_acc": 1.0}}}
-    merger.report.choose_metric()
+    merger.report.choose_monitor()
     text = html_report(merger.report)
     assert "<script>" not in text
     assert "a &lt; b &amp; c" in text

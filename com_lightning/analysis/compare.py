@@ -200,8 +200,8 @@ class Compare(Callback):
             key = {"experts": name, "of": self._samples(name)}
             result.experts[name] = known.get(key) or known.add(key, validated(plan.experts, name, "experts"))
         report = MergeReport(metrics={"expert": result.experts["report"]})
-        report.choose_metric(self.metric)
-        result.metric, result.warnings = report.metric, result.warnings + report.warnings
+        report.choose_monitor(self.metric)
+        result.metric, result.warnings = report.monitor, result.warnings + report.warnings
         merges = [
             (setting, seed)
             for setting in self.settings

@@ -142,7 +142,7 @@ class Comparison:
     def _row(self, outcomes: Sequence[Outcome], split: str, tried: int = 1) -> Row:
         metric = self.metric or ""
         reports = [
-            MergeReport(tasks=self.tasks, metric=metric, metrics={"expert": self.experts[split], "merged": o})
+            MergeReport(tasks=self.tasks, monitor=metric, metrics={"expert": self.experts[split], "merged": o})
             for o in (outcome.metrics[split] for outcome in outcomes)
         ]
         absolute = {t: mean([r.metrics["merged"].get(t, {}).get(metric) for r in reports]) for t in self.tasks}

@@ -1,4 +1,4 @@
-"""A report as one web page that needs nothing else: no network, no script."""
+"""A report as one web page that works offline: styles and picture are inside, and there is no script."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from com_lightning.results import markdown
 from com_lightning.results.report import MergeReport
 
 _STYLE = """
@@ -23,39 +24,34 @@ th { border-bottom: 2px solid var(--accent); } td.number, th.number { text-align
 
 
 def html_report(report: MergeReport, picture: bytes | None = None) -> str:
-    """The whole report as HTML.
+    """The whole report as one HTML page.
 
     Args:
-        report: of a merge.
-        picture: a PNG to show, see :func:`~com_lightning.results.plots.save_figure`.
+        report: Report of a merge.
+        picture: A PNG to show, see :func:`~com_lightning.results.plots.save_figure`.
+
+    Returns:
+        The page.
     """
-    title = f"Merge of {len(report.tasks)} experts with {report.method.get('class')}"
-    settings = ", ".join(f"{name}={value}" for name, value in report.method.items() if name != "class")
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    title, settings = markdown.title(report), markdown.settings(report)
     parts = [f"<h1>{escape(title)}</h1>"]
     parts += [f'<p class="note">{escape(settings)}</p>'] if settings else []
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     if report.metrics:
-        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.metric))}</code></p>", _table(report.task_rows())]
+        rows = markdown.task_rows(report)
+        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", _table(rows)]
     if picture:
         encoded = base64.b64encode(picture).decode("ascii")
-        shown = "each task before and after the merge, and the covariate shift from layer to layer"
-        parts.append(f'<p><img alt="{shown}" src="data:image/png;base64,{encoded}"></p>')
+        description = "each task before and after the merge, and the drift of inputs from layer to layer"
+        parts.append(f'<p><img alt="{description}" src="data:image/png;base64,{encoded}"></p>')
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
     if report.layers:
-        parts += [
-            "<h2>Layers</h2>",
-            f'<p class="note">{escape(report.layers_explained())}</p>',
-            _table(report.layer_rows()),
-        ]
-    if rows := report.unsolved_rows():
-        parts += [
-            f"<h2>Averaged parameters</h2><details><summary>{len(rows) - 1} of them</summary>",
-            _table(rows),
-            "</details>",
-        ]
-    seed = f"Calibration seed {report.seed}; " if report.seed is not None else ""
-    parts.append(f'<p class="note">{escape(seed + versions)}.</p>')
+        note = f'<p class="note">{escape(markdown.LAYER_COLUMNS)}</p>'
+        parts += ["<h2>Layers</h2>", note, _table(markdown.layer_rows(report))]
+    if rows := markdown.averaged_rows(report):
+        summary = f"<summary>{len(rows) - 1} of them</summary>"
+        parts += [f"<h2>Averaged parameters</h2><details>{summary}", _table(rows), "</details>"]
+    parts.append(f'<p class="note">{escape(markdown.versions(report))}</p>')
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
     return (
@@ -68,8 +64,8 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
     numbers = [all(re.match(r"[-–.\d]|$", row[c]) for row in body) for c in range(len(head))]
 
     def line(row: Sequence[str], tag: str) -> str:
-        kinds = [' class="number"' if number else "" for number in numbers]
-        return "<tr>" + "".join(f"<{tag}{k}>{escape(cell)}</{tag}>" for k, cell in zip(kinds, row)) + "</tr>"
+        classes = [' class="number"' if number else "" for number in numbers]
+        return "<tr>" + "".join(f"<{tag}{c}>{escape(cell)}</{tag}>" for c, cell in zip(classes, row)) + "</tr>"
 
     lines = "\n".join(line(row, "td") for row in body)
     return f'<div class="wide"><table>\n<thead>{line(head, "th")}</thead>\n<tbody>\n{lines}\n</tbody></table></div>'

@@ -1,4 +1,9 @@
-"""What became of each parameter and buffer, and of how many values."""
+"""What became of each parameter and buffer in a merge, and of how many values.
+
+A merge leaves three traces: the records of its layers, the records of parameters that a rule merged one by one, and the
+sorting of all names into shared and private. :func:`summarize_parameters` joins them by name. Tied parameters have
+several names; their values are counted once, under the first one.
+"""
 
 from __future__ import annotations
 
@@ -10,70 +15,85 @@ from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import named_tensors, tied_names
 from com_lightning.experts.load import Parameters
 from com_lightning.methods import ParameterRecord
-from com_lightning.results.report import PRIVATE_REFITTED, PRIVATE_SOLVED
+from com_lightning.results.report import ParameterOutcome
 
 
-def account(
+def summarize_parameters(
     experts: Mapping[str, nn.Module],
     parameters: Parameters,
     records: Sequence[LayerRecord],
     by_layer: bool,
-    own: Collection[str] = (),
+    task_biases: Collection[str] = (),
     refitted: Mapping[str, Collection[str]] | None = None,
-) -> tuple[dict[str, str], dict[str, int]]:
-    """Name of each parameter or buffer -> what became of it, and each kind -> number of values, as in
-    :class:`~com_lightning.results.report.MergeReport`. Values that no data reached count as averaged, which they are.
+) -> tuple[dict[str, ParameterOutcome], dict[str, int]]:
+    """Say what became of each parameter and buffer.
 
     Args:
-        experts: task -> its module.
-        parameters: which are shared, private, folded.
-        records: of all layers.
-        by_layer: whether the method merges layers that calibration data reach.
-        own: names of what each task keeps for itself, solved for it.
-        refitted: task -> names of what is private to it and was solved for the merged model.
+        experts: Task -> its module.
+        parameters: Which names are shared, private, or part of a merged adapter.
+        records: Records of all layers and parameters.
+        by_layer: Whether the method merges layers that calibration data reach.
+        task_biases: Shared names that were solved for each task separately.
+        refitted: Task -> its private names that were solved for the merged model.
+
+    Returns:
+        Name -> what became of it, and the sizes, as in :class:`~com_lightning.results.report.MergeReport`.
     """
     expert = next(iter(experts.values()))
-    ties = tied_names(expert)
-    solved: dict[str, int] = {}
-    notes = {record.name: record.note for record in records if record.note}
-    by_rule = {ties[record.name]: record.kind for record in records if isinstance(record, ParameterRecord)}
-    for record in (record for record in records if record.task is None):
-        for name, count in record.parameters.items() if not isinstance(record, ParameterRecord) else ():
-            reached = count - count * record.idle // max(record.groups, 1)
-            solved[ties[name]] = solved.get(ties[name], 0) + reached
-            if not reached:
-                notes.setdefault(ties[name], "no calibration data reached it")
-    result: dict[str, str] = {}
-    renewed = {name for record in records for name in record.buffers}
+    ties, shared = tied_names(expert), set(parameters.shared)
+    solved, notes = _solved_values(records, ties)
+    rules = {ties[record.name]: record.kind for record in records if isinstance(record, ParameterRecord)}
+    estimated = {name for record in records for name in record.buffers}
+    outcomes: dict[str, ParameterOutcome] = {}
     sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
-    shared = set(parameters.shared)
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in shared:
             continue
-        if name in own:
-            result[name] = PRIVATE_SOLVED
+        if name in task_biases:
+            outcomes[name] = ParameterOutcome("private, solved for each task")
             sizes["private"] += len(experts) * tensor.numel()
             continue
         first, count = ties[name], solved.get(ties[name], 0)
         if not is_parameter:
-            result[name] = "re-estimated" if name in renewed else "buffer"
+            outcome = ParameterOutcome("re-estimated" if name in estimated else "buffer")
         elif count == tensor.numel():
-            result[name] = "solved"
-        elif first in by_rule and not count:
-            result[name] = f"merged by {by_rule[first]}"
+            outcome = ParameterOutcome("solved")
         elif count:
-            result[name] = f"solved in part: no calibration data reached {tensor.numel() - count:,} of its values"
+            missed = f"no calibration data reached {tensor.numel() - count:,} of its values"
+            outcome = ParameterOutcome("solved in part", missed)
+        elif first in rules:
+            outcome = ParameterOutcome("merged", rules[first])
         else:
             note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
-            result[name] = f"averaged: {note}" if by_layer else "averaged"
+            outcome = ParameterOutcome("averaged", note if by_layer else None)
+        outcomes[name] = outcome
         if first == name:
+            others = "averaged" if outcome.status in ("solved", "solved in part") else outcome.status
+            others = str(outcome) if others == "merged" else others
             sizes["solved"] += count
-            kind = result[name] if not is_parameter or result[name].startswith("merged") else "averaged"
-            sizes[kind] = sizes.get(kind, 0) + tensor.numel() - count
+            sizes[others] = sizes.get(others, 0) + tensor.numel() - count
     for task, names in parameters.private.items():
-        own = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
-        result.update(dict.fromkeys(names, "private"))
-        result.update(dict.fromkeys((refitted or {}).get(task, ()), PRIVATE_REFITTED))
-        sizes["private"] += sum(own[name].numel() for name in names)
-    result.update(dict.fromkeys(parameters.folded, "folded"))
-    return result, sizes
+        tensors = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
+        sizes["private"] += sum(tensors[name].numel() for name in names)
+        outcomes.update(dict.fromkeys(names, ParameterOutcome("private")))
+        solved_heads = (refitted or {}).get(task, ())
+        outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
+    outcomes.update(dict.fromkeys(parameters.folded, ParameterOutcome("folded")))
+    return outcomes, sizes
+
+
+def _solved_values(
+    records: Sequence[LayerRecord], ties: Mapping[str, str]
+) -> tuple[dict[str, int], dict[str, str | None]]:
+    """First name of each parameter -> how many of its values were solved; layer or parameter -> why not."""
+    solved: dict[str, int] = {}
+    notes = {record.name: record.note for record in records if record.note}
+    for record in records:
+        if record.task is not None or isinstance(record, ParameterRecord):
+            continue
+        for name, count in record.parameters.items():
+            reached = count - count * record.idle // max(record.groups, 1)
+            solved[ties[name]] = solved.get(ties[name], 0) + reached
+            if not reached:
+                notes.setdefault(ties[name], "no calibration data reached it")
+    return solved, notes
