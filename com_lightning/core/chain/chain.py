@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.chain.fit import Fit, fit
 from com_lightning.core.chain.gather import CalibrationForward, Inputs, Layer, check_solution, where
@@ -27,6 +26,7 @@ from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import LayerRecord, Stream, Task
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.allocator import kept_memory
 from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import copy_module
@@ -249,7 +249,7 @@ class _Chain:
         for own, extent in written:
             self.uses.solved.setdefault(self.models.tied[own], []).append(extent)
         for own in dict.fromkeys(own for own, _ in written):
-            with _unsafe_preserve_version_counter(self.models.merged[own]):
+            with private_torch.unversioned_write(self.models.merged[own]):
                 self.peers.broadcast(self.models.merged[own], self.owner)
             self.models.refresh(own)
             self.writes[own].count += 1
@@ -263,7 +263,7 @@ class _Chain:
         """Write what was solved in an earlier run."""
         for (own, (first, last)), values in zip(known.written, known.values):
             whole = self.models.merged[own]
-            with _unsafe_preserve_version_counter(whole):
+            with private_torch.unversioned_write(whole):
                 flat = whole.detach().flatten()
                 flat[first : last + 1] = values.to(flat.device)
                 whole.copy_(flat.view(whole.shape))
@@ -295,7 +295,7 @@ class _Chain:
             size = part.of(whole).numel()
             if own in values:  # or else what is there is as good
                 # A forward may be about to differentiate through what was computed with other parts of it.
-                with _unsafe_preserve_version_counter(whole):
+                with private_torch.unversioned_write(whole):
                     part.write(whole, values[own])
             written.append((part.name, part.extent(whole)))
             name = self.models.whole.get(part.name, part.name)
@@ -339,7 +339,7 @@ class _Chain:
             for own, part in layer.parts.items():
                 if keys := self.models.own.get(part.name):
                     tensor = self.models.merged[keys[number]]
-                    with _unsafe_preserve_version_counter(tensor):
+                    with private_torch.unversioned_write(tensor):
                         tensor.copy_(values[own].view(tensor.shape))
                     written.append((keys[number], (0, tensor.numel() - 1)))
         return written

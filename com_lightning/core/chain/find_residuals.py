@@ -24,6 +24,7 @@ from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.lockstep import Arrival
 from com_lightning.core.sweep.task import LayerRecord, Stream, Task
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.tracked import Watched, name_of, plain
 
 Term = tuple[Literal["input", "output"], str]
@@ -115,7 +116,7 @@ class _Additions(TorchFunctionMode):
         if corrects:
             self._sums[layer] = {}
         known = self._known.get(value)  # type: ignore[no-untyped-call]
-        seen = known is not None and known.whole and known.version == value._version
+        seen = known is not None and known.whole and known.version == private_torch.version(value)
         if not seen or next(iter(known.terms))[0] == "output":  # of several layers with one input, the first
             self._name(("input", layer), value)
         self._order["input", layer] = len(self._order)
@@ -194,8 +195,8 @@ class _Additions(TorchFunctionMode):
 
     def _know(self, tensor: Tensor, terms: Terms, whole: bool = False) -> None:
         if not tensor.is_inference():
-            self._known[tensor] = _Known(terms, tensor._version, whole)
+            self._known[tensor] = _Known(terms, private_torch.version(tensor), whole)
 
     def _terms(self, tensor: Tensor) -> Terms:
         known = self._known.get(tensor)  # type: ignore[no-untyped-call]
-        return known.terms if known is not None and known.version == tensor._version else _NOTHING
+        return known.terms if known is not None and known.version == private_torch.version(tensor) else _NOTHING

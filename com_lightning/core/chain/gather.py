@@ -22,6 +22,7 @@ from com_lightning.core.sweep.bad_batches import BadBatch
 from com_lightning.core.sweep.lockstep import Arrival, Forward
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import NonFiniteError, Stream, Task
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.modules import all_finite
 from com_lightning.core.tensors.tracked import Part
 
@@ -303,7 +304,7 @@ def where(arrival: Arrival) -> Where:
 
 def _seen(arrivals: Sequence[Arrival]) -> dict[Where, tuple[weakref.ref[Tensor], int]]:
     return {
-        where(arrival): (weakref.ref(arrival.input), arrival.input._version)
+        where(arrival): (weakref.ref(arrival.input), private_torch.version(arrival.input))
         for arrival in arrivals
         if isinstance(arrival.input, Tensor) and not arrival.input.is_inference()
     }

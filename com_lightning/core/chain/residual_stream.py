@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.sweep.task import Stream
+from com_lightning.core.tensors import private_torch
 
 Where = tuple[int, int, Stream]
 """Task, batch and stream of a forward."""
@@ -79,7 +80,7 @@ class Corrections:
     def _note(self, role: str, layer: str, where: Where, value: Any) -> None:
         seen = self._seen.get((role, layer))
         if seen is not None and isinstance(value, Tensor) and not value.is_inference():
-            seen[where] = (weakref.ref(value), value._version)
+            seen[where] = (weakref.ref(value), private_torch.version(value))
 
     def _is_known(self, layer: str, place: tuple[int, int]) -> bool:
         """Whether all sources of a writer are there, in both models, and alike."""
@@ -102,7 +103,7 @@ class Corrections:
         for source in self.writers.get(layer, ()):
             reference, version = self._seen[source.role, source.layer].get(where, (None, 0))
             tensor = reference() if reference is not None else None
-            if tensor is None or tensor._version != version:
+            if tensor is None or private_torch.version(tensor) != version:
                 return None
             found.append(tensor)
         return found

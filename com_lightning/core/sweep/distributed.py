@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from com_lightning.core.tensors import private_torch
+
 T = TypeVar("T")
 
 PATIENCE = 10.0
@@ -179,7 +181,7 @@ _LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exite
 
 
 def _store() -> Any:
-    return dist.distributed_c10d._get_default_store()
+    return private_torch.default_store()
 
 
 class _Failure:

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from com_lightning.core.sweep.offload import Pager
+from com_lightning.core.tensors import private_torch
 
 Place = tuple[int, ...]
 """Where a layer stands in the order of layers."""
@@ -209,7 +209,7 @@ class _Coroutine(greenlet):
         """Wait before a layer until the scheduler has served it; run through if it has already."""
         if getcurrent() is not self or layer in self._served:
             return False
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # within vmap and the like nothing can be switched
+        if private_torch.inside_transform():  # within vmap and the like nothing can be switched
             return False
         if self._closing:
             raise GreenletExit
@@ -272,8 +272,8 @@ class _Ambient:
             stream=torch.cuda.current_stream() if accelerator == "cuda" else None,
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
-            modes=tuple(torch.overrides._get_current_function_mode_stack()),  # type: ignore[no-untyped-call]
-            dispatch_modes=tuple(_get_current_dispatch_mode_stack()),
+            modes=private_torch.function_modes(),
+            dispatch_modes=private_torch.dispatch_modes(),
             attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
@@ -303,14 +303,8 @@ class _Ambient:
         for on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
             enable(on)
         # `with torch.device(...)` and its like; within the function that a mode is looking at, it is set aside.
-        while torch._C._len_torch_function_stack():
-            torch._C._pop_torch_function_stack()
-        for mode in self.modes:
-            torch._C._push_on_torch_function_stack(mode)
-        while torch._C._len_torch_dispatch_stack():
-            torch._C._pop_torch_dispatch_stack(None)
-        for mode in self.dispatch_modes:
-            torch._C._push_on_torch_dispatch_stack(mode)
+        private_torch.set_function_modes(self.modes)
+        private_torch.set_dispatch_modes(self.dispatch_modes)
 
 
 # Which kernels scaled_dot_product_attention may use: what `torch.nn.attention.sdpa_kernel` sets, on CPUs too.

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from com_lightning.core.chain.gather import Layer
 from com_lightning.core.layers.candidates import Candidate, candidates
 from com_lightning.core.layers.functional import Use
 from com_lightning.core.sweep.task import Stream, Task
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import split_attention
 from com_lightning.core.tensors.modules import copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement, Running
@@ -126,7 +126,7 @@ class Models:
         merged = self.merged[name]
         computed = self.computed.get(name, merged)
         if computed.data_ptr() != merged.data_ptr():
-            with _unsafe_preserve_version_counter(computed):
+            with private_torch.unversioned_write(computed):
                 computed.copy_(merged)
 
 

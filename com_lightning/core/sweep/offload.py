@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, UntypedStorage
-from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.allocator import give_back
 
 
@@ -107,7 +107,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def fetch(self, *values: Any) -> None:
         """Fetch the tensors among arguments, which somebody is going to read."""
-        with torch._C.DisableTorchFunction():
+        with private_torch.no_torch_function():
             for tensor in _tensors(values):
                 self._see(tensor, writes=False)
 
@@ -122,15 +122,15 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        operator = isinstance(func, torch._ops.OpOverload)
-        writes = not operator or func._schema.is_mutable
-        with torch._C.DisableTorchFunction():
+        operator = private_torch.is_operator(func)
+        writes = not operator or private_torch.is_mutable(func)
+        with private_torch.no_torch_function():
             tensors = list(_tensors((args, kwargs)))
             seen = [self._see(tensor, writes) for tensor in tensors]
         result = func(*args, **kwargs)
         # What comes out of an input whose storage is unknown, or out of other code, may be a view of something.
         if self._running is not None and operator and None not in seen:
-            with torch._C.DisableTorchFunction():
+            with private_torch.no_torch_function():
                 known = {address for addresses in seen for address in addresses or ()}
                 given = {id(tensor) for tensor in tensors}  # which may have been given another storage by now
                 for tensor in _tensors(result):
@@ -145,7 +145,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         storages = _storages(tensor)
         if storages is None:
             return None
-        addresses = [storage._cdata for storage in storages]
+        addresses = [private_torch.address(storage) for storage in storages]
         for address in addresses:
             page = self._pages.get(address)
             if page is not None and page.book is not self._running:
@@ -158,7 +158,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         plain = tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__")
         if plain and tensor.device.type == self.device.type:
             for storage in _storages(tensor) or ():
-                address = storage._cdata
+                address = private_torch.address(storage)
                 if address not in known and address not in self._pages and storage.nbytes():
                     self._pages[address] = page = _Page(storage, book)
                     book.pages[page] = None
@@ -214,7 +214,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                     if file.readinto(_memory(storage)) != page.size:
                         raise OSError(f"{file.name} is shorter than what was written to it")
         else:
-            with torch._C._DisableTorchDispatch():
+            with private_torch.no_torch_dispatch():
                 for page, storage in out:
                     assert isinstance(page.home, UntypedStorage)
                     storage.resize_(page.size)
@@ -259,7 +259,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
             page.home = place
 
     def _copy(self, pages: Sequence[tuple[_Page, UntypedStorage]]) -> None:
-        with torch._C._DisableTorchDispatch():
+        with private_torch.no_torch_dispatch():
             if self.device.type == "cuda":  # a forward may compute on several streams
                 torch.cuda.synchronize(self.device)
             for page, storage in pages:
@@ -294,13 +294,16 @@ class _Page:
 
     def __init__(self, storage: UntypedStorage, book: _Book) -> None:
         # As long as there is a weak reference, no other storage gets the address.
-        self.address, self.reference, self.book = storage._cdata, StorageWeakRef(storage), book  # type: ignore[no-untyped-call]
+        self.address, self.reference, self.book = (
+            private_torch.address(storage),
+            private_torch.WeakStorage(storage),
+            book,
+        )
         self.home: int | UntypedStorage | None = None
         self.out, self.size = False, 0
 
     def storage(self) -> UntypedStorage | None:
-        found: UntypedStorage | None = UntypedStorage._new_with_weak_ptr(self.reference.cdata)
-        return found
+        return self.reference.get()
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -314,21 +317,22 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _storages(tensor: Tensor) -> list[UntypedStorage] | None:
-    """What a tensor's values are in; ``None`` if that cannot be told."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        parts = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    elif tensor.layout == torch.strided:
+    """The storages that hold a tensor's values. ``None`` if they are not known."""
+    parts = private_torch.inner_tensors(tensor)
+    if parts is None and tensor.layout == torch.strided:
         try:
             return [tensor.untyped_storage()]
         except (NotImplementedError, RuntimeError):
             return None
-    elif tensor.layout == torch.sparse_coo:
-        with torch._C._DisableTorchDispatch():
-            parts = [tensor._indices(), tensor._values()]
-    else:
-        return None
-    found = [_storages(part) for part in parts]
-    return None if None in found else [storage for own in found for storage in own or ()]
+    if parts is None and tensor.layout == torch.sparse_coo:
+        parts = private_torch.sparse_parts(tensor)
+    storages: list[UntypedStorage] = []
+    for part in parts or ():
+        of_part = _storages(part)
+        if of_part is None:
+            return None
+        storages += of_part
+    return None if parts is None else storages
 
 
 def _movable(storage: UntypedStorage) -> bool:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from com_lightning.core.tensors import private_torch
+
 WORTHWHILE = 2**25
 """Multiply-adds from which on a product is worth what oneDNN takes to prepare for one of a new shape, a millisecond."""
 
@@ -53,8 +55,7 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _by_onednn(input, weight, bias):
         return F.linear(input, weight, bias)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-    return result
+    return private_torch.onednn_linear(input, weight, bias)
 
 
 def outputs(rows: Tensor, weight: Tensor) -> Tensor:
@@ -140,8 +141,8 @@ def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and (bias is None or bias.shape == weight.shape[:1])
         and weight.is_contiguous()  # oneDNN takes others, but takes a thousand times as long
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and torch.autograd.forward_ad._current_level < 0
+        and not private_torch.inside_transform()
+        and not private_torch.inside_forward_differentiation()
         and _prefers_onednn()
     )
 
@@ -163,10 +164,11 @@ def _onednn_is_faster() -> bool:
 
     So it is on AMD's with AVX-512, by a factor of two (tried on an EPYC of the fifth generation, torch 2.15).
     """
-    if not (torch._C.has_mkl and torch._C._has_mkldnn):
-        return False
-    known = hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return known and torch.backends.cpu.get_cpu_capability() == "AVX512" and "AuthenticAMD" in _processor()
+    return (
+        private_torch.has_onednn_linear()
+        and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and "AuthenticAMD" in _processor()
+    )
 
 
 def _processor() -> str:

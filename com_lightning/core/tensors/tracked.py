@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import multi_head_attention_forward
 from com_lightning.core.tensors.matmul import linear
 
@@ -153,18 +154,18 @@ class Watched(Tensor):
         target: tuple[torch.device, torch.dtype] | None = None,
     ) -> Watched:
         """``tensor`` as a watched one, on the same storage."""
-        watched: Watched = torch.Tensor._make_subclass(cls, tensor.detach())
+        watched = private_torch.make_subclass(cls, tensor.detach())
         watched.part, watched.watcher, watched.writes, watched.version = part, watcher, writes, version
         watched.target = target
-        watched._own = tensor._version
+        watched._own = private_torch.version(tensor)
         watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
         return watched
 
     def refresh(self, whole: Tensor) -> None:
         """Copy anew from the parameter, if that has been written to since, and this copy has not."""
-        if self.version is not None and self.version != self.writes.count and self._own == self._version:
+        if self.version is not None and self.version != self.writes.count and self._own == private_torch.version(self):
             plain(self).copy_(self.part.of(whole, casts=True))
-            self.version, self._own = self.writes.count, self._version
+            self.version, self._own = self.writes.count, private_torch.version(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = plain(self).clone()
@@ -193,7 +194,7 @@ class Watched(Tensor):
         casts = picks and name in _CASTS
         if casts or (not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
             args, kwargs = brought(args), brought(kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
+        with private_torch.no_subclass_torch_function():
             result = (linear if func is F.linear else func)(*args, **kwargs)
         if picks and first is not None:
             return _picked(first, func, args[1:], kwargs, result, None if casts else first.target)
@@ -235,7 +236,7 @@ def plain(value: Any) -> Any:
     """A watched tensor as an ordinary one; anything else as it is."""
     if not isinstance(value, Watched):
         return value
-    with torch._C.DisableTorchFunctionSubclass():
+    with private_torch.no_subclass_torch_function():
         return torch.ops.aten.alias.default(value)
 
 

@@ -1,0 +1,179 @@
+"""What of PyTorch is private, and called: still there, and still meaning the same."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import com_lightning
+from com_lightning.core.tensors import private_torch as private
+
+
+class Seen(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Dispatched(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: list[Any] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operators.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+class Sub(Tensor):
+    count = 0
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.count += 1
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def test_version_counts_writes_and_can_be_kept() -> None:
+    tensor = torch.zeros(2)
+    before = private.version(tensor)
+    tensor.add_(1)
+    assert private.version(tensor) == before + 1
+    with private.unversioned_write(tensor):
+        tensor.add_(1)
+    assert private.version(tensor) == before + 1
+    assert tensor.tolist() == [2, 2]
+
+
+def test_a_subclass_shares_the_storage() -> None:
+    tensor = torch.zeros(2)
+    sub = private.make_subclass(Sub, tensor)
+    assert type(sub) is Sub
+    tensor.fill_(3)
+    assert sub.tolist() == [3, 3]
+
+
+def test_torch_function_can_be_set_aside() -> None:
+    sub = private.make_subclass(Sub, torch.zeros(2))
+    Sub.count = 0
+    with Seen() as mode:
+        with private.no_torch_function():
+            torch.add(sub, 1)
+        assert (mode.count, Sub.count) == (0, 0)
+        with private.no_subclass_torch_function():
+            torch.add(sub, 1)
+        assert mode.count > 0
+        assert Sub.count == 0
+        torch.add(sub, 1)
+        assert Sub.count > 0
+
+
+def test_modes_can_be_read_and_replaced() -> None:
+    with Seen() as seen:
+        modes = private.function_modes()
+        assert modes == (seen,)
+        private.set_function_modes(())
+        torch.add(torch.zeros(1), 1)
+        assert seen.count == 0
+        private.set_function_modes(modes)
+        torch.add(torch.zeros(1), 1)
+        assert seen.count > 0
+    with Dispatched() as dispatched:
+        modes = private.dispatch_modes()
+        assert modes == (dispatched,)
+        private.set_dispatch_modes(())
+        torch.zeros(1)
+        private.set_dispatch_modes(modes)
+        assert not dispatched.operators
+        with private.no_torch_dispatch():
+            torch.zeros(1)
+        assert not dispatched.operators
+        torch.zeros(1).add_(1)
+    assert all(map(private.is_operator, dispatched.operators))
+    assert [private.is_mutable(operator) for operator in dispatched.operators][-1] is True
+    assert not private.is_mutable(torch.ops.aten.add.Tensor)
+    assert not private.is_operator(torch.add)
+
+
+def test_transforms_are_noticed() -> None:
+    inside: list[bool] = []
+    torch.func.vmap(lambda x: inside.append(private.inside_transform()) or x)(torch.zeros(2))
+    assert inside == [True]
+    assert not private.inside_transform()
+    assert not private.inside_forward_differentiation()
+    with torch.autograd.forward_ad.dual_level():
+        assert private.inside_forward_differentiation()
+
+
+def test_a_weak_storage_lets_go() -> None:
+    tensor = torch.zeros(4)
+    storage = tensor.untyped_storage()
+    weak, address = private.WeakStorage(storage), private.address(storage)
+    again = weak.get()
+    assert again is not None
+    assert private.address(again) == address
+    assert again.data_ptr() == tensor.data_ptr()
+    del tensor, storage, again
+    gc.collect()
+    assert weak.get() is None
+
+
+def test_what_tensors_consist_of() -> None:
+    assert private.inner_tensors(torch.zeros(1)) is None
+    sparse = torch.eye(2).to_sparse()
+    indices, values = private.sparse_parts(sparse)
+    assert (indices.shape, values.tolist()) == ((2, 2), [1, 1])
+
+
+def test_onednn_gives_what_pytorch_gives() -> None:
+    if not private.has_onednn_linear():
+        pytest.skip("PyTorch was built without MKL or oneDNN")
+    rows, weight, bias = torch.randn(5, 8), torch.randn(3, 8), torch.randn(3)
+    for b in (bias, None):
+        torch.testing.assert_close(private.onednn_linear(rows, weight, b), torch.nn.functional.linear(rows, weight, b))
+
+
+def test_the_store_of_the_default_group(tmp_path: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        store = private.default_store()
+        store.set("key", "value")
+        assert store.check(["key"])
+        assert store.get("key") == b"value"
+    finally:
+        dist.destroy_process_group()
+
+
+def test_nothing_private_is_called_elsewhere() -> None:
+    """Attributes that begin with one underscore, of modules of PyTorch, are read in one file alone."""
+    allowed = {"private_torch.py"}
+    found = []
+    for path in Path(com_lightning.__path__[0]).rglob("*.py"):
+        if path.name in allowed:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and re.match(r"torch\.(?:[\w.]+\.)?_[a-zA-Z]", ast.unparse(node)):
+                found.append(f"{path.name}:{node.lineno} {ast.unparse(node)}")
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+                found += [
+                    f"{path.name}:{node.lineno} {node.module}.{alias.name}"
+                    for alias in node.names
+                    if alias.name.startswith("_") or "._" in (node.module or "")
+                ]
+    public_enough = ("torch.utils._python_dispatch.TorchDispatchMode", "torch._dynamo.OptimizedModule")
+    found = [entry for entry in found if not entry.endswith(public_enough) and "torch.nn.modules" not in entry]
+    assert not found, "move these to core/tensors/private_torch.py: " + ", ".join(found)
