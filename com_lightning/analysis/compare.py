@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +28,10 @@ from com_lightning.execution import _versions, average_shared, calibration_tasks
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod
 from com_lightning.methods.registry import Setting, read_methods
 from com_lightning.plan import MergePlan
-from com_lightning.results.atomic import Workplace, write_text
+from com_lightning.results.atomic import Workplace
 from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.results.folder import output_problems
+from com_lightning.results.journal import ResultStore
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import peers_of, together
 from com_lightning.validation import quiet_lightning, single_device_trainer, validate_tasks
@@ -183,7 +182,8 @@ class Compare(Callback):
         with quiet_lightning():
             evaluator = single_device_trainer(trainer)
         names = ["report"] + ["selection"] * (self.splits.selection is not None)
-        known = _Known(workplace.journal if workplace else None, peers, self._fingerprint(trainer) if workplace else {})
+        folder, context = (workplace.journal, self._fingerprint(trainer)) if workplace else (Path(), {})
+        known = ResultStore(folder, peers, context)
         result = Comparison(list(plan.experts), splits=str(self.splits), counts=self.splits.counts)
         result.warnings = list(plan.parameters.warnings)
 
@@ -312,44 +312,6 @@ class Compare(Callback):
         except OSError as error:
             raise MergeError([f"output_dir: {self.output_dir} could not be written ({error})"]) from error
         shutil.rmtree(workplace.journal, ignore_errors=True)
-
-
-@dataclass
-class _Known:
-    """What has been found already, one file each; all processes are told what the first one reads.
-
-    Attributes:
-        folder: of the first process; ``None`` in the others.
-        context: what all of it depends on.
-    """
-
-    folder: Path | None
-    peers: Peers
-    context: Mapping[str, str]
-
-    def get(self, key: Any) -> Any:
-        """What was found earlier, if it was."""
-        found = None
-        if self.folder is not None:
-            with suppress(OSError, ValueError):  # what a disk has lost is done again
-                found = json.loads(self._path(key).read_text(encoding="utf-8"))["found"]
-        return self.peers.exchange(found)[0]
-
-    def add(self, key: Any, found: Any) -> Any:
-        """Write down what was found; returns it as it will be read."""
-        if self.folder is not None:
-            text = json.dumps({"key": key, "found": found}, default=str)
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                write_text(self._path(key), text)
-            except OSError as error:
-                told = f"output_dir: {self.folder} cannot be written to ({error}); make room, and run the same again"
-                raise MergeError([told]) from error
-        return json.loads(json.dumps(found, default=str))
-
-    def _path(self, key: Any) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{digest([dict(self.context), json.dumps(key, sort_keys=True, default=str)])}.json"
 
 
 def _shift(records: Sequence[LayerRecord]) -> list[tuple[str, dict[str, float]]]:

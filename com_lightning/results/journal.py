@@ -1,28 +1,94 @@
-"""The layers of an unfinished merge on disk, so that a merge that is killed goes on where it was."""
+"""What an unfinished run has written to disk, so that a run that is killed goes on where it was."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from com_lightning.core.sweep.context import Journal, Solved
+from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
-from com_lightning.results.atomic import write_text, write_whole
+from com_lightning.results.atomic import write_whole
+from com_lightning.results.fingerprint import digest
 
 _FINGERPRINT = "fingerprint.json"
 
 
-class FileJournal(Journal):
+class FileStore:
+    """The files of an unfinished run. Each of them is there whole, or not at all.
+
+    Args:
+        folder: for the files. It is made with the first one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def write(self, name: str, write: Callable[[Path], Any], label: str) -> None:
+        """Write a file with ``write(path)``.
+
+        Args:
+            name: of the file.
+            write: writes to the path that it is given.
+            label: what the file holds, for the error.
+
+        Raises:
+            MergeError: if the disk is full, or the folder cannot be written to.
+        """
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self.folder / name, write)
+        except (OSError, SafetensorError) as error:
+            message = f"output_dir: {label} could not be written to {self.folder} ({error})"
+            raise MergeError([f"{message}. Make room, and run the same again: it goes on from there"]) from error
+
+
+class ResultStore(FileStore):
+    """Results of an unfinished comparison: one JSON file each. Other processes get what the first one reads.
+
+    Args:
+        folder: for the files; it matters in the first process only.
+        peers: the processes.
+        context: all that the results depend on, beside their keys.
+    """
+
+    def __init__(self, folder: Path, peers: Peers, context: Mapping[str, str]) -> None:
+        super().__init__(folder)
+        self.peers, self.context = peers, dict(context)
+
+    def get(self, key: Any) -> Any:
+        """The result of this key and context, or ``None``."""
+        result = None
+        if self.peers.rank == 0:
+            with suppress(OSError, ValueError):  # the disk has lost it, so that it is computed again
+                result = json.loads((self.folder / self._name(key)).read_text(encoding="utf-8"))["found"]
+        return self.peers.exchange(result)[0]
+
+    def add(self, key: Any, result: Any) -> Any:
+        """Write down a result, and return it as :meth:`get` will."""
+        if self.peers.rank == 0:
+            text = json.dumps({"key": key, "found": result}, default=str)
+            self.write(self._name(key), lambda path: path.write_text(text, encoding="utf-8"), "a result")
+        return json.loads(json.dumps(result, default=str))
+
+    def _name(self, key: Any) -> str:
+        return f"{digest([self.context, json.dumps(key, sort_keys=True, default=str)])}.json"
+
+
+class FileJournal(FileStore, Journal):
     """One safetensors file per merged layer: its record, and the values written, in the precision they are stored in.
+
     All files together are about as large as the merged model.
 
     Args:
@@ -32,7 +98,8 @@ class FileJournal(Journal):
     keeps = True
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.resumed = folder, 0
+        super().__init__(folder)
+        self.resumed = 0
         self._files: dict[str, Path] = {}
         self._count = 0
         self._fingerprint: Mapping[str, str] = {}
@@ -46,12 +113,12 @@ class FileJournal(Journal):
         before = json.loads(path.read_text(encoding="utf-8"))
         names = dict.fromkeys([*before, *fingerprint])
         if differing := [name for name in names if before.get(name) != fingerprint.get(name)]:
-            told = [_difference(name, before.get(name), fingerprint.get(name)) for name in differing]
+            differences = [_difference(name, before.get(name), fingerprint.get(name)) for name in differing]
             raise MergeError(
                 [
                     f"output_dir: {self.folder} holds the layers of an unfinished merge that differs from this one: "
-                    f"{some(told)}. Run that one again to finish it, name another output_dir, or set no_resume to drop "
-                    "what is there"
+                    f"{some(differences)}. Run that one again to finish it, name another output_dir, or set "
+                    "resume=False to drop what is there"
                 ]
             )
         while (file := self._file(self._count)).is_file():
@@ -75,26 +142,18 @@ class FileJournal(Journal):
         return Solved(LayerRecord(**json.loads(metadata["record"])), written, values, skipped)
 
     def add(self, layer: str, solved: Solved) -> None:
-        try:
-            if not self._count:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                text = json.dumps(self._fingerprint, indent=1)
-                write_text(self.folder / _FINGERPRINT, text)
-            metadata = {
-                "layer": layer,
-                "record": json.dumps(asdict(solved.record)),
-                "skipped": json.dumps([asdict(entry) for entry in solved.skipped]),
-                "written": json.dumps([(name, *extent) for name, extent in solved.written]),
-            }
-            tensors = {str(n): value.detach().cpu().contiguous() for n, value in enumerate(solved.values)}
-            write_whole(self._file(self._count), lambda path: save_file(tensors, path, metadata))
-        except (OSError, SafetensorError) as error:
-            raise MergeError(
-                [
-                    f"output_dir: layer '{layer}' could not be written to {self.folder} ({error}). {self._count} "
-                    "layers are there: make room, and run the same again to go on"
-                ]
-            ) from error
+        if not self._count:
+            text = json.dumps(self._fingerprint, indent=1)
+            self.write(_FINGERPRINT, lambda path: path.write_text(text, encoding="utf-8"), "the journal")
+        metadata = {
+            "layer": layer,
+            "record": json.dumps(asdict(solved.record)),
+            "skipped": json.dumps([asdict(entry) for entry in solved.skipped]),
+            "written": json.dumps([(name, *extent) for name, extent in solved.written]),
+        }
+        tensors = {str(n): value.detach().cpu().contiguous() for n, value in enumerate(solved.values)}
+        label = f"layer '{layer}' (after {self._count} others)"
+        self.write(self._file(self._count).name, lambda path: save_file(tensors, path, metadata), label)
         self._count += 1
 
     def _file(self, number: int) -> Path:
