@@ -7,13 +7,17 @@ INSTALLED := $(VENV)/.com_lightning-$(shell cksum pyproject.toml | cut -d' ' -f1
 
 SUITES := images8 images8-resnet texts6 lm4 lora6
 
-.PHONY: demo test test-all test-oldest lint docs bench bench-suites clean
+.PHONY: demo test test-unit test-all test-oldest lint docs bench bench-suites clean
 
 demo: $(INSTALLED)
 	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
 
 test: lint docs
 	$(RUN)/python -m pytest -n 2 -m "not slow"
+
+# Parts alone: under a minute on one core.
+test-unit: $(INSTALLED)
+	$(RUN)/python -m pytest tests/unit
 
 test-all: lint
 	$(RUN)/python -m pytest -n 2

@@ -60,8 +60,8 @@ class Setting:
 
 
 def run_tests(setting: Setting) -> dict[str, Any]:
-    """tests/test_cuda.py in an interpreter of its own."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/test_cuda.py"]
+    """tests/integration/core/test_cuda.py in an interpreter of its own."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/integration/core/test_cuda.py"]
     command += ["-k", CPU_TESTS] if setting.tiny else []
     known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(

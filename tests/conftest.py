@@ -16,6 +16,13 @@ import torch.distributed as dist
 from tests.helpers import Classifier, make_experts
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What lies in ``tests/slow`` is slow."""
+    for item in items:
+        if "tests/slow/" in item.nodeid:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture
 def pair() -> dict[str, Classifier]:
     """Two experts of one architecture."""

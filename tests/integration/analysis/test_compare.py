@@ -1,0 +1,448 @@
+"""Several rules on the same experts: what is compared, on which samples, and what is left of it if it is killed."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import com_lightning.analysis.compare
+import com_lightning.execution
+from com_lightning import MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning.analysis.comparison import Comparison, Outcome
+from com_lightning.analysis.splits import Splits, split
+from com_lightning.cli import main
+from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.drift import measure_shift
+from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import average, named_tensors
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+
+ROOT = Path(__file__).parents[3]
+TASKS = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
+COMMON = [
+    "--model=tests.helpers.Classifier",
+    "--data=com_lightning.MergeDataModule",
+    "--data.samples=12",
+    *TASKS,
+    "--data.tasks.b.seed=1",
+    "--data.tasks.b.classes=4",
+    "--trainer.logger=false",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
+GRID = "task_arithmetic(scale=[0.2,0.5]),regmean,chain"
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> list[str]:
+    for task, expert in zip("ab", make_experts()):
+        trainer = quiet_trainer()
+        trainer.strategy.connect(expert)
+        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+    torch.manual_seed(0)  # what make_experts starts from
+    torch.save(Classifier().state_dict(), tmp_path / "base.pt")
+    return [*[f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"], f"--base={tmp_path / 'base.pt'}"]
+
+
+def compare(folder: Path, methods: Any = GRID, **kwargs: Any) -> Comparison:
+    """From Python, with experts on disk beside the result."""
+    trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    data = kwargs.pop("data", None) or MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, samples=12)
+    experts = {task: str(folder.parent / f"{task}.ckpt") for task in "ab"}
+    settings = {"base": str(folder.parent / "base.pt"), "output_dir": str(folder), **kwargs}
+    return trainer.compare(Classifier(), data, experts, methods, **settings)
+
+
+def untimed(comparison: Comparison) -> dict[str, Any]:
+    found = json.loads(comparison.to_json())
+    for entry in [*found["methods"], *found["outcomes"]]:
+        del entry["seconds"], entry["peak_memory"]
+    return found  # type: ignore[no-any-return]
+
+
+# -- on the command line -----------------------------------------------------------------------------------------------
+
+
+def test_a_comparison(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "out"
+    main(["compare", *COMMON, *files, f"--methods={GRID}", "--seeds=[0,1]", f"--output_dir={folder}"])
+    found = json.loads((folder / "report.json").read_text())
+    means = [method["mean_normalized"] for method in found["methods"]]
+    assert means == sorted(means, reverse=True)
+    labels = {method["label"].partition("(")[0] for method in found["methods"]}
+    assert labels == {"average", "task_arithmetic", "regmean", "chain"}
+    seeds = {method["label"]: method["seeds"] for method in found["methods"]}
+    assert (seeds["chain"], seeds["average"]) == ([0, 1], [None])
+    table = (folder / "report.md").read_text()
+    assert table.split("\n\n", 1)[1].rstrip() in capsys.readouterr().out
+    order = [
+        line.split("|")[1].split("(")[0].strip() for line in table.splitlines() if "GiB" not in line and "%" in line
+    ]
+    assert order[: len(means)] == [method["label"].partition("(")[0] for method in found["methods"]]
+    assert "nothing was calibrated or chosen on" in table
+    pictures = {path.name for path in folder.glob("*.png")}
+    expected = {"methods.png", "tasks.png", "shift.png"} if importlib.util.find_spec("matplotlib") else set()
+    assert pictures == expected
+    assert not (tmp_path / ".out.partial").exists()
+    main(["compare", f"--config={folder / 'config.yaml'}", f"--output_dir={tmp_path / 'again'}"])
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert [method["mean"] for method in again["methods"]] == [method["mean"] for method in found["methods"]]
+
+
+def test_the_configuration_of_a_merge_will_do(files: list[str], tmp_path: Path) -> None:
+    config = tmp_path / "merge.yaml"
+    config.write_text("method: {class_path: com_lightning.ChainOfMerges, init_args: {ridge: 0.5}}\nprivate: [head]\n")
+    rest = [f"--output_dir={tmp_path / 'out'}", "--methods=[ties, {class_path: com_lightning.RegMean}]"]
+    main(["compare", *COMMON, *files, f"--config={config}", *rest])
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert {method["label"] for method in found["methods"]} == {"average", "chain(ridge=0.5)", "ties", "regmean"}
+
+
+def test_all_problems_at_once(files: list[str], tmp_path: Path) -> None:
+    tmp_path.joinpath("out").mkdir()
+    arguments = [*COMMON, *files, "--experts.a=nowhere.ckpt", f"--output_dir={tmp_path / 'out'}", "--seeds=[1,1]"]
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", *arguments, "--methods=ties(density=0),slerp(t=2)"])
+    for part in (
+        "nowhere.ckpt): no such file",
+        "ties(density=0): density",
+        "slerp(t=2): t:",
+        "seeds: ",
+        "exists already",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(SystemExit, match="did you mean ties"):
+        main(["compare", *COMMON, *files, "--methods=tie,chain"])
+    with pytest.raises(SystemExit, match="data: must be a com_lightning"):
+        main(["compare", COMMON[0], *files, f"--output_dir={tmp_path / 'new'}"])
+
+
+def test_a_dry_run_merges_nothing(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["compare", *COMMON, *files, f"--methods={GRID}", f"--output_dir={tmp_path / 'out'}", "--dry_run"])
+    out = capsys.readouterr().out
+    assert "- task_arithmetic(scale=0.2)\n- task_arithmetic(scale=0.5)\n" in out
+    assert "Selection of settings: 24 samples" in out
+    assert not (tmp_path / "out").exists()
+
+
+# -- which samples -----------------------------------------------------------------------------------------------------
+
+
+def numbered(count: int, batch_size: int = 4, **kwargs: Any) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(torch.arange(count)), batch_size, **kwargs)
+
+
+def groups(count: int) -> list[list[int]]:
+    return [list(range(start, min(start + 3, count))) for start in range(0, count, 3)]
+
+
+LOADERS: dict[str, Any] = {
+    "plain": lambda: numbered(50),
+    "shuffled": lambda: numbered(50, shuffle=True),
+    "grouped": lambda: DataLoader(TensorDataset(torch.arange(50)), batch_sampler=groups(50)),
+    "two": lambda: [numbered(30), DataLoader(TensorDataset(torch.arange(30, 50)), 4)],
+}
+
+
+def validated(splits: Splits, part: str) -> list[int]:
+    loaders = splits.part(part).task("a").val_dataloader()
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    return [int(value) for loader in loaders for (batch,) in loader for value in batch]
+
+
+@pytest.mark.parametrize("selects", [False, True])
+@pytest.mark.parametrize("kind", LOADERS)
+def test_no_sample_is_for_two_things(kind: str, selects: bool) -> None:
+    data = MergeDataModule({"a": TaskLoaders(val=LOADERS[kind]())}, samples=8)
+    data.setup("validate")
+    splits = split(data, [0, 1, 2], calibrates=True, selects=selects)
+    calibrated = {
+        int(value)
+        for seed in (0, 1, 2)
+        for (batch,), _ in splits.part("report", seed).calibration("a").batches
+        for value in batch
+    }
+    report, selection = validated(splits, "report"), validated(splits, "selection") if selects else []
+    assert len({*report, *selection}) == len(report) + len(selection) == 50 - len(calibrated)
+    assert not calibrated & {*report, *selection}
+    assert len(calibrated) > 8
+    counts = splits.counts["a"]
+    assert counts == {"calibration": len(calibrated), "selection": len(selection), "report": len(report)}
+    if selects:
+        assert abs(len(report) - len(selection)) <= 2
+        again = split(data, [0, 1, 2], calibrates=True, selects=True)
+        assert sorted(validated(again, "selection")) == sorted(selection)
+
+
+def test_loaders_of_one_dataset_share_no_sample() -> None:
+    dataset = TensorDataset(torch.arange(60))
+    loaders = [DataLoader(dataset, 4), DataLoader(dataset, 5)]
+    data = MergeDataModule({"a": TaskLoaders(val=loaders)}, samples=10)
+    data.setup("validate")
+    splits = split(data, [0], calibrates=True, selects=True)
+    calibrated = {int(v) for (batch,), _ in splits.part("report").calibration("a").batches for v in batch}
+    report, selection = set(validated(splits, "report")), set(validated(splits, "selection"))
+    assert not calibrated & report
+    assert not calibrated & selection
+    assert not report & selection
+
+
+def test_train_data_hold_nothing_out() -> None:
+    tasks = {"a": TaskLoaders(val=numbered(20), train=numbered(50))}
+    data = MergeDataModule(tasks, samples=30, source="train")
+    data.setup("validate")
+    assert len(validated(split(data, [0], True, selects=False), "report")) == 20
+    splits = split(data, [0], True, selects=True)
+    assert sorted(validated(splits, "report") + validated(splits, "selection")) == list(range(20))
+
+
+def test_rules_without_data_hold_nothing_out() -> None:
+    data = MergeDataModule({"a": TaskLoaders(val=numbered(20))}, samples=100)
+    data.setup("validate")
+    assert len(validated(split(data, [0], calibrates=False, selects=False), "report")) == 20
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Any:
+        return iter(torch.arange(20))
+
+
+def test_what_cannot_be_split() -> None:
+    few = MergeDataModule({"a": TaskLoaders(val=numbered(20)), "b": TaskLoaders(val=numbered(9))}, samples=8)
+    with pytest.raises(MergeError, match="task 'b': 3 seeds calibrate on 9 of its 9 val samples"):
+        split(few, [0, 1, 2], calibrates=True, selects=False)
+    tasks = {"a": TaskLoaders(val=DataLoader(Stream(), 4), train=numbered(50))}
+    with pytest.raises(MergeError, match="iterable dataset cannot be split"):
+        split(MergeDataModule(tasks), [0], calibrates=True, selects=False)
+    with pytest.raises(MergeError, match="iterable dataset cannot be split"):
+        split(MergeDataModule(tasks, source="train"), [0], calibrates=True, selects=True)
+    whole = split(MergeDataModule(tasks, source="train"), [0], calibrates=True, selects=False)
+    assert whole.part("report").task("a").val_dataloader() is tasks["a"].val_dataloader()
+
+
+# -- what is found -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", ["chain", "regmean", "ties"])
+def test_one_seed_is_a_merge_with_that_rule(method: str, files: list[str], tmp_path: Path) -> None:
+    main(["compare", *COMMON, *files, f"--methods=wudi,{method}", f"--output_dir={tmp_path / 'out'}"])
+    kind = {"chain": "ChainOfMerges", "regmean": "RegMean", "ties": "TIES"}[method]
+    holdout = str(method != "ties").lower()  # where no rule reads data, there is nothing to hold out
+    rule = [f"--method={kind}", f"--data.holdout={holdout}", f"--output_dir={tmp_path / 'merged'}"]
+    main(["merge", *COMMON, *files, *rule])
+    # Merged last, so that whatever came before it would show.
+    (found,) = [
+        o for o in json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] if o["name"] == method
+    ]
+    merged = json.loads((tmp_path / "merged" / "report.json").read_text())["metrics"]["merged"]
+    if method != "ties":  # what a rule that reads no data is worth, is told on the samples that the others left
+        assert found["metrics"] == {"report": merged}
+    assert found["method"]["class"] == kind
+
+
+def test_seeds_are_those_of_the_calibration_sample(files: list[str], tmp_path: Path) -> None:
+    both = compare(tmp_path / "both", "chain", seeds=[0, 1])
+    losses = [[o.metrics["report"][t]["val_loss"] for t in "ab"] for o in both.outcomes if o.name == "chain"]
+    assert losses[0] != losses[1]
+    (row,) = [row for row in both.rows if row.label == "chain"]
+    assert row.absolute["a"] == pytest.approx(sum(o.metrics["report"]["a"]["val_acc"] for o in row.outcomes) / 2)
+    one = compare(tmp_path / "one", "chain", seeds=[1])
+    assert one.rows[0].spread is None
+    assert [o.seed for o in one.outcomes] == [None, 1]
+
+
+def test_rules_that_draw_at_random_draw_anew_for_each_seed(files: list[str], tmp_path: Path) -> None:
+    listed = "dare(seed=5),combined(matrices=della,rest=average),ties"
+    comparison = compare(tmp_path / "out", listed, seeds=[0, 2])
+    found = {row.label.partition("(")[0]: row.outcomes for row in comparison.rows}
+    assert [(one.seed, one.method["seed"]) for one in found["dare"]] == [(0, 5), (2, 7)]
+    assert [one.method["matrices"]["seed"] for one in found["combined"]] == [0, 2]
+    losses = [[one.metrics["report"][task]["val_loss"] for task in "ab"] for one in found["dare"]]
+    assert losses[0] != losses[1]
+    assert [one.seed for one in found["ties"]] == [None]
+
+
+@pytest.mark.parametrize("after", [0, 1, 3])
+def test_a_comparison_goes_on_where_it_was(
+    after: int, files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(Exception):
+        pass
+
+    done: list[str] = []
+    execute = com_lightning.execution.execute
+
+    def counted(plan: Any, *args: Any) -> Any:
+        if len(done) == after and limited:
+            raise Interrupted
+        done.append(type(plan.method).__name__)
+        return execute(plan, *args)
+
+    monkeypatch.setattr(com_lightning.analysis.compare, "execute", counted)
+    limited = True
+    with pytest.raises(Interrupted):
+        compare(tmp_path / "out", seeds=[0, 1])
+    assert not (tmp_path / "out").exists()
+    limited = False
+    resumed = compare(tmp_path / "out", seeds=[0, 1])
+    assert len(done) == 1 + 2 + 2 + 2  # the average, a grid, two seeds of two rules: none of them twice
+    whole = compare(tmp_path / "whole", seeds=[0, 1])
+    assert untimed(resumed) == untimed(whole)
+    assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(resumed.to_json())
+
+
+@pytest.mark.parametrize("change", [{"seeds": [3]}, {"private": ["head", "body.0"]}, {"no_resume": True}])
+def test_what_belongs_to_another_comparison_is_not_taken(
+    change: dict[str, Any], files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any) -> bool:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:  # all is merged, nothing written
+        patch.setattr(com_lightning.analysis.compare, "save_pictures", full)
+        with pytest.raises((KeyboardInterrupt, SystemExit)):
+            compare(tmp_path / "out", "regmean")
+    assert len(list((tmp_path / ".out.partial" / "journal").iterdir())) == 3  # the experts, the average, regmean
+    found = compare(tmp_path / "out", "regmean", **change)
+    assert untimed(found) == untimed(compare(tmp_path / "other", "regmean", **change))
+    assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
+
+
+def test_experts_are_as_they_were(files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: dict[str, Any] = {}
+    init = com_lightning.analysis.compare.Compare.__init__
+
+    def spying(self: Any, plan: Any, *args: Any) -> None:
+        kept.update(plan=plan, before={t: copy.deepcopy(e.state_dict()) for t, e in plan.experts.items()})
+        init(self, plan, *args)
+
+    monkeypatch.setattr(com_lightning.analysis.compare.Compare, "__init__", spying)
+    compare(tmp_path / "out")
+    for task, before in kept["before"].items():
+        now = kept["plan"].experts[task].state_dict()
+        assert all(torch.equal(now[name], value) for name, value in before.items())
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def outcome(name: str, label: str, report: float, selection: float | None = None, metric: str = "acc") -> Outcome:
+    metrics = {"report": {"a": {metric: report}}}
+    if selection is not None:
+        metrics["selection"] = {"a": {metric: selection}}
+    return Outcome(name, label, {}, None, metrics)
+
+
+def found(outcomes: list[Outcome], metric: str = "acc", expert: float = 0.5) -> Comparison:
+    experts = {split: {"a": {metric: expert}} for split in ("report", "selection")}
+    return Comparison(["a"], metric, experts=experts, outcomes=outcomes)
+
+
+def test_settings_are_chosen_on_the_selection_split() -> None:
+    grid = [outcome("m", "m(1)", 0.9, 0.1), outcome("m", "m(2)", 0.2, 0.8)]
+    comparison = found([*grid, outcome("n", "n", 0.3)])
+    assert [row.label for row in comparison.rows] == ["n", "m(2)"]
+    assert comparison.rows[1].tried == 2
+    lines = comparison.settings_table().splitlines()
+    assert "m(2)" in lines[2]
+    assert "yes" in lines[2]
+    assert "yes" not in lines[3]
+
+
+def test_a_setting_at_the_edge_of_its_grid_is_told() -> None:
+    def grid(best: float) -> Comparison:
+        outcomes = [outcome("m", f"m({scale})", 0.1, 0.5 - abs(scale - best)) for scale in (0.1, 0.2, 0.3)]
+        for one, scale in zip(outcomes, (0.1, 0.2, 0.3)):
+            one.method = {"class": "M", "scale": scale, "density": 0.5}
+        return found(outcomes)
+
+    assert not grid(0.2).edges()
+    assert grid(0.1).edges() == ["m(0.1): no scale beyond the smallest of the grid was tried"]
+    assert "Warning: m(0.3): no scale beyond the largest" in str(grid(0.3))
+
+
+@pytest.mark.parametrize("expert", [0.5, -0.5, 0.0])
+def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
+    """Also where a ratio to the expert's says nothing."""
+    for metric, best in {"val_loss": "low", "acc": "high"}.items():
+        values = {"low": 0.1, "middle": 0.2, "high": 0.3, "none": float("nan")}
+        comparison = found([outcome(n, n, v, metric=metric) for n, v in values.items()], metric, expert)
+        labels = [row.label for row in comparison.rows]
+        assert labels[0] == best
+        assert labels[-1] == "none"
+        assert ("lower is better" in str(comparison)) == (best == "low")
+        seeds = [Outcome("m", "m", {}, n, {"report": {"a": {metric: 0.1 * n}}}) for n in (1, 2)]
+        assert (found(seeds, metric, expert).rows[0].spread or 0) > 0.05
+
+
+def test_a_metric_that_is_not_logged_is_told(files: list[str], tmp_path: Path) -> None:
+    told = compare(tmp_path / "out", "average", metric="f1")
+    assert told.metric == "val_acc"
+    assert any("'f1' was not logged" in warning for warning in told.warnings)
+
+
+def test_what_was_odd_about_one_merge(files: list[str], tmp_path: Path) -> None:
+    comparison = found([Outcome("m", "m", {}, 3, {"report": {"a": {"acc": 0.4}}}, warnings=["strange"])])
+    assert "m, seed 3: strange" in comparison.to_markdown()
+
+
+# -- the covariate shift -----------------------------------------------------------------------------------------------
+
+
+def test_the_shift_of_the_average() -> None:
+    """That of a chain whose ridge keeps the average, and none in the first layer, which sees the data themselves."""
+    experts = [expert.eval().requires_grad_(False) for expert in make_experts((3, 3))]
+    batches = [torch.randn(20, 6, generator=torch.Generator().manual_seed(n)) for n in range(2)]
+    tasks = [Task(name, expert, [batch]) for name, expert, batch in zip("ab", experts, batches)]
+    states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts]
+    merged = {n: torch.nn.Parameter(average([s[n] for s in states])) for n in states[0] if n.startswith("body")}
+    before = {name: value.detach().clone() for name, value in merged.items()}
+    shifts = {record.name: record.distance for record in measure_shift(tasks, merged, Run())}
+    assert all(torch.equal(merged[name], value) for name, value in before.items())
+    records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(ridge=1e9))
+    for record in records:
+        assert shifts[record.name] == pytest.approx(record.distance, rel=1e-3, abs=1e-6)
+    assert len(shifts) == len(records)
+    assert max(shifts["body.0"].values()) < 1e-6 < min(shifts["body.3"].values())
+
+
+def test_a_chain_shifts_less_than_the_average(files: list[str], tmp_path: Path) -> None:
+    comparison = compare(tmp_path / "out", "chain,one_sided,regmean")
+    (chain,) = [o for o in comparison.outcomes if o.shift]
+    assert chain.label == "chain"
+    assert [name for name, _ in chain.shift] == [name for name, _ in comparison.average_shift]
+    last, plain = chain.shift[-1][1], comparison.average_shift[-1][1]
+    assert all(last[task] < plain[task] for task in "ab")
+    assert compare(tmp_path / "other", "regmean").average_shift == []
+
+
+# -- several processes -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_several_processes(files: list[str], tmp_path: Path) -> None:
+    results = []
+    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
+        rest = [*several, f"--output_dir={tmp_path / name}", "--trainer.precision=64", f"--methods={GRID}"]
+        command = [sys.executable, "-m", "com_lightning", "compare", *COMMON, *files, *rest]
+        subprocess.run(command, check=True, timeout=300, cwd=ROOT)
+        results.append(json.loads((tmp_path / name / "report.json").read_text()))
+    one, two = results
+    for mine, theirs in zip(one["outcomes"], two["outcomes"]):
+        assert mine["label"] == theirs["label"]
+        for task in "ab":
+            assert mine["metrics"]["report"][task] == pytest.approx(theirs["metrics"]["report"][task], rel=1e-9)
+    for (layer, mine), (other, theirs) in zip(one["average_shift"], two["average_shift"]):
+        assert layer == other
+        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)

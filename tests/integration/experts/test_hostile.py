@@ -1,0 +1,405 @@
+"""Files that mean harm: nothing in them is run, nothing is written elsewhere, and none takes the machine down."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import struct
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer
+from com_lightning.experts.load import load_expert
+from com_lightning.results.folder import load_results
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+class Payload:
+    """Creates a file where it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = str(target)
+
+    def __reduce__(self) -> Any:
+        return (os.system, (f"touch '{self.target}'",))
+
+
+@pytest.fixture
+def payload(tmp_path: Path) -> Payload:
+    return Payload(tmp_path / "executed")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_executed(tmp_path: Path) -> Any:
+    yield
+    assert not (tmp_path / "executed").exists()
+
+
+def refused(source: Any, model: Any = None) -> str:
+    with pytest.raises(MergeError) as caught:
+        load_expert("a", source, model or Classifier())
+    assert str(source) in str(caught.value)
+    return str(caught.value)
+
+
+def checkpoint(path: Path, **more: Any) -> dict[str, Any]:
+    quiet_trainer().strategy.connect(module := Classifier())
+    trainer = quiet_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path, weights_only=True)
+    content: dict[str, Any] = {**torch.load(path, weights_only=True), **more}
+    return content
+
+
+def test_the_payload_is_live(payload: Payload, tmp_path: Path) -> None:
+    torch.save(payload, tmp_path / "x.pt")
+    torch.load(tmp_path / "x.pt", weights_only=False)
+    assert (tmp_path / "executed").exists()
+    (tmp_path / "executed").unlink()
+
+
+PLACES: dict[str, Callable[[dict[str, Any], Any], Any]] = {
+    "alone": lambda content, bad: bad,
+    "beside": lambda content, bad: {**content, "callbacks": {"x": bad}},
+    "as a key": lambda content, bad: {**content, "loops": [(bad,)]},
+    "hyperparameters": lambda content, bad: {**content, "hyper_parameters": {"classes": bad}},
+    "all hyperparameters": lambda content, bad: {**content, "hyper_parameters": bad},
+    "their class": lambda content, bad: {**content, "hparams_type": bad},
+    "instantiator": lambda content, bad: {**content, "hyper_parameters": {"classes": 3, "_instantiator": bad}},
+    "weights": lambda content, bad: {**content, "state_dict": bad},
+    "a weight": lambda content, bad: {**content, "state_dict": {**content["state_dict"], "head.bias": bad}},
+}
+FORMATS: dict[str, Callable[[Any, Path], object]] = {
+    "zip": lambda content, path: torch.save(content, path),
+    "legacy": lambda content, path: torch.save(content, path, _use_new_zipfile_serialization=False),
+    "pickle": lambda content, path: path.write_bytes(pickle.dumps(content)),
+    "protocol 4": lambda content, path: torch.save(content, path, pickle_protocol=4),
+}
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".bin"])
+@pytest.mark.parametrize("how", FORMATS)
+@pytest.mark.parametrize("place", PLACES)
+def test_no_pickle_is_executed(place: str, how: str, suffix: str, payload: Payload, tmp_path: Path) -> None:
+    path = tmp_path / f"expert{suffix}"
+    FORMATS[how](PLACES[place](checkpoint(tmp_path / "good.ckpt"), payload), path)
+    refused(path)
+    path.rename(tmp_path / "a.ckpt")
+    with pytest.raises(MergeError):  # as the result of a merge
+        load_results(tmp_path, Classifier(), ["a"])
+
+
+def test_validate_merged_executes_nothing(payload: Payload, tmp_path: Path) -> None:
+    torch.save({**checkpoint(tmp_path / "good.ckpt"), "x": payload}, tmp_path / "a.ckpt")
+    (tmp_path / "transformers" / "a").mkdir(parents=True)
+    (tmp_path / "transformers" / "a" / "config.json").write_text('{"architectures": ["BertModel"]}')
+    torch.save({"x": payload}, tmp_path / "transformers" / "a" / "pytorch_model.bin")
+    trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    with pytest.raises(MergeError):
+        trainer.validate(Classifier(), datamodule=MergeDataModule({"a": make_data(0)}), merged=str(tmp_path))
+
+
+def test_names_of_functions_are_not_called(tmp_path: Path) -> None:
+    """What Lightning once looked up by name."""
+    marker = tmp_path / "executed"
+    for key, value in {
+        "_instantiator": "os.system",
+        "hparams_name": "kwargs",
+        "hparams_type": "os.system",
+        "_class_path": "os.system",
+    }.items():
+        content = checkpoint(tmp_path / "good.ckpt")
+        content["hyper_parameters"] = {"classes": f"touch '{marker}'", key: value}
+        torch.save({**content, key: value}, tmp_path / "x.ckpt")
+        refused(tmp_path / "x.ckpt")
+
+
+def test_tar_and_torchscript_are_not_executed(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "x.pt", "w") as archive:
+        entry = tarfile.TarInfo("pickle")
+        data = pickle.dumps(Payload(tmp_path / "executed"))
+        entry.size = len(data)
+        archive.addfile(entry, io.BytesIO(data))
+    refused(tmp_path / "x.pt")
+    torch.jit.save(torch.jit.script(nn.Linear(2, 2)), str(tmp_path / "y.pt"))
+    refused(tmp_path / "y.pt")
+
+
+# Folders
+
+
+def bert() -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.BertConfig(
+        vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    return transformers.BertModel(config)
+
+
+class Wrapped(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = bert()
+
+
+def folder_of(model: Any, folder: Path, **config: Any) -> Path:
+    model.save_pretrained(folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, **config}))
+    return folder
+
+
+def test_a_pickle_in_a_folder_of_transformers_is_not_executed(payload: Payload, tmp_path: Path) -> None:
+    folder = folder_of(bert(), tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    for content in ({"x": payload}, {**bert().state_dict(), "x": payload}, payload):
+        torch.save(content, folder / "pytorch_model.bin")
+        refused(folder, Wrapped())
+        torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+        refused(folder, Wrapped())
+
+
+def test_code_and_pickles_beside_weights_are_not_executed(payload: Payload, tmp_path: Path) -> None:
+    code = f"import os\nos.system('touch {payload.target}')\n"
+    remote = {"AutoModel": "evil.Evil", "AutoConfig": "evil.Config", "AutoTokenizer": ["evil.T", "evil.T"]}
+    folder = folder_of(bert(), tmp_path / "x", auto_map=remote, custom_pipelines={"a": {"impl": "evil.P"}})
+    (folder / "evil.py").write_text(code)
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": remote, "tokenizer_class": "T"}))
+    for name in ("training_args.bin", "optimizer.pt", "tokenizer.model"):
+        torch.save(payload, folder / name)
+    load_expert("a", folder, Wrapped())  # the weights are fine
+    (folder / "config.json").write_text(json.dumps({"architectures": ["Evil"], "auto_map": remote, "model_type": "e"}))
+    assert "code of the folder is not run" in refused(folder, Wrapped())
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
+def test_kernels_of_others_are_not_downloaded(key: str, tmp_path: Path) -> None:
+    folder = folder_of(bert(), tmp_path / "x", **{key: "someone/kernels"})
+    assert "names code of others, someone/kernels" in refused(folder, Wrapped())
+
+
+def adapter(folder: Path, **config: Any) -> Path:
+    peft = pytest.importorskip("peft")
+    peft.get_peft_model(bert(), peft.LoraConfig(target_modules=["query"])).save_pretrained(folder)
+    known = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**known, **config}))
+    return folder
+
+
+def test_an_adapter_executes_nothing(payload: Payload, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "evil_module.py").write_text(f"import os\nos.system('touch {payload.target}')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mapping = {"base_model_class": "Evil", "parent_library": "evil_module"}
+    load_expert("a", adapter(tmp_path / "one", auto_mapping=mapping), Wrapped())
+    told = refused(adapter(tmp_path / "two", megatron_config={"a": 1}, megatron_core="evil_module"), Wrapped())
+    assert "makes PEFT load what is not in the folder" in told
+    folder = adapter(tmp_path / "three")
+    (folder / "adapter_model.safetensors").unlink()
+    for content in ({"x": payload}, payload):
+        torch.save(content, folder / "adapter_model.bin")
+        refused(folder, Wrapped())
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "/etc/passwd", "/dev/zero", "..", "sub/model.safetensors"])
+def test_shards_outside_of_the_folder_are_refused(name: str, tmp_path: Path) -> None:
+    folder = folder_of(bert(), tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    index = {"metadata": {}, "weight_map": dict.fromkeys(bert().state_dict(), name)}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "names files outside of the folder" in refused(folder, Wrapped())
+
+
+# Names
+
+
+def test_names_in_a_state_dict_lead_nowhere(tmp_path: Path) -> None:
+    names = ("../../x", "/tmp/x", "..\\x", "", ".", "a/b", "\0", "x" * 10000, "__class__", "body.0.__dict__")
+    for name in names:
+        for state in ({name: torch.zeros(2)}, {**Classifier().state_dict(), name: torch.zeros(2)}):
+            torch.save(state, tmp_path / "x.pt")
+            refused(tmp_path / "x.pt")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.pt"]
+
+
+@pytest.mark.parametrize("task", ["../x", "/tmp/x", "..", ".", "a/b", "a\\b", "a\0b", "", "x" * 300, "con:", "*"])
+def test_names_of_tasks_stay_in_the_folder(task: str, tmp_path: Path) -> None:
+    experts = make_experts((3, 3))
+    merger = ChainOfMergesCallback({task: experts[0], "b": experts[1]}, output_dir=str(tmp_path / "out"))
+    with pytest.raises(MergeError, match="cannot name a file"):
+        merger.plan(Classifier(), MergeDataModule({task: make_data(0), "b": make_data(1)}))
+
+
+@pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".", "a/b", ""])
+def test_names_of_further_files_stay_in_the_folder(name: str, tmp_path: Path) -> None:
+    merger = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3)))), output_dir=str(tmp_path / "out"))
+    merger.files = {name: "text"}
+    with pytest.raises(MergeError, match=r"files: .*would be written outside"):
+        merger.plan(Classifier(), MergeDataModule({"a": make_data(0), "b": make_data(1)}))
+
+
+# Sizes. Each in a process that may take 3 GiB beyond what it has when all is imported, and half a minute.
+
+LIMITED = """
+import resource, sys, time
+import torch
+from tests.integration.experts.test_hostile import *
+import transformers, safetensors.torch
+model = Wrapped() if sys.argv[2] else Classifier()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**30,) * 2)
+start = time.perf_counter()
+try:
+    load_expert("a", sys.argv[1], model)
+except MergeError as error:
+    print(str(error)[:2000])
+else:
+    print("loaded")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert time.perf_counter() - start < 30
+"""
+
+
+def limited(path: Path, pretrained: bool = False) -> str:
+    command = [sys.executable, "-c", LIMITED, str(path), "yes" if pretrained else ""]
+    root = Path(__file__).parents[3]
+    done = subprocess.run(command, cwd=root, timeout=100, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def safetensors_file(path: Path, header: bytes, length: int | None = None, data: bytes = b"") -> Path:
+    path.write_bytes(struct.pack("<Q", len(header) if length is None else length) + header + data)
+    return path
+
+
+def test_broken_safetensors_files_are_told_by_name(tmp_path: Path) -> None:
+    save_file(Classifier().state_dict(), tmp_path / "good.safetensors")
+    good = (tmp_path / "good.safetensors").read_bytes()
+    overlap = {n: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for n in ("a", "b")}
+    negative = {"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}
+    outside = {"a": {"dtype": "F32", "shape": [2**60], "data_offsets": [0, 2**62]}}
+    files = [safetensors_file(tmp_path / "long.safetensors", b"{}", 10 * 2**30)]
+    files += [safetensors_file(tmp_path / "longest.safetensors", b"{}", 2**64 - 1)]
+    for number, header in enumerate((overlap, negative, outside, [], "x", {"a": 5})):
+        path = tmp_path / f"{number}.safetensors"
+        files.append(safetensors_file(path, json.dumps(header).encode(), data=bytes(8)))
+    files.append(safetensors_file(tmp_path / "nested.safetensors", b'{"a":' * 100000))
+    for size in (0, 1, 8, 40, len(good) - 1):
+        (tmp_path / f"cut{size}.safetensors").write_bytes(good[:size])
+        files.append(tmp_path / f"cut{size}.safetensors")
+    start = time.perf_counter()
+    for path in files:
+        refused(path)
+    assert time.perf_counter() - start < 20
+
+
+@pytest.mark.slow
+def test_a_million_names(tmp_path: Path) -> None:
+    header = {f"layer.{n}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for n in range(10**6)}
+    path = safetensors_file(tmp_path / "many.safetensors", json.dumps(header).encode())
+    assert str(path) in limited(path)
+
+
+def bomb(path: Path, count: int = 5) -> Path:
+    """An archive of few megabytes that unpacks to some gigabytes."""
+    torch.save(Classifier().state_dict(), path)
+    with zipfile.ZipFile(path) as archive:
+        entries = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in entries.items():
+            if not name.endswith("data.pkl"):
+                archive.writestr(name, data)
+        with archive.open(next(n for n in entries if n.endswith("data.pkl")), "w", force_zip64=True) as stream:
+            stream.write(b"\x80\x02")
+            for _ in range(count * 64):
+                stream.write(b"N0" * 2**23)  # None, and pop it
+    return path
+
+
+def test_an_archive_that_explodes_is_refused(tmp_path: Path) -> None:
+    assert "an archive that unpacks to" in limited(bomb(tmp_path / "x.ckpt"))
+    folder = folder_of(bert(), tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    (tmp_path / "x.ckpt").rename(folder / "pytorch_model.bin")
+    assert "pytorch_model.bin: an archive that unpacks to" in limited(folder, pretrained=True)
+
+
+def test_tensors_that_claim_more_than_there_is_are_refused(tmp_path: Path) -> None:
+    huge = torch.zeros(1).expand(10**10)
+    state = Classifier().state_dict()
+    torch.save({**state, "head.bias": huge}, tmp_path / "x.pt")
+    assert "head.bias claims 10,000,000,000 values" in limited(tmp_path / "x.pt")
+    torch.save({**checkpoint(tmp_path / "good.ckpt"), "state_dict": {"head.bias": huge}}, tmp_path / "x.ckpt")
+    assert "head.bias claims" in limited(tmp_path / "x.ckpt")
+
+
+def test_lists_in_lists_take_no_time(tmp_path: Path, payload: Payload) -> None:
+    """Each holds the one before twice: few bytes, and 2^60 entries for who counts them one by one."""
+    nested: Any = []
+    for _ in range(60):
+        nested = [nested, nested]
+    itself: list[Any] = []
+    itself.append(itself)
+    for more in ({}, {"z": payload}):
+        torch.save(
+            {"state_dict": {}, "hyper_parameters": {"classes": nested}, "x": itself, **more}, tmp_path / "x.ckpt"
+        )
+        start = time.perf_counter()
+        refused(tmp_path / "x.ckpt")
+        assert time.perf_counter() - start < 10
+
+
+def test_an_index_of_absurd_size_is_not_read(tmp_path: Path) -> None:
+    folder = folder_of(bert(), tmp_path / "x")
+    for name in ("model.safetensors.index.json", "config.json"):
+        before = (folder / name).read_bytes() if (folder / name).exists() else None
+        with (folder / name).open("wb") as file:
+            file.truncate(10 * 2**30)  # takes no room on the disk
+        assert f"{name} has 10,737,418,240 bytes" in limited(folder, pretrained=True)
+        (folder / name).unlink()
+        if before is not None:
+            (folder / name).write_bytes(before)
+    (folder / "config.json").write_text("[" * 10**6)
+    assert "config.json cannot be read" in limited(folder, pretrained=True)
+
+
+# What is no file
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("pipe.ckpt", "pipe.safetensors"):
+        os.mkfifo(tmp_path / name)
+        assert "neither a file nor a folder" in refused(tmp_path / name)
+    for name in ("loop.ckpt", "dangling.safetensors"):
+        (tmp_path / name).symlink_to(name if name == "loop.ckpt" else "nowhere")
+        refused(tmp_path / name)
+    for name in ("empty.ckpt", "empty.safetensors", "empty"):
+        (tmp_path / name).touch()
+        refused(tmp_path / name)
+    for name in ("folder.ckpt", "folder.safetensors"):
+        (tmp_path / name).mkdir()
+        refused(tmp_path / name)
+    refused(Path("/dev/zero"))
+    refused(tmp_path / ("x" * 5000))
+    torch.save(Classifier().state_dict(), tmp_path / "good.pt")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "good.pt")
+    load_expert("a", tmp_path / "link.pt", Classifier())
+    folder = folder_of(bert(), tmp_path / "x")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "model.safetensors")
+    assert "model.safetensors is neither a file nor a folder" in refused(folder, Wrapped())

@@ -1,0 +1,187 @@
+"""Embedding tables of different length, and tokenizers that number tokens differently."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoModelForMaskedLM, BertForMaskedLM
+
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning.core.tensors.modules import tied_names
+from com_lightning.experts.load import load_expert
+from tests.helpers import perturb, quiet_trainer
+from tests.helpers.sources import save_lightning
+from tests.helpers.texts import WORDS, TextModule, expert_folder, make_bert, make_texts, merge, save_tokenizer
+
+
+class Words(LightningModule):
+    """Embeddings and a head over the vocabulary of its own, without transformers."""
+
+    def __init__(self, rows: int = 12, classes: int = 3, tied: bool = False, padding: int | None = None) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.table = nn.Embedding(rows, 4, padding_idx=padding)
+        self.layer = nn.Linear(4, 4)
+        self.words = nn.Linear(4, rows)
+        self.head = nn.Linear(4, classes)
+        if tied:
+            self.words.weight = self.table.weight
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        hidden = self.layer(self.table(batch))
+        self.log("val_mean", self.head(hidden).mean() + self.words(hidden).mean())
+
+
+def words(*rows: int, **kwargs: Any) -> list[Words]:
+    """Experts of one base whose tables have these numbers of rows."""
+    torch.manual_seed(0)
+    longest = Words(max(rows), **kwargs)
+    experts = []
+    for number, count in enumerate(rows):
+        expert = Words(count, **kwargs)
+        state = {n: t[: len(expert.state_dict()[n])] for n, t in longest.state_dict().items()}
+        expert.load_state_dict(state)
+        experts.append(perturb(expert, 0.1, seed=number + 1))
+    return experts  # type: ignore[return-value]
+
+
+def run(experts: dict[str, Any], model: Any, rows: dict[str, int], **kwargs: Any) -> ChainOfMergesCallback:
+    loaders = {}
+    for number, (task, count) in enumerate(rows.items()):
+        ids = torch.randint(0, count, (20, 5), generator=torch.Generator().manual_seed(number))
+        loaders[task] = TaskLoaders(val=DataLoader(ids, batch_size=10))  # type: ignore[arg-type]
+    callback = ChainOfMergesCallback(experts, **{"baselines": False, **kwargs})
+    data = MergeDataModule(loaders, samples=20)
+    quiet_trainer(callbacks=[callback]).validate(model, datamodule=data, verbose=False)
+    return callback
+
+
+def test_tables_that_differ_are_an_error() -> None:
+    """Rather than private by their shape, and quietly not merged."""
+    a, b = words(12, 15)
+    with pytest.raises(MergeError) as caught:
+        run({"a": a, "b": b}, Words(), {"a": 12, "b": 15})
+    problem = caught.value.problems[0]
+    assert "table.weight: model 12, a 12, b 15" in problem
+    assert "set grow_vocabulary" in problem
+    assert len(caught.value.problems) == 1
+
+
+def test_tables_that_the_user_names_stay_private() -> None:
+    a, b = words(12, 15)
+    callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 15}, private=["table", "words", "head"])
+    torch.testing.assert_close(callback.modules["b"].get_parameter("table.weight"), b.table.weight)
+    assert callback.report.parameters["layer.weight"] == "solved"
+
+
+def test_heads_with_other_classes_are_no_vocabulary() -> None:
+    a, b = words(12)[0], Words(12, classes=5)
+    callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 12})
+    assert callback.report.parameters["head.weight"] == "private"
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_common_rows_are_merged_and_the_others_kept(tied: bool) -> None:
+    a, b, c = words(12, 15, 15, tied=tied)
+    model = Words(tied=tied)
+    callback = run({"a": a, "b": b, "c": c}, model, {"a": 12, "b": 15, "c": 15}, private=["head"], grow_vocabulary=True)
+    merged = callback.modules["a"]
+    assert isinstance(merged, Words)
+    table = merged.table.weight
+    assert table.shape == (15, 4)
+    assert merged.table.num_embeddings == merged.words.out_features == 15
+    assert (tied_names(merged)["words.weight"] == "table.weight") is tied
+    assert model.table.weight.shape == (15, 4)
+    for row in range(15):
+        own = torch.stack([e.table.weight.detach()[row] for e in (a, b, c) if row < len(e.table.weight)])
+        assert bool((table[row] <= own.amax(0) + 1e-6).all())
+        assert bool((table[row] >= own.amin(0) - 1e-6).all())
+    assert a.table.weight.shape == (12, 4)  # the user's
+    assert callback.report.parameters["words.weight"] == "solved"
+
+
+def test_rows_of_one_expert_alone_are_its_own() -> None:
+    a, b = words(12, 15)
+    merged = run({"a": a, "b": b}, Words(), {"a": 12, "b": 15}, private=["head"], grow_vocabulary=True).modules
+    for task in "ab":
+        table = merged[task].get_parameter("table.weight")
+        torch.testing.assert_close(table[12:], b.table.weight[12:])
+        assert not torch.equal(table[:12], b.table.weight[:12])
+
+
+def test_a_grown_result_is_read_again(tmp_path: Path) -> None:
+    """Though the class would build shorter tables."""
+    a, b = words(12, 15)
+    save_lightning(a, tmp_path / "a.ckpt")
+    experts: dict[str, Any] = {"a": tmp_path / "a.ckpt", "b": b}
+    rows, kwargs = {"a": 12, "b": 15}, {"private": ["head"], "grow_vocabulary": True}
+    callback = run(experts, Words(), rows, output_dir=str(tmp_path / "out"), **kwargs)
+    for task in "ab":
+        again = load_expert(task, tmp_path / "out" / f"{task}.ckpt", Words())
+        torch.testing.assert_close(again.state_dict(), callback.modules[task].state_dict(), rtol=0, atol=0)
+
+
+# Transformers
+
+
+def test_transformers_tables_grow(tmp_path: Path) -> None:
+    """The configuration says so, and the result is read by `from_pretrained`; a head over the vocabulary stays tied."""
+
+    class Masked(TextModule):
+        def __init__(self, vocabulary: int = 30) -> None:
+            super().__init__()
+            self.net = make_bert(vocabulary=vocabulary, kind=BertForMaskedLM)
+
+    a = expert_folder(tmp_path / "a", 1, kind=BertForMaskedLM)
+    b = expert_folder(tmp_path / "b", 2, kind=BertForMaskedLM, vocabulary=33)
+    with pytest.raises(MergeError, match=r"word_embeddings.weight: model 30, a 30, b 33"):
+        merge({"a": a, "b": b}, Masked())
+    callback = merge({"a": a, "b": b}, Masked(), grow_vocabulary=True, private=[], output_dir=str(tmp_path / "out"))
+    net: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "transformers")
+    assert net.config.vocab_size == 33
+    merged: Any = callback.modules["a"].net
+    ids = torch.randint(5, 33, (2, 6))
+    with torch.no_grad():
+        torch.testing.assert_close(net(ids).logits, merged.eval()(ids).logits)
+    assert net(ids).logits.shape[-1] == 33
+    own: Any = BertForMaskedLM.from_pretrained(b).get_input_embeddings().weight
+    torch.testing.assert_close(merged.get_input_embeddings().weight[30:], own[30:])
+    assert merged(ids, labels=ids).loss > 0  # which views its logits by the configured length
+
+
+def test_the_model_of_merge_trainer_does_not_grow(tmp_path: Path) -> None:
+    a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, vocabulary=33)
+    model, folder = TextModule(), str(tmp_path / "out")
+    before = copy.deepcopy(model.state_dict())
+    trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+    data = MergeDataModule({"a": make_texts(0), "b": make_texts(1, 33)}, samples=8)
+    experts = {"a": str(a), "b": str(b)}
+    trainer.merge(model, data, experts, private=[], baselines=False, output_dir=folder, grow_vocabulary=True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_tokens_that_differ(tmp_path: Path) -> None:
+    """Tables of one length, whose rows stand for other words."""
+    a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2)
+    save_tokenizer(a)
+    save_tokenizer(b, [*WORDS[:3], "other", *WORDS[4:20], "more", *WORDS[21:]])
+    told = r"the tokenizers of 'a' and 'b' differ: number 8 is 'word3' in 'a' and 'other' in 'b' \(2 numbers in all\)"
+    with pytest.raises(MergeError, match=told):
+        merge({"a": a, "b": b}, private=[])
+    table = "net.bert.embeddings.word_embeddings"
+    assert merge({"a": a, "b": b}, private=[table]).report.parameters[f"{table}.weight"] == "private"
+
+
+def test_longer_vocabularies_with_the_same_beginning(tmp_path: Path) -> None:
+    a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, vocabulary=33)
+    save_tokenizer(a)
+    save_tokenizer(b, [*WORDS, "x", "y", "z"])
+    callback = merge({"a": a, "b": b}, private=[], grow_vocabulary=True)
+    assert callback.modules["a"].net.config.vocab_size == 33  # type: ignore[union-attr]

@@ -1,0 +1,185 @@
+"""The command line: every shipped configuration, and what a user sees when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from com_lightning.cli import main
+from tests.helpers import Classifier, make_experts, quiet_trainer, relative
+from tests.helpers.commands import DATA, MODEL, QUIET
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def experts(tmp_path: Path) -> list[str]:
+    for task, expert in zip("ab", make_experts()):
+        trainer = quiet_trainer()
+        trainer.strategy.connect(expert)
+        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
+
+
+def test_merge_then_validate_and_test(experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "merged"
+    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={folder}"])
+    out = capsys.readouterr().out
+    assert "| mean |" in out
+    assert str(folder) in out
+    report = json.loads((folder / "report.json").read_text())
+    main(["validate", *MODEL, *DATA, *QUIET, f"--merged={folder}"])
+    shown = capsys.readouterr().out
+    for task in "ab":
+        assert f"{report['metrics']['merged'][task]['val_acc']:.4f}" in shown
+    main(["test", *MODEL, *DATA, *QUIET, f"--merged={folder}"])
+    assert "test_acc" in capsys.readouterr().out
+
+
+def test_datamodules_of_tasks_keep_their_own_hyperparameters(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """LightningCLI would give them those of the MergeDataModule around them."""
+    data = [argument.replace("PointsData", "SavedPointsData") for argument in DATA]
+    main(["merge", *MODEL, *data, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}"])
+    assert "'classes': 4" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_several_processes_on_the_command_line(experts: list[str], tmp_path: Path) -> None:
+    """``ddp`` runs the command anew for each process, so that it has to be a command."""
+    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
+        options = [
+            *MODEL,
+            *DATA,
+            *QUIET,
+            *several,
+            *experts,
+            f"--output_dir={tmp_path / name}",
+            "--trainer.precision=64",
+        ]
+        command = [sys.executable, "-m", "com_lightning", "merge", *options]
+        subprocess.run(command, check=True, timeout=180, cwd=ROOT)
+    one, two = (load_file(tmp_path / name / "merged.safetensors") for name in ("one", "two"))
+    assert all(relative(two[name], value) < 1e-6 for name, value in one.items())
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
+    for task in "ab":
+        assert reports[1]["metrics"]["merged"][task] == pytest.approx(reports[0]["metrics"]["merged"][task], rel=1e-9)
+
+
+def test_validating_tasks_without_a_merge_is_warned_of() -> None:
+    with pytest.warns(UserWarning, match="only the first task is validated"):
+        main(["validate", *MODEL, *DATA, *QUIET])
+
+
+def test_the_resolved_config_runs_again_and_gives_the_same(experts: list[str], tmp_path: Path) -> None:
+    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'one'}", "--method=RegMean"])
+    main(["merge", f"--config={tmp_path / 'one' / 'config.yaml'}", f"--output_dir={tmp_path / 'two'}"])
+    one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
+    assert one["metrics"] == two["metrics"]
+    assert two["method"]["class"] == "RegMean"
+
+
+def test_print_config_gives_a_file_that_runs(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--print_config"])
+    config = tmp_path / "config.yaml"
+    config.write_text(capsys.readouterr().out)
+    main(["merge", f"--config={config}"])
+    assert (tmp_path / "merged" / "merged.safetensors").is_file()
+
+
+def test_dry_run_reads_and_writes_nothing(
+    experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--dry_run"])
+    out = capsys.readouterr().out
+    assert "solved: linear" in out
+    assert "private to b: head.weight, head.bias" in out
+    assert "Memory: at least" in out
+    assert not (tmp_path / "merged").exists()
+
+
+def test_all_problems_at_once_and_no_traceback(experts: list[str], tmp_path: Path) -> None:
+    arguments = [*MODEL, *DATA, *QUIET, "--experts.a=nowhere.ckpt", "--experts.c=neither.ckpt", "--private=[nothing]"]
+    with pytest.raises(SystemExit) as caught:
+        main(["merge", *arguments, f"--output_dir={tmp_path}"])
+    message = str(caught.value)
+    for part in (
+        "(nowhere.ckpt): no such file",
+        "(neither.ckpt): no such file",
+        "no data for c",
+        "no expert for b",
+        "exists",
+    ):
+        assert part in message
+
+
+def test_fit_validate_without_a_merge(tmp_path: Path) -> None:
+    arguments = [*MODEL, "--data=tests.helpers.PointsData", *QUIET, f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *arguments, "--trainer.max_steps=1", "--trainer.limit_val_batches=1"])
+    main(["validate", *arguments])
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["merge", "--help"], ["validate", "--help"]])
+def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    out = capsys.readouterr().out
+    assert "merge" in out.lower()
+    assert "scheduler" not in out.replace("lr_scheduler_step", "")
+
+
+@pytest.mark.parametrize("command", [["-m", "com_lightning"], ["com-lightning"]])
+def test_both_ways_to_start(command: list[str]) -> None:
+    program = [sys.executable, *command] if command[0] == "-m" else [str(Path(sys.executable).parent / command[0])]
+    result = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
+    assert "Merge experts into one model" in result.stdout
+
+
+OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS, ids=lambda path: path.stem)
+def test_every_overlay_merges(overlay: Path, experts: list[str], tmp_path: Path) -> None:
+    arguments = [*MODEL, *DATA, *QUIET, *experts, f"--config={overlay}", f"--output_dir={tmp_path / 'merged'}"]
+    torch.manual_seed(0)  # what make_experts starts from
+    torch.save(Classifier().state_dict(), tmp_path / "base.pt")
+    arguments.append(f"--base={tmp_path / 'base.pt'}")
+    main(["merge", *arguments, "--trainer.accelerator=cpu", "--trainer.devices=1"])  # others would run pytest again
+    assert (tmp_path / "merged" / "report.json").is_file()
+
+
+def _with_outputs_in(folder: Path, config: Path) -> Path:
+    """A copy of a demo configuration that reads and writes in a test's own folder."""
+    copy = folder / config.name
+    copy.write_text(config.read_text().replace("outputs/digits", str(folder)))
+    return copy
+
+
+def test_the_demo_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fit` of the base and of each expert for a few steps, `merge`, `validate`: the demo in small."""
+    monkeypatch.chdir(ROOT)
+    configs = {path.stem: _with_outputs_in(tmp_path, path) for path in (ROOT / "configs" / "digits").glob("*.yaml")}
+    short: list[Any] = ["--trainer.max_steps=2", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+    small = ["--model.num_layers=2", "--model.hidden_size=16"]
+    main(["fit", f"--config={configs['base']}", *short, *small])
+    tasks = list(yaml.safe_load(configs["tasks"].read_text())["data"]["init_args"]["tasks"])
+    for task in tasks:
+        name = f"--trainer.callbacks.init_args.filename={task}"
+        main(["fit", f"--config={configs['expert']}", f"--data.task={task}", name, *short, *small])
+        assert (tmp_path / f"{task}.ckpt").is_file()
+    both = [f"--config={configs['tasks']}", *small, "--data.samples=8", *QUIET]
+    main(["merge", *both, f"--config={configs['merge']}", f"--output_dir={tmp_path / 'merged'}"])
+    main(["validate", *both, f"--merged={tmp_path / 'merged'}"])
+    assert torch.load(tmp_path / "merged" / f"{tasks[0]}.ckpt", weights_only=True)["state_dict"]

@@ -1,0 +1,120 @@
+"""Every rule against another implementation of it, see references/README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from com_lightning.core.sweep.task import Task
+from com_lightning.methods import (
+    DARE,
+    DELLA,
+    SLERP,
+    TIES,
+    TSVM,
+    WUDI,
+    Breadcrumbs,
+    IsoC,
+    IsoCTS,
+    KarcherMean,
+    MergeJob,
+    MergingMethod,
+    RegMean,
+    RegMeanPlusPlus,
+    TaskArithmetic,
+)
+from com_lightning.methods.parameterwise import SharedParameter
+from tests.helpers import relative
+from tests.helpers.rules import merge
+
+REFERENCES = Path(__file__).parents[2] / "references"
+ALL = load_file(REFERENCES / "rules.safetensors")
+TASKS = ["a", "b", "c"]
+WEIGHTS = {"a": 1.0, "b": 2.0, "c": 3.0}
+
+
+def values_of(key: str) -> dict[str, Tensor]:
+    return {name.split("/")[1]: value for name, value in ALL.items() if name.split("/")[0] == key}
+
+
+@pytest.fixture(autouse=True)
+def _their_random_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def uniform(parameter: SharedParameter, task: str, seed: int) -> Tensor:
+        return ALL[f"uniform.{task}/{parameter.name}"]
+
+    monkeypatch.setattr(SharedParameter, "uniform", uniform)
+
+
+CASES: dict[str, MergingMethod] = {
+    "task_arithmetic": TaskArithmetic(),
+    "task_arithmetic_weighted": TaskArithmetic(importance=WEIGHTS),
+    "ties_parameter": TIES(0.4, 0.7, trim="parameter"),
+    "ties_parameter_weighted": TIES(0.4, 0.7, trim="parameter", importance=WEIGHTS),
+    "ties_model": TIES(0.41, 0.7),  # 42 values of 103
+    "dare": DARE(0.6),
+    "dare_ties": DARE(0.6, ties=True),
+    "breadcrumbs": Breadcrumbs(0.5, 0.15, 0.6),
+    "della": DELLA(0.4, 0.2),
+    "karcher": KarcherMean(importance=WEIGHTS),
+    "tsvm": TSVM(),
+    "iso_c": IsoC(0.8),
+    "iso_cts": IsoCTS(0.8, 0.5),
+    "wudi": WUDI(),
+}
+
+
+@pytest.mark.parametrize("rule", CASES)
+def test_as_others_compute_it(rule: str) -> None:
+    result = merge(CASES[rule], values_of("base"), {task: values_of(task) for task in TASKS})
+    expected = values_of(rule)
+    assert set(expected) >= {"matrix", "wide", "vector"}
+    bound = 1e-6 if rule in ("della", "karcher") else 1e-9  # of these, theirs computes in float32, or norms
+    for name, value in expected.items():
+        assert relative(result[name] - ALL[f"base/{name}"], value - ALL[f"base/{name}"]) < bound, name
+
+
+@pytest.mark.parametrize("rule", [RegMean(ridge=0.0), RegMeanPlusPlus(ridge=0.0)], ids=lambda rule: type(rule).__name__)
+def test_rules_on_activations(rule: MergingMethod) -> None:
+    """Layers here are what blocks are to the authors of RegMean++."""
+    known = load_file(REFERENCES / "regmean.safetensors")
+    tasks = []
+    for task in TASKS:
+        layers = [nn.Linear(known[f"{task}/{n}"].shape[1], len(known[f"{task}/{n}"]), bias=False) for n in range(3)]
+        for number, layer in enumerate(layers):
+            layer.weight = nn.Parameter(known[f"{task}/{number}"], requires_grad=False)
+        network = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+        tasks.append(Task(task, network, list(known[f"x.{task}"].split(11))))  # type: ignore[no-untyped-call]
+    merged = {f"{2 * n}.weight": nn.Parameter(torch.zeros_like(known[f"a/{n}"]), requires_grad=False) for n in range(3)}
+    rule.merge(MergeJob(tasks, merged))
+    key = "regmean" if isinstance(rule, RegMean) else "regmean_plus_plus"
+    for number in range(3):
+        assert relative(merged[f"{2 * number}.weight"], known[f"{key}/{number}"]) < 1e-9
+
+
+def test_slerp() -> None:
+    """The reference is computed in float32."""
+    result = merge(SLERP(0.3), None, {task: values_of(task) for task in "ab"})
+    for name, value in values_of("slerp").items():
+        assert relative(result[name], value) < 1e-6, name
+
+
+def test_the_probabilities_of_della() -> None:
+    rule = DELLA(0.4, 0.2)
+    for task in TASKS:
+        for name, kept in values_of(f"della_kept.{task}").items():
+            assert relative(rule.kept_with(ALL[f"{task}/{name}"] - ALL[f"base/{name}"]), kept) < 1e-6
+
+
+def test_the_references_tell_rules_apart() -> None:
+    """Otherwise a comparison would say nothing."""
+    keys: list[Any] = [*CASES, "base"]
+    assert all(
+        not torch.allclose(ALL[f"{one}/matrix"], ALL[f"{two}/matrix"], atol=1e-5)
+        for number, one in enumerate(keys)
+        for two in keys[:number]
+    )
