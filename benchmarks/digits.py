@@ -61,7 +61,7 @@ CALLBACK = "--trainer.callbacks.init_args"  # of the last callback, the ModelChe
 def merge(folder: Path, tasks: list[str], seed: int, samples: int, method: MergingMethod) -> MergeReport:
     """One merge, validated on held-out images."""
     seed_everything(seed, verbose=False)
-    data = MergeDataModule({task: DigitsData(task) for task in tasks}, samples=samples, holdout=True, seed=seed)
+    data = MergeDataModule({task: DigitsData(task) for task in tasks}, num_samples=samples, holdout=True, seed=seed)
     experts: dict[str, Any] = {task: str(folder / f"{task}.ckpt") for task in tasks}
     merger = ChainOfMergesCallback(experts, method, private=["head"])
     trainer = MergeTrainer(

@@ -93,7 +93,7 @@ def run_demo(setting: Setting) -> dict[str, Any]:
     experts = [f"--experts.{task}={folder / task}.ckpt" for task in tasks]
     files = [f"--config={configs / 'tasks.yaml'}", f"--config={configs / 'merge.yaml'}"]
     merge = [*files, *common, *small, *experts, f"--output_dir={folder / 'merged'}", "--overwrite"]
-    com_lightning(["merge", *merge, *(["--data.samples=8"] if setting.tiny else [])])
+    com_lightning(["merge", *merge, *(["--data.num_samples=8"] if setting.tiny else [])])
     report = json.loads((folder / "merged" / "report.json").read_text())
     values = {kind: [each["val_acc"] for each in report["metrics"][kind].values()] for kind in report["metrics"]}
     means = {kind: sum(each) / len(each) for kind, each in values.items()}
@@ -161,7 +161,7 @@ def _merged_in(
             accelerator=setting.accelerator, devices=1, precision=precision, callbacks=[merger], **quiet
         )
         model: Any = copy.deepcopy(base)
-        trainer.validate(model, datamodule=MergeDataModule(tasks, samples=len(data[0])), verbose=False)
+        trainer.validate(model, datamodule=MergeDataModule(tasks, num_samples=len(data[0])), verbose=False)
     finally:
         torch.set_float32_matmul_precision(before)
     values = {n: p.detach().double().cpu() for n, p in merger.modules["0"].named_parameters()}

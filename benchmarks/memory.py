@@ -97,7 +97,7 @@ def measure(mode: str, folder: Path, blocks: int, width: int, experts: int) -> d
     method = MODES[mode]()
     sources = {str(number): str(folder / f"{number}.ckpt") for number in range(experts)}
     loader = DataLoader(TensorDataset(torch.randn(4, 16, width)), 2)
-    tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, samples=4)
+    tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, num_samples=4)
     trainer = com.MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     start = time.perf_counter()
     data = tasks if method.needs_data else None

@@ -17,8 +17,9 @@ from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
-from com_lightning.data.datamodule import TRANSFER_HOOKS, CalibrationSample, MergeDataModule
+from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
 from com_lightning.data.padding import padding_mask, unmasked
+from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
 from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.plan import MergePlan
@@ -121,6 +122,8 @@ def calibration_tasks(
 ) -> tuple[list[Task], dict[str, CalibrationSample]]:
     """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
 
+    Perturbed copies of the batches come after them, unless only the first few batches are wanted.
+
     Also returns the samples that the batches were taken from, where the method needs any.
     """
 
@@ -131,8 +134,9 @@ def calibration_tasks(
     tasks = []
     for name, expert in plan.experts.items():
         moved: list[Batch] = []
+        numbers: list[int] | None = None
         if plan.method.needs_data and data is not None:
-            limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+            limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, rank, processes)
             running = Placement(expert, move).module()  # whose hooks may compute on the device
             assert isinstance(running, LightningModule)
@@ -142,7 +146,9 @@ def calibration_tasks(
                 with data.seeded(name, number, cuda=trainer.strategy.root_device.type == "cuda"):  # hooks may augment
                     moved.append(_on_device(batch, index, running, data.tasks[name], trainer, label))
             del running
-        numbers = samples[name].numbers if name in samples else None
+            numbers = samples[name].numbers
+            if batches is None:
+                moved, numbers = data.augmented(name, moved, samples[name])
         step = CalibrationStep(trainer)
         task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay)
         task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in

@@ -39,7 +39,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
             tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
             merged = average_shared(plan)
             gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
-            held = held_by_forwards(tasks, merged, rule)
+            held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, rule)]
     finally:
         trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
     counts = [len(samples[task.name].batches) for task in tasks]

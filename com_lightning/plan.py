@@ -212,6 +212,11 @@ def make_plan(
             for task, expert in experts.items()
             if not is_overridden("training_step", expert)
         ]
+        if data is not None and data.augmented_copies:
+            found.append(
+                f"data.augmented_copies: {type(method).__name__} needs labels, and those of perturbed samples are not "
+                "known; set it to 0"
+            )
         if data is not None and data.batch_size != 1:
             parameters.warnings.append(
                 f"data.batch_size is {data.batch_size or 'that of the loaders'}: {type(method).__name__} squares the "
@@ -231,8 +236,9 @@ def make_plan(
         expert.requires_grad_(False)
     if data is None or not method.needs_data:
         return MergePlan(experts, method, parameters, {}, frozen, stored=stored, base=origin)
-    held = ", held out of validation" if data.holdout else "" if data.source == "train" else ", which are validated too"
-    told = f"Calibration: up to {data.samples:,} samples of each task's {data.source} data{held}.\n"
+    held = ", held out of validation" if data.holdout else "" if data.split == "train" else ", which are validated too"
+    copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
+    told = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{held}{copies}.\n"
     return MergePlan(experts, method, parameters, layers, frozen, told, stored, origin)
 
 

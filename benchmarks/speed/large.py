@@ -54,7 +54,7 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
     torch.manual_seed(0)
     texts: Any = torch.randint(vocabulary, (samples, length))
     loader = DataLoader(texts, 2)
-    tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, samples=samples)
+    tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, num_samples=samples)
     trainer = com.MergeTrainer(accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False)
     watch = Watch()
     with tempfile.TemporaryDirectory(dir=folder) as output:

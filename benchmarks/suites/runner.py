@@ -146,7 +146,7 @@ class _Bench:
         )
 
     def _data(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> MergeDataModule:
-        data = self.suite.merge_data(samples, self.seed, source=self.source, batch_size=batch_size)
+        data = self.suite.merge_data(samples, self.seed, split=self.source, batch_size=batch_size)
         data.setup("validate")
         for task, own in data.tasks.items():
             if (there := len(getattr(own, f"{self.source}_dataloader")().dataset)) < samples:

@@ -275,9 +275,9 @@ class Compare(Callback):
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:
         """What every merge depends on, beside its rule and seed."""
         data = copy.copy(self.splits.data)
-        limit = trainer.limit_val_batches if data.source == "val" else trainer.limit_train_batches
+        limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
         if not self.plan.method.needs_data:  # a few samples tell whether it is the same data
-            data.source, data.samples = "val", 8
+            data.split, data.num_samples = "val", 8
         tasks = []
         for name, expert in self.plan.experts.items():
             read = self.plan.method.needs_data or self.splits.counts[name]["report"] is not None
@@ -286,7 +286,7 @@ class Compare(Callback):
         data = self.splits.data
         told = {
             "shared parameters": self.plan.parameters.shared,
-            "samples": [data.samples, data.source, data.batch_size],
+            "samples": [data.num_samples, data.split, data.batch_size, data.augmented_copies],
             "limits": [trainer.limit_val_batches, trainer.limit_train_batches],
             "on_bad_batch": self.on_bad_batch,
             "precision": trainer.precision,

@@ -9,9 +9,9 @@ from itertools import chain
 from typing import Any
 
 import torch
-from torch.utils.data import BatchSampler
 
-from com_lightning.data.datamodule import MergeDataModule, _fresh, _passes, _population, _subset
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.data.sampling import population, restricted
 from com_lightning.errors import MergeError
 
 Kept = Mapping[str, Sequence[set[int] | None]]
@@ -28,15 +28,18 @@ class PartOfData(MergeDataModule):
     """
 
     def __init__(self, data: MergeDataModule, seed: int, kept: Kept) -> None:
-        super().__init__(data.tasks, data.samples, data.source, True, seed, data.batch_size)
+        super().__init__(data.tasks, data.num_samples, data.split, True, seed, data.batch_size, data.augmented_copies)
         self.trainer, self.kept = data.trainer, kept
         self._prepared, self._set_up = True, data._set_up
 
-    def _validation_loaders(self, name: str) -> Any:
+    def validation_loaders(self, name: str) -> Any:
         kept = self.kept.get(name, [])
         if all(part is None for part in kept):
             return self.tasks[name].val_dataloader()
-        loaders = [_restricted(loader, part) for loader, part in zip(self._loaders(name, "val"), kept)]
+        loaders = [
+            loader if part is None else restricted(loader, part)
+            for loader, part in zip(self.loaders(name, "val"), kept)
+        ]
         return loaders[0] if len(loaders) == 1 else loaders
 
 
@@ -66,11 +69,13 @@ class Splits:
         return PartOfData(self.data, self.seeds[0] if seed is None else seed, kept)
 
     def __str__(self) -> str:
-        source, seeds = self.data.source, ", ".join(map(str, self.seeds))
+        source, seeds = self.data.split, ", ".join(map(str, self.seeds))
         held = _range([count["calibration"] for count in self.counts.values()])
         lines = []
         if held != "0":
-            lines.append(f"Calibration: up to {self.data.samples} samples of each task's {source} data, seeds {seeds}.")
+            lines.append(
+                f"Calibration: up to {self.data.num_samples} samples of each task's {source} data, seeds {seeds}."
+            )
         chosen, told = [_range([c[split] for c in self.counts.values()]) for split in ("selection", "report")]
         if self.selection is not None:
             lines.append(f"Selection of settings: {chosen} samples of each task's val data.")
@@ -98,13 +103,13 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
     report: dict[str, list[set[int] | None]] = {}
     selection: dict[str, list[set[int] | None]] = {}
     result, problems = Splits(data, seeds), []
-    hold = calibrates and data.source == "val"
+    hold = calibrates and data.split == "val"
     for name in data.tasks:
-        loaders = data._loaders(name, "val")
-        populations = [_population(loader) for loader in loaders]
+        loaders = data.loaders(name, "val")
+        populations = [population(loader) for loader in loaders]
         if (hold or selects) and None in populations:
             problems.append(
-                f"task '{name}': the samples of an iterable dataset cannot be split; set data.source to train, and "
+                f"task '{name}': the samples of an iterable dataset cannot be split; set data.split to train, and "
                 "give each method one setting"
             )
             continue
@@ -113,48 +118,37 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
         held: dict[int, set[int]] = {owner: set() for owner in owners}
         chosen: dict[int, set[int]] = {owner: set() for owner in owners}
         for seed in seeds if hold else ():
-            for owner, drawn in zip(owners, PartOfData(data, seed, {})._chosen(name)):
+            for owner, drawn in zip(owners, PartOfData(data, seed, {}).calibration_indices(name)):
                 held[owner].update(drawn or ())
         generator = torch.Generator().manual_seed(zlib.crc32(f"{data.seed}/{name}/selection".encode()))
         for owner in dict.fromkeys(owners) if selects else ():
-            mine = [population or () for own, population in zip(owners, populations) if own == owner]
+            mine = [indices or () for other, indices in zip(owners, populations) if other == owner]
             rest = [index for index in dict.fromkeys(chain(*mine)) if index not in held[owner]]
             order = torch.randperm(len(rest), generator=generator)[: len(rest) // 2].tolist()
             chosen[owner].update(rest[place] for place in order)
         report[name], selection[name] = [], []
-        for owner, population in zip(owners, populations):
-            all_of_it = set(population or ())
+        for owner, indices in zip(owners, populations):
+            all_of_it = set(indices or ())
             selection[name].append(all_of_it & chosen[owner])
             report[name].append(all_of_it - chosen[owner] - held[owner] if hold or selects else None)
-        total = sum(len(population or ()) for population in populations)
+        total = sum(len(indices or ()) for indices in populations)
         sizes = [sum(len(part or ()) for part in parts[name]) for parts in (selection, report)]
         sizes[1] = sizes[1] if hold or selects else total
         known = None not in populations
-        taken = sum(map(len, held.values())) if hold else data.samples if calibrates else 0
+        taken = sum(map(len, held.values())) if hold else data.num_samples if calibrates else 0
         told = zip(("calibration", "selection", "report"), (taken, sizes[0], sizes[1] if known else None))
         result.counts[name] = dict(told)
         gone = sum(map(len, held.values()))
         if known and (not sizes[1] or (selects and not sizes[0])):
             problems.append(
                 f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and "
-                f"too few are left to {'choose settings on and ' if selects else ''}report; lower data.samples, give "
-                "fewer seeds, or set data.source to train"
+                f"too few are left to {'choose settings on and ' if selects else ''}report; lower data.num_samples, give "
+                "fewer seeds, or set data.split to train"
             )
     if problems:
         raise MergeError(problems)
     result.report, result.selection = report, selection if selects else None
     return result
-
-
-def _restricted(loader: Any, kept: set[int] | None) -> Any:
-    """A fresh loader over some of the samples, in the order of the loader."""
-    if kept is None:
-        return loader
-    if type(loader.batch_sampler) is BatchSampler:
-        remaining = [index for index in _population(loader) or () if index in kept]
-        return _subset(loader, remaining, loader.batch_size or 1)
-    groups = [[index for index in batch if index in kept] for batch in _passes(loader)[0]]  # the user's own grouping
-    return _fresh(loader, loader.dataset, batch_sampler=[group for group in groups if group])
 
 
 def _range(counts: Sequence[int | None]) -> str:

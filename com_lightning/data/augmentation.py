@@ -1,73 +1,75 @@
-"""Perturbed copies of calibration batches: an expert can be asked about more inputs than there are samples.
+"""Perturbed copies of calibration batches: more inputs for the experts than there are samples.
 
-What a layer is solved for is what the experts make of their inputs, and no label; so an input need not be one that
-occurs. With few samples the fit knows too little of the directions that inputs take, and copies in which samples of
-the same task are spliced, with noise on top, tell it more. Splices are those of CutMix (Yun et al., arXiv 1905.04899,
-section 3.1), without its labels. That experts may be asked about such inputs is the observation of Beyer et al.,
-"Knowledge distillation: A good teacher is patient and consistent", arXiv 2106.05237. It goes beyond Chain of Merges.
+A layer is solved for what the experts make of their inputs, not for labels, so an input need not be a real one. With few
+samples, the fit sees too few of the directions that inputs take. A copy of a batch shows it others: each sample takes a
+part of another sample of the same batch, and gets noise. The parts are those of CutMix (Yun et al., arXiv 1905.04899,
+section 3.1), without its labels. That a teacher may be asked about such inputs is an observation of Beyer et al.,
+"Knowledge distillation: A good teacher is patient and consistent", arXiv 2106.05237. All this goes beyond Chain of
+Merges. ``docs/method.md`` has the figures: copies help with few samples, and hurt with many.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 
-from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.sweep.task import Task
-
 NOISE = 0.6
 """Standard deviation of the noise, relative to that of the numbers that it is added to."""
-LEAST, MOST = 1 / 3, 2 / 3
-"""How much of each dimension a splice takes."""
+SMALLEST, LARGEST = 1 / 3, 2 / 3
+"""How much of each dimension the part from another sample takes."""
 
 
-def with_copies(tasks: Sequence[Task], copies: int, peers: Peers) -> list[Task]:
-    """The tasks with so many perturbed copies of each batch after the batches themselves.
+def with_copies(
+    batches: Sequence[Any], numbers: Sequence[int], total: int, copies: int, task: str
+) -> tuple[list[Any], list[int]]:
+    """Batches followed by perturbed copies of each, and the numbers of all of them.
 
-    Batches of all processes are numbered on: copy c of batch n is number ``c * (number of batches) + n``, the number of
-    batches rounded up to an even one, so that a copy is odd if its batch is.
+    Copy c of batch n gets the number ``c * total + n``, so that all processes agree on the numbers. The copy depends on
+    this number and on the task's name only.
+
+    Args:
+        batches: those of one process.
+        numbers: their numbers among the batches of all processes.
+        total: number of batches of all processes.
+        copies: number of copies of each batch.
+        task: its name.
     """
-    result = []
-    for task in tasks:
-        numbers = list(task.batch_numbers)
-        total = max((number + 1 for part in peers.exchange(numbers) for number in part), default=0)
-        total += total % 2
-        batches = list(task.batches)
-        for copy in range(1, copies + 1):
-            for number, batch in zip(numbers[: len(task.batches)], task.batches):
-                numbers.append(copy * total + number)
-                batches.append(perturbed(batch, zlib.crc32(f"{task.name} {numbers[-1]}".encode())))
-        result.append(replace(task, batches=batches, numbers=numbers))
-    return result
+    batches, numbers = list(batches), list(numbers)
+    originals = list(zip(numbers, batches))
+    for copy in range(1, copies + 1):
+        for number, batch in originals:
+            numbers.append(copy * total + number)
+            batches.append(perturbed(batch, zlib.crc32(f"{task} {numbers[-1]}".encode())))
+    return batches, numbers
 
 
 def perturbed(batch: Any, seed: int) -> Any:
-    """A copy of a batch in which each sample has a part of another one of the batch.
+    """A copy of a batch in which each sample has a part of another sample of the batch.
 
-    In every tensor that holds a row, ``(n, length, ...)``, or an image, ``(n, ..., height, width)``, for each sample,
-    the same share of the same place is taken from the same other sample, so that tokens and their mask still go
-    together. Floating-point tensors get noise as well, unless they hold nothing but 0 and 1.
+    A tensor may hold a row, ``(n, length, ...)``, or an image, ``(n, ..., height, width)``, for each sample. All tensors
+    take the same part from the same other sample, so that tokens and their mask still belong together. Floating-point
+    tensors get noise as well, unless they hold only 0 and 1. Tensors with one number for each sample stay as they are.
 
     Args:
         batch: tensors in lists, tuples, dictionaries and dataclasses.
-        seed: of what is drawn.
+        seed: of the random choices.
     """
     generator = torch.Generator().manual_seed(seed)
-    lengths = Counter(len(tensor) for tensor in _tensors(batch))
+    lengths = Counter[int]()
+    apply_to_collection(batch, Tensor, lambda tensor: lengths.update([len(tensor)] if tensor.dim() > 1 else []))
     if not lengths:
         return batch
     samples = lengths.most_common(1)[0][0]
     order = torch.randperm(samples, generator=generator)
     partner = torch.empty_like(order)
-    partner[order] = order.roll(1)  # of another sample each, if there are any
-    share = LEAST + (MOST - LEAST) * torch.rand(samples, 2, generator=generator)
+    partner[order] = order.roll(1)  # never a sample itself, if there are two
+    share = SMALLEST + (LARGEST - SMALLEST) * torch.rand(samples, 2, generator=generator)
     start = (1 - share) * torch.rand(samples, 2, generator=generator)
 
     def changed(tensor: Tensor) -> Tensor:
@@ -89,9 +91,3 @@ def perturbed(batch: Any, seed: int) -> Any:
         return result
 
     return apply_to_collection(batch, Tensor, changed)
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    found: list[Tensor] = []
-    apply_to_collection(batch, Tensor, lambda tensor: found.append(tensor) if tensor.dim() > 1 else None)
-    return iter(found)

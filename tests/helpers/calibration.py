@@ -13,7 +13,7 @@ from torch.utils.data import (
 )
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
-from com_lightning.data.datamodule import CalibrationSample
+from com_lightning.data.sampling import CalibrationSample
 from tests.helpers.classifier import FEATURES, Classifier, make_experts
 from tests.helpers.running import quiet_trainer
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 MODEL = ["--model=tests.helpers.Classifier"]
 DATA = [
     "--data=com_lightning.MergeDataModule",
-    "--data.samples=40",
+    "--data.num_samples=40",
     "--data.tasks.a=tests.helpers.PointsData",
     "--data.tasks.b=tests.helpers.PointsData",
     "--data.tasks.b.seed=1",

@@ -92,7 +92,7 @@ def merge(
     sources: Mapping[str, ExpertSource], data: MergeDataModule | None = None, model: Any = None, **kwargs: Any
 ) -> ChainOfMergesCallback:
     """Merge through ``trainer.validate``."""
-    data = data or MergeDataModule({task: make_data(number) for number, task in enumerate(sources)}, samples=16)
+    data = data or MergeDataModule({task: make_data(number) for number, task in enumerate(sources)}, num_samples=16)
     callback = ChainOfMergesCallback(dict(sources), baselines=False, **kwargs)
     quiet_trainer(callbacks=[callback]).validate(model or Classifier(), datamodule=data, verbose=False)
     return callback
@@ -102,7 +102,7 @@ def problems(
     sources: Mapping[str, Any], data: Mapping[str, Any] | None = None, model: Any = None, **kwargs: Any
 ) -> list[str]:
     """What a merge that must fail says, without reading data."""
-    tasks = MergeDataModule(dict(data or {task: unread_data() for task in TASKS}), samples=4)
+    tasks = MergeDataModule(dict(data or {task: unread_data() for task in TASKS}), num_samples=4)
     with pytest.raises(MergeError) as caught:
         merge(sources, tasks, model, **kwargs)
     assert all(problem in str(caught.value) for problem in caught.value.problems)

@@ -84,7 +84,7 @@ def save_tokenizer(folder: Path, words: list[str] = WORDS) -> PreTrainedTokenize
 def merge(
     sources: dict[str, ExpertSource], model: LightningModule | None = None, vocabulary: int = 30, **kwargs: Any
 ) -> ChainOfMergesCallback:
-    data = MergeDataModule({t: make_texts(number, vocabulary) for number, t in enumerate(sources)}, samples=16)
+    data = MergeDataModule({t: make_texts(number, vocabulary) for number, t in enumerate(sources)}, num_samples=16)
     callback = ChainOfMergesCallback(sources, **{"baselines": False, **kwargs})
     quiet_trainer(callbacks=[callback]).validate(model or TextModule(), datamodule=data, verbose=False)
     return callback

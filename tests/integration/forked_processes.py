@@ -237,7 +237,7 @@ def _host(rank: int, size: int, port: int, place: str, culprit: int, folder: str
     _dying(place, culprit)
     experts: Any = {task: Mortal(3) for task in "abc"}
     loader = DataLoader(MortalData(torch.randn(40, 6), torch.arange(40) % 3), 4)
-    tasks = MergeDataModule({task: TaskLoaders(val=loader) for task in "abc"}, samples=24)
+    tasks = MergeDataModule({task: TaskLoaders(val=loader) for task in "abc"}, num_samples=24)
     trainer = MergeTrainer(logger=False, enable_progress_bar=False, accelerator="cpu", devices=size, strategy="ddp")
     try:
         trainer.merge(Mortal(3), tasks, experts, output_dir=f"{folder}/merged")
@@ -366,7 +366,7 @@ def test_a_trainer_with_two_processes_merges_as_one(forked: dict[str, Any], tmp_
     folders = []
     for name, settings in {"one": {}, "two": forked}.items():
         data = {task: make_data(seed) for seed, task in enumerate("abc")}
-        tasks = MergeDataModule(data, samples=37, batch_size=8)
+        tasks = MergeDataModule(data, num_samples=37, batch_size=8)
         merger = ChainOfMergesCallback(dict(experts), output_dir=str(tmp_path / name))
         trainer = quiet_trainer(callbacks=[merger], precision="64-true", **settings)
         trainer.validate(Classifier(3), datamodule=tasks, verbose=False)
@@ -386,7 +386,7 @@ def test_what_comes_back_from_processes_of_their_own_is_a_folder(
     forked: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     experts = dict(zip("ab", make_experts((3, 3))))
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=16)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=16)
     merger = ChainOfMergesCallback(dict(experts))
     with pytest.raises(Exception, match="output_dir: the processes of this strategy end with the merge"):
         quiet_trainer(callbacks=[merger], **forked).validate(Classifier(3), datamodule=tasks, verbose=False)
@@ -401,13 +401,13 @@ def test_strategies_that_shard_are_refused() -> None:
     strategy = ModelParallelStrategy()
     trainer = MergeTrainer(logger=False, accelerator="cpu", devices=2, strategy=strategy)
     experts: Any = dict(zip("ab", make_experts((3, 3))))
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=16)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=16)
     with pytest.raises(MergeError, match="ModelParallelStrategy may keep a part of the model"):
         trainer.merge(Classifier(3), tasks, experts)
 
 
 def test_a_sample_is_dealt_out_without_padding() -> None:
-    tasks = MergeDataModule({"a": make_data(0)}, samples=37, batch_size=8)
+    tasks = MergeDataModule({"a": make_data(0)}, num_samples=37, batch_size=8)
     tasks.setup("validate")
     whole = tasks.calibration("a")
     shares = [tasks.calibration("a", rank=rank, processes=3) for rank in range(3)]

@@ -29,7 +29,7 @@ from tests.helpers import FEATURES, Classifier, make_data, make_experts, quiet_t
 
 
 def make_tasks(**kwargs: Any) -> MergeDataModule:
-    return MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, **{"samples": 40, **kwargs})
+    return MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, **{"num_samples": 40, **kwargs})
 
 
 def merged_by(trainer: Trainer, **kwargs: Any) -> tuple[ChainOfMergesCallback, Classifier]:
@@ -148,7 +148,7 @@ def test_dict_batches_popped_logged_by_hand() -> None:
     modules = [DictClassifier(), DictClassifier()]
     rows = [[{"x": torch.randn(FEATURES), "y": torch.tensor(n % 4)} for n in range(30)] for _ in modules]
     loaders = [DataLoader(part, 8) for part in rows]  # type: ignore[var-annotated, arg-type]
-    tasks = MergeDataModule({str(n): TaskLoaders(loader) for n, loader in enumerate(loaders)}, samples=20)
+    tasks = MergeDataModule({str(n): TaskLoaders(loader) for n, loader in enumerate(loaders)}, num_samples=20)
     merger = ChainOfMergesCallback({"0": modules[0], "1": modules[1]})
     quiet_trainer(callbacks=[merger]).validate(DictClassifier(), datamodule=tasks, verbose=False)
     assert merger.report.monitor == "score"
@@ -176,7 +176,7 @@ def test_modules_that_use_logger_hooks_and_trainer(logger: bool, tmp_path: Path)
         experts[task] = Elaborate(3)
         experts[task].load_state_dict(expert.state_dict())
     merger = ChainOfMergesCallback(experts)
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     used = TensorBoardLogger(tmp_path) if logger else DummyLogger()
     quiet_trainer(callbacks=[merger], logger=used).validate(Elaborate(3), datamodule=tasks, verbose=False)
     assert set(merger.report.metrics["merged"]) == {"a", "b"}
@@ -200,7 +200,7 @@ def test_calibration_step_and_mask_of_the_module_are_used() -> None:
         own[task] = Own(3)
         own[task].load_state_dict(expert.state_dict())
     merger = ChainOfMergesCallback(dict(own), baselines=False)
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(Own(3), datamodule=tasks, verbose=False)
     assert calls.count("mask") == 6
     assert calls.count("step") == 12 + 1  # one more, which finds what layers add to
@@ -213,7 +213,7 @@ def test_a_padding_mask_that_fits_nowhere_is_told() -> None:
             return torch.tensor([True, False, True])
 
     merger = ChainOfMergesCallback({task: Odd(3) for task in "ab"}, baselines=False)
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(Odd(3), datamodule=tasks, verbose=False)
     assert [w for w in merger.report.warnings if "task 'b': its padding mask, (3,), fits" in w]
 
@@ -261,7 +261,7 @@ def test_a_step_that_changes_its_batch_in_place() -> None:
         for task, expert in zip("ab", make_experts((3, 3))):
             experts[task].load_state_dict(expert.state_dict())
         merger = ChainOfMergesCallback(experts, baselines=False)
-        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
         quiet_trainer(callbacks=[merger]).validate(kind(3), datamodule=data, verbose=False)
         weights.append(merger.modules["a"].get_parameter("body.3.weight"))
     assert torch.equal(*weights)

@@ -179,7 +179,7 @@ def test_the_demo_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         name = f"--trainer.callbacks.init_args.filename={task}"
         main(["fit", f"--config={configs['expert']}", f"--data.task={task}", name, *short, *small])
         assert (tmp_path / f"{task}.ckpt").is_file()
-    both = [f"--config={configs['tasks']}", *small, "--data.samples=8", *QUIET]
+    both = [f"--config={configs['tasks']}", *small, "--data.num_samples=8", *QUIET]
     main(["merge", *both, f"--config={configs['merge']}", f"--output_dir={tmp_path / 'merged'}"])
     main(["validate", *both, f"--merged={tmp_path / 'merged'}"])
     assert torch.load(tmp_path / "merged" / f"{tasks[0]}.ckpt", weights_only=True)["state_dict"]

@@ -24,7 +24,7 @@ from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_tr
 
 
 def merge(experts: dict[str, Any], model: LightningModule | None = None, **kwargs: Any) -> MergeReport:
-    tasks = MergeDataModule({task: make_data(number) for number, task in enumerate(experts)}, samples=24)
+    tasks = MergeDataModule({task: make_data(number) for number, task in enumerate(experts)}, num_samples=24)
     callback = ChainOfMergesCallback(experts, **{"baselines": False, **kwargs})
     quiet_trainer(callbacks=[callback]).validate(model or Classifier(), datamodule=tasks, verbose=False)
     return callback.report
@@ -377,8 +377,8 @@ def test_the_summary_is_a_sentence() -> None:
 
 
 def test_the_plan_tells_of_the_calibration_data() -> None:
-    for settings, expected in (({"holdout": True}, "val data, held out of"), ({"source": "train"}, "train data.")):
-        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=8, **settings)
+    for settings, expected in (({"holdout": True}, "val data, held out of"), ({"split": "train"}, "train data.")):
+        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=8, **settings)
         plan = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3))))).plan(Classifier(), tasks)
         assert f"up to 8 samples of each task's {expected}" in str(plan)
 

@@ -41,7 +41,7 @@ def run(folder: Path, overwrite: bool = False) -> None:
     merger = ChainOfMergesCallback(
         dict(zip("ab", make_experts())), baselines=False, output_dir=str(folder), overwrite=overwrite
     )
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=tasks, verbose=False)
 
 

@@ -69,7 +69,7 @@ def project(tmp_path: Path) -> Path:
 def options(project: Path, *more: str, output: str = "merged") -> list[str]:
     data = [f"--data.tasks.{task}=mine.MyData" for task in "ab"]
     return [
-        *("merge", "--model=mine.Mine", "--data=com_lightning.MergeDataModule", "--data.samples=40", *data),
+        *("merge", "--model=mine.Mine", "--data=com_lightning.MergeDataModule", "--data.num_samples=40", *data),
         *("--data.tasks.b.seed=1", "--data.tasks.b.classes=4", "--trainer.accelerator=cpu", "--trainer.logger=false"),
         *("--trainer.enable_progress_bar=false", "--trainer.precision=64", f"--output_dir={output}"),
         *(f"--experts.{task}={project / task}.ckpt" for task in "ab"),

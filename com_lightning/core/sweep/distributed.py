@@ -155,7 +155,7 @@ class ProcessGroup(Peers):
                 "give more: strategy=DDPStrategy(timeout=timedelta(hours=2))"
             )
         return (
-            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower data.samples"
+            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower data.num_samples"
             ", or use fewer processes on each machine), or it crashed; see its own output, and the system's log"
         )
 

@@ -33,7 +33,7 @@ TASKS = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
 COMMON = [
     "--model=tests.helpers.Classifier",
     "--data=com_lightning.MergeDataModule",
-    "--data.samples=12",
+    "--data.num_samples=12",
     *TASKS,
     "--data.tasks.b.seed=1",
     "--data.tasks.b.classes=4",
@@ -58,7 +58,7 @@ def files(tmp_path: Path) -> list[str]:
 def compare(folder: Path, methods: Any = GRID, **kwargs: Any) -> Comparison:
     """From Python, with experts on disk beside the result."""
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    data = kwargs.pop("data", None) or MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, samples=12)
+    data = kwargs.pop("data", None) or MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=12)
     experts = {task: str(folder.parent / f"{task}.ckpt") for task in "ab"}
     settings = {"base": str(folder.parent / "base.pt"), "output_dir": str(folder), **kwargs}
     return trainer.compare(Classifier(), data, experts, methods, **settings)
@@ -164,7 +164,7 @@ def validated(splits: Splits, part: str) -> list[int]:
 @pytest.mark.parametrize("selects", [False, True])
 @pytest.mark.parametrize("kind", LOADERS)
 def test_no_sample_is_for_two_things(kind: str, selects: bool) -> None:
-    data = MergeDataModule({"a": TaskLoaders(val=LOADERS[kind]())}, samples=8)
+    data = MergeDataModule({"a": TaskLoaders(val=LOADERS[kind]())}, num_samples=8)
     data.setup("validate")
     splits = split(data, [0, 1, 2], calibrates=True, selects=selects)
     calibrated = {
@@ -188,7 +188,7 @@ def test_no_sample_is_for_two_things(kind: str, selects: bool) -> None:
 def test_loaders_of_one_dataset_share_no_sample() -> None:
     dataset = TensorDataset(torch.arange(60))
     loaders = [DataLoader(dataset, 4), DataLoader(dataset, 5)]
-    data = MergeDataModule({"a": TaskLoaders(val=loaders)}, samples=10)
+    data = MergeDataModule({"a": TaskLoaders(val=loaders)}, num_samples=10)
     data.setup("validate")
     splits = split(data, [0], calibrates=True, selects=True)
     calibrated = {int(v) for (batch,), _ in splits.part("report").calibration("a").batches for v in batch}
@@ -200,7 +200,7 @@ def test_loaders_of_one_dataset_share_no_sample() -> None:
 
 def test_train_data_hold_nothing_out() -> None:
     tasks = {"a": TaskLoaders(val=numbered(20), train=numbered(50))}
-    data = MergeDataModule(tasks, samples=30, source="train")
+    data = MergeDataModule(tasks, num_samples=30, split="train")
     data.setup("validate")
     assert len(validated(split(data, [0], True, selects=False), "report")) == 20
     splits = split(data, [0], True, selects=True)
@@ -208,7 +208,7 @@ def test_train_data_hold_nothing_out() -> None:
 
 
 def test_rules_without_data_hold_nothing_out() -> None:
-    data = MergeDataModule({"a": TaskLoaders(val=numbered(20))}, samples=100)
+    data = MergeDataModule({"a": TaskLoaders(val=numbered(20))}, num_samples=100)
     data.setup("validate")
     assert len(validated(split(data, [0], calibrates=False, selects=False), "report")) == 20
 
@@ -219,15 +219,15 @@ class Stream(IterableDataset[Any]):
 
 
 def test_what_cannot_be_split() -> None:
-    few = MergeDataModule({"a": TaskLoaders(val=numbered(20)), "b": TaskLoaders(val=numbered(9))}, samples=8)
+    few = MergeDataModule({"a": TaskLoaders(val=numbered(20)), "b": TaskLoaders(val=numbered(9))}, num_samples=8)
     with pytest.raises(MergeError, match="task 'b': 3 seeds calibrate on 9 of its 9 val samples"):
         split(few, [0, 1, 2], calibrates=True, selects=False)
     tasks = {"a": TaskLoaders(val=DataLoader(Stream(), 4), train=numbered(50))}
     with pytest.raises(MergeError, match="iterable dataset cannot be split"):
         split(MergeDataModule(tasks), [0], calibrates=True, selects=False)
     with pytest.raises(MergeError, match="iterable dataset cannot be split"):
-        split(MergeDataModule(tasks, source="train"), [0], calibrates=True, selects=True)
-    whole = split(MergeDataModule(tasks, source="train"), [0], calibrates=True, selects=False)
+        split(MergeDataModule(tasks, split="train"), [0], calibrates=True, selects=True)
+    whole = split(MergeDataModule(tasks, split="train"), [0], calibrates=True, selects=False)
     assert whole.part("report").task("a").val_dataloader() is tasks["a"].val_dataloader()
 
 

@@ -181,7 +181,7 @@ def tasks(bad: Callable[[Tensor], None] = lambda x: None) -> MergeDataModule:
     x, y = torch.randn(24, FEATURES, generator=torch.Generator().manual_seed(0)), torch.zeros(24).long()
     bad(x)
     loaders = TaskLoaders(val=DataLoader(TensorDataset(x, y), 4))
-    return MergeDataModule({"a": loaders, "b": make_data(1)}, samples=24)
+    return MergeDataModule({"a": loaders, "b": make_data(1)}, num_samples=24)
 
 
 def spoil(x: Tensor) -> None:

@@ -66,7 +66,7 @@ def test_a_trainer_on_the_device(precision: Any, workers: int) -> None:
         }
         merger = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3)))), private=["head"])
         trainer = quiet_trainer(callbacks=[merger], precision=kind, accelerator="gpu" if device == "cuda" else device)
-        trainer.validate(Classifier(3), datamodule=MergeDataModule(data, samples=64), verbose=False)
+        trainer.validate(Classifier(3), datamodule=MergeDataModule(data, num_samples=64), verbose=False)
         assert merger.report.metrics["merged"].keys() == {"a", "b"}
         assert merger.report.peak_memory > 0
         values[device, kind] = {name: p.detach().cpu() for name, p in merger.modules["a"].named_parameters()}
@@ -153,7 +153,7 @@ def test_a_merged_module_is_trained_on_the_device() -> None:
     }
     merger = ChainOfMergesCallback(dict(zip("ab", experts)), private=["head"], baselines=False)
     trainer = quiet_trainer(callbacks=[merger], accelerator="gpu" if DEVICE == "cuda" else DEVICE)
-    trainer.validate(Classifier(3), datamodule=MergeDataModule(data, samples=16), verbose=False)
+    trainer.validate(Classifier(3), datamodule=MergeDataModule(data, num_samples=16), verbose=False)
     module = copy.deepcopy(merger.modules["a"]).to(DEVICE)
     module(torch.randn(2, 6, device=DEVICE)).sum().backward()
     assert all(parameter.grad is not None for parameter in module.parameters())

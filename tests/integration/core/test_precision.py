@@ -35,7 +35,7 @@ WORST = {"32-true": 1e-5, "64-true": 0.0, "bf16-mixed": 0.15, "bf16-true": 0.15,
 
 def merged(precision: Any, experts: list[Any] | None = None, **kwargs: Any) -> ChainOfMergesCallback:
     callback = ChainOfMergesCallback(dict(zip(TASKS, experts or make_experts())), baselines=False, **kwargs)
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1, classes=4)}, samples=40)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1, classes=4)}, num_samples=40)
     trainer = quiet_trainer(precision=precision, callbacks=[callback])
     trainer.validate(Classifier(3), datamodule=data, verbose=False)
     return callback

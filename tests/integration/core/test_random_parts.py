@@ -49,7 +49,7 @@ class WithBuffers(Classifier):
 
 def merge(first: Classifier, second: Classifier, model: Classifier) -> ChainOfMergesCallback:
     merger = ChainOfMergesCallback({"a": first, "b": second}, baselines=False, private=[])
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(model, datamodule=tasks, verbose=False)
     return merger
 

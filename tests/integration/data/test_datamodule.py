@@ -44,7 +44,7 @@ def validated(tasks: MergeDataModule, name: str = "a") -> list[int]:
 
 
 def test_the_sample_is_seeded_and_not_the_head() -> None:
-    first, again, other = (values(ready(loader(), samples=20, seed=s).calibration("a")) for s in (0, 0, 1))
+    first, again, other = (values(ready(loader(), num_samples=20, seed=s).calibration("a")) for s in (0, 0, 1))
     assert first == again
     assert set(first) != set(other)
     assert first != list(range(20))
@@ -57,14 +57,14 @@ def test_the_sample_is_spread_over_the_data() -> None:
     """Every sample is drawn about equally often: 50 ± 6 of 200 seeds, where heads would give 200 and 0."""
     drawn = torch.zeros(20)
     for seed in range(200):
-        drawn[values(ready(loader(20), samples=5, seed=seed).calibration("a"))] += 1
+        drawn[values(ready(loader(20), num_samples=5, seed=seed).calibration("a"))] += 1
     assert drawn.sum() == 1000
     assert drawn.min() > 20
     assert drawn.max() < 85
 
 
 def test_tasks_draw_differently() -> None:
-    tasks = MergeDataModule({name: TaskLoaders(val=loader()) for name in "ab"}, samples=20)
+    tasks = MergeDataModule({name: TaskLoaders(val=loader()) for name in "ab"}, num_samples=20)
     assert values(tasks.calibration("a")) != values(tasks.calibration("b"))
 
 
@@ -81,7 +81,7 @@ def test_tasks_draw_differently() -> None:
     ids=["plain", "shuffled", "shuffled, own generator", "weighted", "stream", "augmented"],
 )
 def test_the_sample_and_the_global_random_state_are_independent(make: Callable[[], DataLoader[Any]]) -> None:
-    tasks = ready(make(), samples=12)
+    tasks = ready(make(), num_samples=12)
     batches = []
     for seed in (0, 123):
         torch.manual_seed(seed)
@@ -99,7 +99,7 @@ def test_the_sample_and_the_global_random_state_are_independent(make: Callable[[
 
 def test_the_generator_of_a_loader_is_left_alone() -> None:
     generator = torch.Generator().manual_seed(3)
-    tasks = ready(loader(shuffle=True, generator=generator), samples=5)
+    tasks = ready(loader(shuffle=True, generator=generator), num_samples=5)
     before = generator.get_state()
     tasks.problems()
     tasks.calibration("a")
@@ -107,27 +107,27 @@ def test_the_generator_of_a_loader_is_left_alone() -> None:
 
 
 def test_more_samples_than_there_are() -> None:
-    sample = ready(loader(10), samples=100).calibration("a")
+    sample = ready(loader(10), num_samples=100).calibration("a")
     assert sorted(values(sample)) == list(range(10))
     assert sample.samples == 10
 
 
-@pytest.mark.parametrize("source", ["val", "train"])
-def test_the_source(source: Any) -> None:
-    sample = ready(loader(), loader(start=100, shuffle=True), samples=20, source=source).calibration("a")
-    assert all((value >= 100) == (source == "train") for value in values(sample))
-    assert sample.overlap == (20 if source == "val" else 0)
+@pytest.mark.parametrize("split", ["val", "train"])
+def test_the_split(split: Any) -> None:
+    sample = ready(loader(), loader(start=100, shuffle=True), num_samples=20, split=split).calibration("a")
+    assert all((value >= 100) == (split == "train") for value in values(sample))
+    assert sample.overlap == (20 if split == "val" else 0)
     assert sample.samples == len(values(sample)) == 20
 
 
 @pytest.mark.parametrize("size", [None, 1, 7])
 def test_the_batch_size(size: int | None) -> None:
     """Overriding it changes the batches, not the sample."""
-    sample = ready(loader(), samples=20, batch_size=size).calibration("a")
+    sample = ready(loader(), num_samples=20, batch_size=size).calibration("a")
     assert [len(batch) for batch, _ in sample.batches][:-1] == [size or 8] * (
         20 // (size or 8) - (20 % (size or 8) == 0)
     )
-    assert values(sample) == values(ready(loader(), samples=20).calibration("a"))
+    assert values(sample) == values(ready(loader(), num_samples=20).calibration("a"))
 
 
 def test_the_collate_function_is_kept() -> None:
@@ -136,7 +136,7 @@ def test_the_collate_function_is_kept() -> None:
 
     data = loader(collate_fn=collate)
     for holdout in (False, True):
-        tasks = ready(data, samples=10, holdout=holdout)
+        tasks = ready(data, num_samples=10, holdout=holdout)
         batches = [batch for batch, _ in tasks.calibration("a").batches]
         assert [batch["count"] for batch in batches] == [8, 2]
         assert all(len(batch["numbers"]) == batch["count"] for batch in batches)
@@ -155,7 +155,7 @@ def test_samples_are_read_only_once() -> None:
             read.append(index)
             return torch.tensor(index)
 
-    tasks = ready(DataLoader(Recorded(), batch_size=8), samples=10, holdout=True)
+    tasks = ready(DataLoader(Recorded(), batch_size=8), num_samples=10, holdout=True)
     assert tasks.problems() == []
     assert read == []
     assert values(tasks.calibration("a")) == read
@@ -170,7 +170,7 @@ def test_several_loaders(kind: str) -> None:
     """The sample is drawn from all of them, and every batch knows its loader."""
     parts = [loader(30), loader(60, start=100)]
     given: Any = {"list": parts, "dict": dict(zip("xy", parts)), "tuple": tuple(parts)}[kind]
-    tasks = ready(given, samples=30)
+    tasks = ready(given, num_samples=30)
     assert tasks.problems() == []
     sample = tasks.calibration("a")
     assert sample.samples == sample.overlap == len(set(values(sample))) == 30
@@ -182,7 +182,7 @@ def test_several_loaders(kind: str) -> None:
 
 
 def test_several_loaders_with_holdout() -> None:
-    tasks = ready([loader(30), loader(60, start=100)], samples=30, holdout=True)
+    tasks = ready([loader(30), loader(60, start=100)], num_samples=30, holdout=True)
     held_out = values(tasks.calibration("a"))
     assert sorted(held_out + validated(tasks)) == [*range(30), *range(100, 160)]
     parts = tasks.task("a").val_dataloader()
@@ -200,7 +200,7 @@ def test_several_loaders_in_a_merge() -> None:
     x, y = torch.randn(20, FEATURES), torch.randint(3, (20,))
     shifted = x + 100 * torch.eye(FEATURES)[0]
     parts = [DataLoader(TensorDataset(inputs, y), batch_size=5) for inputs in (x, shifted)]
-    tasks = MergeDataModule({"a": TaskLoaders(val=parts), "b": TaskLoaders(val=parts)}, samples=10)
+    tasks = MergeDataModule({"a": TaskLoaders(val=parts), "b": TaskLoaders(val=parts)}, num_samples=10)
     callback, logged = merge(tasks, TwoLoaders(), {"a": TwoLoaders(), "b": TwoLoaders()})
     assert set(callback.report.metrics["merged"]["a"]) == {"loss/dataloader_idx_0", "loss/dataloader_idx_1"}
     assert {k: v for part in logged for k, v in part.items()} == pytest.approx(callback.report.metrics["merged"]["a"])
@@ -212,7 +212,7 @@ def test_several_loaders_in_a_merge() -> None:
 @pytest.mark.parametrize("shuffle", [False, True])
 @pytest.mark.parametrize("count", [49, 50])
 def test_what_is_held_out_is_not_validated(shuffle: bool, count: int) -> None:
-    tasks = ready(loader(count, shuffle=shuffle), samples=20, holdout=True)
+    tasks = ready(loader(count, shuffle=shuffle), num_samples=20, holdout=True)
     sample = tasks.calibration("a")
     assert sample.overlap == 0
     assert not set(values(sample)) & set(validated(tasks))
@@ -221,7 +221,7 @@ def test_what_is_held_out_is_not_validated(shuffle: bool, count: int) -> None:
 
 
 def test_validated_samples_keep_their_order() -> None:
-    tasks = ready(loader(), samples=20, holdout=True)
+    tasks = ready(loader(), num_samples=20, holdout=True)
     assert validated(tasks) == sorted(validated(tasks))
     assert [len(batch) for batch in tasks.task("a").val_dataloader()] == [8, 8, 8, 6]
 
@@ -247,7 +247,7 @@ def grouped(count: int = COUNT) -> DataLoader[Any]:
 def test_the_overlap_is_counted(make: Callable[[], DataLoader[Any]], limit: int | float | None) -> None:
     """By what the loader really gives in the batches that are validated."""
     data = make()
-    sample = ready(data, samples=30).calibration("a", limit)
+    sample = ready(data, num_samples=30).calibration("a", limit)
     number = limit if isinstance(limit, int) else int((limit or 1.0) * len(data))
     seen = {int(n) for _, batch in zip(range(number), data) for n in batch}
     assert sample.overlap == len(set(values(sample)) & seen)
@@ -256,7 +256,7 @@ def test_the_overlap_is_counted(make: Callable[[], DataLoader[Any]], limit: int 
 
 def test_grouped_batches_are_kept_in_what_is_validated() -> None:
     """A batch sampler of the user may group what can be collated."""
-    tasks = ready(grouped(), samples=5, holdout=True)
+    tasks = ready(grouped(), num_samples=5, holdout=True)
     held_out = set(values(tasks.calibration("a")))
     expected = [[n for n in batch.tolist() if n not in held_out] for batch in grouped()]
     assert [batch.tolist() for batch in tasks.task("a").val_dataloader()] == [group for group in expected if group]
@@ -273,25 +273,31 @@ def test_grouped_batches_are_kept_in_what_is_validated() -> None:
     ids=["shuffled", "weighted", "shuffled batch sampler", "stream"],
 )
 def test_an_overlap_that_cannot_be_known(make: Callable[[], DataLoader[Any]], limit: int | None) -> None:
-    sample = ready(make(), samples=10).calibration("a", limit)
+    sample = ready(make(), num_samples=10).calibration("a", limit)
     assert sample.overlap is None
     assert sample.samples > 0
 
 
 def test_a_shuffled_loader_overlaps_wholly() -> None:
-    assert ready(loader(shuffle=True), samples=10).calibration("a").overlap == 10
+    assert ready(loader(shuffle=True), num_samples=10).calibration("a").overlap == 10
 
 
 def test_a_custom_batch_sampler() -> None:
     plain = BatchSampler(SequentialSampler(numbers()), 8, drop_last=False)
     for data in (DataLoader(numbers(), batch_sampler=plain), grouped()):  # type: ignore[arg-type]
-        sample = ready(data, samples=20).calibration("a")
+        sample = ready(data, num_samples=20).calibration("a")
         assert sample.samples == len(set(values(sample))) == 20
-        assert values(sample) == values(ready(loader(), samples=20).calibration("a"))
+        assert values(sample) == values(ready(loader(), num_samples=20).calibration("a"))
 
 
 @pytest.mark.parametrize("limit", [1, 2, 0.5])
 def test_the_limit_bounds_the_calibration_batches(limit: int | float) -> None:
-    sample = ready(loader(), samples=COUNT).calibration("a", limit)
+    sample = ready(loader(), num_samples=COUNT).calibration("a", limit)
     assert len(sample.batches) == (limit if isinstance(limit, int) else 3)
     assert sample.samples == 8 * len(sample.batches)
+
+
+def test_old_names_of_options_work_with_a_warning() -> None:
+    with pytest.warns(FutureWarning, match=r"samples=3 is now num_samples=3|source='train' is now split='train'"):
+        tasks = MergeDataModule({"a": TaskLoaders(val=loader())}, samples=3, source="train")
+    assert (tasks.num_samples, tasks.split) == (3, "train")

@@ -24,7 +24,7 @@ def test_a_stream_is_sampled_all_over(kind: type[Stream]) -> None:
     """Whole batches, about as many samples as asked for, not the head, a different one for each seed."""
     chosen = []
     for seed in range(6):
-        tasks = ready(DataLoader(kind(), batch_size=5), samples=18, seed=seed)
+        tasks = ready(DataLoader(kind(), batch_size=5), num_samples=18, seed=seed)
         assert tasks.problems() == []
         sample = tasks.calibration("a")
         assert sample.samples == len(set(values(sample))) == 20
@@ -37,7 +37,7 @@ def test_a_stream_is_sampled_all_over(kind: type[Stream]) -> None:
 
 def test_a_stream_is_read_no_further_than_the_limit() -> None:
     stream = Stream(10**9)
-    sample = ready(DataLoader(stream, batch_size=5), samples=10).calibration("a", 4)
+    sample = ready(DataLoader(stream, batch_size=5), num_samples=10).calibration("a", 4)
     assert stream.read <= 25
     assert set(values(sample)) <= set(range(20))
 
@@ -45,14 +45,14 @@ def test_a_stream_is_read_no_further_than_the_limit() -> None:
 def test_a_stream_of_whole_batches() -> None:
     """``batch_size=None``: the dataset makes the batches."""
     rows = numbers().reshape(10, 5)
-    sample = ready(DataLoader(rows, batch_size=None), samples=10).calibration("a")  # type: ignore[arg-type]
+    sample = ready(DataLoader(rows, batch_size=None), num_samples=10).calibration("a")  # type: ignore[arg-type]
     assert sample.samples == 10
     assert all(batch.shape == (5,) for batch, _ in sample.batches)
 
 
 def test_a_stream_in_a_merge() -> None:
     tasks: dict[str, LightningDataModule] = {n: TaskLoaders(val=DataLoader(Pairs(), batch_size=8)) for n in "ab"}
-    callback, _ = merge(MergeDataModule(tasks, samples=16))
+    callback, _ = merge(MergeDataModule(tasks, num_samples=16))
     assert callback.report.samples == {"a": 16, "b": 16}
     assert callback.report.overlap == {"a": None, "b": None}
     assert "not known" in callback.report.summary()
@@ -64,11 +64,11 @@ def test_a_stream_in_a_merge() -> None:
 @pytest.mark.parametrize(
     ("kwargs", "told"),
     [
-        ({"samples": 0}, "data.samples: must be 1 or more, got 0"),
+        ({"num_samples": 0}, "data.num_samples: must be 1 or more, got 0"),
         ({"batch_size": 0}, "data.batch_size: must be 1 or more, got 0"),
-        ({"holdout": True, "source": "train"}, "data.holdout: there is nothing to hold out"),
-        ({"holdout": True, "samples": COUNT}, f"task 'a': all {COUNT} samples would be held out"),
-        ({"source": "train", "train": None}, "task 'a': its train loader is empty"),
+        ({"holdout": True, "split": "train"}, "data.holdout: there is nothing to hold out"),
+        ({"holdout": True, "num_samples": COUNT}, f"task 'a': all {COUNT} samples would be held out"),
+        ({"split": "train", "train": None}, "task 'a': its train loader is empty"),
         ({"val": loader(0)}, "task 'a': its val loader is empty"),
         ({"val": None}, "task 'a': its val loader is empty"),
         ({"val": []}, "task 'a': its val loader is empty"),
@@ -82,7 +82,7 @@ def test_settings_that_cannot_be(kwargs: dict[str, Any], told: str) -> None:
 
 
 def test_a_datamodule_without_the_loader() -> None:
-    tasks = MergeDataModule({"a": LightningDataModule()}, samples=5)
+    tasks = MergeDataModule({"a": LightningDataModule()}, num_samples=5)
     assert tasks.problems()[0].startswith("task 'a': its datamodule gives no loader")
     assert MergeDataModule({}).problems() == ["data.tasks: no task is given"]
 
@@ -104,7 +104,7 @@ def test_tasks_are_prepared_and_set_up_once_per_stage() -> None:
         def train_dataloader(self) -> Any:
             return make_data().train_dataloader()
 
-    merge(MergeDataModule({"a": Data(), "b": Data()}, samples=8, source="train"))
+    merge(MergeDataModule({"a": Data(), "b": Data()}, num_samples=8, split="train"))
     assert calls == ["prepare", "prepare", "validate", "validate", "fit", "fit"]
 
 
@@ -120,7 +120,7 @@ def test_persistent_workers_lose_no_batch(kind: str) -> None:
             dataset: Any = Pairs() if kind == "stream" else make_data(count=40).val_dataloader().dataset
             return TaskLoaders(val=DataLoader(dataset, batch_size=8, **workers))
 
-        callback, logged = merge(MergeDataModule({"a": data(), "b": data()}, samples=16))
+        callback, logged = merge(MergeDataModule({"a": data(), "b": data()}, num_samples=16))
         return callback.report.metrics, logged
 
     metrics, logged = run()
@@ -175,7 +175,7 @@ def test_hooks_of_a_task_are_used_throughout(raw: str) -> None:
     hooks that another lacks, and the result is that of data normalised beforehand."""
 
     def tasks(raw: str) -> MergeDataModule:
-        return MergeDataModule({n: Raw(s) if n in raw else make_data(s) for s, n in enumerate("ab")}, samples=32)
+        return MergeDataModule({n: Raw(s) if n in raw else make_data(s) for s, n in enumerate("ab")}, num_samples=32)
 
     expected, logged = merge(tasks(""))
     data = tasks(raw)
@@ -205,12 +205,12 @@ class Normalising(Classifier):
 
 @pytest.mark.filterwarnings("ignore:You have overridden")
 def test_hooks_of_the_module_are_used_throughout() -> None:
-    expected, _ = merge(MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=32))
+    expected, _ = merge(MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=32))
     experts = {}
     for name, expert in zip("ab", make_experts((3, 3))):
         experts[name] = Normalising()
         experts[name].load_state_dict(expert.state_dict())
-    tasks = MergeDataModule({n: TaskLoaders(val=Raw(s).val_dataloader()) for s, n in enumerate("ab")}, samples=32)
+    tasks = MergeDataModule({n: TaskLoaders(val=Raw(s).val_dataloader()) for s, n in enumerate("ab")}, num_samples=32)
     Normalising.calls = 0
     callback, logged = merge(tasks, Normalising(), experts)
     same_merge(callback, expected)
@@ -221,13 +221,13 @@ def test_hooks_of_the_module_are_used_throughout() -> None:
 @pytest.mark.filterwarnings("ignore:You have overridden")
 def test_hooks_of_the_data_take_precedence() -> None:
     """As in Lightning: a hook of the datamodule replaces that of the module."""
-    expected, _ = merge(MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=32))
+    expected, _ = merge(MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=32))
     experts = {}
     for name, expert in zip("ab", make_experts((3, 3))):
         experts[name] = Normalising()
         experts[name].load_state_dict(expert.state_dict())
     Normalising.calls = 0
-    callback, _ = merge(MergeDataModule({"a": Raw(0), "b": Raw(1)}, samples=32), Normalising(), experts)
+    callback, _ = merge(MergeDataModule({"a": Raw(0), "b": Raw(1)}, num_samples=32), Normalising(), experts)
     same_merge(callback, expected)
     assert Normalising.calls == 0
 
@@ -247,7 +247,7 @@ def test_hooks_of_the_data_take_precedence() -> None:
     ],
 )
 def test_limits_of_the_trainer(kwargs: dict[str, Any], samples: int) -> None:
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=60)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=60)
     callback, _ = merge(tasks, **kwargs)
     assert callback.report.samples == {"a": samples, "b": samples}
     for task, overlap in callback.report.overlap.items():
@@ -258,8 +258,8 @@ def test_limits_of_the_trainer(kwargs: dict[str, Any], samples: int) -> None:
 
 
 @pytest.mark.parametrize(("limit", "samples"), [({"limit_train_batches": 2}, 32), ({"limit_val_batches": 1}, 60)])
-def test_limits_of_the_train_source(limit: dict[str, Any], samples: int) -> None:
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=60, source="train")
+def test_limits_of_the_train_split(limit: dict[str, Any], samples: int) -> None:
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=60, split="train")
     callback, _ = merge(tasks, **limit)
     assert callback.report.samples == {"a": samples, "b": samples}
     assert callback.report.overlap == {"a": 0, "b": 0}

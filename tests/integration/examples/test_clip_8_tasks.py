@@ -174,7 +174,7 @@ def test_the_command_of_the_readme(
 ) -> None:
     out = tmp_path / "merged"
     options = [config("tasks.yaml"), *data_options(images), *QUIET]
-    main(["merge", *options[:1], config("vit-b-32.yaml"), *options[1:], "--data.samples=16", f"--output_dir={out}"])
+    main(["merge", *options[:1], config("vit-b-32.yaml"), *options[1:], "--data.num_samples=16", f"--output_dir={out}"])
     report = json.loads((out / "report.json").read_text())
     assert list(report["tasks"]) == list(TASKS)
     assert "| mean" in capsys.readouterr().out
@@ -199,7 +199,7 @@ def test_experts_that_are_the_same_give_their_own_accuracy(base: Path, images: P
         f"--model.base={base}",
         "--private=[projection,heads]",
     ]
-    data = ["--data=com_lightning.MergeDataModule", "--data.source=train", "--data.samples=47"]
+    data = ["--data=com_lightning.MergeDataModule", "--data.split=train", "--data.num_samples=47"]
     for task in ("resisc45", "dtd"):
         own = {"task": task, "folder": images, "image_size": SIZE, "num_workers": 0}
         data += [f"--data.tasks.{task}=examples.clip_8_tasks.data.TaskData"]
@@ -241,7 +241,7 @@ def test_each_size_has_its_experts_and_settings_may_be_chosen_on_train_images(
 @pytest.mark.slow
 def test_all_rules_of_the_readme(hub: Path, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "rules"
-    options = [config("tasks.yaml"), config("vit-b-32.yaml"), *data_options(images), *QUIET, "--data.samples=8"]
+    options = [config("tasks.yaml"), config("vit-b-32.yaml"), *data_options(images), *QUIET, "--data.num_samples=8"]
     main(["compare", *options, f"--methods={shown_methods()}", f"--output_dir={out}"])
     report = json.loads((out / "report.json").read_text())
     assert len(report["methods"]) == 20, report["methods"]

@@ -29,7 +29,7 @@ def project(tmp_path: Path) -> Path:
     data = {name: {"class_path": "tests.helpers.PointsData", "init_args": args} for name, args in TASKS.items()}
     tasks = {
         "model": {"class_path": "tests.helpers.Classifier"},
-        "data": {"class_path": "com_lightning.MergeDataModule", "init_args": {"samples": 40, "tasks": data}},
+        "data": {"class_path": "com_lightning.MergeDataModule", "init_args": {"num_samples": 40, "tasks": data}},
         "trainer": {"accelerator": "cpu", "devices": 1, "precision": 64, "logger": False, "enable_progress_bar": False},
     }
     for name, expert in zip(TASKS, make_experts()):

@@ -62,7 +62,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Any:
             files = ["--base", f"{OUT / 'base'}", "--data", f"{OUT / 'texts' / task}"]
             settings = ["--steps", "15", "--learning_rate", "3e-3", "--rank", "4"]
             train.main([*files, "--output", f"{OUT / 'adapters' / task}", *settings])
-        quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.samples=48"]
+        quiet = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--data.num_samples=48"]
         main(["merge", "--config", str(ROOT / "examples" / "llama_lora" / "merge.yaml"), *quiet])
         yield folder
 

@@ -41,7 +41,7 @@ def fit(name: str, *options: str) -> None:
 def merge(name: str, tasks: list[str]) -> dict[str, Any]:
     sizes = [f"--data.tasks.{task}.{size}" for task in tasks for size in ("train_size=1", "val_size=8", "test_size=1")]
     configs = [f"--config={EXAMPLE / each}" for each in ("tasks.yaml", name)]
-    main(["merge", *configs, "--data.samples=4", *sizes, "--trainer.accelerator=cpu", "--output_dir=merged"])
+    main(["merge", *configs, "--data.num_samples=4", *sizes, "--trainer.accelerator=cpu", "--output_dir=merged"])
     report: dict[str, Any] = json.loads(Path("merged/report.json").read_text())
     assert list(report["metrics"]["merged"]) == tasks
     assert report["metric"] == "val_iou"

@@ -39,7 +39,7 @@ def saved(folder: Path, *args: Any, **kwargs: Any) -> Path:
 
 
 def merge(sources: dict[str, ExpertSource], model: LightningModule, **kwargs: Any) -> ChainOfMergesCallback:
-    data = MergeDataModule({task: make_texts(number) for number, task in enumerate(sources)}, samples=16)
+    data = MergeDataModule({task: make_texts(number) for number, task in enumerate(sources)}, num_samples=16)
     callback = ChainOfMergesCallback(sources, **{"baselines": False, **kwargs})
     quiet_trainer(callbacks=[callback]).validate(model, datamodule=data, verbose=False)
     return callback

@@ -54,7 +54,7 @@ def wrapped(net: nn.Module) -> Wrapper:
 
 
 def merge(sources: dict[str, ExpertSource], model: Any, **kwargs: Any) -> ChainOfMergesCallback:
-    data = MergeDataModule({task: make_data(number) for number, task in enumerate(sources)}, samples=16)
+    data = MergeDataModule({task: make_data(number) for number, task in enumerate(sources)}, num_samples=16)
     callback = ChainOfMergesCallback(sources, **{"baselines": False, "private": [], **kwargs})
     quiet_trainer(callbacks=[callback]).validate(model, datamodule=data, verbose=False)
     return callback
@@ -348,7 +348,7 @@ def test_calibration_of_a_compiled_module_is_eager() -> None:
             super().on_validation_start(*args)
             seen.append(len(compiled))
 
-    data = MergeDataModule({"a": make_data(0)}, samples=16)
+    data = MergeDataModule({"a": make_data(0)}, num_samples=16)
     callback = Counted({"a": expert}, baselines=False, private=[])
     quiet_trainer(callbacks=[callback]).validate(expert, datamodule=data, verbose=False)
     assert seen == [0]

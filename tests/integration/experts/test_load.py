@@ -35,7 +35,7 @@ def test_every_source_gives_the_same_merge(kind: str, pair: dict[str, Classifier
 def test_sources_can_be_mixed_with_heads_of_different_sizes(tmp_path: Path) -> None:
     """A Lightning checkpoint rebuilds its own head, so that the model's size does not matter to it."""
     small, large = make_experts((3, 5))
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 5)}, samples=16)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 5)}, num_samples=16)
     callback = merge({"a": small.state_dict(), "b": as_source("ckpt", large, tmp_path)}, data)
     for task, expert in zip(TASKS, (small, large)):
         module = callback.modules[task]

@@ -168,9 +168,9 @@ CONFIG = {
     "data": {
         "class_path": "com_lightning.MergeDataModule",
         "init_args": {
-            "samples": 8,
+            "num_samples": 8,
             "seed": 0,
-            "source": "val",
+            "split": "val",
             "holdout": False,
             "batch_size": 4,
             "tasks": {

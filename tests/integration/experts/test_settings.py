@@ -99,7 +99,7 @@ def test_a_model_that_does_not_fit_the_first_task() -> None:
     problem = only(problems(sources, model=Classifier(5)))
     assert "task 'a'" in problem
     assert "head.weight is (5, 8), in its expert (3, 8)" in problem
-    merge(sources, MergeDataModule({"a": make_data(0), "b": make_data(1, 5)}, samples=8), Classifier(3))
+    merge(sources, MergeDataModule({"a": make_data(0), "b": make_data(1, 5)}, num_samples=8), Classifier(3))
 
 
 def test_all_problems_are_told_at_once(pair: dict[str, Classifier], tmp_path: Path) -> None:

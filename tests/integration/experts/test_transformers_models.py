@@ -237,7 +237,7 @@ def test_a_model_that_cannot_be_written_does_not_lose_the_merge(tmp_path: Path) 
 def test_on_the_command_line_trainer(tmp_path: Path) -> None:
     """Folders are paths to `MergeTrainer` too."""
     a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, labels=5)
-    data = MergeDataModule({"a": make_texts(0), "b": make_texts(1)}, samples=8)
+    data = MergeDataModule({"a": make_texts(0), "b": make_texts(1)}, num_samples=8)
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     experts, folder = {"a": str(a), "b": str(b)}, str(tmp_path / "out")
     with pytest.warns(

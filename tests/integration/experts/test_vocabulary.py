@@ -58,7 +58,7 @@ def run(experts: dict[str, Any], model: Any, rows: dict[str, int], **kwargs: Any
         ids = torch.randint(0, count, (20, 5), generator=torch.Generator().manual_seed(number))
         loaders[task] = TaskLoaders(val=DataLoader(ids, batch_size=10))  # type: ignore[arg-type]
     callback = ChainOfMergesCallback(experts, **{"baselines": False, **kwargs})
-    data = MergeDataModule(loaders, samples=20)
+    data = MergeDataModule(loaders, num_samples=20)
     quiet_trainer(callbacks=[callback]).validate(model, datamodule=data, verbose=False)
     return callback
 
@@ -161,7 +161,7 @@ def test_the_model_of_merge_trainer_does_not_grow(tmp_path: Path) -> None:
     model, folder = TextModule(), str(tmp_path / "out")
     before = copy.deepcopy(model.state_dict())
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
-    data = MergeDataModule({"a": make_texts(0), "b": make_texts(1, 33)}, samples=8)
+    data = MergeDataModule({"a": make_texts(0), "b": make_texts(1, 33)}, num_samples=8)
     experts = {"a": str(a), "b": str(b)}
     trainer.merge(model, data, experts, private=[], baselines=False, output_dir=folder, grow_vocabulary=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)

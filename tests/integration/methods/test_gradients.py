@@ -67,7 +67,7 @@ def make_base() -> Classifier:
 
 @pytest.mark.parametrize("method", [Fisher(), LOT(), AdaMerging(3), Combined(LOT(), TaskArithmetic())])
 def test_the_trainer_merges(method: MergingMethod, tmp_path: Path) -> None:
-    data = MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, samples=20, batch_size=1)
+    data = MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, num_samples=20, batch_size=1)
     trainer = MergeTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")
     experts: dict[str, Any] = dict(zip("ab", make_experts()))
     report = trainer.merge(make_base(), data, experts, method, output_dir=str(tmp_path / "out"))
@@ -83,7 +83,7 @@ def merge_modules(method: MergingMethod, kind: type[Classifier], **settings: Any
     torch.manual_seed(0)
     base = kind()
     experts: dict[str, Any] = {task: perturb(copy.deepcopy(base), 0.3, n + 1) for n, task in enumerate("ab")}
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=20, **settings)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=20, **settings)
     merger = ChainOfMergesCallback(experts, method)
     quiet_trainer(callbacks=[merger]).validate(base, datamodule=data, verbose=False)
     return merger

@@ -48,7 +48,7 @@ def make_base() -> Classifier:
 
 
 def make_tasks() -> MergeDataModule:
-    return MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, samples=30)
+    return MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, num_samples=30)
 
 
 def arithmetic(scale: float = 0.3) -> dict[str, Tensor]:
@@ -174,7 +174,7 @@ def test_rules_that_solve_layers_combine_with_others() -> None:
     found = {}
     for name, method in {"alone": ChainOfMerges(), "both": Combined(ChainOfMerges(), TaskArithmetic(1.0))}.items():
         merger = ChainOfMergesCallback(dict(zip("ab", experts)), method, private=["head"], base=base)
-        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=30)
+        tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=30)
         quiet_trainer(callbacks=[merger]).validate(copy.deepcopy(base), datamodule=tasks, verbose=False)
         found[name] = merger
     one, two = (merger.modules["a"].state_dict() for merger in found.values())

@@ -174,7 +174,7 @@ def test_tied_tensors_are_written_once(tmp_path: Path) -> None:
         experts[task] = TiedClassifier()
         experts[task].load_state_dict(state)
         perturb(experts[task], 0.2, seed=number)
-    tasks = MergeDataModule({"a": make_data(0, 8), "b": make_data(1, 8)}, samples=24)
+    tasks = MergeDataModule({"a": make_data(0, 8), "b": make_data(1, 8)}, num_samples=24)
     callback = merge(tmp_path / "out", experts, TiedClassifier(), tasks)
     tensors = load_file(tmp_path / "out" / "merged.safetensors")
     assert "body.3.weight" in tensors

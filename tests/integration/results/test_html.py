@@ -42,7 +42,7 @@ class Page(HTMLParser):
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = tmp_path_factory.mktemp("result") / "merged"
     merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), output_dir=str(made))
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=16)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=16)
     quiet_trainer(callbacks=[merger]).validate(Classifier(), datamodule=tasks, verbose=False)
     return made
 

@@ -50,7 +50,7 @@ class Interrupted(Exception):
 def merge(folder: Path, seed: int = 0, scale: float = 0.3, **kwargs: Any) -> ChainOfMergesCallback:
     settings: dict[str, Any] = {"baselines": False, "output_dir": str(folder), **kwargs}
     callback = ChainOfMergesCallback(dict(zip("ab", make_experts(scale=scale))), **settings)
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40, seed=seed)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40, seed=seed)
     quiet_trainer(callbacks=[callback]).validate(Classifier(3), datamodule=data, verbose=False)
     return callback
 
@@ -162,7 +162,7 @@ def test_random_hooks_give_the_same_data(tmp_path: Path) -> None:
     experts = {task: Augmenting(3) for task in "ab"}
     for _ in range(2):
         callback = ChainOfMergesCallback(experts, baselines=False)
-        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=40)
+        data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
         quiet_trainer(callbacks=[callback]).validate(Augmenting(3), datamodule=data, verbose=False)
         results.append(callback.modules["a"].state_dict())
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())

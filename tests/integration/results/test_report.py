@@ -234,7 +234,7 @@ def test_metrics_of_a_task_with_nan(tmp_path: Path) -> None:
 
     experts: dict[str, Any] = {"a": Undefined(), "b": Undefined()}
     experts["b"].load_state_dict(experts["a"].state_dict())
-    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, samples=8)
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=8)
     merge(tmp_path / "out", experts, Undefined(), tasks)
     content = strict_json((tmp_path / "out" / "report.json").read_text())
     assert content["metrics"]["merged"]["a"] == {"undefined": None}

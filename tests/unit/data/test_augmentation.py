@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
 
-from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.sweep.task import Task
+from com_lightning import ChainOfMergesCallback, Fisher, MergeDataModule, MergeError, RegMean, TaskLoaders
 from com_lightning.data.augmentation import perturbed, with_copies
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 
 @dataclass
@@ -65,18 +65,46 @@ def test_a_seed_tells_all() -> None:
     assert not torch.equal(one, other)
 
 
-class _Two(Peers):
-    """The other process has one batch more."""
-
-    size = 2
-
-    def exchange(self, value: Any) -> list[Any]:
-        return [value, [1, 3, 4]]
-
-
 def test_copies_are_numbered_on_and_differ() -> None:
-    tasks = [Task(name, nn.Linear(2, 2), [torch.ones(2, 2), torch.randn(2, 2)], numbers=[0, 2]) for name in "ab"]
-    first, second = with_copies(tasks, 2, _Two())
-    assert first.numbers == [0, 2, 6, 8, 12, 14]
-    assert torch.equal(first.batches[1], tasks[0].batches[1])
-    assert len({tuple(batch.flatten().tolist()) for task in (first, second) for batch in task.batches[3::2]}) == 4
+    batches = [torch.ones(2, 2), torch.randn(2, 2)]
+    (first, numbers), (second, _) = (with_copies(batches, [0, 2], 5, 2, task) for task in "ab")
+    assert numbers == [0, 2, 5, 7, 10, 12]
+    assert torch.equal(first[1], batches[1])
+    assert len({tuple(batch.flatten().tolist()) for copies in (first, second) for batch in copies[3::2]}) == 4
+
+
+def test_processes_make_the_copies_that_one_would() -> None:
+    loader = DataLoader(TensorDataset(torch.randn(22, 4)), batch_size=4)
+    data = MergeDataModule({"a": TaskLoaders(val=loader)}, num_samples=18, augmented_copies=3)
+    whole, *shares = (data.calibration("a", None, *part) for part in ((0, 1), (0, 2), (1, 2)))
+    alone, *parts = (
+        dict(zip(*reversed(data.augmented("a", [batch for batch, _ in sample.batches], sample))))
+        for sample in (whole, *shares)
+    )
+    assert whole.total == 5
+    assert sorted(alone) == list(range(20))
+    assert sorted([*parts[0], *parts[1]]) == sorted(alone)
+    for number, batch in {**parts[0], **parts[1]}.items():
+        assert torch.equal(batch[0], alone[number][0])
+
+
+def test_copies_reach_the_rule_and_are_not_counted_as_samples() -> None:
+    merged = {}
+    for copies in (0, 2):
+        data = MergeDataModule(
+            {"a": make_data(0), "b": make_data(1)}, num_samples=10, batch_size=5, augmented_copies=copies
+        )
+        experts = dict(zip("ab", make_experts()))
+        callback = ChainOfMergesCallback(experts, RegMean(), baselines=False)
+        quiet_trainer(callbacks=[callback]).validate(Classifier(3), datamodule=data, verbose=False)
+        merged[copies] = callback.modules["a"].state_dict()
+        assert callback.report.samples == {"a": 10, "b": 10}
+        assert {layer.rows["a"] for layer in callback.report.layers} == {10 * (1 + copies)}
+    assert not torch.equal(merged[0]["body.0.weight"], merged[2]["body.0.weight"])
+
+
+def test_a_rule_that_needs_labels_refuses_copies() -> None:
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, augmented_copies=1)
+    callback = ChainOfMergesCallback(dict(zip("ab", make_experts())), Fisher())
+    with pytest.raises(MergeError, match=r"data\.augmented_copies: Fisher needs labels"):
+        quiet_trainer(callbacks=[callback]).validate(Classifier(3), datamodule=data, verbose=False)

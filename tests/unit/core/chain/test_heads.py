@@ -120,7 +120,7 @@ def make_base() -> Classifier:
 
 
 def merge(method: MergingMethod, output_dir: Path | None = None) -> ChainOfMergesCallback:
-    data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, samples=60, batch_size=20)
+    data = MergeDataModule({task: make_data(seed) for seed, task in enumerate("ab")}, num_samples=60, batch_size=20)
     callback = ChainOfMergesCallback(
         make_classifiers(),
         method,

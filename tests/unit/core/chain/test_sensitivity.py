@@ -253,7 +253,7 @@ def test_a_module_without_gradients_is_merged_as_without_the_option_and_told_of(
     for distance in distances:
         merger = ChainOfMergesCallback(dict(experts), ChainOfMerges(sensitivity=distance), private=["head"])
         quiet_trainer(callbacks=[merger]).validate(
-            copy.deepcopy(experts["a"]), datamodule=MergeDataModule(data, samples=20), verbose=False
+            copy.deepcopy(experts["a"]), datamodule=MergeDataModule(data, num_samples=20), verbose=False
         )
         states.append(merger.modules["a"].state_dict())
         told = [warning for warning in merger.report.warnings if "sensitivity" in warning]
@@ -267,7 +267,7 @@ def test_in_a_trainer_it_uses_what_the_user_validates() -> None:
     data = {f"task{n}": make_data(n, classes) for n, classes in enumerate((3, 4))}
     merger = ChainOfMergesCallback(dict(experts), ChainOfMerges(sensitivity="probabilities"), private=["head"])
     quiet_trainer(callbacks=[merger]).validate(
-        copy.deepcopy(experts["task0"]), datamodule=MergeDataModule(data, samples=20), verbose=False
+        copy.deepcopy(experts["task0"]), datamodule=MergeDataModule(data, num_samples=20), verbose=False
     )
     assert [layer.name for layer in merger.report.layers if layer.steps is not None] == ["body.0", "body.3"]
     assert not [warning for warning in merger.report.warnings if "sensitivity" in warning]

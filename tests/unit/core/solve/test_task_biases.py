@@ -157,7 +157,7 @@ def test_it_is_saved_loaded_validated_and_counted(tmp_path: Path) -> None:
     folder = tmp_path / "out"
     method = ChainOfMerges(private_biases=True)
     merger = ChainOfMergesCallback(dict(experts), method, private=["head"], output_dir=str(folder))
-    tasks = MergeDataModule(data, samples=20)
+    tasks = MergeDataModule(data, num_samples=20)
     trainer = quiet_trainer(callbacks=[merger])
     trainer.validate(copy.deepcopy(experts["task0"]), datamodule=tasks, verbose=False)
     one, other = merger.modules.values()

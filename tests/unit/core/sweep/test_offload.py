@@ -345,7 +345,7 @@ def test_dispatch_modes_of_a_forward_are_its_own() -> None:
 def test_the_callback_takes_a_budget(pagers: list[Pager]) -> None:
     reports = []
     for budget in (None, 1e-6):
-        data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, samples=40)
+        data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
         experts = dict(zip("ab", make_experts()))
         merger = ChainOfMergesCallback(experts, baselines=False, memory_budget=budget)
         quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
@@ -357,7 +357,7 @@ def test_the_callback_takes_a_budget(pagers: list[Pager]) -> None:
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
 def test_a_budget_that_is_none_is_a_problem(budget: float) -> None:
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, samples=40)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
     merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), memory_budget=budget)
     with pytest.raises(MergeError, match="memory_budget: must be a number of GiB above 0"):
         quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
