@@ -1,4 +1,8 @@
-"""Where a result is made before it appears, beside the folder that it will be."""
+"""Files and folders that appear whole or not at all, even if the process is killed or the power fails.
+
+The usual trick: write under another name on the same file system, flush to the disk, then rename, which is atomic.
+:class:`Workplace` does this for the folder of a result, :func:`write_whole` for a file.
+"""
 
 from __future__ import annotations
 
@@ -14,70 +18,82 @@ from com_lightning.errors import MergeError
 
 
 class Workplace:
-    """The hidden folder ``.<name>.partial`` beside a result folder ``<name>``: the journal of an unfinished merge, and
-    the result while it is being written. One process at a time has it; a process that is killed loses it.
+    """The hidden folder ``.<name>.partial`` beside a result folder ``<name>``.
+
+    It holds the journal of an unfinished merge, and the result while it is being written. One process at a time may use
+    it; the lock of a killed process is free again.
 
     Args:
-        folder: where the result will be; of a link, what it points to.
-        afresh: drop the journal of an unfinished merge.
+        folder: The result folder. If it is a link, its target counts.
+        afresh: Whether to drop the journal of an unfinished merge.
 
     Raises:
-        MergeError: if another process is at it, or nothing can be written there.
+        MergeError: If another process uses it, or it cannot be written.
     """
 
     def __init__(self, folder: Path, afresh: bool = False) -> None:
         self.folder = folder = Path(os.path.realpath(folder))
         self.path = folder.parent / f".{folder.name}.partial"
         self.journal = self.path / "journal"
+        self._made, self._replaced = self.path / "result", self.path / "replaced"
         self._lock = FileLock(self.path / "lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(NotImplementedError):  # a file system without locks
+            with suppress(NotImplementedError):  # this file system has no locks
                 self._lock.acquire()
             self._recover()
             if afresh:
                 shutil.rmtree(self.journal, ignore_errors=True)
         except Timeout as error:
-            raise MergeError(
-                [f"output_dir: another merge is writing {folder}; wait for it, or name another"]
-            ) from error
+            problem = f"output_dir: another merge is writing {folder}; wait for it, or name another"
+            raise MergeError([problem]) from error
         except OSError as error:
-            told = error.strerror or error
-            raise MergeError([f"output_dir: {folder.parent} cannot be written to ({told}); name another"]) from error
+            problem = f"output_dir: {folder.parent} cannot be written to ({error.strerror or error}); name another"
+            raise MergeError([problem]) from error
 
     def publish(self, write: Callable[[Path], None]) -> None:
-        """Write the result with ``write(folder)``, then put it in its place, at once. What was there is replaced."""
-        made, old = self.path / "result", self.path / "replaced"
-        made.mkdir()
+        """Write the result and put it in its place. An earlier result there is replaced.
+
+        Args:
+            write: ``write(folder)`` writes all files of the result.
+        """
+        self._made.mkdir()
         try:
-            write(made)
-            _sync(made)
+            write(self._made)
+            _sync(self._made)
             if self.folder.exists():
-                os.replace(self.folder, old)
-            os.replace(made, self.folder)
+                os.replace(self.folder, self._replaced)
+            os.replace(self._made, self.folder)
             _sync_folder(self.folder.parent)
         except BaseException:
             self._recover()
             raise
 
     def close(self, keep: bool = False) -> None:
-        """Leave it to others. What is there is removed, unless a journal is to be kept and has something in it."""
+        """Give it up, and remove it.
+
+        Args:
+            keep: Whether to leave it there if it has a journal.
+        """
         if not keep or not self.journal.is_dir():
             shutil.rmtree(self.path, ignore_errors=True)
         self._lock.release()
 
     def _recover(self) -> None:
-        """Undo what a process that was killed has left half done: a result half written, or about to be replaced."""
-        made, old = self.path / "result", self.path / "replaced"
-        if old.exists() and not self.folder.exists():
-            os.replace(old, self.folder)
-        for left in (made, old):
-            shutil.rmtree(left, ignore_errors=True)
+        """Undo what a killed process left half done: put a replaced result back, and remove what is incomplete."""
+        if self._replaced.exists() and not self.folder.exists():
+            os.replace(self._replaced, self.folder)
+        for leftover in (self._made, self._replaced):
+            shutil.rmtree(leftover, ignore_errors=True)
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file with ``write(temporary)`` so that under its own name it is there whole, or not at all, even after a
-    power cut."""
+    """Write a file so that it exists completely or not at all, even after a power cut.
+
+    Args:
+        path: Where the file will be.
+        write: ``write(temporary)`` writes its content to another path.
+    """
     temporary = path.with_name(f".{path.name}.partial")
     try:
         write(temporary)
@@ -90,7 +106,12 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file, likewise."""
+    """Write a text file with :func:`write_whole`.
+
+    Args:
+        path: Where the file will be.
+        text: Its content.
+    """
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -99,7 +120,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Have a file, or all files in a folder, on the disk rather than in memory."""
+    """Flush a file, or all files in a folder, from memory to the disk."""
     files = [path] if path.is_file() else [entry for entry in path.rglob("*") if entry.is_file()]
     for file in files:
         with open(file, "rb+") as stream:
@@ -109,7 +130,7 @@ def _sync(path: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    if os.name != "posix":  # elsewhere a folder cannot be opened
+    if os.name != "posix":  # other systems cannot open a folder
         return
     descriptor = os.open(folder, os.O_RDONLY)
     try:

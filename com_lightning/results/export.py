@@ -1,10 +1,15 @@
-"""A folder for transformers' ``from_pretrained`` out of a merge's result or a Lightning checkpoint: ``com-lightning
-export``."""
+"""``com-lightning export``: a transformers model for ``from_pretrained``, from a merge's result or a checkpoint.
+
+Neither the user's LightningModule nor data are needed. In the folder of a merge the model exists already and is copied.
+In a checkpoint its weights have a prefix that depends on the user's class; the prefix is found by looking for one under
+which all of the model's names exist.
+"""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,50 +40,44 @@ def export(
 ) -> Path:
     """Write a transformers model with its tokenizer and a model card, for ``from_pretrained`` and the Hub.
 
-    Neither the user's LightningModule nor its data is needed.
-
     Args:
-        source: the folder of a merge, or a Lightning checkpoint or state dict of a module that holds a transformers
-            model: of an expert, or of a merged model that was trained further.
-        output_dir: where to; it does not exist yet.
-        task: which, where the tasks of a merge have parameters of their own.
-        base: for a checkpoint: the folder of a transformers model of the same class, for its ``config.json`` and
-            tokenizer.
-        precision: of the weights, a name of :data:`PRECISIONS`; by default as they are.
+        source: The folder of a merge; or a Lightning checkpoint or state dict of a module that holds a transformers
+            model, for example an expert, or a merged model that was trained further.
+        output_dir: Where to write. The folder must not exist yet.
+        task: Which task's model to export, if the tasks of a merge have parameters of their own.
+        base: Only for a checkpoint: the folder of a transformers model of the same class. Its ``config.json`` and its
+            tokenizer are used.
+        precision: Precision of the weights, a name of :data:`PRECISIONS`. By default they are not converted.
 
     Returns:
         ``output_dir``.
 
     Raises:
-        MergeError: if there is nothing to export, the model is not in it, or the folder is there.
+        MergeError: If the folder exists, an option is wrong, or the model cannot be found or read.
     """
     problems = []
     if output_dir.exists():
         problems.append(f"output_dir: {output_dir} exists already; remove it, or name another")
     if precision and precision not in PRECISIONS:
-        problems.append(f"precision: one of {', '.join(PRECISIONS)}; got {precision}")
+        problems.append(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision}")
     try:
-        found = _found(source, task, base)
+        folder, checkpoint = _locate(source, task, base)
     except MergeError as error:
         raise MergeError(problems + error.problems) from error
     if problems:
         raise MergeError(problems)
-    folder, checkpoint = found
     dtype = PRECISIONS[precision] if precision else None
-    part: Any = _taken(folder, checkpoint) if checkpoint else None
-    whole = next(
-        (path / "README.md" for path in (source, *source.parents[:3]) if (path / "report.json").is_file()), None
-    )
-    merged_card = whole.read_text(encoding="utf-8") if whole is not None and whole.is_file() else ""
+    model: Any = _load(folder, checkpoint) if checkpoint else None
+    merge_card = _merge_card(source)
 
     def write(made: Path) -> None:
-        if part is None:
+        if model is None:
             _copy(folder, made, dtype)
         else:
-            (part.to(dtype) if dtype else part).save_pretrained(made)
-            save_tokenizer(part, part, made)
-        kind = json.loads((made / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
-        card = pretrained_card(kind[0], source.name, merged_card)
+            (model.to(dtype) if dtype else model).save_pretrained(made)
+            save_tokenizer(model, model, made)
+        classes = json.loads((made / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+        card = pretrained_card(classes[0], source.name, merge_card)
         (made / "README.md").write_text(card, encoding="utf-8")
 
     workplace = Workplace(output_dir)
@@ -91,26 +90,35 @@ def export(
     return output_dir
 
 
-def _found(source: Path, task: str | None, base: Path | None) -> tuple[Path, Path | None]:
-    """The folder of a transformers model, and the checkpoint of its weights if they are elsewhere."""
+def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Path | None]:
+    """The folder of a transformers model, and the checkpoint with its weights if they are not in that folder."""
     if source.is_dir():
         if (source / CONFIG).is_file():
             return source, None
         models = sorted(path.parent for path in (source / PRETRAINED).rglob(CONFIG))
-        fitting = [model for model in models if task in model.relative_to(source).parts] if len(models) > 1 else models
-        if len(fitting) == 1:
-            return fitting[0], None
+        of_task = [model for model in models if task in model.relative_to(source).parts] if len(models) > 1 else models
+        if len(of_task) == 1:
+            return of_task[0], None
         if models:
             raise MergeError([f"task: {source} has {some(list(map(str, models)))}; name a task, or give one of them"])
         raise MergeError([f"{source}: no transformers model is in it; give a checkpoint, and the folder of its base"])
     if base is None or not (base / CONFIG).is_file():
-        given = f"{base} has no {CONFIG}" if base else f"{source} holds weights alone"
-        raise MergeError([f"base: {given}; name the folder of a transformers model of the same class"])
+        reason = f"{base} has no {CONFIG}" if base else f"{source} holds only weights"
+        raise MergeError([f"base: {reason}; name the folder of a transformers model of the same class"])
     return base, source
 
 
+def _merge_card(source: Path) -> str:
+    """The model card of the merge that the source belongs to; empty if there is none."""
+    for folder in (source, *source.parents[:3]):
+        if (folder / "report.json").is_file():
+            card = folder / "README.md"
+            return card.read_text(encoding="utf-8") if card.is_file() else ""
+    return ""
+
+
 def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
-    """The files of a model, in another precision."""
+    """Copy the files of a model, converted to another precision if one is given."""
     for path in sorted(folder.iterdir()):
         if path.is_dir() or path.suffix == ".md":
             continue
@@ -119,42 +127,46 @@ def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
         elif path.suffix == ".safetensors":
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
             save_file(tensors, made / path.name, {"format": "pt"})
-            shutil.copymode(path, made / path.name)  # which safetensors makes private to its owner
+            shutil.copymode(path, made / path.name)  # safetensors makes its files private to their owner
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
             if path.name == CONFIG:
                 content["torch_dtype" if "torch_dtype" in content else "dtype"] = str(dtype).removeprefix("torch.")
-            elif "weight_map" in content:  # of a model in several files
+            elif "weight_map" in content:  # the index of a model in several files
                 content.get("metadata", {}).pop("total_size", None)
             (made / path.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _taken(folder: Path, checkpoint: Path) -> nn.Module:
-    part = load_pretrained(folder, str(folder))
+def _load(folder: Path, checkpoint: Path) -> nn.Module:
+    """The transformers model of a folder, with weights from a checkpoint of a module that holds such a model."""
+    model = load_pretrained(folder, str(folder))
     state = plain_state(read_checkpoint(checkpoint)["state_dict"])
-    if adapted := sorted(filter(is_peft, state)):
-        raise MergeError(
-            [
-                f"{checkpoint}: the weights of a PeftModel ({some(adapted, most=1)}); export the folder of the merge, "
-                "which has the model without adapters, or call merge_and_unload() before saving"
-            ]
+    if adapters := sorted(filter(is_peft, state)):
+        problem = (
+            f"{checkpoint}: the weights of a PeftModel ({some(adapters, most=1)}); export the folder of the merge, "
+            "which has the model without adapters, or call merge_and_unload() before saving"
         )
-    own, ties = list(part.state_dict()), tied_names(part)
-    needed = {name for name in own if ties.get(name, name) == name}
-    prefixes = {key.removesuffix(own[0]) for key in state if key == own[0] or key.endswith(f".{own[0]}")}
-    lacking = {prefix: sorted(name for name in needed if prefix + name not in state) for prefix in prefixes}
-    whole = [prefix for prefix, missing in lacking.items() if not missing]
-    kind = type(part).__name__
-    if len(whole) != 1:
-        nearest = min(lacking.items(), key=lambda item: len(item[1]), default=("", own))
-        why = f"holds several ({', '.join(sorted(whole))})" if whole else f"lacks {some(nearest[1])} of it"
-        raise MergeError(
-            [
-                f"{checkpoint}: of the {kind} in {folder} it {why}; give the folder of a model of the class that is in "
-                "the module, an expert's say"
-            ]
-        )
-    inner = {key.removeprefix(whole[0]): value for key, value in state.items() if key.startswith(whole[0])}
-    grow_to(part, inner)
-    fill(part, inner, str(checkpoint))
-    return part
+        raise MergeError([problem])
+    prefix = _prefix(model, state, folder, checkpoint)
+    weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    grow_to(model, weights)
+    fill(model, weights, str(checkpoint))
+    return model
+
+
+def _prefix(model: nn.Module, state: Mapping[str, Any], folder: Path, checkpoint: Path) -> str:
+    """The prefix under which a state dict has all names of a model; of tied names, the first is enough."""
+    names, ties = list(model.state_dict()), tied_names(model)
+    required = {name for name in names if ties.get(name, name) == name}
+    prefixes = {key.removesuffix(names[0]) for key in state if key == names[0] or key.endswith(f".{names[0]}")}
+    missing = {prefix: sorted(name for name in required if prefix + name not in state) for prefix in prefixes}
+    complete = sorted(prefix for prefix, lacking in missing.items() if not lacking)
+    if len(complete) == 1:
+        return complete[0]
+    fewest = min(missing.values(), key=len, default=names)
+    reason = f"holds several ({', '.join(complete)})" if complete else f"lacks {some(fewest)} of it"
+    problem = (
+        f"{checkpoint}: of the {type(model).__name__} in {folder} it {reason}; give the folder of a model of the class "
+        "that is in the module, for example an expert's"
+    )
+    raise MergeError([problem])

@@ -1,4 +1,9 @@
-"""The folder that a merge leaves behind, written whole or not at all."""
+"""The folder that a merge leaves behind: checks before the merge, writing, reading.
+
+A user who waits hours for a merge must not lose it to a full disk, and must not find half of a result. So the folder is
+checked before the merge starts (:func:`output_problems`, :func:`space_problems`), and :func:`save_results` writes
+everything to a hidden folder beside it that takes its place in one step.
+"""
 
 from __future__ import annotations
 
@@ -32,40 +37,57 @@ from com_lightning.results.report import MergeReport
 from com_lightning.validation import quiet_lightning
 
 ALL = "merged"
-"""Name of the checkpoint of all tasks, where they differ in nothing."""
+"""Name of the one checkpoint that is written if all tasks have the same module."""
 PRETRAINED = "transformers"
-"""Name of the folder of transformers models."""
+"""Name of the folder with models of transformers."""
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
-    """Why a result could not be written to ``folder``, found out before the merge."""
-    parent = Path(os.path.realpath(folder)).parent  # a link stays, and what it points to is written
+    """Find out, before the merge, why a result could not be written.
+
+    Args:
+        folder: Folder for the result.
+        overwrite: Whether it may replace an earlier result.
+
+    Returns:
+        The problems; an empty list if there are none.
+    """
+    parent = Path(os.path.realpath(folder)).parent  # a link stays a link; its target is replaced
     try:
-        there = folder.exists()
-        if there and not overwrite:
+        exists = folder.exists()
+        if exists and not overwrite:
             return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
-        if there and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
-            return [f"output_dir: {folder} is not the result of a merge, and is not overwritten; name another"]
-    except OSError as error:  # a name that is too long
-        return [f"output_dir: {folder} cannot be made ({error.strerror})"]
+        if exists and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
+            return [f"output_dir: {folder} is not the result of a merge and is not overwritten; name another"]
+    except OSError as error:  # for example a name that is too long
+        return [f"output_dir: {folder} cannot be created ({error.strerror})"]
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        return [f"output_dir: {parent} cannot be made ({error.strerror})"]
+        return [f"output_dir: {parent} cannot be created ({error.strerror})"]
     return [] if os.access(parent, os.W_OK) else [f"output_dir: {parent} cannot be written to"]
 
 
 def space_problems(folder: Path, modules: Mapping[str, LightningModule], journal: bool) -> list[str]:
-    """Whether a result of about the size of these modules would not fit on the disk."""
+    """Find out whether a result would be too large for the disk.
+
+    Args:
+        folder: Folder for the result.
+        modules: Task -> a module as large as the merged one.
+        journal: Whether merged layers are written to the disk during the merge as well.
+
+    Returns:
+        One problem, or none.
+    """
     sizes = [size_of(t for _, t, _ in named_tensors(module)) for module in modules.values()]
-    twice = any(map(pretrained_parts, modules.values()))  # a folder for from_pretrained beside each checkpoint
-    need = sum(sizes) * (2 if twice else 1) + max(sizes) * (2 if journal else 1)
+    copies = 2 if any(map(pretrained_parts, modules.values())) else 1  # checkpoint and folder for from_pretrained
+    needed = copies * sum(sizes) + max(sizes) * (2 if journal else 1)
     parent = Path(os.path.realpath(folder)).parent
     free = shutil.disk_usage(parent).free
-    if need <= free:
+    if needed <= free:
         return []
     return [
-        f"output_dir: the result takes up to {need / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB "
+        f"output_dir: the result takes up to {needed / 2**30:.2f} GiB, and {parent} has {free / 2**30:.2f} GiB "
         "free; make room, or name another"
     ]
 
@@ -79,65 +101,86 @@ def save_results(
     files: Mapping[str, str] | None = None,
     precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> None:
-    """Write a merge's result: ``merged.safetensors`` (shared parameters), ``<task>.ckpt`` (one Lightning checkpoint a
-    task; only ``merged.ckpt`` where tasks differ in nothing), the report (``report.json``, ``.md``, ``.html`` and, if
-    matplotlib is installed, ``.png``), and a model card (``README.md``). Models of transformers are written to
-    ``transformers`` too, see :func:`~com_lightning.experts.transformers_models.save_pretrained`.
+    """Write the result of a merge.
+
+    The folder contains
+
+    - ``merged.safetensors``: the shared parameters and buffers;
+    - ``<task>.ckpt``: a Lightning checkpoint per task, or a single ``merged.ckpt`` if all tasks have the same module;
+    - ``report.json``, ``report.md``, ``report.html`` and, if matplotlib is installed, ``report.png``;
+    - ``README.md``: a model card;
+    - ``transformers``: any models of transformers, see
+      :func:`~com_lightning.experts.transformers_models.save_pretrained`.
 
     Args:
-        folder: where to. All is written beside it first, and then put there at once; with it goes what an unfinished
-            merge has left there.
-        modules: task -> merged module.
-        shared: names of the shared parameters and buffers.
-        report: of the merge.
-        overwrite: whether an existing folder is replaced.
-        files: further files, name -> text.
-        precision: task -> name of each tensor that is stored in another precision than the module's -> that one.
+        folder: Where to write. The journal of an unfinished merge into the same folder is removed.
+        modules: Task -> merged module.
+        shared: Names of the shared parameters and buffers.
+        report: Report of the merge.
+        overwrite: Whether an earlier result is replaced.
+        files: Name -> text of further files.
+        precision: Task -> name -> dtype of tensors that are stored in another precision than the module has.
 
     Raises:
-        MergeError: if the folder exists and is not to be overwritten, or cannot be written.
+        MergeError: If the folder exists and may not be overwritten, or cannot be written. It is then left as it was.
     """
     if problems := output_problems(folder, overwrite):
         raise MergeError(problems)
     modules = _in_precision(modules, precision or {})
 
     def write(made: Path) -> None:
-        module = next(iter(modules.values()))
-        ties = tied_names(module)
-        tensors = {n: t for n, t, _ in named_tensors(module) if n in set(shared) and ties[n] == n}
-        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, made / "merged.safetensors")
-        for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
-            _save_checkpoint(merged, made / f"{name}.ckpt")
-            _warn_of_what_lacks(merged, made / f"{name}.ckpt", set(shared))
-        save_pretrained(modules, shared, made / PRETRAINED)
-        texts = {"report.json": report.to_json(), "report.md": report.to_markdown(), **(files or {})}
-        for name, text in texts.items():
-            (made / name).write_text(text, encoding="utf-8")
-        drawn = save_figure(report, made / "report.png")
-        page = html_report(report, (made / "report.png").read_bytes() if drawn else None)
-        (made / "report.html").write_text(page, encoding="utf-8")
-        kinds = {task: f"{type(module).__module__}.{type(module).__qualname__}" for task, module in modules.items()}
-        there = sorted(path.relative_to(made).as_posix() for path in made.rglob("*"))
-        if "README.md" not in there:  # which the user may have given
-            (made / "README.md").write_text(model_card(report, there, kinds), encoding="utf-8")
-        umask = os.umask(0)
-        os.umask(umask)
-        (made / "merged.safetensors").chmod(0o666 & ~umask)  # which safetensors makes private to its owner
+        _write_weights(made, modules, shared)
+        _write_report(made, modules, report, files or {})
 
     workplace = Workplace(folder)
     try:
         workplace.publish(write)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch.save reports a full disk as a RuntimeError
+    except BaseException as error:
         workplace.close(keep=True)
-        raise MergeError([f"output_dir: {folder} could not be written ({error}); it was left as it was"]) from error
-    except BaseException:
-        workplace.close(keep=True)
+        if isinstance(error, (OSError, RuntimeError, SafetensorError)):  # torch.save: RuntimeError for a full disk
+            problem = f"output_dir: {folder} could not be written ({error}); it was left as it was"
+            raise MergeError([problem]) from error
         raise
     workplace.close()
 
 
+def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared: list[str]) -> None:
+    module, names = next(iter(modules.values())), set(shared)
+    ties = tied_names(module)
+    tensors = {n: t for n, t, _ in named_tensors(module) if n in names and ties[n] == n}
+    save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "merged.safetensors")
+    umask = os.umask(0)
+    os.umask(umask)
+    (folder / "merged.safetensors").chmod(0o666 & ~umask)  # safetensors makes its files private to their owner
+    for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
+        _save_checkpoint(merged, folder / f"{name}.ckpt")
+        _warn_of_missing_weights(merged, folder / f"{name}.ckpt", names)
+    save_pretrained(modules, shared, folder / PRETRAINED)
+
+
+def _write_report(
+    folder: Path, modules: Mapping[str, LightningModule], report: MergeReport, files: Mapping[str, str]
+) -> None:
+    for name, text in {"report.json": report.to_json(), "report.md": report.to_markdown(), **files}.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    has_picture = save_figure(report, folder / "report.png")
+    page = html_report(report, (folder / "report.png").read_bytes() if has_picture else None)
+    (folder / "report.html").write_text(page, encoding="utf-8")
+    names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    if "README.md" not in names:  # the user's files may include one
+        classes = {task: f"{type(m).__module__}.{type(m).__qualname__}" for task, m in modules.items()}
+        (folder / "README.md").write_text(model_card(report, names, classes), encoding="utf-8")
+
+
 def are_alike(modules: Mapping[str, LightningModule]) -> bool:
-    """Whether one checkpoint would do for all tasks: class, hyperparameters, weights and buffers are the same."""
+    """Whether one checkpoint is enough for all tasks.
+
+    Args:
+        modules: Task -> module.
+
+    Returns:
+        Whether all modules have the same class, hyperparameters, weights and buffers.
+    """
     first, *others = modules.values()
     if is_overridden("on_save_checkpoint", first) or not others:
         return False
@@ -145,8 +188,8 @@ def are_alike(modules: Mapping[str, LightningModule]) -> bool:
     return all(
         type(other) is type(first)
         and dict(other.hparams) == dict(first.hparams)
-        and (own := other.state_dict()).keys() == state.keys()
-        and all(_is_same(value, state[name]) for name, value in own.items())
+        and (other_state := other.state_dict()).keys() == state.keys()
+        and all(_is_same(value, state[name]) for name, value in other_state.items())
         for other in others
     )
 
@@ -154,13 +197,14 @@ def are_alike(modules: Mapping[str, LightningModule]) -> bool:
 def _is_same(one: Any, other: Any) -> bool:
     if not (isinstance(one, Tensor) and isinstance(other, Tensor)):
         return bool(one is other)
-    there = one.device == other.device and one.data_ptr() == other.data_ptr() and one.numel() > 0
-    return (one.shape, one.dtype) == (other.shape, other.dtype) and (there or torch.equal(one, other.to(one.device)))
+    shared = one.device == other.device and one.data_ptr() == other.data_ptr() and one.numel() > 0
+    return (one.shape, one.dtype) == (other.shape, other.dtype) and (shared or torch.equal(one, other.to(one.device)))
 
 
 def _in_precision(
     modules: Mapping[str, LightningModule], precision: Mapping[str, Mapping[str, torch.dtype]]
 ) -> dict[str, LightningModule]:
+    """Copies of the modules in which the given tensors are converted; shared tensors stay shared."""
     converted: dict[int, Tensor] = {}
     result = {}
     for task, module in modules.items():
@@ -175,22 +219,28 @@ def _in_precision(
 
 
 def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict[str, LightningModule]:
-    """Task -> merged module, from a result folder.
+    """Load merged modules from a result folder.
+
+    Args:
+        folder: A folder that :func:`save_results` has written.
+        model: A module of the merged modules' class.
+        tasks: Names of the tasks to load.
+
+    Returns:
+        Task -> merged module.
 
     Raises:
-        MergeError: naming the tasks that the folder has no readable checkpoint for.
+        MergeError: With the tasks that have no readable checkpoint in the folder.
     """
     modules, problems = {}, []
     for task in tasks:
-        path = folder / f"{task}.ckpt"
-        path = path if path.is_file() else folder / f"{ALL}.ckpt"
-        if not path.is_file():
-            path = folder / f"{task}.ckpt"
-            known = sorted(p.stem for p in folder.glob("*.ckpt")) if folder.is_dir() else []
-            problems.append(f"{path}: no such file; {folder} has results for {', '.join(known) or 'no task'}")
+        path, common = folder / f"{task}.ckpt", folder / f"{ALL}.ckpt"
+        if not path.is_file() and not common.is_file():
+            there = sorted(p.stem for p in folder.glob("*.ckpt")) if folder.is_dir() else []
+            problems.append(f"{path}: no such file; {folder} has results for {', '.join(there) or 'no task'}")
             continue
         try:
-            modules[task] = _load_result(task, path, model)
+            modules[task] = _load_result(task, path if path.is_file() else common, model)
         except MergeError as error:
             problems += error.problems
     if problems:
@@ -202,43 +252,44 @@ def _load_result(task: str, path: Path, model: LightningModule) -> LightningModu
     try:
         return load_expert(task, path, model)
     except MergeError:
+        # A head of another size does not fit the model's class; the transformers folder says how to build it.
         pretrained = path.parent / PRETRAINED / task
         if not pretrained.is_dir():
             raise
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is a part, in a module of another head
+            warnings.simplefilter("ignore")  # that the folder holds only a part of the module, with another head
             module = load_expert(task, pretrained, model)
         fill(module, read_checkpoint(path)["state_dict"], str(path))
         take_precision(module, model)
         return module
 
 
-def _warn_of_what_lacks(module: LightningModule, path: Path, shared: set[str]) -> None:
-    """A module that writes its adapters only, say, would write nothing of what was merged."""
+def _warn_of_missing_weights(module: LightningModule, path: Path, shared: set[str]) -> None:
+    """Some modules leave weights out of their checkpoints, for example all but their adapters."""
     try:
         state = read_checkpoint(path)["state_dict"]
-    except MergeError:  # hyperparameters that safe loading refuses
+    except MergeError:  # safe loading refuses the hyperparameters, so that there is nothing to check
         return
-    if lacking := [name for name, _ in module.named_parameters() if name in shared and name not in state]:
+    if missing := [name for name, _ in module.named_parameters() if name in shared and name not in state]:
         rank_zero_warn(
             f"{path.name} lacks merged weights, because {type(module).__name__} leaves them out of its checkpoints: "
-            f"{some(lacking)}; merged.safetensors has them"
+            f"{some(missing)}; merged.safetensors has them"
         )
 
 
-class _StraightToDisk(TorchCheckpointIO):
-    """Lightning's own makes the whole file in memory first."""
+class _DirectCheckpointIO(TorchCheckpointIO):
+    """Writes to the disk directly. Lightning's class first builds the whole file in memory."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         torch.save(checkpoint, path)
 
 
 def _save_checkpoint(module: LightningModule, path: Path) -> None:
-    """As ``trainer.save_checkpoint`` writes it: hyperparameters and weights, no optimizer."""
+    """Write hyperparameters and weights, as ``trainer.save_checkpoint(path, weights_only=True)`` does."""
     outer = module._trainer
     with quiet_lightning(), torch.inference_mode(False):
         settings: Any = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False}
-        trainer = Trainer(**settings, plugins=[_StraightToDisk()])
+        trainer = Trainer(**settings, plugins=[_DirectCheckpointIO()])
         trainer.strategy.connect(module)
         module.trainer = trainer
         trainer.save_checkpoint(path, weights_only=True)

@@ -1,4 +1,4 @@
-"""The model card of a merge: ``README.md``, in the format of the Hugging Face Hub."""
+"""Model cards: ``README.md`` in the format of the Hugging Face Hub, which begins with metadata in YAML."""
 
 from __future__ import annotations
 
@@ -17,98 +17,97 @@ _PAPERS = {
     "TIES": ("TIES-Merging", "2306.01708"),
 }
 
-_WHOLE = "The whole report: `report.md`, `report.html`, `report.json`."
+_FULL_REPORT = "Full report: `report.md`, `report.html`, `report.json`."
 
 
-def model_card(report: MergeReport, files: Sequence[str], kinds: Mapping[str, str]) -> str:
-    """Experts, data, method, metrics, and how to load what was merged.
+def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, str]) -> str:
+    """The model card of a merge: its experts, data, method and metrics, and how to load the result.
 
     Args:
-        report: of the merge.
-        files: what is beside the card.
-        kinds: task -> class of its module, with the module it is in.
+        report: Report of the merge.
+        files: Names of the files beside the card.
+        classes: Task -> full name of its module's class.
+
+    Returns:
+        The text.
     """
     method = str(report.method.get("class"))
-    about = {"library_name": "lightning", "tags": ["merge", "model-merging", method.lower()]}
-    if metrics := _results(report):
-        about["model-index"] = [{"name": "merged", "results": metrics}]  # type: ignore[list-item]
-    settings = "\n".join(f"- `{name}`: {value}" for name, value in report.method.items() if name != "class")
+    metadata = {"library_name": "lightning", "tags": ["merge", "model-merging", method.lower()]}
+    if results := _results(report):
+        metadata["model-index"] = [{"name": "merged", "results": results}]  # type: ignore[list-item]
+    name, paper = _PAPERS.get(method, (method, ""))
+    reference = f"{name} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else name
+    library = f"com_lightning {report.versions.get('com_lightning', '')}".strip()
     parts = [
-        f"---\n{yaml.safe_dump(about, sort_keys=False, allow_unicode=True).strip()}\n---",
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {len(report.tasks)} models in one: {', '.join(report.tasks)}",
-        f"Merged without retraining by {_named(method)} with com_lightning{_of(report.versions.get('com_lightning'))}.",
+        f"Merged without retraining by {reference} with {library}.",
         "## Experts",
-        "\n".join(f"- **{task}**{_of(kinds.get(task), '`')}{_samples(report, task)}" for task in report.tasks),
+        "\n".join(_expert(report, task, classes.get(task)) for task in report.tasks),
         "## Metrics" if report.metrics else "",
-        f"`{report.metric}` on validation data:\n\n{report.task_table()}" if report.metrics else "",
+        f"`{report.monitor}` on validation data:\n\n{report.task_table()}" if report.metrics else "",
         "## How to load it",
-        _loading(report.tasks, files, kinds),
+        _loading(report.tasks, files, classes),
         "## How it was made",
         report.summary(),
-        settings,
+        "\n".join(f"- `{name}`: {value}" for name, value in report.method.items() if name != "class"),
         "\n".join(f"> {warning}" for warning in report.warnings),
-        _WHOLE,
+        _FULL_REPORT,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def pretrained_card(kind: str, source: str, made_by: str = "") -> str:
-    """The card of a transformers model that has been exported.
+def pretrained_card(model_class: str, source: str, merge_card: str = "") -> str:
+    """The model card of an exported transformers model.
 
     Args:
-        kind: its class.
-        source: what it was exported from.
-        made_by: the card of the merge, where it is known; what follows its first heading is taken over.
+        model_class: Name of its class.
+        source: What it was exported from.
+        merge_card: The card of the merge if it is known. Everything but how to load it is taken over.
+
+    Returns:
+        The text.
     """
-    about = {"library_name": "transformers", "tags": ["merge", "model-merging"]}
-    _, _, rest = made_by.partition("\n# ")
-    rest, _, after = rest.partition("\n## How to load it\n")
-    _, _, after = after.partition("\n## How it was made\n")
-    loading = f'```python\nfrom transformers import {kind}\n\nmodel = {kind}.from_pretrained(".")\n```'
+    metadata = {"library_name": "transformers", "tags": ["merge", "model-merging"]}
+    _, _, rest = merge_card.partition("\n# ")
+    about, _, rest = rest.partition("\n## How to load it\n")
+    _, _, history = rest.partition("\n## How it was made\n")
+    code = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained(".")'
     parts = [
-        f"---\n{yaml.safe_dump(about, sort_keys=False).strip()}\n---",
-        f"# {rest.strip()}" if rest else f"# {kind}, exported from {source}",
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False).strip()}\n---",
+        f"# {about.strip()}" if about else f"# {model_class}, exported from {source}",
         "## How to load it",
-        loading,
-        f"## How it was made\n{after}".rstrip().removesuffix(_WHOLE).rstrip() if after else "",
+        f"```python\n{code}\n```",
+        f"## How it was made\n{history}".rstrip().removesuffix(_FULL_REPORT).rstrip() if history else "",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _named(method: str) -> str:
-    name, paper = _PAPERS.get(method, (method, ""))
-    return f"{name} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else name
-
-
-def _of(what: str | None, quote: str = "") -> str:
-    return f" {quote}{what}{quote}" if what else ""
-
-
-def _samples(report: MergeReport, task: str) -> str:
-    count = report.samples.get(task)
-    return f", {count} calibration samples" if count else ""
+def _expert(report: MergeReport, task: str, module_class: str | None) -> str:
+    samples = report.samples.get(task)
+    described = f" `{module_class}`" if module_class else ""
+    return f"- **{task}**{described}{f', {samples} calibration samples' if samples else ''}"
 
 
 def _results(report: MergeReport) -> list[dict[str, Any]]:
-    """For the Hub's index of results."""
-    found = []
-    for task in report.tasks:
-        value = report.metrics.get("merged", {}).get(task, {}).get(report.metric or "")
+    """The metrics of the merged model, in the form of the Hub's ``model-index``."""
+    results = []
+    for task, value in zip(report.tasks, report.values("merged")):
         if value is not None and math.isfinite(value):
-            data = {"name": task, "type": task}
-            measured = [{"name": report.metric, "type": report.metric, "value": round(float(value), 6)}]
-            found.append({"task": {"type": "other", "name": task}, "dataset": data, "metrics": measured})
-    return found
+            metric = {"name": report.monitor, "type": report.monitor, "value": round(float(value), 6)}
+            dataset = {"name": task, "type": task}
+            results.append({"task": {"type": "other", "name": task}, "dataset": dataset, "metrics": [metric]})
+    return results
 
 
-def _loading(tasks: Sequence[str], files: Sequence[str], kinds: Mapping[str, str]) -> str:
+def _loading(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, str]) -> str:
+    """Code that loads the first task's module, and the transformers model if there is one."""
     first = tasks[0]
-    module, _, name = kinds.get(first, "MyModule").partition(".<locals>")[0].rpartition(".")
-    shown = next((file for file in (f"{first}.ckpt", "merged.ckpt") if file in files), None)
+    module, _, name = classes.get(first, "MyModule").partition(".<locals>")[0].rpartition(".")
     lines = [f"from {module} import {name}", ""] if module and module != "__main__" else []
-    if shown:
-        lines.append(f'model = {name}.load_from_checkpoint("{shown}", weights_only=True)  # {first}')
+    if checkpoint := next((file for file in (f"{first}.ckpt", "merged.ckpt") if file in files), None):
+        lines.append(f'model = {name}.load_from_checkpoint("{checkpoint}", weights_only=True)  # {first}')
     if folders := [file.removesuffix("/config.json") for file in files if file.endswith("/config.json")]:
-        own = next((folder for folder in folders if first in folder.split("/")), folders[0])
-        lines += ["", "from transformers import AutoModel", "", f'network = AutoModel.from_pretrained("{own}")']
+        folder = next((folder for folder in folders if first in folder.split("/")), folders[0])
+        lines += ["", "from transformers import AutoModel", "", f'network = AutoModel.from_pretrained("{folder}")']
     return "\n".join(["```python", *lines, "```"])

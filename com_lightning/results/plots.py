@@ -1,4 +1,8 @@
-"""One picture of a merge: the tasks before and after, and the covariate shift from layer to layer."""
+"""One picture of a merge: each task before and after, and the drift of inputs from layer to layer.
+
+Drift is how far the inputs of a layer in the merged model are from those in the experts, the covariate shift that a
+chain of merges is about. Without matplotlib there is no picture.
+"""
 
 from __future__ import annotations
 
@@ -6,11 +10,22 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from com_lightning.results.markdown import MODELS
 from com_lightning.results.report import MergeReport
+
+_COLORS = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
 
 
 def save_figure(report: MergeReport, path: Path) -> bool:
-    """Draw a report. Returns whether there was matplotlib, and anything to draw."""
+    """Draw a report and save the picture.
+
+    Args:
+        report: Report of a merge.
+        path: Where the PNG will be.
+
+    Returns:
+        Whether a picture was drawn: not without matplotlib, and not if there is nothing to draw.
+    """
     figure = draw(report)
     if figure is not None:
         figure.savefig(path, dpi=130)
@@ -18,62 +33,77 @@ def save_figure(report: MergeReport, path: Path) -> bool:
 
 
 def draw(report: MergeReport) -> Any:
-    """The picture of a report, as matplotlib's Figure; ``None`` without matplotlib, or anything to draw."""
+    """Draw a report.
+
+    Args:
+        report: Report of a merge.
+
+    Returns:
+        A ``matplotlib.figure.Figure``, or ``None`` without matplotlib or if there is nothing to draw.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    kinds = [kind for kind in ("expert", "average", "merged") if kind in report.metrics]
     layers = [layer for layer in report.layers if layer.task is None]
-    shifts = {task: [layer.distance.get(task) for layer in layers] for task in report.tasks}
-    with_shift = any(value is not None for values in shifts.values() for value in values)
-    if not kinds and not with_shift:
+    drift = {task: [layer.distance.get(task) for layer in layers] for task in report.tasks}
+    has_drift = any(value is not None for values in drift.values() for value in values)
+    has_metrics = any(model in report.metrics for model in MODELS)
+    if not has_metrics and not has_drift:
         return None
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, int(bool(kinds)) + int(with_shift), squeeze=False)[0]
-    if kinds:
-        axes = panels[0]
-        width = 0.8 / len(kinds)
-        colors = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
-        for number, kind in enumerate(kinds):
-            heights = [report.metrics[kind].get(task, {}).get(report.metric or "", 0.0) for task in report.tasks]
-            places = [position + (number - (len(kinds) - 1) / 2) * width for position in range(len(report.tasks))]
-            axes.bar(places, heights, width, label=kind, color=colors[kind])
-        tilted = len(report.tasks) > 4 or max(map(len, report.tasks)) > 12
-        axes.set_xticks(range(len(report.tasks)), report.tasks, **({"rotation": 20, "ha": "right"} if tilted else {}))
-        axes.set_ylabel(report.metric or "")
-        axes.set_title(f"each task before and after the merge ({report.method.get('class')})")
-        axes.margins(y=0.2)  # room for the legend above the bars
-        axes.legend(loc="upper center", ncols=len(kinds), frameon=False, columnspacing=1.2)
-    if with_shift:
-        axes = panels[-1]
-        for task, values in shifts.items():
-            known = [(number, value) for number, value in enumerate(values) if value is not None]
-            axes.plot([n for n, _ in known], [value for _, value in known], marker=".", linewidth=1, label=task)
-        for number, value in _spikes(shifts):
-            name = layers[number].name or "(root)"
-            axes.annotate(name, (number, value), xytext=(0, 3), textcoords="offset points", fontsize=7, ha="center")
-        axes.set_xlabel("layer, in the order of merging")
-        axes.set_ylabel("relative distance to the expert's input")
-        axes.set_title("covariate shift on arrival")
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_ylim(bottom=0)
-        axes.margins(y=0.1)
-        beside = len(report.tasks) > 4  # or it would hide the curves
-        axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False} if beside else {}))
+    panels = figure.subplots(1, has_metrics + has_drift, squeeze=False)[0]
+    if has_metrics:
+        _draw_tasks(panels[0], report)
+    if has_drift:
+        _draw_drift(panels[-1], drift, [layer.name or "(root)" for layer in layers])
     return figure
 
 
-def _spikes(shifts: Mapping[str, Sequence[float | None]], most: int = 3) -> list[tuple[int, float]]:
-    """Number and height of the layers that stand out most: peaks of the highest curve, twice its median at least."""
-    highest = [max((value for value in values if value is not None), default=0.0) for values in zip(*shifts.values())]
+def _draw_tasks(axes: Any, report: MergeReport) -> None:
+    """Bars of the monitored metric, side by side for each task."""
+    models = [model for model in MODELS if model in report.metrics]
+    width = 0.8 / len(models)
+    for index, model in enumerate(models):
+        heights = [value or 0.0 for value in report.values(model)]
+        places = [position + (index - (len(models) - 1) / 2) * width for position in range(len(report.tasks))]
+        axes.bar(places, heights, width, label=model, color=_COLORS[model])
+    crowded = len(report.tasks) > 4 or max(map(len, report.tasks)) > 12
+    axes.set_xticks(range(len(report.tasks)), report.tasks, **({"rotation": 20, "ha": "right"} if crowded else {}))
+    axes.set_ylabel(report.monitor or "")
+    axes.set_title(f"each task before and after the merge ({report.method.get('class')})")
+    axes.margins(y=0.2)  # room for the legend above the bars
+    axes.legend(loc="upper center", ncols=len(models), frameon=False, columnspacing=1.2)
+
+
+def _draw_drift(axes: Any, drift: Mapping[str, Sequence[float | None]], layers: Sequence[str]) -> None:
+    """A curve per task, with the names of the layers that stand out."""
+    for task, values in drift.items():
+        points = [(index, value) for index, value in enumerate(values) if value is not None]
+        axes.plot([x for x, _ in points], [y for _, y in points], marker=".", linewidth=1, label=task)
+    for index, value in _spikes(drift):
+        label = {"xytext": (0, 3), "textcoords": "offset points", "fontsize": 7, "ha": "center"}
+        axes.annotate(layers[index], (index, value), **label)
+    axes.set_xlabel("layer, in the order of merging")
+    axes.set_ylabel("relative distance to the expert's input")
+    axes.set_title("drift of each layer's inputs, before it is merged")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)
+    beside = len(drift) > 4  # a long legend would hide the curves
+    axes.legend(**({"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False} if beside else {}))
+
+
+def _spikes(drift: Mapping[str, Sequence[float | None]], count: int = 3) -> list[tuple[int, float]]:
+    """Index and height of the layers that stand out most: peaks of the highest curve, at least twice its median."""
+    highest = [max((value for value in values if value is not None), default=0.0) for values in zip(*drift.values())]
     padded = [0.0, *highest, 0.0]
-    typical = sorted(highest)[len(highest) // 2] if highest else 0.0
+    median = sorted(highest)[len(highest) // 2] if highest else 0.0
     peaks = [
-        (number, value)
-        for number, value in enumerate(highest)
-        if value >= 2 * typical and value > 0 and padded[number] < value >= padded[number + 2]
+        (index, value)
+        for index, value in enumerate(highest)
+        if value >= 2 * median and value > 0 and padded[index] < value >= padded[index + 2]
     ]
-    return sorted(sorted(peaks, key=lambda peak: -peak[1])[:most])
+    return sorted(sorted(peaks, key=lambda peak: -peak[1])[:count])
