@@ -312,19 +312,15 @@ class ChainOfMergesCallback(Callback):
             self._workplace = None
 
     def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule) -> None:
-        with quiet_lightning():
-            evaluator = single_device_trainer(trainer)
+        evaluator, quiet = single_device_trainer(trainer), _quiet(trainer)
         sets = {"merged": self.modules}
         if self.baselines:
             mean = average_shared(plan)
             sets = {"expert": plan.experts, "average": with_shared(plan, mean), **sets}
-        for kind, modules in sets.items():
-            description, quiet = f"validating {kind}", _quiet(trainer)
-            mine = {task: modules[task] for task in list(modules)[self._peers.rank :: self._peers.size]}
-            found: dict[str, dict[str, float]] = {}
-            for part in self._peers.exchange(validate_tasks(evaluator, mine, data, description, quiet, prepared=True)):
-                found.update(part)
-            self.report.metrics[kind] = {task: found[task] for task in modules}
+        for label, modules in sets.items():
+            self.report.metrics[label] = validate_tasks(
+                evaluator, modules, data, label, quiet, prepared=True, peers=self._peers
+            )
         self.report.choose_metric(self.metric)
         self.report.compare_with_average()
         log_tasks(trainer.loggers, self.report, trainer.global_step)

@@ -16,6 +16,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
+from com_lightning.validation import borrowed
 
 
 def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:
@@ -32,16 +33,15 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     rule = getattr(plan.method, "rule", None)
     if not plan.method.needs_data or not isinstance(rule, ChainOptions):
         return plan.need
-    loggers, stage, module = trainer.loggers, trainer.state.stage, getattr(trainer, "datamodule", None)
-    trainer.loggers, trainer.validating, trainer.datamodule = [DummyLogger()], True, data  # type: ignore[attr-defined]
-    try:
-        with torch.inference_mode(False), torch.compiler.set_stance("force_eager"):
-            tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
-            merged = average_shared(plan)
-            gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
-            held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, rule)]
-    finally:
-        trainer.loggers, trainer.state.stage, trainer.datamodule = loggers, stage, module  # type: ignore[attr-defined]
+    with (
+        borrowed(trainer, loggers=[DummyLogger()], validating=True, datamodule=data),
+        torch.inference_mode(False),
+        torch.compiler.set_stance("force_eager"),
+    ):
+        tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
+        merged = average_shared(plan)
+        gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
+        held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, rule)]
     counts = [len(samples[task.name].batches) for task in tasks]
     each: list[float] = [h / _size(samples[task.name].batches[0][0]) for h, task in zip(held, tasks) if task.batches]
     total = sum(h * count for h, count in zip(held, counts))

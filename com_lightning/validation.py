@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
+from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.tensors.modules import renewed
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.strategies import alone
@@ -24,60 +26,97 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
     Metrics of one device are exact: nothing is padded or averaged over ranks.
     """
     device = trainer.strategy.root_device
-    return Trainer(
-        accelerator=device.type,
-        devices=[device.index] if device.index is not None else 1,
-        precision=trainer.precision,
-        limit_val_batches=trainer.limit_val_batches,
-        limit_test_batches=trainer.limit_test_batches,
-        logger=DummyLogger(),  # modules may use `self.logger` in their steps
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        inference_mode=trainer.validate_loop.inference_mode,
-        default_root_dir=trainer.default_root_dir,
-        plugins=[LightningEnvironment()],  # that of a cluster would ask for all of its processes
-    )
+    with quiet_lightning():
+        return Trainer(
+            accelerator=device.type,
+            devices=[device.index] if device.index is not None else 1,
+            precision=trainer.precision,
+            limit_val_batches=trainer.limit_val_batches,
+            limit_test_batches=trainer.limit_test_batches,
+            logger=DummyLogger(),  # modules may use `self.logger` in their steps
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            inference_mode=trainer.validate_loop.inference_mode,
+            default_root_dir=trainer.default_root_dir,
+            plugins=[LightningEnvironment()],  # that of a cluster would ask for all of its processes
+        )
 
 
 def validate_tasks(
     trainer: Trainer,
     modules: Mapping[str, LightningModule],
     tasks: MergeDataModule,
-    description: str,
+    label: str,
     quiet: bool = False,
     stage: str = "validate",
     prepared: bool = False,
+    peers: Peers | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Validate each task with its module.
+    """Validate each task with its module. Several processes share the tasks out, and all get all results.
 
     Args:
         trainer: a single-device trainer, see :func:`single_device_trainer`.
         modules: task -> module.
         tasks: the data.
-        description: of the progress bar.
-        quiet: whether to show none.
+        label: what is validated, for the progress bar.
+        quiet: whether to show no progress bar.
         stage: ``"validate"`` or ``"test"``.
         prepared: whether the data have been prepared already.
+        peers: the processes; ``None``: this one validates all tasks.
 
     Returns:
-        Task -> metric -> value, whatever the module's ``validation_step`` logs.
+        Task -> metric -> value, as the module's ``validation_step`` logs them.
     """
-    results: dict[str, dict[str, float]] = {}
+    peers, results = peers or Peers(), dict[str, dict[str, float]]()
+    mine = {task: modules[task] for task in list(modules)[peers.rank :: peers.size]}
+    evaluate = trainer.validate if stage == "validate" else trainer.test
     # Modules moved or converted under the inference mode of an outer trainer could never be trained again.
     with torch.inference_mode(False), quiet_lightning():
-        for task, module in tqdm(modules.items(), desc=description, leave=False, disable=quiet):
-            run = trainer.validate if stage == "validate" else trainer.test
-            own = renewed(module)  # which Lightning moves and converts
-            assert isinstance(own, LightningModule)
-            with alone(own):
-                logged = run(own, datamodule=tasks.task(task, prepared), verbose=False)
-            merged: dict[str, Any] = {}
-            for part in logged:  # one per loader, where a task has several
-                merged.update(part)
-            results[task] = {metric: float(value) for metric, value in merged.items()}
-    return results
+        for task, module in tqdm(mine.items(), desc=f"validating {label}", leave=False, disable=quiet):
+            copied = renewed(module)  # Lightning moves and converts it
+            assert isinstance(copied, LightningModule)
+            with alone(copied):
+                logged = evaluate(copied, datamodule=tasks.task(task, prepared), verbose=False)
+            # Lightning returns one dictionary for each of the task's loaders.
+            results[task] = {metric: float(value) for metrics in logged for metric, value in metrics.items()}
+    everything = {task: metrics for share in peers.exchange(results) for task, metrics in share.items()}
+    return {task: everything[task] for task in modules}
+
+
+@contextmanager
+def borrowed(trainer: Trainer, **changes: Any) -> Iterator[None]:
+    """Change a trainer for a while, and give it back as it was, also when something raises.
+
+    Its loggers, callbacks, datamodule, model, stage, metrics and progress are what they were before.
+
+    Args:
+        trainer: the trainer.
+        changes: name -> value of attributes to set meanwhile, such as ``loggers`` or ``datamodule``.
+    """
+    connectors = (trainer._logger_connector, trainer._data_connector, trainer.state)
+    owners = [*connectors, trainer.validate_loop, trainer.test_loop]
+    before = [dict(vars(owner)) for owner in owners]
+    names = ("callbacks", "loggers", "datamodule")
+    attributes = {name: getattr(trainer, name) for name in names if hasattr(trainer, name)}
+    callbacks, modules = list(trainer.callbacks), (trainer.strategy._lightning_module, trainer.strategy._model)  # type: ignore[attr-defined]
+    for owner, values in zip(owners, before):
+        vars(owner).update({n: copy.copy(value) for n, value in values.items() if type(value) in (dict, list)})
+        if "batch_progress" in values:
+            vars(owner)["batch_progress"] = copy.deepcopy(values["batch_progress"])
+    try:
+        for name, value in changes.items():
+            setattr(trainer, name, value)
+        yield
+    finally:
+        for name, value in attributes.items():
+            setattr(trainer, name, value)
+        trainer.callbacks[:] = callbacks  # type: ignore[attr-defined]
+        trainer.strategy._lightning_module, trainer.strategy._model = modules
+        for owner, values in zip(owners, before):
+            vars(owner).clear()
+            vars(owner).update(values)
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from com_lightning.results.folder import output_problems
 from com_lightning.results.journal import ResultStore
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import peers_of, together
-from com_lightning.validation import quiet_lightning, single_device_trainer, validate_tasks
+from com_lightning.validation import borrowed, single_device_trainer, validate_tasks
 
 
 class SeveralRules(MergingMethod):
@@ -160,17 +160,16 @@ class Compare(Callback):
         if self.comparison is not None or trainer.sanity_checking:
             return
         peers = self._peers = peers_of(trainer)
-        loggers, trainer.loggers = trainer.loggers, [DummyLogger()]  # calibration forwards log nowhere
         workplace: Workplace | None = None
         try:
-            with torch.inference_mode(False), together(peers):
+            # Calibration forwards log nowhere.
+            with torch.inference_mode(False), together(peers), borrowed(trainer, loggers=[DummyLogger()]):
                 if peers.rank == 0:
                     workplace = Workplace(Path(self.output_dir), afresh=self.no_resume)
                 self.comparison = self._compare(trainer, peers, workplace)
                 if workplace:
                     self._write(workplace, self.comparison)
         finally:
-            trainer.loggers = loggers
             if workplace:
                 workplace.close(keep=True)
 
@@ -179,21 +178,15 @@ class Compare(Callback):
 
     def _compare(self, trainer: Trainer, peers: Peers, workplace: Workplace | None) -> Comparison:
         plan, quiet = self.plan, trainer.progress_bar_callback is None or not trainer.is_global_zero
-        with quiet_lightning():
-            evaluator = single_device_trainer(trainer)
+        evaluator = single_device_trainer(trainer)
         names = ["report"] + ["selection"] * (self.splits.selection is not None)
         folder, context = (workplace.journal, self._fingerprint(trainer)) if workplace else (Path(), {})
         known = ResultStore(folder, peers, context)
         result = Comparison(list(plan.experts), splits=str(self.splits), counts=self.splits.counts)
         result.warnings = list(plan.parameters.warnings)
 
-        def validated(modules: Mapping[str, LightningModule], part: str, what: str) -> TaskMetrics:
-            mine = {task: modules[task] for task in list(modules)[peers.rank :: peers.size]}
-            found: dict[str, dict[str, float]] = {}
-            own = validate_tasks(evaluator, mine, self.splits.part(part), f"validating {what}", quiet, prepared=True)
-            for others in peers.exchange(own):
-                found.update(others)
-            return {task: found[task] for task in modules}
+        def validated(modules: Mapping[str, LightningModule], part: str, label: str) -> TaskMetrics:
+            return validate_tasks(evaluator, modules, self.splits.part(part), label, quiet, prepared=True, peers=peers)
 
         key: dict[str, Any]
         for name in names:
