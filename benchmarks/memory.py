@@ -100,8 +100,8 @@ def measure(mode: str, folder: Path, blocks: int, width: int, experts: int) -> d
     tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, num_samples=4)
     trainer = com.MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     start = time.perf_counter()
-    data = tasks if method.needs_data else None
-    base = str(folder / "base.ckpt") if method.needs_base else None
+    data = tasks if "data" in method.needs else None
+    base = str(folder / "base.ckpt") if "base" in method.needs else None
     with tempfile.TemporaryDirectory(dir=folder) as output:
         trainer.merge(model, data, sources, method, baselines=False, output_dir=f"{output}/merged", base=base)
     return {"anonymous": watch.anonymous, "file": watch.file, "seconds": time.perf_counter() - start}

@@ -21,7 +21,7 @@ from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
 from com_lightning.data.padding import padding_mask, unmasked
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
-from com_lightning.methods import MergeJob, MergingMethod, ParameterRecord
+from com_lightning.methods import MergeJob, ParameterRecord
 from com_lightning.plan import MergePlan
 from com_lightning.results.fingerprint import (
     combined,
@@ -60,7 +60,7 @@ def execute(
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
     if any(peers.exchange(run.journal.keeps)):
         told = {
-            "method": describe(plan.method),
+            "method": plan.method.describe(),
             "shared parameters": plan.parameters.shared,
             "on_bad_batch": run.on_bad_batch,
             "precision": trainer.precision,
@@ -71,7 +71,7 @@ def execute(
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
         run.journal.bind({**known, **readable(told)})
-    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.needs_average)
+    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.starts_from_average)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
             job = MergeJob(tasks, merged, run, plan.base, device)
@@ -84,13 +84,13 @@ def execute(
             raise
     modules = with_shared(plan, merged, job.own, job.refitted)
     report = MergeReport(
-        method=describe(plan.method),
+        method=plan.method.describe(),
         tasks=list(plan.experts),
         layers=[record for record in records if not isinstance(record, ParameterRecord)],
-        samples={name: job.used.get(name, sample.samples) for name, sample in samples.items()},
+        samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=run.skipped,
-        warnings=list(plan.parameters.warnings),
+        warnings=plan.parameters.warnings + job.warnings,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
         seed=data.seed if data is not None else None,
@@ -102,12 +102,6 @@ def execute(
     )
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
-    rule = getattr(plan.method, "rule", None)
-    if rule and rule.sensitivity and all(record.steps is None for record in report.layers):
-        report.warnings.append(
-            "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
-            "all errors count alike; a calibration_step of the module's own would be run in its place"
-        )
     return modules, report
 
 
@@ -135,7 +129,7 @@ def calibration_tasks(
     for name, expert in plan.experts.items():
         moved: list[Batch] = []
         numbers: list[int] | None = None
-        if plan.method.needs_data and data is not None:
+        if "data" in plan.method.needs and data is not None:
             limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, rank, processes)
             running = Placement(expert, move).module()  # whose hooks may compute on the device
@@ -216,17 +210,6 @@ def load_into(model: LightningModule, module: LightningModule, lend: bool = Fals
             tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
         else:
             tensor.copy_(values[name])
-
-
-def describe(method: MergingMethod) -> dict[str, Any]:
-    """Class and settings of a method, in plain values."""
-    settings = {
-        name: describe(value) if isinstance(value, MergingMethod) else value
-        for name, value in vars(method).items()
-        if name not in ("rule", *MergingMethod.__annotations__)
-    }
-    rule = getattr(method, "rule", None)
-    return {"class": type(method).__name__, **(vars(rule) if rule else {}), **settings}
 
 
 def _on_device(

@@ -12,7 +12,6 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
-from com_lightning.core.chain.options import ChainOptions
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
@@ -30,8 +29,8 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         data: the tasks' data.
         memory_budget: GiB that paused forwards may hold.
     """
-    rule = getattr(plan.method, "rule", None)
-    if not plan.method.needs_data or not isinstance(rule, ChainOptions):
+    options = plan.method.options
+    if options is None:
         return plan.need
     with (
         borrowed(trainer, loggers=[DummyLogger()], validating=True, datamodule=data),
@@ -40,14 +39,14 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     ):
         tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
         merged = average_shared(plan)
-        gradients = held_by_gradients(tasks, merged, rule.sensitivity) if rule.sensitivity else 0
-        held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, rule)]
+        gradients = held_by_gradients(tasks, merged, options.sensitivity) if options.sensitivity else 0
+        held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, options)]
     counts = [len(samples[task.name].batches) for task in tasks]
     each: list[float] = [h / _size(samples[task.name].batches[0][0]) for h, task in zip(held, tasks) if task.batches]
     total = sum(h * count for h, count in zip(held, counts))
     device = trainer.strategy.root_device
     free = _free(device)
-    models = "merged model and expert" if len(rule.streams) > 1 else f"{rule.streams[0]} model"
+    models = "merged model and expert" if len(options.streams) > 1 else f"{options.streams[0]} model"
     most = max((sample.samples for sample in samples.values()), default=0)
     one, processes = float(sum(each)), trainer.world_size
     apiece = f" in each of {processes} processes" if processes > 1 else ""

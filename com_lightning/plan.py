@@ -158,7 +158,7 @@ def make_plan(
             model.configure_model()
     found = list(problems)
     known = list(sources) if data is None else list(data.tasks)
-    if data is None and method.needs_data:
+    if data is None and "data" in method.needs:
         found.append(
             f"data: {type(method).__name__} needs the tasks' data, a MergeDataModule; without data there are the rules "
             "of docs/methods.md that need none"
@@ -174,7 +174,7 @@ def make_plan(
             found.append(f"experts: '{task}' cannot name a file; use at most 60 letters, digits, '-', '_' and '.'")
     found += method.problems(known) + (data.problems() if data is not None else [])
     wanted: dict[str, Any] = {f"expert '{task}'": source for task, source in sources.items()}
-    local, absent = local_folders({**wanted, "base": base} if method.needs_base else wanted)
+    local, absent = local_folders({**wanted, "base": base} if "base" in method.needs else wanted)
     found += absent
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
@@ -205,7 +205,7 @@ def make_plan(
             parameters.warnings += odd
         except MergeError as error:
             found += error.problems
-    if method.needs_loss:
+    if "loss" in method.needs:
         found += [
             f"task '{task}': {type(method).__name__} needs a loss, but {type(expert).__name__} has no training_step; "
             "give it one, or take a method that needs none"
@@ -228,13 +228,13 @@ def make_plan(
         raise MergeError(found)
     shared = set(parameters.shared)
     layers: dict[str, Candidate] = {}
-    for expert in experts.values() if method.needs_data and method.solves_layers else ():
+    for expert in experts.values() if method.options else ():
         layers.update(candidates(expert, shared))
     trained = {n for expert in experts.values() for n, p in _parameters(expert) if p.requires_grad}
     frozen = {n for expert in experts.values() for n, _ in _parameters(expert)} - trained
     for expert in experts.values():
         expert.requires_grad_(False)
-    if data is None or not method.needs_data:
+    if data is None or "data" not in method.needs:
         return MergePlan(experts, method, parameters, {}, frozen, stored=stored, base=origin)
     held = ", held out of validation" if data.holdout else "" if data.split == "train" else ", which are validated too"
     copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""

@@ -88,7 +88,7 @@ def ours(rule: str, folder: Path, experts: int, found: dict[str, float]) -> None
     with watched(found):
         base = str(folder / "base")
         sources: dict[str, Any] = {str(number): str(folder / str(number)) for number in range(experts)}
-        merger = com.ChainOfMergesCallback(sources, method, base=base if method.needs_base else None)
+        merger = com.ChainOfMergesCallback(sources, method, base=base if "base" in method.needs else None)
         merger.merge(Language(base))
         net: Any = merger.modules["0"].net
         net.save_pretrained(folder / "merged")

@@ -60,12 +60,12 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
     with tempfile.TemporaryDirectory(dir=folder) as output:
         report = trainer.merge(
             Calibrated(base),
-            tasks if method.needs_data else None,
+            tasks if "data" in method.needs else None,
             sources,
             method,
             baselines=False,
             output_dir=f"{output}/merged",
-            base=base if method.needs_base else None,
+            base=base if "base" in method.needs else None,
             memory_budget=BUDGET if name == "chain, two-sided" else None,
         )
     return {"seconds": report.seconds, "anonymous": watch.anonymous, "file": watch.file}

@@ -22,7 +22,6 @@ from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
 from com_lightning.analysis.compare import reseeded
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.execution import describe
 from com_lightning.methods.registry import Setting
 from com_lightning.validation import quiet_lightning
 
@@ -76,7 +75,7 @@ def run(
             bench.measure_oracle(results)
         for number in samples:
             for name, some in rows.items():
-                if number == samples[0] or any(setting.method.needs_data for setting in some):
+                if number == samples[0] or any("data" in setting.method.needs for setting in some):
                     bench.measured(results, name, some, number)
     return show(results, suite.folder(0).parent.name)
 
@@ -116,7 +115,7 @@ class _Bench:
 
     def measured(self, results: Results, name: str, settings: Sequence[Setting], samples: int) -> Entry:
         """The entry of a method, or of the setting that is best on val, if there are several."""
-        reads = any(setting.method.needs_data for setting in settings)
+        reads = any("data" in setting.method.needs for setting in settings)
         entry = self._entry(name, samples, self.source) if reads else self._entry(name)
         known = results.find(entry.key)
         if known and not self.again and _is_of(known, settings, self.seed):
@@ -132,9 +131,9 @@ class _Bench:
             entry.chosen = best.label
         method = reseeded(best.method, self.seed)
         # Fisher squares the gradients of single samples.
-        data = self._data(samples, 1 if method.needs_loss else CALIBRATION_BATCH)
+        data = self._data(samples, 1 if "loss" in method.needs else CALIBRATION_BATCH)
         merger = merge(self.suite, self.loaded, data, method, self.seed)
-        entry.seconds, entry.settings = round(merger.report.seconds, 2), describe(method)
+        entry.seconds, entry.settings = round(merger.report.seconds, 2), method.describe()
         held_out = results.split == entry.source == "val"
         entry.values = evaluate(self.suite, merger.modules, data, results.split, held_out)
         self._keep(results, entry)
@@ -177,7 +176,7 @@ def merge(
     seed_everything(seed, verbose=False)
     merger = _Merger({**loaded.experts}, method, list(suite.private), baselines=False, base=loaded.base)
     # The limit cuts calibration too: what is calibrated on has to fit in.
-    limit = math.ceil(data.samples / (data.batch_size or 1)) if method.needs_data else 1
+    limit = math.ceil(data.samples / (data.batch_size or 1)) if "data" in method.needs else 1
     with quiet_lightning():
         trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
         trainer.validate(copy.deepcopy(loaded.experts[suite.tasks[0]]), datamodule=data, verbose=False)
@@ -225,7 +224,7 @@ def _is_of(entry: Entry, settings: Sequence[Setting], seed: int) -> bool:
     if list(entry.tried) != (labels if len(labels) > 1 else []):
         return False
     method = settings[labels.index(entry.chosen) if entry.chosen else 0].method
-    now: dict[str, object] = json.loads(json.dumps(describe(reseeded(method, seed)), default=str))
+    now: dict[str, object] = json.loads(json.dumps(reseeded(method, seed).describe(), default=str))
     # What a rule has learnt since is off by default.
     off = {field.name: field.default for field in fields(ChainOptions)}
     return entry.settings == {

@@ -24,8 +24,9 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
-from com_lightning.execution import _versions, average_shared, calibration_tasks, describe, execute
+from com_lightning.execution import _versions, average_shared, calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod
+from com_lightning.methods.base import Need
 from com_lightning.methods.registry import Setting, read_methods
 from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace
@@ -43,8 +44,8 @@ class SeveralRules(MergingMethod):
     def __init__(self, settings: Sequence[Setting]) -> None:
         super().__init__()
         self.settings = settings
-        self.needs_data = any(setting.method.needs_data for setting in settings)
-        self.needs_base = any(setting.method.needs_base for setting in settings)
+        self.needs = frozenset[Need]().union(*(setting.method.needs for setting in settings))
+        self.options = next((setting.method.options for setting in settings if setting.method.options), None)
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         raise NotImplementedError
@@ -60,11 +61,11 @@ def compared(methods: str | Sequence[Any], method: MergingMethod | None = None) 
         MergeError: with all that is wrong with the list.
     """
     settings = read_methods(methods)
-    known = [describe(setting.method) for setting in settings]
+    known = [setting.method.describe() for setting in settings]
     for extra in [Average()] if method is None else [Average(), method]:
-        if describe(extra) not in known:
+        if extra.describe() not in known:
             settings[:0] = read_methods([extra])
-            known.append(describe(extra))
+            known.append(extra.describe())
     return settings
 
 
@@ -88,7 +89,7 @@ def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
 
 def _differs(method: MergingMethod) -> bool:
     """Whether runs with different seeds may give different merges."""
-    return method.needs_data or describe(reseeded(method, 1)) != describe(method)
+    return "data" in method.needs or reseeded(method, 1).describe() != method.describe()
 
 
 def checked(
@@ -115,7 +116,7 @@ def checked(
     if not data.problems() and seeds:
         choice = len({setting.name for setting in settings}) < len(settings)
         try:
-            splits = split(data, seeds, any(setting.method.needs_data for setting in settings), choice)
+            splits = split(data, seeds, any("data" in setting.method.needs for setting in settings), choice)
         except MergeError as error:
             found += error.problems
     if found or plan is None or splits is None:
@@ -206,7 +207,7 @@ class Compare(Callback):
                 # What is validated depends on all seeds, and on whether settings are chosen.
                 parts = [part for part in names if part == "report" or self._has_choice(setting)]
                 own = replace(setting, method=reseeded(setting.method, seed or 0))
-                key = {"method": describe(own.method), "seed": seed, "of": [self._samples(p) for p in parts]}
+                key = {"method": own.method.describe(), "seed": seed, "of": [self._samples(p) for p in parts]}
                 if (found := known.get(key)) is None:
                     outcome, modules = self._merge(trainer, peers, own, seed, quiet)
                     outcome.metrics = {part: validated(modules, part, setting.label) for part in parts}
@@ -239,8 +240,8 @@ class Compare(Callback):
         plan = replace(
             self.plan,
             method=method,
-            layers=self.plan.layers if method.needs_data else {},
-            base=self.plan.base if method.needs_base else None,
+            layers=self.plan.layers if method.options else {},
+            base=self.plan.base if "base" in method.needs else None,
         )
         _forget_peak(trainer.strategy.root_device)
         with tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet, leave=False) as bar:
@@ -269,11 +270,11 @@ class Compare(Callback):
         """What every merge depends on, beside its rule and seed."""
         data = copy.copy(self.splits.data)
         limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
-        if not self.plan.method.needs_data:  # a few samples tell whether it is the same data
+        if "data" not in self.plan.method.needs:  # a few samples tell whether it is the same data
             data.split, data.num_samples = "val", 8
         tasks = []
         for name, expert in self.plan.experts.items():
-            read = self.plan.method.needs_data or self.splits.counts[name]["report"] is not None
+            read = "data" in self.plan.method.needs or self.splits.counts[name]["report"] is not None
             batches = data.calibration(name, limit).batches if read else []
             tasks.append(Task(name, expert, [batch for batch, _ in batches]))
         data = self.splits.data

@@ -61,9 +61,8 @@ class AdaMerging(MergingMethod):
         NonFiniteError: for NaN or infinity in a task's entropy, naming task and batch.
     """
 
-    needs_base = True
-    solves_layers = False
-    keeps_to_parts = False
+    needs = frozenset({"data", "base"})
+    separable = False
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ class Average(MergingMethod):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    needs_data = False
+    needs = frozenset()
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         return []  # a job starts from the average

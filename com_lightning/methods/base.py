@@ -1,38 +1,43 @@
-"""What every merging rule is given and gives back."""
+"""The interface of every merging rule: what it gets and what it returns."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
+
+Need = Literal["data", "loss", "base"]
 
 
 @dataclass
 class MergeJob:
-    """The experts to merge and the place for the result.
+    """The experts to merge, and the place for the result.
 
     Attributes:
-        tasks: the experts and their calibration data (no batches where the method needs no data).
-        merged: full name of each shared parameter or buffer -> tensor for its merged value, which holds the average of
-            the experts, weighted by the method's task importance, when the method gets it (a parameter anything, if the
-            method says that it does not need that).
-        run: how it is carried out.
-        base: the same names -> value in the model that the experts were fine-tuned from; ``None`` unless the method
-            needs it.
-        device: where to compute; ``None``: where the merged tensors are. Experts of a method that needs no data may be
-            elsewhere, so that they need not fit there.
-        own: name of what is shared by default -> its value for each task, where the method has found that it is better
-            kept apart; filled by the method.
-        refitted: task -> name of what is private to it -> its value, where the method has solved it for the merged
-            model; filled by the method.
-        used: task -> how many calibration samples were used, where the method has not used them all.
+        tasks: the experts and their calibration batches. There are no batches if the rule does not need data.
+        merged: full name of each shared parameter or buffer -> the tensor to write its merged value into. It holds the
+            average of the experts, weighted by the rule's task importance, if the rule asks for that. Otherwise the
+            parameters hold arbitrary values.
+        run: how the merge is carried out.
+        base: the same names -> value in the model that the experts were fine-tuned from. ``None`` unless the rule needs
+            the base.
+        device: where to compute. ``None``: where the merged tensors are. Experts may be elsewhere if the rule needs no
+            data, so that they do not have to fit there.
+        own: name of a shared parameter -> its value for each task, where the rule keeps one for each. Filled by the
+            rule.
+        refitted: task -> name of a private parameter -> its value, where the rule solves it for the merged model.
+            Filled by the rule.
+        warnings: for the report. Filled by the rule.
     """
 
     tasks: Sequence[Task]
@@ -42,42 +47,40 @@ class MergeJob:
     device: torch.device | None = None
     own: dict[str, list[Tensor]] = field(default_factory=dict)
     refitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    used: dict[str, int] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
 class ParameterRecord(LayerRecord):
-    """A parameter that a rule has merged as such, whatever layer it belongs to; ``kind`` is the rule's name."""
+    """A parameter that a rule has merged as such, whatever layer it belongs to. ``kind`` is the rule's name."""
 
 
 class MergingMethod(ABC):
     """A rule that merges experts into one set of shared parameters.
 
+    A rule is a class with settings. The attributes below say what it needs and how it works.
+
     Args:
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
-    needs_data: bool = True
-    """Whether the method reads calibration batches."""
-    needs_base: bool = False
-    """Whether the method reads the weights that the experts were fine-tuned from."""
-    needs_average: bool = True
-    """Whether the merged parameters are to hold the average of the experts when the method gets them; if not, it writes
-    all of them."""
-    needs_loss: bool = False
-    """Whether the method differentiates what the module's ``training_step`` returns, sample by sample."""
-    solves_layers: bool = True
-    """Whether a method that reads data merges layer by layer, as layers are met, and all that it can; otherwise it
-    merges the parameters that it is given."""
-    keeps_to_parts: bool = True
-    """Whether the method can merge some of the parameters and leave the others alone."""
+    needs: Set[Need] = frozenset({"data"})
+    """What the rule reads beside the experts' weights: ``"data"`` (calibration batches), ``"loss"`` (what
+    ``training_step`` returns for them, sample by sample), ``"base"`` (the weights that the experts were fine-tuned
+    from)."""
+    options: ChainOptions | None = None
+    """How layers are solved, if the rule merges layer by layer with the sweep. ``None``: it merges parameters."""
+    starts_from_average: bool = True
+    """Whether ``job.merged`` holds the average of the experts at first. If not, the rule writes all parameters."""
+    separable: bool = True
+    """Whether the rule can merge some of the parameters and leave the others alone."""
 
     def __init__(self, importance: dict[str, float] | None = None) -> None:
         self.importance = importance
 
     @abstractmethod
     def merge(self, job: MergeJob) -> list[LayerRecord]:
-        """Write the merged values into ``job.merged``; return what happened at each layer, in order."""
+        """Write the merged values into ``job.merged``, and return what happened at each layer, in order."""
 
     def weights(self, tasks: Sequence[str]) -> list[float]:
         """Task importance, in the order of ``tasks``, with a sum of one.
@@ -94,14 +97,39 @@ class MergingMethod(ABC):
         return [self.importance[task] / total for task in tasks]
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        """What is wrong with the method's settings for these tasks, each as one sentence."""
+        """What is wrong with the rule's settings for these tasks, each problem as one sentence."""
         if self.importance is None:
             return []
-        found = []
+        problems = []
         if missing := [task for task in tasks if task not in self.importance]:
-            found.append(f"importance: no weight for {', '.join(missing)}; give every task one, 0 leaves a task out")
+            problems.append(f"importance: no weight for {', '.join(missing)}; give every task one, 0 leaves a task out")
         if unknown := [task for task in self.importance if task not in tasks]:
-            found.append(f"importance: {', '.join(unknown)} is no task; the tasks are {', '.join(tasks)}")
+            problems.append(f"importance: {', '.join(unknown)} is no task; the tasks are {', '.join(tasks)}")
         if not (all(0 <= w < math.inf for w in self.importance.values()) and sum(self.importance.values()) > 0):
-            found.append(f"importance: weights must be finite, not negative, and not all 0; got {self.importance}")
-        return found
+            problems.append(f"importance: weights must be finite, not negative, and not all 0; got {self.importance}")
+        return problems
+
+    def describe(self) -> dict[str, Any]:
+        """Class and settings in plain values, for reports and for what a merge depends on."""
+        settings = {
+            name: value.describe() if isinstance(value, MergingMethod) else value
+            for name, value in vars(self).items()
+            if name not in MergingMethod.__annotations__
+        }
+        return {"class": type(self).__name__, **settings}
+
+    def __repr__(self) -> str:
+        """The rule as Python code, with those settings that differ from their defaults.
+
+        Example::
+
+            >>> from com_lightning import TIES
+            >>> TIES(density=0.1)
+            TIES(density=0.1)
+        """
+        settings = {**self.describe(), **{n: v for n, v in vars(self).items() if isinstance(v, MergingMethod)}}
+        defaults = {name: parameter.default for name, parameter in inspect.signature(type(self)).parameters.items()}
+        changed = [
+            f"{n}={settings[n]!r}" for n, default in defaults.items() if n in settings and settings[n] != default
+        ]
+        return f"{type(self).__name__}({', '.join(changed)})"

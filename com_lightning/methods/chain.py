@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
@@ -17,24 +17,32 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 class ClosedForm(MergingMethod):
     """A rule whose layers are solved by :func:`~com_lightning.core.chain.chain.merge_layers`."""
 
-    rule: ChainOptions
+    options: ChainOptions
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         importance = self.weights([task.name for task in job.tasks])
-        if self.rule.private_biases:
+        if self.options.private_biases:
             job.own.update(own_tensors(job.tasks, job.merged))
-        records = merge_layers(job.tasks, job.merged, importance, self.rule, job.run, job.base, job.own)
-        if self.rule.refit_heads:
-            head_records, job.refitted = refit(job.tasks, job.merged, job.own, self.rule, job.run)
+        records = merge_layers(job.tasks, job.merged, importance, self.options, job.run, job.base, job.own)
+        if self.options.refit_heads:
+            head_records, job.refitted = refit(job.tasks, job.merged, job.own, self.options, job.run)
             records += head_records
+        if self.options.sensitivity and all(record.steps is None for record in records):
+            job.warnings.append(
+                "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
+                "all errors count alike; a calibration_step of the module's own would be run in its place"
+            )
         return records
+
+    def describe(self) -> dict[str, Any]:
+        return {**super().describe(), **vars(self.options)}
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         problems = super().problems(tasks)
-        ridge = self.rule.ridge
+        ridge = self.options.ridge
         if isinstance(ridge, str) or not 0 <= ridge < math.inf:
             problems.append(f"ridge: must be 0 or more, and finite, got {ridge!r}")
-        if self.rule.balance and len(self.rule.streams) < 2:
+        if self.options.balance and len(self.options.streams) < 2:
             problems.append("balance: needs target='expert', which measures how far the inputs of a layer have drifted")
         return problems
 
@@ -91,7 +99,7 @@ class ChainOfMerges(ClosedForm):
         balance: bool = False,
     ) -> None:
         super().__init__(importance)
-        self.rule = ChainOptions(
+        self.options = ChainOptions(
             "merged",
             target,
             normalize,
@@ -124,7 +132,7 @@ class RegMean(ClosedForm):
         ridge: float = 0.01,
     ) -> None:
         super().__init__(importance)
-        self.rule = ChainOptions("expert", "merged", normalize, ridge)
+        self.options = ChainOptions("expert", "merged", normalize, ridge)
 
 
 class RegMeanPlusPlus(ClosedForm):
@@ -149,4 +157,4 @@ class RegMeanPlusPlus(ClosedForm):
         ridge: float = 0.01,
     ) -> None:
         super().__init__(importance)
-        self.rule = ChainOptions("merged", "merged", normalize, ridge)
+        self.options = ChainOptions("merged", "merged", normalize, ridge)

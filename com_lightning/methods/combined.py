@@ -33,13 +33,10 @@ class Combined(MergingMethod):
     def __init__(self, matrices: MergingMethod, rest: MergingMethod) -> None:
         super().__init__(rest.importance)
         self.matrices, self.rest = matrices, rest
-        self.needs_data = matrices.needs_data or rest.needs_data
-        self.needs_loss = matrices.needs_loss or rest.needs_loss
-        self.solves_layers = matrices.needs_data and matrices.solves_layers
-        self.needs_base = matrices.needs_base or rest.needs_base
+        self.needs, self.options = matrices.needs | rest.needs, matrices.options
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
-        if self.solves_layers:
+        if self.options:
             started = self.rest.merge(job)
             return self.matrices.merge(job) + started
         tables = _tables(job)
@@ -55,9 +52,9 @@ class Combined(MergingMethod):
         found = [f"matrices: {problem}" for problem in self.matrices.problems(tasks)]
         found += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
         for name, rule in {"matrices": self.matrices, "rest": self.rest}.items():
-            if not rule.keeps_to_parts:
+            if not rule.separable:
                 found.append(f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part")
-        if self.rest.needs_data and self.rest.solves_layers:
+        if self.rest.options:
             found.append(
                 f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "
                 "a rule that needs no data"

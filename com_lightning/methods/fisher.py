@@ -55,8 +55,7 @@ class Fisher(MergingMethod):
             be skipped.
     """
 
-    needs_loss = True
-    solves_layers = False
+    needs = frozenset({"data", "loss"})
 
     def __init__(
         self, importance: dict[str, float] | None = None, normalize: bool = False, floor: float = 1e-6
@@ -167,7 +166,7 @@ def squared_gradients(
         task: whose expert and batches these are.
         parameters: which gradients are wanted.
     """
-    assert task.loss is not None, "a rule that asks for the loss says so in `needs_loss`"
+    assert task.loss is not None, "a rule that asks for the loss says so in `needs`"
     module = renewed(Placement(task.expert, task.move).module())
     named = dict(module.named_parameters(remove_duplicate=False))
     leaves = [named[parameter.name].requires_grad_(True) for parameter in parameters]

@@ -34,8 +34,8 @@ class LOT(ClosedForm):
         MergeError: in pre-flight, if the base is not what the experts seem to be fine-tuned from.
     """
 
-    needs_base = True
+    needs = frozenset({"data", "base"})
 
     def __init__(self, importance: dict[str, float] | None = None, ridge: float = 1e-4) -> None:
         super().__init__(importance)
-        self.rule = ChainOptions("expert", "merged", False, ridge, anchor="base", joint=False)
+        self.options = ChainOptions("expert", "merged", False, ridge, anchor="base", joint=False)

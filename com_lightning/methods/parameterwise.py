@@ -90,7 +90,7 @@ class SharedParameter:
 
     def base(self) -> Tensor:
         """The value in the base."""
-        assert self.origin is not None, "a rule that asks for the base says so in `needs_base`"
+        assert self.origin is not None, "a rule that asks for the base says so in `needs`"
         base = self._working(self.origin) if self._base is None else self._base
         self._base = base if self._holds else None
         return base
@@ -136,8 +136,8 @@ class ParameterRule(MergingMethod):
     running statistics for instance, are averaged. With several processes the parameters are shared out among them.
     """
 
-    needs_data = False
-    needs_average = False
+    needs = frozenset()
+    starts_from_average = False
 
     @abstractmethod
     def combine(self, parameter: SharedParameter) -> Tensor | None:

@@ -30,15 +30,13 @@ class Refitted(MergingMethod):
         Refitted(TIES(density=0.2))
     """
 
-    keeps_to_parts = False
+    separable = False
 
     def __init__(self, method: MergingMethod, normalize: bool = False, ridge: float = 0.01) -> None:
         super().__init__(method.importance)
         self.method, self.normalize, self.ridge = method, normalize, ridge
-        self.needs_data = True
-        self.needs_loss, self.needs_base = method.needs_loss, method.needs_base
-        self.needs_average = method.needs_average
-        self.solves_layers = method.needs_data and method.solves_layers
+        self.needs, self.options = method.needs | {"data"}, method.options
+        self.starts_from_average = method.starts_from_average
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
@@ -51,6 +49,6 @@ class Refitted(MergingMethod):
         found = [f"method: {problem}" for problem in self.method.problems(tasks)]
         if not 0 <= self.ridge < math.inf:
             found.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
-        if getattr(getattr(self.method, "rule", None), "refit_heads", False) or isinstance(self.method, Refitted):
+        if (self.method.options and self.method.options.refit_heads) or isinstance(self.method, Refitted):
             found.append("method: it solves private layers by itself already")
         return found

@@ -112,8 +112,7 @@ class _Variant:
 def _settings(entry: Any) -> list[Setting]:
     if isinstance(entry, MergingMethod):
         name = _name_of(type(entry))
-        given = {k: v for k, v in vars(entry).items() if not k.startswith("_") and k != "rule" and v is not None}
-        given.update(vars(getattr(entry, "rule", entry)) if hasattr(entry, "rule") else {})
+        given = {k: v for k, v in entry.describe().items() if k != "class" and v is not None}
         label = _label(name, {k: _text(v) for k, v in given.items() if v != _defaults(type(entry)).get(k, v)})
         return [Setting(label, label, entry)]
     name, variants = _variants(entry)

@@ -16,7 +16,7 @@ from com_lightning.methods.parameterwise import ParameterRule, SharedParameter, 
 
 
 class _Spectral(ParameterRule):
-    needs_base = True
+    needs = frozenset({"base"})
 
     def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:
         super().__init__(importance)

@@ -23,7 +23,7 @@ class TaskVectorRule(ParameterRule):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    needs_base = True
+    needs = frozenset({"base"})
     elects = False
 
     def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:

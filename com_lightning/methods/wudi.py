@@ -30,7 +30,7 @@ class WUDI(ParameterRule):
         importance: task -> its weight, relative to the others; uniform by default.
     """
 
-    needs_base = True
+    needs = frozenset({"base"})
 
     def __init__(
         self, steps: int = 300, learning_rate: float = 1e-5, importance: dict[str, float] | None = None

@@ -64,7 +64,7 @@ def make_job(
         name: nn.Parameter(average([values[name] for values in experts.values()], weights), requires_grad=False)
         for name in next(iter(experts.values()))
     }
-    return MergeJob(tasks, merged, run or Run(), base if method.needs_base else None)
+    return MergeJob(tasks, merged, run or Run(), base if "base" in method.needs else None)
 
 
 def merge(method: MergingMethod, base: Values | None, experts: Mapping[str, Values]) -> dict[str, Tensor]:

@@ -52,7 +52,7 @@ def test_settings_reach_the_rule() -> None:
     assert isinstance(two, DARE)
     assert (two.elects, two.seed) == (True, 3)
     assert isinstance(three, ChainOfMerges)
-    assert (three.rule.target, three.rule.normalize) == ("merged", False)
+    assert (three.options.target, three.options.normalize) == ("merged", False)
     (plus,) = read_methods("RegMean++(ridge=0)")
     assert isinstance(plus.method, RegMeanPlusPlus)
 

@@ -126,7 +126,7 @@ def merge(method: MergingMethod, output_dir: Path | None = None) -> ChainOfMerge
         method,
         private=["head"],
         output_dir=str(output_dir) if output_dir else None,
-        base=make_base() if method.needs_base else None,
+        base=make_base() if "base" in method.needs else None,
         baselines=False,
     )
     quiet_trainer(callbacks=[callback]).validate(Classifier(), datamodule=data, verbose=False)

@@ -279,10 +279,10 @@ def test_an_interrupted_merge_goes_on_as_it_would_have(solved: int, tmp_path: Pa
 
 
 def test_which_rules_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ChainOfMerges().rule == ChainOptions(residual=True)
-    assert ChainOfMerges(residual=False).rule == ChainOptions()
-    assert not RegMean().rule.residual
-    assert not RegMeanPlusPlus().rule.residual
+    assert ChainOfMerges().options == ChainOptions(residual=True)
+    assert ChainOfMerges(residual=False).options == ChainOptions()
+    assert not RegMean().options.residual
+    assert not RegMeanPlusPlus().options.residual
     experts, batches = case("attention")
     plain = [merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged"))]
     monkeypatch.setattr(additions, "find_writers", None)  # with nothing to correct, nothing is looked for
