@@ -21,14 +21,14 @@ AS_THEY_ARE = {
     "RegMean": "regmean",
     "RegMean++": "regmean_plus_plus",
     "chain": "chain",
-    "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=worst)",
+    "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=True)",
 }
 REFITTED = {
     "RegMean": "refitted(method=regmean)",
     "RegMean++": "refitted(method=regmean_plus_plus)",
-    "chain": "chain(refit_private=True)",
-    "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
-    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)",
+    "chain": "chain(refit_heads=True)",
+    "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_heads=True, balance=True)",
+    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_heads=True, balance=True)",
 }
 """Bar -> method, for heads as the experts have them, and solved for the merged model."""
 TASKS = ("#4c72b0", "#dd8452", "#55a868")

@@ -25,32 +25,26 @@ ROWS: Mapping[str, str] = {
     "chain, two-sided": "chain(residual=False)",
     "residual (the default)": "chain",
     "default, normalize=False": "chain(normalize=False)",
-    "default, ridge=held_out": "chain(ridge=held_out)",
-    "default, balance=mean": "chain(balance=mean)",
-    "default, balance=worst": "chain(balance=worst)",
-    "default, perturbed_copies=1": "chain(perturbed_copies=1)",
+    "default, balance": "chain(balance=True)",
     "default, sensitivity": "chain(sensitivity=probabilities)",
     "default, private_biases": "chain(private_biases=True)",
-    "default, refit_private": "chain(refit_private=True)",
-    "default, refit_private, normalize=False": "chain(normalize=False, refit_private=True)",
+    "default, refit_heads": "chain(refit_heads=True)",
+    "default, refit_heads, normalize=False": "chain(normalize=False, refit_heads=True)",
     "all: residual, sensitivity, balance, private_biases": (
-        "chain(sensitivity=probabilities, private_biases=True, balance=worst)"
+        "chain(sensitivity=probabilities, private_biases=True, balance=True)"
     ),
-    "all, normalize=False": "chain(normalize=False, sensitivity=probabilities, private_biases=True, balance=worst)",
-    "all but residual": "chain(residual=False, sensitivity=probabilities, private_biases=True, balance=worst)",
-    "all but sensitivity": "chain(private_biases=True, balance=worst)",
+    "all, normalize=False": "chain(normalize=False, sensitivity=probabilities, private_biases=True, balance=True)",
+    "all but residual": "chain(residual=False, sensitivity=probabilities, private_biases=True, balance=True)",
+    "all but sensitivity": "chain(private_biases=True, balance=True)",
     "all but balance": "chain(sensitivity=probabilities, private_biases=True)",
-    "all but private_biases": "chain(sensitivity=probabilities, balance=worst)",
-    "all, refit_private": ("chain(sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"),
-    "all, refit_private, normalize=False": (
-        "chain(normalize=False, sensitivity=probabilities, private_biases=True, refit_private=True, balance=worst)"
+    "all but private_biases": "chain(sensitivity=probabilities, balance=True)",
+    "all, refit_heads": ("chain(sensitivity=probabilities, private_biases=True, refit_heads=True, balance=True)"),
+    "all, refit_heads, normalize=False": (
+        "chain(normalize=False, sensitivity=probabilities, private_biases=True, refit_heads=True, balance=True)"
     ),
-    "all but private_biases, refit_private": "chain(sensitivity=probabilities, refit_private=True, balance=worst)",
-    "all but private_biases, refit_private, normalize=False": (
-        "chain(normalize=False, sensitivity=probabilities, refit_private=True, balance=worst)"
-    ),
-    "all, perturbed_copies=1": (
-        "chain(sensitivity=probabilities, private_biases=True, balance=worst, perturbed_copies=1)"
+    "all but private_biases, refit_heads": "chain(sensitivity=probabilities, refit_heads=True, balance=True)",
+    "all but private_biases, refit_heads, normalize=False": (
+        "chain(normalize=False, sensitivity=probabilities, refit_heads=True, balance=True)"
     ),
     JOINT: JOINT,
 }

@@ -9,14 +9,16 @@ import os
 import platform
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.suites.renamed import current_name, current_settings
 from benchmarks.suites.suite import Suite
 
 EXPERT = "expert"  # the entry of the experts themselves
@@ -51,6 +53,15 @@ class Entry:
     versions: dict[str, str] = field(default_factory=dict)
     chosen: str = ""
     tried: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, content: Mapping[str, Any]) -> Entry:
+        """An entry of a file, with today's names of options."""
+        entry = cls(**content)
+        entry.method, entry.chosen = current_name(entry.method), current_name(entry.chosen)
+        entry.tried = {current_name(setting): score for setting, score in entry.tried.items()}
+        entry.settings = current_settings(entry.settings)
+        return entry
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -103,7 +114,7 @@ class Results:
     def entries(self) -> list[Entry]:
         """Those of the file."""
         file = self.path.with_suffix(".json")
-        return [Entry(**entry) for entry in json.loads(file.read_text())["entries"]] if file.exists() else []
+        return [Entry.read(entry) for entry in json.loads(file.read_text())["entries"]] if file.exists() else []
 
     def find(self, key: tuple[object, ...]) -> Entry | None:
         """The entry with a key."""

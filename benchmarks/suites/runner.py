@@ -176,7 +176,7 @@ def merge(
     seed_everything(seed, verbose=False)
     merger = _Merger({**loaded.experts}, method, list(suite.private), baselines=False, base=loaded.base)
     # The limit cuts calibration too: what is calibrated on has to fit in.
-    limit = math.ceil(data.samples / (data.batch_size or 1)) if "data" in method.needs else 1
+    limit = math.ceil(data.num_samples / (data.batch_size or 1)) if "data" in method.needs else 1
     with quiet_lightning():
         trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
         trainer.validate(copy.deepcopy(loaded.experts[suite.tasks[0]]), datamodule=data, verbose=False)
@@ -206,7 +206,7 @@ def evaluate(
         loader = own.test_dataloader() if split == "test" else own.val_dataloader()
         if held_out:
             loader = (
-                MergeDataModule(data.tasks, data.samples, "val", holdout=True, seed=data.seed)
+                MergeDataModule(data.tasks, data.num_samples, "val", holdout=True, seed=data.seed)
                 .task(task, prepared=True)
                 .val_dataloader()
             )

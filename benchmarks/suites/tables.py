@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 
 from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.pictures import draw_bars, draw_samples
+from benchmarks.suites.renamed import is_removed
 from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
 from com_lightning.results.tables import table
 
@@ -72,6 +73,8 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
             "rule was not calibrated on. Test was measured with what was chosen, and with nothing else."
         )
         yield _chosen(main)
+    if removed := sorted({row.label for row in rows if is_removed(row.label)}):
+        yield f"Rows with options that have been removed since: {', '.join(f'`{label}`' for label in removed)}."
     if several:
         yield "By calibration samples a task (mean normalised, %, ± spread):"
         yield _samples(several)
@@ -143,7 +146,7 @@ def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> It
     numbers: dict[tuple[str, str], set[int]] = {}
     entries = [entry for row in rows for entry in row.entries]
     oracle = ["--oracle"] * any(entry.method == JOINT for entry in entries)
-    for entry in (entry for entry in entries if entry.method != JOINT):
+    for entry in (entry for entry in entries if entry.method != JOINT and not is_removed(entry.method)):
         numbers.setdefault((entry.source, entry.method), set()).update([entry.samples] if entry.samples else [])
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (source, method), own in numbers.items():

@@ -216,6 +216,16 @@ def test_numbers_of_samples_have_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("points")
+def test_old_names_of_options_are_understood_and_removed_options_said(tmp_path: Path) -> None:
+    old = ("chain(refit_private=True, balance=worst)", "chain(perturbed_copies=1)")
+    results = _results(tmp_path, {(name, 0, 256): 0.5 for name in old})
+    table = show(results, results.entries()[0].trained)
+    assert "| chain(refit_heads=True, balance=True) " in table
+    assert "removed since: `chain(perturbed_copies=1)`." in table
+    assert "perturbed_copies" not in next(line for line in table.splitlines() if line.startswith("`python"))
+
+
+@pytest.mark.usefixtures("points")
 def test_an_ablation_has_a_column_for_each_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     scores = {("average", 0, 0): 0.2, ("chain", 0, 256): 0.5, ("chain", 1, 256): 0.7, ("chain", 0, 64): 0.1}
     results = _results(tmp_path, {**scores, ("joint training", 0, 0): 0.9, ("ties", 0, 0): 0.3})
