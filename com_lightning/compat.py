@@ -50,6 +50,9 @@ def with_new_names(options: Mapping[str, Any], known: Container[str], stacklevel
         known: the names that are taken today. An old name that is among them means something else, and stays.
         stacklevel: of the warning, seen from the caller.
 
+    Returns:
+        New name -> new value.
+
     Raises:
         TypeError: if an option is given under both names.
     """
@@ -69,7 +72,7 @@ def with_new_names(options: Mapping[str, Any], known: Container[str], stacklevel
 
 
 def renamed_options(function: Function) -> Function:
-    """Decorate a function or an ``__init__`` so that it takes old names of its options, see :data:`RENAMED_OPTIONS`.
+    """Return a function or an ``__init__`` that also takes old names of its options, see :data:`RENAMED_OPTIONS`.
 
     Example::
 
@@ -94,7 +97,7 @@ def renamed_options(function: Function) -> Function:
 def load_module(
     kind: type[Module], content: Mapping[str, Any], path: Path | None = None, strict: bool | None = None
 ) -> Module:
-    """``kind.load_from_checkpoint``, which executes nothing that a file names, whatever the version of Lightning.
+    """Call ``kind.load_from_checkpoint`` so that nothing that a file names is executed, in any version of Lightning.
 
     Before 2.6 Lightning unpickles what it loads, and before 2.6.6 it calls the function that hyperparameters name as
     their instantiator, as those of LightningCLI do.
@@ -104,6 +107,9 @@ def load_module(
         content: the checkpoint's, as safe loading has read it.
         path: of its file, from which the weights are read where that is safe; else from ``content``.
         strict: as for ``load_from_checkpoint``.
+
+    Returns:
+        The loaded module.
 
     Raises:
         ValueError: if another function than LightningCLI's is to make the module, or one of another class.

@@ -36,7 +36,7 @@ def collected_warnings() -> Iterator[list[str]]:
 
 
 def reason(error: Exception) -> str:
-    """An error in one line. Of the keys that torch lists, the first are told, and how many more there are.
+    """Return an error in one line. If torch lists keys, the first ones are named, and the others are counted.
 
     Example::
 

@@ -19,7 +19,7 @@ from com_lightning.validation import borrowed
 
 
 def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:
-    """What the paused forwards of a merge will hold, and how many samples fit, in words.
+    """Return a text that says how much memory paused forwards will hold, and how many samples fit.
 
     The plan's experts are moved and converted as for the merge; nothing is merged or logged.
 

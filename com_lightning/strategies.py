@@ -59,11 +59,11 @@ def peers_of(trainer: Trainer) -> Peers:
 
 
 def early_peers(trainer: Trainer) -> Peers:
-    """The processes of a trainer that has not set up its strategy, where torchrun, SLURM or the like started them all.
+    """Return the processes of a trainer that has not set up its strategy, if torchrun, SLURM or the like started them.
 
-    What goes wrong on one machine alone, such as a file that it lacks, is then told to the others, which would wait for
-    it otherwise. Where Lightning starts the processes, the first comes this far on its own, and starts the others only
-    if nothing is wrong.
+    If something is wrong on one machine only, such as a missing file, the others learn of it. They would wait for that
+    machine otherwise. If Lightning starts the processes, the first one comes this far by itself, and starts the others
+    only if nothing is wrong.
     """
     strategy = trainer.strategy
     if trainer.world_size < 2 or not isinstance(strategy, DDPStrategy):

@@ -11,8 +11,11 @@ from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
-    """Draw ``methods.png``, ``tasks.png``, and ``shift.png`` if there are chains. Returns whether there was
-    matplotlib."""
+    """Draw ``methods.png``, ``tasks.png``, and ``shift.png`` if there are chains.
+
+    Returns:
+        Whether matplotlib is installed; nothing is drawn without it.
+    """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:

@@ -182,9 +182,12 @@ def inspect(
     Args:
         experts: name -> Lightning checkpoint, state dict, safetensors file, or folder of ``save_pretrained``, or its
             name on the Hub (``hf://owner/name``).
-        base: what they were fine-tuned from, likewise; it may be a part of the experts' modules, the transformers model
-            in them, say.
+        base: the model that they were fine-tuned from, in one of the same forms. It may be a part of the experts'
+            modules, such as the transformers model in them.
         private: patterns of parameters to leave out.
+
+    Returns:
+        Distances, cosines and sign conflicts, for all layers together and for each layer.
 
     Raises:
         MergeError: with all files that cannot be read, and if the experts have nothing in common.

@@ -88,14 +88,17 @@ class Splits:
 def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects: bool) -> Splits:
     """Split the val data of all tasks.
 
-    What is left when the calibration samples of all seeds are taken out is reported; if settings are to be chosen, a
-    seeded half of it (of each dataset) is for that.
+    The calibration samples of all seeds are taken out. The other samples are reported. If settings are to be chosen, a
+    random half of each dataset's other samples is used for that instead.
 
     Args:
-        data: set up, and without problems of its own.
-        seeds: of the calibration samples.
+        data: the data, set up and checked.
+        seeds: seeds of the calibration samples.
         calibrates: whether any method reads calibration data.
         selects: whether settings are to be chosen.
+
+    Returns:
+        The samples for each purpose.
 
     Raises:
         MergeError: with all tasks that have too few samples, or none that can be told apart.

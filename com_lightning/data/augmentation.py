@@ -28,7 +28,7 @@ SMALLEST, LARGEST = 1 / 3, 2 / 3
 def with_copies(
     batches: Sequence[Any], numbers: Sequence[int], total: int, copies: int, task: str
 ) -> tuple[list[Any], list[int]]:
-    """Batches followed by perturbed copies of each, and the numbers of all of them.
+    """Return batches followed by perturbed copies of each, and the numbers of all of them.
 
     Copy c of batch n gets the number ``c * total + n``, so that all processes agree on the numbers. The copy depends on
     this number and on the task's name only.
@@ -50,7 +50,7 @@ def with_copies(
 
 
 def perturbed(batch: Any, seed: int) -> Any:
-    """A copy of a batch in which each sample has a part of another sample of the batch.
+    """Return a copy of a batch in which each sample has a part of another sample of the batch.
 
     A tensor may hold a row, ``(n, length, ...)``, or an image, ``(n, ..., height, width)``, for each sample. All tensors
     take the same part from the same other sample, so that tokens and their mask still belong together. Floating-point

@@ -136,7 +136,7 @@ class MergeDataModule(LightningDataModule):
         self._set_up.clear()
 
     def task(self, name: str, prepared: bool = False) -> LightningDataModule:
-        """One task's data for ``trainer.validate``, without the samples that are held out for calibration.
+        """Return one task's data for ``trainer.validate``, without the samples that are held out for calibration.
 
         Args:
             name: of the task.
@@ -206,6 +206,9 @@ class MergeDataModule(LightningDataModule):
             limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
             rank: number of the process.
             processes: number of processes.
+
+        Returns:
+            The share of this process.
         """
         with self.seeded(name):  # loaders draw a seed, and a dataset may augment at random
             return self._calibration(name, limit_batches, rank, processes)
@@ -242,7 +245,7 @@ class MergeDataModule(LightningDataModule):
         return sample
 
     def augmented(self, name: str, batches: Sequence[Any], sample: CalibrationSample) -> tuple[list[Any], list[int]]:
-        """The calibration batches of a task followed by their ``augmented_copies``, and the number of each.
+        """Return the calibration batches of a task followed by their ``augmented_copies``, and the number of each.
 
         Args:
             name: of the task.

@@ -15,7 +15,7 @@ _WHERE = "give True (or 1) where data is, by calibration_mask(batch) of your mod
 
 
 def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
-    """The boolean mask over a batch's positions, ``True`` where data is; ``None`` if there is none.
+    """Return the boolean mask over a batch's positions, ``True`` where data is; ``None`` if there is none.
 
     It is what the module's ``calibration_mask(batch)`` gives, or else the batch's ``attention_mask``.
 

@@ -75,6 +75,9 @@ def reservoir(loader: Iterable[Any], count: int, limit: int | None, generator: t
         count: number of samples to draw.
         limit: number of batches to read at most; ``None``: all.
         generator: makes the random choice.
+
+    Returns:
+        The drawn batches.
     """
     if isinstance(loader, DataLoader):  # with persistent workers it has one iterator, which validation uses
         sampler = None if isinstance(loader.dataset, IterableDataset) else loader.sampler
@@ -145,7 +148,7 @@ def _same_randomness(loader: DataLoader[Any]) -> Iterator[None]:
 
 
 def restricted(loader: DataLoader[Any], indices: Collection[int]) -> DataLoader[Any]:
-    """A fresh loader over some of the samples, in the order of the loader.
+    """Return a fresh loader over some of the samples, in the order of the loader.
 
     Args:
         loader: it has indices, see :func:`has_indices`.

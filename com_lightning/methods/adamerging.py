@@ -203,7 +203,7 @@ class _Model:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """The mean entropy of predictions, from logits ``(n, classes)``.
+    """Return the mean entropy of predictions, from logits ``(n, classes)``.
 
     Example::
 

@@ -83,7 +83,7 @@ class MergingMethod(ABC):
         """Write the merged values into ``job.merged``, and return what happened at each layer, in order."""
 
     def weights(self, tasks: Sequence[str]) -> list[float]:
-        """Task importance, in the order of ``tasks``, with a sum of one.
+        """Return the importance of tasks, in the order of ``tasks``, with a sum of one.
 
         Example::
 
@@ -119,7 +119,7 @@ class MergingMethod(ABC):
         return {"class": type(self).__name__, **settings}
 
     def __repr__(self) -> str:
-        """The rule as Python code, with those settings that differ from their defaults.
+        """Return the rule as Python code, with those settings that differ from their defaults.
 
         Example::
 

@@ -158,13 +158,19 @@ class _Sums:
 def squared_gradients(
     job: MergeJob, number: int, task: Task, parameters: Sequence[SharedParameter]
 ) -> tuple[dict[str, Tensor], int, list[SkippedBatch]]:
-    """Sum of the squared gradients of an expert's samples over this process's batches; their number; what was left out.
+    """Sum the squared gradients of an expert's samples over this process's batches.
 
     Args:
         job: the merge.
         number: of the task.
         task: whose expert and batches these are.
         parameters: which gradients are wanted.
+
+    Returns:
+        The sums by name, the number of samples, and the batches that were left out.
+
+    Raises:
+        NonFiniteError: if the loss or a gradient is NaN or infinite, and such batches are not skipped.
     """
     assert task.loss is not None, "a rule that asks for the loss says so in `needs`"
     module = renewed(Placement(task.expert, task.move).module())

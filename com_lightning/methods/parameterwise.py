@@ -116,8 +116,11 @@ class SharedParameter:
         return torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
 
     def uniform(self, task: str, seed: int) -> Tensor:
-        """Uniform random numbers in [0, 1), one per element, that depend on seed, task and name alone: not on the order
-        in which parameters or tasks come, the number of processes, or the device."""
+        """Return uniform random numbers in [0, 1), one for each element.
+
+        They depend only on seed, task and name: not on the order of parameters or tasks, the number of processes, or
+        the device.
+        """
         digest = hashlib.sha256(f"{seed}/{task}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
         return torch.rand(self.target.shape, generator=generator).to(self.device)
@@ -208,7 +211,7 @@ def scale_problems(scale: float) -> list[str]:
 
 
 def finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
-    """A merged value in the precision that it is stored in.
+    """Return a merged value in the precision that it is stored in.
 
     Raises:
         NonFiniteError: if it holds NaN or infinity there, naming whose fault that is.

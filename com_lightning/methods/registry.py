@@ -60,7 +60,7 @@ class Setting:
 
 
 def read_methods(listed: str | Sequence[Any]) -> list[Setting]:
-    """The rules of a list, in order. A list of values where a rule takes one makes a grid: one setting for each.
+    """Return the rules of a list, in order. A list of values in place of one is a grid: one setting for each value.
 
     Args:
         listed: names with their settings, separated by commas: case and underscores do not matter, text needs no

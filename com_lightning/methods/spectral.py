@@ -137,7 +137,7 @@ class IsoCTS(_Spectral):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal columns, or rows where there are fewer of these: the polar factor.
+    """Return the nearest matrix with orthonormal columns, or rows if there are fewer of these: the polar factor.
 
     In directions that ``matrix`` does not have, it is not unique, and is taken to be 0.
 

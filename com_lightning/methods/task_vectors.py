@@ -254,7 +254,7 @@ _LEAST = torch.finfo(torch.float32).tiny
 
 
 def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
-    """Of each element the sign that weighs more over all tasks, and the weighted mean of the values that have it.
+    """Return the weighted mean of those values of each element whose sign has more weight over all tasks.
 
     Example: one of two experts has moved the last value the other way, but less.
 

@@ -11,7 +11,7 @@ _HALF = 16
 
 
 def kth_largest(tensors: Callable[[], Iterable[Tensor]], k: int) -> float:
-    """The ``k``-th largest magnitude among all elements, in float32, exactly.
+    """Return the ``k``-th largest magnitude among all elements, in float32, exactly.
 
     The bits of non-negative floats rank like the floats themselves, so two histograms find it: one of their upper
     halves, then one of the lower halves of those that share the upper half sought.

@@ -61,6 +61,9 @@ def mean(values: Sequence[float | None]) -> float | None:
 def lower_is_better(metric: str) -> bool:
     """Guess from the name of a metric whether lower values are better.
 
+    Returns:
+        The guess.
+
     Example::
 
         >>> lower_is_better("val_loss"), lower_is_better("test/wer"), lower_is_better("val_acc")

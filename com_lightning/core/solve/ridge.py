@@ -85,6 +85,12 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         importance: one weight per task.
         ridge: relative to the mean of the diagonal of the summed matrix, over all groups.
 
+    Returns:
+        The factor, and what was factorised.
+
+    Raises:
+        ValueError: if a Gram matrix holds NaN or infinity.
+
     Complexity: ``g k³ / 3`` multiply-adds.
 
     Example::
@@ -132,7 +138,7 @@ def solve(
     weights: Sequence[Tensor],
     importance: Sequence[float],
 ) -> Tensor:
-    """The merged weight of a layer, ``(g, o, k)`` in float64 (equation at the top of this module).
+    """Return the merged weight of a layer, ``(g, o, k)`` in float64 (equation at the top of this module).
 
     Args:
         factor: of the same Gram matrices, see :func:`factorize`.
@@ -163,7 +169,7 @@ def solve_or_average(
     anchor: Tensor | None = None,
     measured: bool = False,
 ) -> Solution:
-    """As :func:`solve`, but where a solution is not better than the average, that is kept.
+    """Return the solution of :func:`solve`, or the average for groups whose solution is not better.
 
     With an ``anchor``, ``(g, o, k)``, it takes the place of the average ``W̄``.
 
@@ -213,7 +219,7 @@ def solve_or_average(
 
 
 def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor, importance: Sequence[float]) -> float:
-    """Relative residual of any weights on the merged model's inputs: ``sum a ||(W - W_i) x̂||² / sum a ||W_i x̂||²``.
+    """Return the residual of any weights, relative to the outputs: ``sum a ||(W - W_i) x̂||² / sum a ||W_i x̂||²``.
 
     Example::
 

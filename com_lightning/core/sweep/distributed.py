@@ -36,7 +36,7 @@ class Peers:
     size = 1
 
     def exchange(self, value: T) -> list[T]:
-        """Everyone's value, in the order of ranks.
+        """Return the values of all processes, in the order of ranks.
 
         Raises:
             PeerError: if another process has failed.

@@ -46,7 +46,7 @@ def exact_products() -> Iterator[None]:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``torch.nn.functional.linear``, made by oneDNN where that is faster; the same but for rounding.
+    """Return ``torch.nn.functional.linear`` up to rounding, computed by oneDNN where that is faster.
 
     Args:
         input: ``(*lead, f)``.
@@ -66,7 +66,7 @@ def outputs(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def times(weight: Tensor, matrices: Tensor) -> Tensor:
-    """``(g, o, k)`` times ``(g, k, m)``.
+    """Return ``(g, o, k)`` times ``(g, k, m)``.
 
     Fastest where matrices are stored by columns, as Cholesky factors are. Of symmetric ones stored by rows, give the
     transpose, which is the same matrix.
@@ -77,7 +77,7 @@ def times(weight: Tensor, matrices: Tensor) -> Tensor:
 
 
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bool = False) -> Tensor:
-    """``total + leftᵀ right`` for each group, in place: ``(n, g, a)``, ``(n, g, b)`` -> ``(g, a, b)``.
+    """Return ``total + leftᵀ right`` for each group, in place: ``(n, g, a)``, ``(n, g, b)`` -> ``(g, a, b)``.
 
     If it is ``symmetric``, what is above the blocks on the diagonal is left as it is, see :func:`completed`.
     """
@@ -110,7 +110,7 @@ def turns(rows: Tensor) -> bool:
 
 
 def aligned(length: int) -> int:
-    """How far apart rows are to be, so that long ones begin at multiples of 64 bytes.
+    """Return the distance of rows at which long rows begin at multiples of 64 bytes.
 
     The bias makes rows of 769 or 3073 numbers, with which products take a third longer than with 768 or 3072 (tried).
     """
@@ -118,8 +118,9 @@ def aligned(length: int) -> int:
 
 
 def _blocks(size: int) -> Iterator[slice]:
-    """Columns of a symmetric matrix that are computed together, from the diagonal down: of a large one, a quarter, of
-    a very large one a twelfth.
+    """Return the columns of a symmetric matrix that are computed together, from the diagonal down.
+
+    They are a quarter of a large matrix, and a twelfth of a very large one.
 
     That saves three eighths of the products, or eleven twenty-fourths. More and smaller blocks save more of them, but
     each takes longer (tried).
@@ -160,9 +161,9 @@ def _prefers_onednn() -> bool:
 
 @functools.cache
 def _onednn_is_faster() -> bool:
-    """Whether products in float32 are made faster by oneDNN than by MKL, which is what PyTorch takes.
+    """Return whether oneDNN computes products in float32 faster than MKL, which PyTorch uses.
 
-    So it is on AMD's with AVX-512, by a factor of two (tried on an EPYC of the fifth generation, torch 2.15).
+    It does on AMD's processors with AVX-512, by a factor of two (tried on an EPYC of the fifth generation, torch 2.15).
     """
     return (
         private_torch.has_onednn_linear()

@@ -21,12 +21,12 @@ _COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.M
 
 
 def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
-    """A copy of ``module`` with its own submodules, state and hooks, but without copying parameters or buffers.
+    """Return a copy of ``module`` with its own submodules, state and hooks, but with the same parameters and buffers.
 
     Args:
         module: the module to copy. Ties between parameters are kept.
-        tensors: ``id`` of a parameter or buffer of ``module`` -> the tensor that takes its place in the copy. Those
-            not named are the very tensors of ``module``.
+        tensors: ``id`` of a parameter or buffer of ``module`` -> the tensor that replaces it in the copy. All others
+            are the tensors of ``module``.
 
     Example::
 
@@ -50,8 +50,10 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
 
 
 def renewed(module: nn.Module) -> nn.Module:
-    """A copy with parameters and buffers of its own on the same storage: what moves or converts it leaves ``module``
-    as it is."""
+    """Return a copy with its own parameters and buffers on the same storage.
+
+    Moving or converting the copy does not change ``module``.
+    """
     tensors = {}
     for _, tensor, is_parameter in named_tensors(module):
         tensors[id(tensor)] = nn.Parameter(tensor.detach(), tensor.requires_grad) if is_parameter else tensor.detach()
@@ -80,7 +82,7 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Name of each parameter or buffer -> the first name of the same tensor (its own, where it is not tied).
+    """Return the name of each parameter or buffer -> the first name of the same tensor (its own, if not tied).
 
     Example::
 
@@ -94,7 +96,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
 
 
 def matches_any(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter's name matches one of the patterns.
+    """Return whether a parameter's name matches one of the patterns.
 
     A pattern is a shell pattern (``"head.*"``, ``"*.classifier.weight"``) or the name of a module or parameter.
 
@@ -107,7 +109,7 @@ def matches_any(name: str, patterns: Sequence[str]) -> bool:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor of floating-point numbers holds neither NaN nor infinity, found out without a copy of it.
+    """Return whether a floating-point tensor holds neither NaN nor infinity, without copying it.
 
     Example::
 
@@ -119,7 +121,7 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """The (weighted) average, summed in a wider precision and returned in the first tensor's dtype and on its device.
+    """Return the (weighted) average, summed in a wider precision, in the first tensor's dtype and on its device.
 
     Args:
         tensors: tensors of one shape.
@@ -151,7 +153,7 @@ def slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
 
 
 def own_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """A tensor of the same values, on another device perhaps, that can be written to; a parameter of a parameter.
+    """Return a copy that can be written to, on another device if one is given. The copy of a parameter is a parameter.
 
     Example::
 

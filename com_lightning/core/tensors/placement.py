@@ -39,8 +39,10 @@ class Placement:
         self._placed: dict[int, Tensor] = {}
 
     def place(self, name: str, tensor: Tensor | None = None) -> Tensor:
-        """The parameter or buffer of that name, or ``tensor`` in its stead, as a forward uses it: the very tensor where
-        nothing has to be converted, else a copy that is made once."""
+        """Return a parameter or buffer, or ``tensor`` in its place, as a forward uses it.
+
+        It is the tensor itself if nothing has to be converted, and a copy that is made once otherwise.
+        """
         tensor = self.stored[name] if tensor is None else tensor
         if id(tensor) not in self._placed:
             slot = self._slots[name]
@@ -86,10 +88,10 @@ class Running:
     def of(
         placement: Placement, stream: str, merged: Mapping[str, Tensor], stays: bool, converted: dict[int, Tensor]
     ) -> Running:
-        """The merged model of a task, or its expert.
+        """Return the merged model of a task, or its expert.
 
         Args:
-            placement: of the expert.
+            placement: placement of the expert.
             stream: ``"merged"`` or ``"expert"``.
             merged: name -> merged tensor.
             stays: whether the expert's shared parameters stay where they are.
