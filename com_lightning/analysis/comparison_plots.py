@@ -1,4 +1,4 @@
-"""Pictures of a comparison: the rules side by side, task by task, and the covariate shift with and without a chain."""
+"""Pictures of a comparison: methods side by side, task by task, and the drift of inputs with and without a chain."""
 
 from __future__ import annotations
 
@@ -11,24 +11,28 @@ from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
-    """Draw ``methods.png``, ``tasks.png``, and ``shift.png`` if there are chains.
+    """Draw ``methods.png``, ``tasks.png`` and, if chains were compared, ``shift.png``.
+
+    Args:
+        comparison: What to draw.
+        folder: Where to write the pictures.
 
     Returns:
-        Whether matplotlib is installed; nothing is drawn without it.
+        Whether matplotlib is installed; without it there are no pictures.
     """
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         return False
-    _drawn(folder / "methods.png", (8, 1.2 + 0.35 * len(comparison.rows)), lambda axes: _bars(axes, comparison))
+    _save(folder / "methods.png", (8, 1.2 + 0.35 * len(comparison.rows)), lambda axes: _bars(axes, comparison))
     wide, high = 3.5 + 0.9 * len(comparison.tasks), 1.4 + 0.35 * len(comparison.rows)
-    _drawn(folder / "tasks.png", (max(wide, 5.5), high), lambda axes: _heat_map(axes, comparison))
+    _save(folder / "tasks.png", (max(wide, 5.5), high), lambda axes: _heat_map(axes, comparison))
     if comparison.average_shift:
-        _drawn(folder / "shift.png", (9, 4.2), lambda axes: _shift(axes, comparison))
+        _save(folder / "shift.png", (9, 4.2), lambda axes: _shift(axes, comparison))
     return True
 
 
-def _drawn(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
+def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -50,29 +54,29 @@ def _bars(axes: Any, comparison: Comparison) -> None:
     axes.set_yticks(places, [row.label for row in comparison.rows], fontsize=8)
     axes.invert_yaxis()
     seeds = max(len(row.outcomes) for row in comparison.rows)
-    told = f"; standard deviation between {seeds} seeds" if spread else ""
-    axes.set_xlabel(f"{name}{', lower is better' if comparison.lower_is_better else ''}{told}")
+    whiskers = f"; standard deviation between {seeds} seeds" if spread else ""
+    axes.set_xlabel(f"{name}{', lower is better' if comparison.lower_is_better else ''}{whiskers}")
 
 
 def _heat_map(axes: Any, comparison: Comparison) -> None:
     rows, tasks = comparison.rows, comparison.tasks
     factor = 100 if comparison.by_share else 1
-    found = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
-    cells = [[float("nan") if value is None else factor * value for value in row] for row in found]
+    values = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
+    cells = [[float("nan") if value is None else factor * value for value in row] for row in values]
     image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_is_better else "viridis")
     axes.figure.colorbar(image, ax=axes, label=f"{comparison.metric}{' / expert (%)' if comparison.by_share else ''}")
     middle = sum(image.get_clim()) / 2
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
             light = (cells[y][x] < middle) != comparison.lower_is_better
-            value = number(row.absolute[task])
-            axes.text(x, y, value, ha="center", va="center", fontsize=8, color="white" if light else "black")
+            text = number(row.absolute[task])
+            axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
 
 
 def _shift(axes: Any, comparison: Comparison) -> None:
-    """Mean over tasks, and the range between them, for each chain and for the average."""
+    """Curves of the mean over tasks, with the range between tasks, for each chain and for the average."""
     curves = {"average (no chain)": comparison.average_shift}
     curves.update({row.label: row.outcomes[0].shift for row in comparison.rows if row.outcomes[0].shift})
     places: dict[str, int] = {}
@@ -81,14 +85,14 @@ def _shift(axes: Any, comparison: Comparison) -> None:
             places.setdefault(layer, len(places))
     colors = ["#9aa5b1", "#2a6f97", "#c1553b", "#6a994e", "#7b5ea7", "#b08900"]
     for index, (label, curve) in enumerate(curves.items()):
-        known = [(places[layer], list(values.values())) for layer, values in curve if values]
-        x = [place for place, _ in known]
+        points = [(places[layer], list(values.values())) for layer, values in curve if values]
+        x = [place for place, _ in points]
         color = colors[index % len(colors)]
-        axes.plot(x, [_average(v) for _, v in known], marker=".", linewidth=1.2, label=label, color=color)
-        axes.fill_between(x, [min(v) for _, v in known], [max(v) for _, v in known], alpha=0.15, color=color)
+        axes.plot(x, [_average(v) for _, v in points], marker=".", linewidth=1.2, label=label, color=color)
+        axes.fill_between(x, [min(v) for _, v in points], [max(v) for _, v in points], alpha=0.15, color=color)
     axes.set_xlabel("layer, in the order of merging")
     axes.set_ylabel("relative distance to the expert's input")
-    axes.set_title("covariate shift: mean and range over tasks, first seed", fontsize=10)
+    axes.set_title("drift of inputs: mean and range over tasks, first seed", fontsize=10)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylim(bottom=0)
     axes.legend(frameon=False)

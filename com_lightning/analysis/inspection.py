@@ -1,12 +1,14 @@
-"""How far apart experts are, before anything is merged: ``com-lightning inspect``.
+"""``com-lightning inspect``: how far apart experts are, before anything is merged.
 
-Checkpoints are compared as they are, without a model: the tensors that all have, under one name and in one shape.
+Checkpoints are compared directly, without a model. The tensors that are compared are those that all experts have under
+the same name and in the same shape. :func:`inspect` compares them one by one and keeps only sums per layer, from which
+distances, cosines and sign conflicts follow.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,23 +27,23 @@ from com_lightning.results.atomic import write_text, write_whole
 from com_lightning.results.tables import table
 
 MOST = 12
-"""Layers that are printed."""
+"""How many layers the command prints."""
 
 
 @dataclass
 class LayerDistance:
-    """How far apart the experts are in one layer, or in one group of layers: sums, which add up.
+    """How far apart the experts are in one layer, or in several layers together: sums, which can be added.
 
-    Task vectors ``τ_i = θ_i - θ`` are taken from the base, or from the mean of the experts where none is given.
+    The task vector of expert i is ``τ_i = θ_i - θ``, and ``θ`` is the base or, without a base, the mean of the experts.
 
     Attributes:
-        name: of the layer; ``""``: all of them.
-        products: ``<τ_i, τ_j>``, one row per expert.
+        name: Name of the layer; empty for all layers together.
+        products: Inner products ``<τ_i, τ_j>``, one row per expert.
         energy: ``||θ||²``.
-        against: sum over values of the part of the task vectors that is against the sign which most of it has,
-            ``min(Σ τ⁺, Σ τ⁻)``.
+        against: Magnitude of the task vectors against the majority sign of each value: ``min(Σ τ⁺, Σ τ⁻)``, summed over
+            values.
         magnitude: ``Σ_i |τ_i|``, summed over values.
-        values: how many.
+        values: Number of values.
     """
 
     name: str
@@ -53,7 +55,16 @@ class LayerDistance:
 
     @staticmethod
     def of(name: str, experts: Sequence[Tensor], base: Tensor | None) -> LayerDistance:
-        """That of one tensor."""
+        """Compare one tensor of all experts.
+
+        Args:
+            name: Name of the layer.
+            experts: The tensor in each expert.
+            base: The tensor in the base; ``None``: the mean of the experts takes its place.
+
+        Returns:
+            The sums of this tensor.
+        """
         wide = [expert.detach().flatten().float() for expert in experts]
         origin = base.detach().flatten().float() if base is not None else torch.stack(wide).mean(0)
         vectors = torch.stack(wide).sub_(origin)
@@ -64,7 +75,11 @@ class LayerDistance:
         return LayerDistance(name, products, energy, float(against), float(magnitude), len(origin))
 
     def add(self, other: LayerDistance) -> None:
-        """Add what is known of another one."""
+        """Add the sums of another tensor or layer.
+
+        Args:
+            other: What to add.
+        """
         self.products = [[a + b for a, b in zip(*rows)] for rows in zip(self.products, other.products)]
         self.energy += other.energy
         self.against += other.against
@@ -78,7 +93,7 @@ class LayerDistance:
 
     @property
     def cosines(self) -> list[list[float]]:
-        """Between the task vectors; 0 where one is."""
+        """Cosines between the task vectors; 0 if one of them is 0."""
         norms = [max(row[i], 0.0) ** 0.5 for i, row in enumerate(self.products)]
         return [
             [value / (norms[i] * norms[j]) if norms[i] * norms[j] > 0 else 0.0 for j, value in enumerate(row)]
@@ -87,7 +102,7 @@ class LayerDistance:
 
     @property
     def conflict(self) -> float:
-        """Share of the task vectors' magnitude that is against the elected sign: 0 where all agree, at most 1/2."""
+        """Share of the task vectors' magnitude against the majority sign: 0 if all agree, at most 1/2."""
         return self.against / self.magnitude if self.magnitude > 0 else 0.0
 
 
@@ -96,10 +111,10 @@ class Inspection:
     """How far apart experts are.
 
     Attributes:
-        experts: their names.
-        layers: in the order of the first expert's state dict.
-        from_base: whether task vectors are taken from a base, not from the experts' mean.
-        alone: what is not compared, because not all have it in one shape: heads, mostly.
+        experts: Names of the experts.
+        layers: The layers, in the order of the first expert's state dict.
+        from_base: Whether task vectors start at a base rather than at the experts' mean.
+        alone: Names of tensors that are not compared because not all experts have them in the same shape, mostly heads.
     """
 
     experts: list[str]
@@ -117,61 +132,71 @@ class Inspection:
         return total
 
     def to_json(self) -> str:
-        """All that is known, for programs."""
+        """Everything as JSON text."""
 
-        def told(layer: LayerDistance) -> dict[str, Any]:
-            found = {"distance": dict(zip(self.experts, layer.distances)), "values": layer.values}
+        def content_of(layer: LayerDistance) -> dict[str, Any]:
+            content = {"distance": dict(zip(self.experts, layer.distances)), "values": layer.values}
             if self.from_base:
-                found["cosines"] = {a: dict(zip(self.experts, row)) for a, row in zip(self.experts, layer.cosines)}
-                found["conflict"] = layer.conflict
-            return found
+                content["cosines"] = {a: dict(zip(self.experts, row)) for a, row in zip(self.experts, layer.cosines)}
+                content["conflict"] = layer.conflict
+            return content
 
         content = {
             "experts": self.experts,
             "from_base": self.from_base,
-            "whole": told(self.whole),
-            "layers": {layer.name: told(layer) for layer in self.layers},
+            "whole": content_of(self.whole),
+            "layers": {layer.name: content_of(layer) for layer in self.layers},
             "not compared": self.alone,
         }
         return json.dumps(content, indent=1) + "\n"
 
     def to_markdown(self, most: int | None = None) -> str:
-        """Tables; of the layers, only the ``most`` in which experts are furthest apart."""
+        """Everything as Markdown.
+
+        Args:
+            most: How many layers to show, those in which the experts are furthest apart; by default all.
+
+        Returns:
+            The text.
+        """
         whole = self.whole
-        parts = [f"# {len(self.experts)} experts, {whole.values:,} values in {len(self.layers)} layers"]
-        if self.from_base:
-            rows = [["expert", "distance from the base", *(f"cosine to {name}" for name in self.experts)]]
-            for name, distance, cosines in zip(self.experts, whole.distances, whole.cosines):
-                rows.append([name, f"{distance:.4f}", *(f"{cosine:.3f}" for cosine in cosines)])
-            parts += [table(rows), _conflict(whole)]
-        else:
-            rows = [["expert", "distance from the mean"]]
-            rows += [[name, f"{distance:.4f}"] for name, distance in zip(self.experts, whole.distances)]
-            parts += [table(rows), "With a base (--base), the directions that the experts went are compared, too."]
-        measure: Callable[[LayerDistance], float] = (
-            (lambda layer: layer.conflict) if self.from_base else (lambda layer: max(layer.distances))
-        )
-        shown = self.layers if most is None else sorted(self.layers, key=measure, reverse=True)[:most]
-        rows = [["layer", "values", *self.experts, *["sign conflict"] * self.from_base]]
-        for layer in shown:
-            conflict = [f"{100 * layer.conflict:.1f} %"] * self.from_base
-            rows.append([layer.name, f"{layer.values:,}", *(f"{d:.4f}" for d in layer.distances), *conflict])
-        which = "" if len(shown) == len(self.layers) else f", the {len(shown)} furthest apart of {len(self.layers)}"
-        parts += [
-            f"Distances by layer{which}:",
-            table(rows),
-            "Distances are relative to the length of what they are from.",
+        parts = [
+            f"# {len(self.experts)} experts, {whole.values:,} values in {len(self.layers)} layers",
+            *(self._experts_from_base() if self.from_base else self._experts_from_mean()),
+            *self._layers(most),
         ]
         if self.alone:
-            parts.append(f"Not compared, because not all have it in one shape: {some(self.alone)}.")
+            parts.append(f"Not compared, because not all experts have them in the same shape: {some(self.alone)}.")
         return "\n\n".join(parts) + "\n"
 
+    def _experts_from_base(self) -> list[str]:
+        whole = self.whole
+        rows = [["expert", "distance from the base", *(f"cosine to {name}" for name in self.experts)]]
+        for name, distance, cosines in zip(self.experts, whole.distances, whole.cosines):
+            rows.append([name, f"{distance:.4f}", *(f"{cosine:.3f}" for cosine in cosines)])
+        conflict = (
+            f"Sign conflict: {100 * whole.conflict:.1f} % of the task vectors' magnitude is against the majority sign "
+            "(0: all agree; 50: they cancel out)."
+        )
+        return [table(rows), conflict]
 
-def _conflict(whole: LayerDistance) -> str:
-    return (
-        f"Sign conflict: {100 * whole.conflict:.1f} % of the task vectors' magnitude is against the sign that most of "
-        "it has (0: all agree; 50: it cancels out)."
-    )
+    def _experts_from_mean(self) -> list[str]:
+        rows = [["expert", "distance from the mean"]]
+        rows += [[name, f"{distance:.4f}"] for name, distance in zip(self.experts, self.whole.distances)]
+        return [table(rows), "With a base (--base), the directions of the experts are compared too."]
+
+    def _layers(self, most: int | None) -> list[str]:
+        def apart(layer: LayerDistance) -> float:
+            return layer.conflict if self.from_base else max(layer.distances)
+
+        layers = self.layers if most is None else sorted(self.layers, key=apart, reverse=True)[:most]
+        rows = [["layer", "values", *self.experts, *["sign conflict"] * self.from_base]]
+        for layer in layers:
+            conflict = [f"{100 * layer.conflict:.1f} %"] * self.from_base
+            rows.append([layer.name, f"{layer.values:,}", *(f"{d:.4f}" for d in layer.distances), *conflict])
+        which = "" if len(layers) == len(self.layers) else f", the {len(layers)} furthest apart of {len(self.layers)}"
+        origin = "base" if self.from_base else "mean"
+        return [f"Distances by layer{which}:", table(rows), f"Distances are relative to the norm of the {origin}."]
 
 
 def inspect(
@@ -180,17 +205,17 @@ def inspect(
     """Compare checkpoints.
 
     Args:
-        experts: name -> Lightning checkpoint, state dict, safetensors file, or folder of ``save_pretrained``, or its
-            name on the Hub (``hf://owner/name``).
-        base: the model that they were fine-tuned from, in one of the same forms. It may be a part of the experts'
-            modules, such as the transformers model in them.
-        private: patterns of parameters to leave out.
+        experts: Name -> Lightning checkpoint, state dict, safetensors file, folder of ``save_pretrained``, or name on
+            the Hub (``hf://owner/name``).
+        base: The checkpoint that the experts were fine-tuned from, in any of these forms. It may hold only a part of
+            the experts' modules, for example the transformers model in them.
+        private: Patterns of parameters to leave out.
 
     Returns:
         Distances, cosines and sign conflicts, for all layers together and for each layer.
 
     Raises:
-        MergeError: with all files that cannot be read, and if the experts have nothing in common.
+        MergeError: With all files that cannot be read, or if the experts have no tensor in common.
     """
     if len(experts) < 2:
         raise MergeError([f"inspect: needs two or more experts, got {len(experts)}"])
@@ -217,17 +242,18 @@ def inspect(
     layers: dict[str, LayerDistance] = {}
     for name in tqdm(common, desc="comparing", leave=False):
         layer = name.rpartition(".")[0] or name
-        own = LayerDistance.of(layer, [state[name] for state in states.values()], origin[name] if origin else None)
+        tensors = [state[name] for state in states.values()]
+        distance = LayerDistance.of(layer, tensors, origin[name] if origin else None)
         if layer in layers:
-            layers[layer].add(own)
+            layers[layer].add(distance)
         else:
-            layers[layer] = own
+            layers[layer] = distance
     alone = sorted({n for state in states.values() for n in state} - set(common))
     return Inspection(list(experts), list(layers.values()), origin is not None, alone)
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:
-    """Name -> tensor of floating-point numbers."""
+    """Name -> tensor, for all floating-point tensors of a checkpoint or folder."""
     if path.is_dir() and (path / "config.json").is_file():
         if problems := folder_problems(path):
             raise MergeError([f"{path}: {problem}" for problem in problems])
@@ -236,27 +262,37 @@ def _tensors(path: Path) -> dict[str, Tensor]:
             raise MergeError([f"{path}: no model.safetensors and no pytorch_model.bin in it"])
         state = {name: value for file in files for name, value in read_checkpoint(file)["state_dict"].items()}
     elif (path / "adapter_config.json").is_file():
-        raise MergeError([f"{path}: a PEFT adapter, which is no model by itself; merge_and_unload it, and save that"])
+        raise MergeError(
+            [f"{path}: a PEFT adapter without its model; call merge_and_unload() and save the model that it returns"]
+        )
     else:
         state = read_checkpoint(path)["state_dict"]
     return {n: v for n, v in plain_state(state).items() if isinstance(v, Tensor) and v.is_floating_point()}
 
 
 def _aligned(base: dict[str, Tensor], names: Sequence[str]) -> dict[str, Tensor]:
-    """The base under the experts' names: either's module may hold the other's as a part."""
+    """The base under the experts' names: each may be a part of the other, so that a prefix is added or removed."""
     prefixes = {""} | {".".join(name.split(".")[:cut]) + "." for name in names for cut in (1, 2, 3)}
     wanted = set(names)
     longer = max(prefixes, key=lambda prefix: sum(prefix + name in wanted for name in base))
-    own = {longer + name: value for name, value in base.items()}
-    if wanted & own.keys():
-        return own
+    renamed = {longer + name: value for name, value in base.items()}
+    if wanted & renamed.keys():
+        return renamed
     prefixes = {".".join(name.split(".")[:cut]) + "." for name in base for cut in (1, 2, 3)}
     shorter = max(prefixes, key=lambda prefix: sum(prefix + name in base for name in wanted), default="")
     return {name.removeprefix(shorter): value for name, value in base.items()}
 
 
 def save(inspection: Inspection, folder: Path) -> list[str]:
-    """Write ``inspection.md``, ``inspection.json`` and, if there is matplotlib, ``inspection.png``; their names."""
+    """Write ``inspection.md``, ``inspection.json`` and, if matplotlib is installed, ``inspection.png``.
+
+    Args:
+        inspection: What to write.
+        folder: Where to; it is created if necessary.
+
+    Returns:
+        Names of the files.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "inspection.md", inspection.to_markdown())
     write_text(folder / "inspection.json", inspection.to_json())
@@ -267,35 +303,50 @@ def save(inspection: Inspection, folder: Path) -> list[str]:
 
 
 def draw(inspection: Inspection) -> Any:
-    """Heat maps of the cosines between experts, and of the distances by layer; ``None`` without matplotlib."""
+    """Draw heat maps of the cosines between experts and of their distances by layer, and the conflicts of signs.
+
+    Args:
+        inspection: What to draw.
+
+    Returns:
+        A ``matplotlib.figure.Figure``, or ``None`` without matplotlib.
+    """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
         return None
-    names, layers = inspection.experts, inspection.layers
-    figure = Figure(figsize=(12, min(max(3.6, 1 + 0.16 * len(layers)), 14)), layout="constrained")
+    figure = Figure(figsize=(12, min(max(3.6, 1 + 0.16 * len(inspection.layers)), 14)), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + 2 * inspection.from_base, squeeze=False)[0]
-    axes = panels[-1 - inspection.from_base]
+    _draw_distances(panels[-1 - inspection.from_base], inspection)
+    if inspection.from_base:
+        _draw_cosines(panels[0], inspection)
+        axes, layers = panels[-1], inspection.layers
+        axes.barh(range(len(layers)), [100 * layer.conflict for layer in layers], color="#c1553b")
+        axes.set_ylim(len(layers) - 0.5, -0.5)
+        axes.set_yticks([])
+        axes.set_title("sign conflict by layer (%)", fontsize="medium")
+    return figure
+
+
+def _draw_distances(axes: Any, inspection: Inspection) -> None:
+    names, layers = inspection.experts, inspection.layers
     image = axes.imshow([layer.distances for layer in layers], aspect="auto", cmap="viridis")
-    figure.colorbar(image, ax=axes)
-    axes.set_title("distance from the base" if inspection.from_base else "distance from the mean", fontsize="medium")
+    axes.figure.colorbar(image, ax=axes)
+    axes.set_title(f"distance from the {'base' if inspection.from_base else 'mean'}", fontsize="medium")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     step = max(len(layers) // 60, 1)
     axes.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=6)
-    if inspection.from_base:
-        cosines = inspection.whole.cosines
-        image = panels[0].imshow(cosines, cmap="coolwarm", vmin=-1, vmax=1)
-        for y, row in enumerate(cosines):
-            for x, value in enumerate(row):
-                color = "white" if abs(value) > 0.6 else "black"
-                panels[0].text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
-        panels[0].set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
-        panels[0].set_yticks(range(len(names)), names, fontsize=8)
-        panels[0].set_title("cosine between task vectors", fontsize="medium")
-        panels[-1].barh(range(len(layers)), [100 * layer.conflict for layer in layers], color="#c1553b")
-        panels[-1].set_ylim(len(layers) - 0.5, -0.5)
-        panels[-1].set_yticks([])
-        panels[-1].set_title("sign conflict by layer (%)", fontsize="medium")
-    return figure
+
+
+def _draw_cosines(axes: Any, inspection: Inspection) -> None:
+    names, cosines = inspection.experts, inspection.whole.cosines
+    axes.imshow(cosines, cmap="coolwarm", vmin=-1, vmax=1)
+    for y, row in enumerate(cosines):
+        for x, value in enumerate(row):
+            color = "white" if abs(value) > 0.6 else "black"
+            axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=8, color=color)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.set_title("cosine between task vectors", fontsize="medium")
