@@ -10,7 +10,7 @@ from tests.helpers import run_apart
 
 
 def test_a_merge_that_is_killed_loses_nothing() -> None:
-    run_apart("tests/slow/forked_kills.py", timeout=280)
+    run_apart("tests/slow/forked_kills.py", timeout=900)
 
 
 @pytest.mark.slow

@@ -69,10 +69,12 @@ def test_timers_do_not_count_what_is_within_twice() -> None:
         inner()
         time.sleep(0.01)
 
+    start = time.perf_counter()
     timers.timed("outer", outer)()
+    passed = time.perf_counter() - start
     assert timers.seconds["inner"] >= 0.02
     assert timers.seconds["outer"] >= 0.02
-    assert sum(timers.seconds.values()) < 0.08
+    assert sum(timers.seconds.values()) <= passed  # counted twice, it would be 0.02 more
 
 
 @pytest.mark.slow
