@@ -11,7 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
+
+ROOT = Path(__file__).parents[2]
 
 
 def quiet_trainer(**kwargs: Any) -> Trainer:
@@ -25,6 +27,14 @@ def quiet_trainer(**kwargs: Any) -> Trainer:
         "enable_model_summary": False,
     }
     return Trainer(**{**defaults, **kwargs})
+
+
+def save_lightning(module: LightningModule, path: Path) -> Path:
+    """What a ``ModelCheckpoint`` writes."""
+    trainer = quiet_trainer()
+    trainer.strategy.connect(module)
+    trainer.save_checkpoint(path)
+    return path
 
 
 def free_port() -> int:
@@ -41,6 +51,5 @@ def run_apart(tests: str, timeout: float) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", tests]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment["OMP_NUM_THREADS"] = "1"
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, cwd=root, env=environment, timeout=timeout, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, env=environment, timeout=timeout, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]

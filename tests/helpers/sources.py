@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
@@ -18,7 +17,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Ta
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.experts.load import ExpertSource
 from tests.helpers.classifier import Classifier, make_data
-from tests.helpers.running import quiet_trainer
+from tests.helpers.running import quiet_trainer, save_lightning
 
 TASKS = ("a", "b")
 SOURCES = ["ckpt", "pt", "safetensors", "module", "state dict"]
@@ -66,13 +65,6 @@ class TiedClassifier(Classifier):
 
 def unread_data(count: int = 20) -> TaskLoaders:
     return TaskLoaders(val=DataLoader(Unread(count), batch_size=4))
-
-
-def save_lightning(module: LightningModule, path: Path) -> Path:
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path)
-    return path
 
 
 def as_source(kind: str, expert: Classifier, folder: Path, name: str = "expert") -> ExpertSource:

@@ -26,6 +26,7 @@ from com_lightning import (
     TaskLoaders,
 )
 from tests.helpers import FEATURES, Classifier, make_data, make_experts, quiet_trainer
+from tests.helpers.running import save_lightning
 
 
 def make_tasks(**kwargs: Any) -> MergeDataModule:
@@ -349,9 +350,7 @@ def test_limits_are_honoured(option: dict[str, Any]) -> None:
 
 def test_a_stock_lightning_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for task, expert in zip("ab", make_experts()):
-        trainer = quiet_trainer()
-        trainer.strategy.connect(expert)
-        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
     config = tmp_path / "config.yaml"
     config.write_text(f"""
 trainer:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from com_lightning.cli import main
-from tests.helpers import Classifier, make_experts, quiet_trainer, relative
+from tests.helpers import Classifier, make_experts
 from tests.helpers.commands import DATA, MODEL, QUIET
+from tests.helpers.running import save_lightning
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture
 def experts(tmp_path: Path) -> list[str]:
     for task, expert in zip("ab", make_experts()):
-        trainer = quiet_trainer()
-        trainer.strategy.connect(expert)
-        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
     return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
 
 
@@ -51,28 +49,6 @@ def test_datamodules_of_tasks_keep_their_own_hyperparameters(
     data = [argument.replace("PointsData", "SavedPointsData") for argument in DATA]
     main(["merge", *MODEL, *data, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}"])
     assert "'classes': 4" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_several_processes_on_the_command_line(experts: list[str], tmp_path: Path) -> None:
-    """``ddp`` runs the command anew for each process, so that it has to be a command."""
-    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
-        options = [
-            *MODEL,
-            *DATA,
-            *QUIET,
-            *several,
-            *experts,
-            f"--output_dir={tmp_path / name}",
-            "--trainer.precision=64",
-        ]
-        command = [sys.executable, "-m", "com_lightning", "merge", *options]
-        subprocess.run(command, check=True, timeout=180, cwd=ROOT)
-    one, two = (load_file(tmp_path / name / "merged.safetensors") for name in ("one", "two"))
-    assert all(relative(two[name], value) < 1e-6 for name, value in one.items())
-    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two")]
-    for task in "ab":
-        assert reports[1]["metrics"]["merged"][task] == pytest.approx(reports[0]["metrics"]["merged"][task], rel=1e-9)
 
 
 def test_validating_tasks_without_a_merge_is_warned_of() -> None:

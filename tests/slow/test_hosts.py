@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
-from tests.helpers import free_port, make_experts, quiet_trainer, relative
+from tests.helpers import free_port, make_experts, relative
+from tests.helpers.running import save_lightning
 
 ROOT = Path(__file__).parents[2]
 PROJECT = '''
@@ -57,9 +58,7 @@ def project(tmp_path: Path) -> Path:
     """A user's folder: a module, its data, two experts; and a folder for each host."""
     (tmp_path / "mine.py").write_text(PROJECT)
     for task, expert in zip("ab", make_experts()):
-        trainer = quiet_trainer()
-        trainer.strategy.connect(expert)
-        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
     for host in range(2):
         (tmp_path / f"host{host}").mkdir()
     (tmp_path / "marks").mkdir()

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,8 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
-from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+from tests.helpers import Classifier, make_data, make_experts
+from tests.helpers.running import save_lightning
 
 ROOT = Path(__file__).parents[3]
 TASKS = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
@@ -47,9 +46,7 @@ GRID = "task_arithmetic(scale=[0.2,0.5]),regmean,chain"
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
     for task, expert in zip("ab", make_experts()):
-        trainer = quiet_trainer()
-        trainer.strategy.connect(expert)
-        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
     torch.manual_seed(0)  # what make_experts starts from
     torch.save(Classifier().state_dict(), tmp_path / "base.pt")
     return [*[f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"], f"--base={tmp_path / 'base.pt'}"]
@@ -428,21 +425,3 @@ def test_a_chain_shifts_less_than_the_average(files: list[str], tmp_path: Path) 
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_several_processes(files: list[str], tmp_path: Path) -> None:
-    results = []
-    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
-        rest = [*several, f"--output_dir={tmp_path / name}", "--trainer.precision=64", f"--methods={GRID}"]
-        command = [sys.executable, "-m", "com_lightning", "compare", *COMMON, *files, *rest]
-        subprocess.run(command, check=True, timeout=300, cwd=ROOT)
-        results.append(json.loads((tmp_path / name / "report.json").read_text()))
-    one, two = results
-    for mine, theirs in zip(one["outcomes"], two["outcomes"]):
-        assert mine["label"] == theirs["label"]
-        for task in "ab":
-            assert mine["metrics"]["report"][task] == pytest.approx(theirs["metrics"]["report"][task], rel=1e-9)
-    for (layer, mine), (other, theirs) in zip(one["average_shift"], two["average_shift"]):
-        assert layer == other
-        assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)

@@ -12,8 +12,9 @@ from benchmarks import gpu
 ROOT = Path(__file__).parents[3]
 
 
-@pytest.mark.parametrize("parts", [["precision", "lockstep"], pytest.param(["tests", "demo"], marks=pytest.mark.slow)])
-def test_the_benchmark_runs(parts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_benchmark_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its parts that take longer: tests/slow/test_benchmarks.py."""
+    parts = ["precision", "lockstep"]
     monkeypatch.chdir(ROOT)
     options = ["--device", "cpu", "--tiny", "--work", str(tmp_path), "--output", str(tmp_path / "gpu")]
     failed = gpu.main([*options, "--parts", *parts])
@@ -22,12 +23,11 @@ def test_the_benchmark_runs(parts: list[str], tmp_path: Path, monkeypatch: pytes
     assert "FAILED" not in text
     content = json.loads((tmp_path / "gpu.json").read_text())
     assert list(content["parts"]) == parts
-    if "lockstep" in parts:
-        layers = content["parts"]["lockstep"]["layers"]
-        assert all(0 < layer["solving"] <= layer["seconds"] for model in layers.values() for layer in model)
-        precisions = content["parts"]["precision"]["rows"][1:]
-        assert float(precisions[0][2]) == 0
-        assert all(float(row[2]) < (0.1 if "bf16" in row[0] or row[1] == "medium" else 1e-3) for row in precisions)
+    layers = content["parts"]["lockstep"]["layers"]
+    assert all(0 < layer["solving"] <= layer["seconds"] for model in layers.values() for layer in model)
+    precisions = content["parts"]["precision"]["rows"][1:]
+    assert float(precisions[0][2]) == 0
+    assert all(float(row[2]) < (0.1 if "bf16" in row[0] or row[1] == "medium" else 1e-3) for row in precisions)
 
 
 def test_a_part_that_fails_does_not_lose_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from benchmarks.speed import breakdown, contenders, floor, large, merges, scaling, timing
+from benchmarks.speed import breakdown, contenders, floor, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
 from com_lightning.core.solve.statistics import InputStatistics
 
@@ -37,14 +36,6 @@ def test_it_writes_a_table_a_picture_and_json(
     text = output.with_suffix(".md").read_text()
     assert all(name in text for name in ("| one-sided", "| default", "| blocks", "| tasks"))
     assert text in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_contender_tells_what_it_found_as_its_last_line() -> None:
-    sizes = [part for key, value in asdict(TINY).items() for part in (f"--{key}", value)]
-    found = timing.in_a_process("benchmarks.speed.contenders", "one-sided", *sizes, "--threads", 1)
-    assert found["seconds"] > 0
-    assert found["layers"] > 0
 
 
 def test_a_breakdown_has_all_parts_and_adds_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,16 +66,6 @@ def test_timers_do_not_count_what_is_within_twice() -> None:
     assert timers.seconds["inner"] >= 0.02
     assert timers.seconds["outer"] >= 0.02
     assert sum(timers.seconds.values()) <= passed  # counted twice, it would be 0.02 more
-
-
-@pytest.mark.slow
-def test_large_models_in_small(tmp_path: Path) -> None:
-    output = tmp_path / "speed"
-    main(["--parts", "large", "--tiny", "--threads", "1", "--output", str(output)])
-    found = json.loads(output.with_suffix(".json").read_text())["large"]["found"]
-    assert list(found) == list(large.METHODS)
-    assert all(own["anonymous"] > 0 and own["seconds"] > 0 for own in found.values())
-    assert "chain, two-sided, memory_budget=1" in output.with_suffix(".md").read_text()
 
 
 def test_the_floor_has_the_gram_matrices_that_a_merge_gathers(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -117,18 +117,3 @@ def test_figures_are_those_of_the_results() -> None:
     figures = set(re.findall(r"\d+\.\d(?: ± \d+\.\d)?", text.partition("## Figures")[2].partition("## Cost")[0]))
     assert len(figures) > 25
     assert not {figure for figure in figures if figure not in results}
-
-
-@pytest.mark.slow
-def test_the_site_asks_nothing_of_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    site = tmp_path / "site"
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300)
-    loaded = re.compile(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*")
-    pages = list(site.rglob("*.html"))
-    assert len(pages) > 30
-    assert not [found for page in pages for found in loaded.findall(page.read_text())]
-    text = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
-    assert not re.findall(r":(?:class|func|meth|mod|attr|data):", text)  # roles of Sphinx
-    assert "Example::" not in text

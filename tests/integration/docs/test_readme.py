@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[3]
 
 
 def test_the_example_with_adapters(tmp_path: Path) -> None:
-    blocks = re.findall(r"```python\n# (\w+\.py).*?\n(.*?)```", (ROOT / "docs" / "lora_and_transformers.md").read_text(), re.DOTALL)
+    blocks = re.findall(
+        r"```python\n# (\w+\.py).*?\n(.*?)```", (ROOT / "docs" / "lora_and_transformers.md").read_text(), re.DOTALL
+    )
     files = dict(blocks)
     assert list(files) == ["text.py", "merge.py"]
     files["text.py"], count = re.subn(r'BASE = ".*?"', 'BASE = "base"', files["text.py"])

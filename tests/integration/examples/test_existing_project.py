@@ -6,9 +6,6 @@ import importlib
 import json
 import re
 import runpy
-import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,22 +14,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-EXAMPLE = Path(__file__).parents[3] / "examples" / "existing_project"
-DIFF = EXAMPLE / "with_merging.diff"
-OUTPUTS = Path("outputs/existing_project")
+from tests.helpers.existing_project import DIFF, EXAMPLE, OUTPUTS, patched
 
 
 @pytest.fixture
 def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A copy of the project as package `patched`, with merging, where nothing else is."""
-    folder = tmp_path / "patched"
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("__pycache__"))
-    subprocess.run(["git", "apply", "-p3", str(DIFF)], cwd=folder, check=True)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.chdir(tmp_path)
-    yield folder
-    for name in [name for name in sys.modules if name.partition(".")[0] == "patched"]:
-        del sys.modules[name]
+    with patched(tmp_path, monkeypatch) as folder:
+        yield folder
 
 
 def images() -> tuple[Tensor, Tensor]:
@@ -76,11 +64,3 @@ def test_script_and_configuration_merge_alike(
     metrics = [json.loads((folder / "report.json").read_text())["metrics"] for folder in (script, configuration)]
     assert metrics[0] == metrics[1]
     assert set(metrics[0]["merged"]) == {"optical", "negative", "tilted"}
-
-
-@pytest.mark.slow
-def test_the_merge_beats_the_average(project: Path) -> None:
-    for script in ("train", "validate"):
-        runpy.run_module(f"patched.{script}", run_name="__main__")
-    report = json.loads((OUTPUTS / "merged" / "report.json").read_text())
-    assert report["mean_normalized"]["merged"] > 1.5 * report["mean_normalized"]["average"]

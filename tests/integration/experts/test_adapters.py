@@ -20,6 +20,7 @@ from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import FEATURES, quiet_trainer
 from tests.helpers.adapters import LoraModule, adapted, trained
 from tests.helpers.networks import Net, Wrapper
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import TextModule, make_bert, make_texts
 
 
@@ -180,13 +181,6 @@ def test_another_base_is_warned_of(tmp_path: Path) -> None:
 
 
 # Modules that wrap a PeftModel
-
-
-def save_lightning(module: LightningModule, path: Path) -> Path:
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path)
-    return path
 
 
 @pytest.mark.parametrize("kind", ["module", "ckpt", "state dict", "adapter"])

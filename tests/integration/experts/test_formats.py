@@ -22,7 +22,7 @@ from torchvision.models import mobilenet_v3_small
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.experts.load import ExpertSource, load_expert
 from com_lightning.experts.state_dicts import places, plain_state
-from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer
+from tests.helpers import FEATURES, Classifier, make_data, make_experts, perturb, quiet_trainer, running
 from tests.helpers.networks import Net, Wrapper
 
 
@@ -61,10 +61,7 @@ def merge(sources: dict[str, ExpertSource], model: Any, **kwargs: Any) -> ChainO
 
 
 def save_lightning(module: LightningModule, path: Path, rename: Callable[[str], str] = str) -> Path:
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path)
-    content = torch.load(path, weights_only=True)
+    content = torch.load(running.save_lightning(module, path), weights_only=True)
     content["state_dict"] = {rename(name): tensor for name, tensor in content["state_dict"].items()}
     torch.save(content, path)
     return path

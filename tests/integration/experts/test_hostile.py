@@ -25,6 +25,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Me
 from com_lightning.experts.load import load_expert
 from com_lightning.results.folder import load_results
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+from tests.helpers.running import save_lightning
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -59,9 +60,7 @@ def refused(source: Any, model: Any = None) -> str:
 
 def checkpoint(path: Path, **more: Any) -> dict[str, Any]:
     quiet_trainer().strategy.connect(module := Classifier())
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path, weights_only=True)
+    save_lightning(module, path)
     content: dict[str, Any] = {**torch.load(path, weights_only=True), **more}
     return content
 

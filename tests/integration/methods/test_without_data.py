@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +33,7 @@ from com_lightning.cli import main
 from com_lightning.experts.load import load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.helpers.adapters import adapted, trained
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import TextModule
 
 MODEL = ["--model=tests.helpers.Classifier"]
@@ -66,9 +65,7 @@ def check(module: nn.Module, scale: float = 0.3) -> None:
 
 
 def save(module: LightningModule, path: Path) -> Path:
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path, weights_only=True)
+    save_lightning(module, path)
     return path
 
 
@@ -289,19 +286,6 @@ def test_dry_run_without_data(files: list[str], tmp_path: Path, capsys: pytest.C
     assert "merged: Linear.weight" in out
     assert "calibration" not in out.lower()
     assert not (tmp_path / "m").exists()
-
-
-@pytest.mark.slow
-def test_several_processes(files: list[str], tmp_path: Path) -> None:
-    """Parameters are shared out among processes, and all of them come back."""
-    data = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
-    data = ["--data=com_lightning.MergeDataModule", *data, "--data.tasks.b.classes=4"]
-    for name, several in {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}.items():
-        options = [*MODEL, *QUIET, *files, *data, *several, f"--output_dir={tmp_path / name}", "--method=TIES"]
-        command = [sys.executable, "-m", "com_lightning", "merge", *options]
-        subprocess.run(command, check=True, timeout=180, cwd=Path(__file__).parents[3])
-    one, two = (load_file(tmp_path / name / "merged.safetensors") for name in ("one", "two"))
-    assert all(torch.equal(two[name], value) for name, value in one.items())
 
 
 def test_every_rule_has_a_row_and_an_overlay() -> None:

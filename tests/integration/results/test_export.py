@@ -14,14 +14,13 @@ from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
 from com_lightning import MergeError
 from com_lightning.cli import main
 from com_lightning.results.export import export
-from tests.helpers import perturb, quiet_trainer
+from tests.helpers import perturb
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import TextModule, expert_folder, make_bert, merge, same, save_tokenizer
 
 
 def save(module: Any, path: Path) -> Path:
-    trainer = quiet_trainer()
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(path, weights_only=True)
+    save_lightning(module, path)
     return path
 
 

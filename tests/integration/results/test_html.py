@@ -81,7 +81,6 @@ def test_the_card_tells_the_hub_and_people(folder: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
-@pytest.mark.slow
 def test_a_browser_shows_it(folder: Path, tmp_path: Path) -> None:
     picture = tmp_path / "page.png"
     command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--window-size=1200,1600"]

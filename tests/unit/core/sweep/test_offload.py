@@ -27,6 +27,7 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.helpers.commands import DATA, MODEL, QUIET
+from tests.helpers.running import save_lightning
 from tests.helpers.zoo import averages, run
 from tests.helpers.zoo import make_experts as zoo_experts
 
@@ -367,9 +368,7 @@ def test_a_budget_that_is_none_is_a_problem(budget: float) -> None:
 def saved(tmp_path: Path) -> list[str]:
     """Options that name experts in files."""
     for task, expert in zip("ab", make_experts()):
-        trainer = quiet_trainer()
-        trainer.strategy.connect(expert)
-        trainer.save_checkpoint(tmp_path / f"{task}.ckpt", weights_only=True)
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
     return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
 
 
