@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
-from com_lightning.cli import main
 from com_lightning.core.chain import chain
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
@@ -25,11 +22,9 @@ from com_lightning.core.sweep.lockstep import Forward, lockstep
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import named_tensors
-from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
-from tests.helpers.commands import DATA, MODEL, QUIET
-from tests.helpers.running import save_lightning
-from tests.helpers.zoo import averages, run
-from tests.helpers.zoo import make_experts as zoo_experts
+from tests.helpers import built
+from tests.helpers.pagers import recorded_pagers
+from tests.helpers.zoo import averages
 
 CPU = torch.device("cpu")
 
@@ -41,16 +36,7 @@ def _temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def pagers(monkeypatch: pytest.MonkeyPatch) -> list[Pager]:
-    """All that a merge makes."""
-    made: list[Pager] = []
-
-    class Recorded(Pager):  # type: ignore[no-untyped-call]
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            made.append(self)
-
-    monkeypatch.setattr(chain, "Pager", Recorded)
-    return made
+    return recorded_pagers(monkeypatch)
 
 
 class Net(nn.Module):
@@ -125,8 +111,10 @@ def same(one: tuple[dict[str, Tensor], list[LayerRecord]], other: tuple[dict[str
     return one[1] == other[1] and all(torch.equal(value, other[0][name]) for name, value in one[0].items())
 
 
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("model", "rule"),
+    [*((model, "corrected") for model in MODELS), *(("residual", rule) for rule in RULES if rule != "corrected")],
+)
 def test_a_budget_changes_no_bit(model: str, rule: str, pagers: list[Pager], tmp_path: Path) -> None:
     expected = merge(*MODELS[model], None, RULES[rule])
     assert not pagers
@@ -136,18 +124,6 @@ def test_a_budget_changes_no_bit(model: str, rule: str, pagers: list[Pager], tmp
     tight, medium, _ = pagers
     assert tight.written > medium.written
     assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["BERT", "Mixtral", "U-Net"])
-def test_a_budget_changes_no_bit_of_known_architectures(name: str) -> None:
-    results = []
-    for budget in (None, 0):
-        experts, batches = zoo_experts(name)
-        merged = averages(experts)
-        tasks = [Task(f"task{n}", e, b, run) for n, (e, b) in enumerate(zip(experts, batches))]
-        records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Run(memory_budget=budget))
-        results.append((merged, [replace(record, seconds=0.0, solving=0.0) for record in records]))
-    assert same(*results)
 
 
 def test_to_host_memory_as_from_an_accelerator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -341,69 +317,3 @@ def test_dispatch_modes_of_a_forward_are_its_own() -> None:
                 assert [mode.seen for mode in modes] == counts
     assert len({mode.seen for mode in modes}) == 1
     assert modes[0].seen > 5
-
-
-def test_the_callback_takes_a_budget(pagers: list[Pager]) -> None:
-    reports = []
-    for budget in (None, 1e-6):
-        data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
-        experts = dict(zip("ab", make_experts()))
-        merger = ChainOfMergesCallback(experts, baselines=False, memory_budget=budget)
-        quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
-        reports.append(merger.report.metrics)
-    assert reports[0] == reports[1]
-    assert [pager.budget for pager in pagers] == [1073]
-    assert pagers[0].written > 0
-
-
-@pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])
-def test_a_budget_that_is_none_is_a_problem(budget: float) -> None:
-    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
-    merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), memory_budget=budget)
-    with pytest.raises(MergeError, match="memory_budget: must be a number of GiB above 0"):
-        quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
-
-
-@pytest.fixture
-def saved(tmp_path: Path) -> list[str]:
-    """Options that name experts in files."""
-    for task, expert in zip("ab", make_experts()):
-        save_lightning(expert, tmp_path / f"{task}.ckpt")
-    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
-
-
-def test_dry_run_tells_what_a_budget_does(saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = [*MODEL, *DATA, *QUIET, *saved, f"--output_dir={tmp_path / 'merged'}"]
-    arguments = [*plain, "--memory_budget=1e-6"]
-    main(["merge", *plain, "--dry_run"])
-    out = capsys.readouterr().out
-    assert "Paused forwards: about" in out
-    assert "for 40 samples of each task" in out
-    assert "memory_budget" not in out
-    assert "gradients" not in out
-    options = ["--method=ChainOfMerges", "--method.sensitivity=probabilities"]
-    main(["merge", *plain, *options, "--dry_run"])
-    more = capsys.readouterr().out
-    assert "Before that, the gradients of one batch at a time: about" in more
-    amounts = [float(re.search(r"Paused forwards: about ([\d.,]+) KiB", text)[1]) for text in (out, more)]  # type: ignore[index]
-    assert amounts[1] == pytest.approx(amounts[0], rel=0.01)
-    main(["merge", *arguments, "--dry_run"])
-    told = "With memory_budget=1e-06, 1.0 KiB of it stays, the rest is paged to files in"
-    assert told in capsys.readouterr().out
-    assert not (tmp_path / "merged").exists()
-    main(["merge", *arguments])
-    assert (tmp_path / "merged" / "merged.safetensors").is_file()
-
-
-def test_dry_run_gives_the_error_that_the_merge_would(
-    saved: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(self: Classifier, batch: Any, batch_idx: int) -> None:
-        self(batch[0])
-        raise LookupError("mine")
-
-    monkeypatch.setattr(Classifier, "validation_step", fail)
-    arguments = [*MODEL, *DATA, *QUIET, *saved, f"--output_dir={tmp_path / 'merged'}"]
-    for more in ([], ["--dry_run"]):
-        with pytest.raises(LookupError, match="mine"):
-            main(["merge", *arguments, *more])
