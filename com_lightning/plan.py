@@ -84,7 +84,7 @@ class MergePlan:
         sizes = [size_of(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
         largest = 0
         for layer in self.layers.values():
-            groups, outputs, inputs = layer.kind.to_matrix(layer.module, layer.module).shape
+            groups, outputs, inputs = layer.layer_type.to_matrix(layer.module, layer.module).shape
             gram, weight = groups * inputs**2, groups * outputs * inputs
             largest = max(largest, len(sizes) * (2 * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
         return {"experts": sum(sizes), "merged model": max(sizes), "largest layer": largest}
@@ -93,7 +93,7 @@ class MergePlan:
         expert = next(iter(self.experts.values()))
         counts: dict[str, list[int]] = {}
         for layer in self.layers.values():
-            entry = counts.setdefault(layer.kind.name, [0, 0])
+            entry = counts.setdefault(layer.layer_type.name, [0, 0])
             entry[0] += 1
             entry[1] += sum(p.numel() for p in own_parameters(layer.module).values())
         tensors = {name: tensor for name, tensor, _ in named_tensors(expert)}

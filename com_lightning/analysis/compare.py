@@ -18,7 +18,7 @@ from com_lightning.analysis.comparison import Comparison, Outcome, TaskMetrics
 from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
-from com_lightning.core.chain.drift import measure_shift
+from com_lightning.core.chain.drift import measure_drift
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
@@ -264,7 +264,7 @@ class Compare(Callback):
         tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.experts_stay)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
-            return _shift(measure_shift(tasks, merged, self._run(peers)))
+            return _shift(measure_drift(tasks, merged, self._run(peers)))
 
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:
         """What every merge depends on, beside its rule and seed."""

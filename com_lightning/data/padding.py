@@ -54,11 +54,11 @@ def unmasked(tasks: Sequence[Task], records: Sequence[LayerRecord]) -> list[str]
     """Warn of tasks with padding that is counted as data everywhere, or in most layers that take positions."""
     warnings = []
     for task in tasks:
-        masks = [mask for mask in map(task.keep, task.batches) if mask is not None and not mask.all()]
+        masks = [mask for mask in map(task.mask, task.batches) if mask is not None and not mask.all()]
         if not masks or not records:
             continue
         told = f"task '{task.name}': its padding mask, {tuple(masks[0].shape)}, fits the inputs of"
-        samples = sum(len(mask) for mask in map(task.keep, task.batches) if mask is not None)
+        samples = sum(len(mask) for mask in map(task.mask, task.batches) if mask is not None)
         fitted = [record for record in records if task.name in record.masked]
         over_positions = [r for r in records if r in fitted or r.rows.get(task.name, 0) > samples]
         if not fitted:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.solve.task_biases import own_tensors
+from com_lightning.core.chain.task_tensors import task_tensors
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -22,10 +22,11 @@ class ClosedForm(MergingMethod):
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         importance = self.weights([task.name for task in job.tasks])
         if self.options.private_biases:
-            job.own.update(own_tensors(job.tasks, job.merged))
+            job.own.update(task_tensors(job.tasks, job.merged))
         records = merge_layers(job.tasks, job.merged, importance, self.options, job.run, job.base, job.own)
         if self.options.refit_heads:
-            head_records, job.refitted = refit(job.tasks, job.merged, job.own, self.options, job.run)
+            head_records, heads = refit(job.tasks, job.merged, job.own, self.options, job.run)
+            job.refitted.update(heads)
             records += head_records
         if self.options.sensitivity and all(record.steps is None for record in records):
             job.warnings.append(

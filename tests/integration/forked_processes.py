@@ -29,7 +29,7 @@ from com_lightning.core.chain import fit as fitting
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.solve.task_biases import own_tensors
+from com_lightning.core.chain.task_tensors import task_tensors
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import PeerError, Peers, ProcessGroup
 from com_lightning.core.sweep.lockstep import running
@@ -48,7 +48,7 @@ Result = tuple[dict[str, Tensor], list[LayerRecord]]
 
 def merge(tasks: list[Task], rule: ChainOptions, peers: Peers) -> Result:
     merged = averages([task.expert for task in tasks])
-    own = own_tensors(tasks, merged) if rule.private_biases else {}
+    own = task_tensors(tasks, merged) if rule.private_biases else {}
     part = share(tasks, peers.rank, peers.size)
     if rule.refit_heads:
         merged = {name: tensor for name, tensor in merged.items() if not name.startswith("last")}

@@ -1,4 +1,4 @@
-"""The covariate shift of merged weights that are there already, as a chain measures it on its way."""
+"""The drift of a merged model that exists already, measured layer by layer as a chain would meet it."""
 
 from __future__ import annotations
 
@@ -6,35 +6,67 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from com_lightning.core.chain.chain import _Chain
-from com_lightning.core.chain.gather import Inputs, Layer
+from com_lightning.core.chain.gather import Gatherer
+from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.layer import Layer
+from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.models import Models
+from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 
-def measure_shift(
+def measure_drift(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
     run: Run,
-    own: Mapping[str, Sequence[Tensor]] | None = None,
+    task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[LayerRecord]:
     """How far each layer's inputs are from those of the experts, with these weights everywhere.
 
-    Takes what :func:`~com_lightning.core.chain.chain.merge_layers` does; nothing is solved or written. For the average it is
-    what a chain would meet if it changed nothing.
+    Nothing is solved or written. For the average of the experts, it is what a chain would meet if it changed nothing.
+
+    Args:
+        tasks, merged, run, task_tensors: as for :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
-    chain = _Measuring(tasks, merged, [1 / len(tasks)] * len(tasks), ChainOptions("merged", "expert"), run, own=own)
+    options = ChainOptions("merged", "expert")
     with run.peers.told():
-        return chain.run()
+        models = Models(tasks, merged, options.streams, task_tensors=task_tensors)
+        return Sweep(tasks, models, DriftMeter(tasks, options, run), run).run()
 
 
-class _Measuring(_Chain):
-    def _solve(self, layer: Layer, inputs: Inputs) -> tuple[LayerRecord, list[tuple[str, tuple[int, int]]]]:
-        record = LayerRecord(layer.name, layer.kind.name)
-        for task, statistics in zip(self.tasks, inputs.statistics):
-            if statistics.shift.rows:
-                record.distance[task.name] = statistics.shift.relative_distance
-                record.cosine[task.name] = statistics.shift.mean_cosine
-        # As if they had been solved, so that the same layers are measured as in a chain.
-        return record, [(part.name, part.extent(self.models.merged[part.name])) for part in layer.parts.values()]
+class DriftMeter(Visitor):
+    """Records the drift at each layer.
+
+    Args:
+        tasks: the experts.
+        options: of a two-sided chain.
+        context: how the sweep is carried out.
+    """
+
+    def __init__(self, tasks: Sequence[Task], options: ChainOptions, context: Run) -> None:
+        self.tasks, self.context = tasks, context
+        self.gatherer = Gatherer(options, ResidualStreams({}))
+
+    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        layer = sweep.layer(name) if arrivals else None
+        gathered = self.gatherer.gather(sweep, layer, name, arrivals)
+        if gathered.refusal:
+            return LayerRecord(name, layer.layer_type.name if layer else "", note=gathered.refusal)
+        mine = None
+        if layer and self.gatherer.inputs and self.gatherer.owner == self.context.peers.rank:
+            # The layer counts as solved, so that the same layers are measured as in a chain.
+            mine = (self._measure(layer, self.gatherer.inputs), sweep.extents(layer))
+        record, extents = self.context.peers.exchange(mine)[self.gatherer.owner] or (LayerRecord(name, ""), [])
+        sweep.mark_solved(extents)
+        return record
+
+    def _measure(self, layer: Layer, inputs: LayerInputs) -> LayerRecord:
+        record = LayerRecord(layer.name, layer.layer_type.name)
+        for task, sums in zip(self.tasks, inputs.sums):
+            if sums.drift_norms.rows:
+                record.distance[task.name] = sums.drift_norms.relative_distance
+                record.cosine[task.name] = sums.drift_norms.mean_cosine
+        return record

@@ -1,37 +1,38 @@
-"""What the forwards of a merge hold, found out without merging."""
+"""What the forwards of a merge hold in memory, measured without merging."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from com_lightning.core.chain.chain import _Chain
-from com_lightning.core.chain.gather import CalibrationForward
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.chain.sensitivity import _Sensing
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.chain.sensitivity import gather_gradients
+from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
-from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.sweep.sweep import Sweep, Visitor
+from com_lightning.core.sweep.task import LayerRecord, Task, batch_ids
 from com_lightning.core.tensors.modules import named_tensors
 
 
 def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: ChainOptions) -> list[int]:
     """The most bytes that the forwards of each task hold while they are paused.
 
-    Takes what :func:`~com_lightning.core.chain.chain.merge_layers` does, and runs the forwards in the same way; nothing is
-    gathered, solved or written.
+    The forwards run as in a merge. Nothing is gathered, solved or written.
+
+    Args:
+        tasks, merged, rule: as for :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
-    chain = _Rehearsal(tasks, merged, [1 / len(tasks)] * len(tasks), rule, Run())
-    chain.pager = Pager(None, chain.models.device)
-    chain.run()
+    models = Models(tasks, merged, rule.streams)
+    pager = Pager(None, models.device)
+    Sweep(tasks, models, PassBy(), pager=pager).run()
     held = [0] * len(tasks)
-    for forward, most in chain.pager.most().items():
+    for forward, most in pager.most().items():
         assert isinstance(forward, CalibrationForward)
-        held[forward.task] += most
+        held[forward.id.batch.task] += most
     return held
 
 
@@ -41,31 +42,27 @@ def held_by_gradients(tasks: Sequence[Task], merged: Mapping[str, Tensor], dista
     Args:
         tasks, merged, distance: as for :func:`~com_lightning.core.chain.sensitivity.roots`.
     """
-    sensing = _RehearsedSensing(tasks, merged, distance)
-    for number, task in enumerate(tasks):
-        for batch in range(len(task.batches)):
-            sensing.sense(number, batch)
-    return sensing.most
-
-
-class _RehearsedSensing(_Sensing):
+    models = Models(tasks, merged, ("expert",))
+    weights = {t.untyped_storage().data_ptr() for model in models.running.values() for t in model.tensors.values()}
+    weights |= {t.untyped_storage().data_ptr() for task in tasks for _, t, _ in named_tensors(task.expert)}
     most = 0
-
-    def _differentiate(self, call: Any, start: Tensor, seed: int) -> None:
-        weights = {t.untyped_storage().data_ptr() for _, t, _ in named_tensors(call.module)}
+    for batch in batch_ids(tasks):
         held: dict[int, int] = {}
 
-        def keep(tensor: Tensor) -> Tensor:
+        def count(tensor: Tensor, held: dict[int, int] = held) -> Tensor:
             storage = tensor.untyped_storage()
             if storage.data_ptr() not in weights:
                 held[storage.data_ptr()] = storage.nbytes()
             return tensor
 
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            super()._differentiate(call, start, seed)
-        self.most = max(self.most, sum(held.values()))
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            gather_gradients(tasks, models, batch, distance)
+        most = max(most, sum(held.values()))
+    return most
 
 
-class _Rehearsal(_Chain):
-    def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        return LayerRecord(name, "", note="not solved in a rehearsal")
+class PassBy(Visitor):
+    """Does nothing at any layer."""
+
+    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        return LayerRecord(name, "", note="not solved in a dry run")

@@ -1,16 +1,16 @@
-"""Which layers write to a residual stream, and what stands for that stream: found out by one forward.
+"""Which layers write to a residual stream, and which tensors that stream consists of: found by one forward.
 
-A layer is a *writer* if its output is added to something. That is looked at by tensor: the additions of one forward are
-watched, and each tensor has a provenance, the input or output of a layer that it is, or the sum of such. It is kept by
-what leaves values as they are (dropout in eval mode, a reshape, the transpose of the first two dimensions) and lost in
-anything else, a layer scale for instance.
+A layer is a *writer* if its output is added to something. This is seen by tensor: the additions of one forward are
+watched, and each tensor has an origin, the input or output of a layer that it is, or the sum of such. A tensor keeps
+its origin through whatever leaves values as they are (dropout in eval mode, a reshape, the transpose of the first two
+dimensions). It loses it in anything else, for instance a layer scale.
 """
 
 from __future__ import annotations
 
-import contextlib
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -18,18 +18,19 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from com_lightning.core.chain.chain import _Chain
-from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import Arrival
-from com_lightning.core.sweep.task import LayerRecord, Stream, Task
+from com_lightning.core.sweep.models import Models
+from com_lightning.core.sweep.sweep import Sweep, Visitor
+from com_lightning.core.sweep.task import LayerRecord, Task, batch_ids
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.tracked import Watched, name_of, plain
 
 Term = tuple[Literal["input", "output"], str]
 Terms = Mapping[Term, bool]
-"""What a tensor is the sum of, and whether the first two dimensions of each stand the other way round in it."""
+"""What a tensor is the sum of, and whether the first two dimensions of each are in the other order in it."""
 
 _NOTHING: Terms = {}
 
@@ -44,56 +45,82 @@ _TRANSPOSES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "movea
 _FOLLOWED = _ADDITIONS | _PRODUCTS | _RESHAPES | _TRANSPOSES
 
 
-def find_writers(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> dict[str, list[Source]]:
-    """Layers whose output is added to a stream -> what that stream consists of and is known before the layer is solved.
+def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> dict[str, list[Source]]:
+    """Find the layers whose output is added to a residual stream.
+
+    If the forward fails for every task, a warning says so, ``run.warnings`` keeps it for the report, and no stream is
+    repaired. What is wrong with the data or the model is then raised by the merge itself.
 
     Args:
-        tasks: as in :func:`~com_lightning.core.chain.chain.merge_layers`. One expert runs forward, on its first batch.
-        merged: the tensors that are merged; none is written.
-        run: for its processes, which agree on what the first that has a batch has found.
+        tasks: as for :func:`~com_lightning.core.chain.chain.merge_layers`. One expert runs forward, on its
+            first batch.
+        merged: the tensors that are merged. None is written.
+        run: gives the processes. They agree on what the first of them that has a batch has found.
+
+    Returns:
+        Layer -> the tensors that its output is added to and that are known before the layer is solved.
     """
-    task = next((task for task in tasks if len(task.batches)), None)
-    found = None
-    if task is not None:
-        found = _Discovery(task, merged).writers()
-    known = [part for part in run.peers.exchange(found) if part is not None]
-    return known[0] if known else {}
+    first_batches = {batch.task: batch for batch in reversed(list(batch_ids(tasks)))}
+    found: dict[str, list[Source]] | None = None
+    problem = ""
+    for batch in sorted(first_batches.values()):
+        search = ResidualSearch()
+        try:
+            Sweep(tasks, Models(tasks, merged, ("expert",)), search, batches=[batch]).run()
+        except Exception as error:  # of the user's model, perhaps because this batch is a bad one
+            problem = problem or f"task '{tasks[batch.task].name}': {type(error).__name__}: {error}"
+            continue
+        found = search.additions.writers()
+        break
+    everyone = run.peers.exchange((found, problem))
+    for writers, _ in everyone:
+        if writers is not None:
+            return writers
+    for _, why in everyone:
+        if why:
+            message = (
+                "residual: the forward that looks for residual streams failed for every task, so they are not "
+                f"repaired ({why}). If that is what you want, set residual=False"
+            )
+            run.warnings.append(message)
+            if run.peers.rank == 0:
+                warnings.warn(message, stacklevel=2)
+            break
+    return {}
 
 
-class _Discovery(_Chain):
-    def __init__(self, task: Task, merged: Mapping[str, Tensor]) -> None:
+class ResidualSearch(Visitor):
+    """Watches the additions of one forward of an expert."""
+
+    watches_outputs = True
+
+    def __init__(self) -> None:
         self.additions = _Additions()
 
-        def call(module: Any, batch: Any, index: int) -> None:
+    def on_forward(self, forward: CalibrationForward) -> None:
+        call = forward.call
+
+        def watched() -> None:
             with self.additions:
-                task.call(module, batch, index)
+                call()
 
-        numbers = None if task.numbers is None else task.numbers[:1]
-        only = replace(task, batches=[task.batches[0]], numbers=numbers, call=call)
-        super().__init__([only], merged, [1.0], ChainOptions("expert", "merged"), Run())
+        forward.call = watched
 
-    def writers(self) -> dict[str, list[Source]]:
-        with contextlib.suppress(Exception):  # the merge runs it again, and tells, or skips a batch that is a bad one
-            self.run()
-        return self.additions.writers()
+    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        layer = sweep.layer(name)
+        if refusal := sweep.refusal(layer, arrivals):
+            return LayerRecord(name, layer.layer_type.name, note=refusal)
+        self.additions.enter(name, arrivals[0].input, layer.layer_type.corrects)
+        sweep.mark_solved(sweep.extents(layer))  # so that the same layers are met as in a merge
+        return LayerRecord(name, layer.layer_type.name)
 
-    def _on_output(self, task: int, batch: int, stream: Stream) -> Any:
-        return self.additions.leave
-
-    def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        layer = self.models.layer(name, self.uses.layers.get(name))
-        if note := self._refusal(layer, arrivals):
-            return LayerRecord(name, layer.kind.name, note=note)
-        self.additions.enter(name, arrivals[0].input, layer.kind.corrects)
-        for part in layer.parts.values():  # as if they had been solved, so that the same layers are met as in a merge
-            extent = part.extent(self.models.merged[part.name])
-            self.uses.solved.setdefault(self.models.tied[part.name], []).append(extent)
-        return LayerRecord(name, layer.kind.name)
+    def on_output(self, forward: CalibrationForward, layer: str, output: Any) -> None:
+        self.additions.leave(layer, output)
 
 
 @dataclass(frozen=True)
 class _Known:
-    """Provenance of a tensor, as long as nothing writes to it, and whether it is not just a part of what it holds."""
+    """Origin of a tensor, as long as nothing writes to it, and whether that is all that the tensor holds."""
 
     terms: Terms
     version: int

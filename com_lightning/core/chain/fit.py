@@ -1,113 +1,197 @@
-"""The closed form of one layer, from the statistics of its inputs to the merged weight."""
+"""The closed form of one layer, from the statistics of its inputs to the merged weight.
+
+Three solvers share the work: :func:`fit_by_ridge` where all errors count alike, :func:`fit_by_sensitivity` where they
+count by their effect on predictions, and :func:`fit_task_biases` on top of either where each task gets biases or
+normalisation parameters of its own. :func:`fit` chooses.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from com_lightning.core.chain.gather import Inputs, Layer
+from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import PerChannel
-from com_lightning.core.solve.ridge import factorize, residual, solve_or_average
-from com_lightning.core.solve.statistics import Shift
-from com_lightning.core.solve.task_biases import centred, solve_each, with_own_biases
-from com_lightning.core.solve.weighted_ridge import solve_in_metrics
+from com_lightning.core.layers.normalization import PerChannel
+from com_lightning.core.solve.ridge import Factor, factorize, residual, solve_or_average
+from com_lightning.core.solve.statistics import DriftNorms
+from com_lightning.core.solve.task_biases import centred, solve_each, with_task_biases
+from com_lightning.core.solve.weighted_ridge import solve_weighted
+from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.tensors.modules import average
 
 
 @dataclass
 class Fit:
-    """What a layer was solved for.
+    """The solution of a layer.
 
     Attributes:
-        solution: the merged weight, ``(g, o, k)`` in float64.
-        each: the weight of each task, where a task keeps a part of it for itself.
-        importance: what each task counted, with a sum of one.
-        reached: ``(g,)``, positive for groups that data reached.
-        ridge, kept, steps, residual: see :class:`~com_lightning.core.sweep.task.LayerRecord`.
+        weight: merged, ``(g, o, k)`` in float64.
+        groups_kept_average, cg_steps, residual: see :class:`~com_lightning.core.sweep.task.LayerRecord`.
+        importance: of each task, with a sum of one.
+        reached: ``(g,)``, positive for groups that data have reached.
+        task_weights: the weight of each task, where a task keeps a part of it for itself.
     """
 
-    solution: Tensor
+    weight: Tensor
+    groups_kept_average: int
+    residual: float | None = None
+    cg_steps: int | None = None
+    importance: Sequence[float] = ()
+    reached: Tensor = field(default_factory=lambda: torch.zeros(0))
+    task_weights: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """The regression of one layer, with one entry for each task.
+
+    Attributes:
+        grams: ``(g, k, k)``, means over rows.
+        drifts: ``D_i``, ``(g, o, k)``, or ``None``.
+        weights: of the experts, ``(g, o, k)``.
+        importance: with a sum of one.
+        ridge: relative to the mean of the diagonal of the summed Gram matrix.
+        anchor: what solutions are pulled towards, ``(g, o, k)``. ``None``: the average of the experts.
+        one_sided: whether targets are taken on the merged model's input. Then the residual is known from the solution.
+    """
+
+    grams: list[Tensor]
+    drifts: list[Tensor | None]
+    weights: list[Tensor]
     importance: Sequence[float]
     ridge: float
-    reached: Tensor
-    kept: int
-    each: list[Tensor] = field(default_factory=list)
-    steps: int | None = None
-    residual: float | None = None
+    anchor: Tensor | None
+    one_sided: bool
+
+    def centred(self) -> Regression:
+        """The regression without a bias, about the means of each task."""
+        grams, drifts, weights = centred(self.grams, self.drifts, self.weights)
+        return replace(self, grams=grams, drifts=drifts, weights=weights)
+
+    def residual(self, weight: Tensor) -> float:
+        """Relative squared error of a weight, with targets on the merged model's input."""
+        return residual(self.grams, self.weights, weight[..., : self.weights[0].shape[2]], self.importance)
 
 
 def fit(
     layer: Layer,
-    inputs: Inputs,
-    rule: ChainOptions,
+    inputs: LayerInputs,
+    options: ChainOptions,
     importance: Sequence[float],
     roots: Sequence[Tensor | None] = (),
-    apart: bool = False,
+    has_task_tensors: bool = False,
 ) -> Fit:
     """Solve a layer.
 
     Args:
-        layer: and its weights in all experts.
-        inputs: its statistics, which become means in place.
-        rule: what is solved.
+        layer: with its weights in all experts.
+        inputs: its statistics. The sums become means.
+        options: what is solved.
         importance: one weight per task, summing to one.
-        roots: of the matrices by which errors count, for each task, if they do; see
-            :mod:`~com_lightning.core.chain.sensitivity`.
-        apart: whether tasks keep biases, or all of a normalisation, for themselves.
+        roots: for each task, of the matrix by which errors count, see :mod:`~com_lightning.core.chain.sensitivity`.
+        has_task_tensors: whether each task keeps its bias, or all of a normalisation, for itself.
     """
-    kind, module, weights, ridge = layer.kind, layer.merged, layer.weights, rule.ridge
-    known = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
-    known = known if len(known) == len(weights) and len(weights[0]) == 1 else []
-    biases = apart and not isinstance(kind, PerChannel)
-    for entry in inputs.statistics:
-        if entry.gram is None:  # no forward of this task got here
-            entry.gram = weights[0].new_zeros(weights[0].shape[0], weights[0].shape[2], weights[0].shape[2])
-    if rule.balance:
-        importance = balanced(importance, [entry.shift for entry in inputs.statistics])
-    grams = [s.mean_gram() for s in inputs.statistics]
+    layer_type, weights = layer.layer_type, layer.weights
+    means = inputs.means(weights)
+    if options.balance:
+        importance = balanced(importance, [entry.drift_norms for entry in means])
+    grams = [entry.gram for entry in means]
     reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
-    averaged = kind.has_bias(module) and not rule.joint
-    if averaged:  # weight and bias have no say in each other
+    averages_bias = layer_type.has_bias(layer.merged) and not options.joint
+    if averages_bias:  # weight and bias do not affect each other
         for gram in grams:
             gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
-    drifts = [s.mean_drift(w) for s, w in zip(inputs.statistics, weights)]
-    statistics = grams, drifts, weights
-    if biases:
-        grams, drifts, weights = centred(*statistics)
-    if inputs.factor is None:
-        inputs.factor = factorize(grams, importance, ridge)
-    mean = average(weights, importance) if averaged or layer.base is not None else weights[0]
+    drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
+    mean = average(weights, importance) if averages_bias or layer.base is not None else weights[0]
     anchor = None
-    if layer.base is not None:  # what no data reached is the average, as with any rule
-        anchor = torch.where((reached > 0)[:, None, None], kind.to_matrix(layer.base, module), mean)
-    measured = len(rule.streams) < 2
-    # A solution that is changed after that, or of a matrix without a factor, is measured apart.
-    later = averaged or bool(known) or bool(inputs.factor.failed.any())
-    solved = solve_or_average(inputs.factor, grams, drifts, weights, importance, anchor, measured and not later)
-    found = Fit(solved.weight, importance, ridge, reached, solved.kept, residual=solved.residual)
-    if known and not solved.kept:
-        found.solution, found.steps = solve_in_metrics(
-            inputs.factor, grams, drifts, weights, importance, ridge, known, solved.weight
+    if layer.base is not None:  # groups without data become the average, as with any rule
+        anchor = torch.where((reached > 0)[:, None, None], layer_type.to_matrix(layer.base, layer.merged), mean)
+    one_sided = not options.two_sided
+    whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
+    has_task_biases = has_task_tensors and not isinstance(layer_type, PerChannel)
+    regression = whole.centred() if has_task_biases else whole
+    if inputs.factor is None:
+        inputs.factor = factorize(regression.grams, importance, options.ridge)
+    usable = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
+    if usable and len(usable) == len(weights) and len(weights[0]) == 1:
+        result = fit_by_sensitivity(regression, inputs.factor, usable)
+    else:
+        result = fit_by_ridge(regression, inputs.factor, measure=one_sided and not averages_bias)
+    if averages_bias:
+        result.weight[..., -1] = mean[..., -1]
+    if one_sided and result.residual is None:
+        result.residual = regression.residual(result.weight)
+    if has_task_biases:
+        fit_task_biases(result, whole)
+    elif has_task_tensors:
+        result.task_weights = solve_each(grams, drifts, weights, average(weights, importance), options.ridge)
+    result.importance, result.reached = importance, reached
+    return result
+
+
+def fit_by_ridge(regression: Regression, factor: Factor, measure: bool = False) -> Fit:
+    """Solve a regression in which all errors count alike.
+
+    Args:
+        regression: of the layer.
+        factor: of its summed Gram matrices.
+        measure: also compute the residual of a one-sided merge, which then costs one product. It is left out where a
+            group has no factor.
+    """
+    solution = solve_or_average(
+        factor,
+        regression.grams,
+        regression.drifts,
+        regression.weights,
+        regression.importance,
+        regression.anchor,
+        measure and not bool(factor.failed.any()),
+    )
+    return Fit(solution.weight, solution.kept, solution.residual)
+
+
+def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[Tensor]) -> Fit:
+    """Solve a regression in which errors count by their effect on predictions, see
+    :mod:`~com_lightning.core.solve.weighted_ridge`.
+
+    Args:
+        regression: of a layer with one group.
+        factor: of its summed Gram matrices.
+        roots: of the matrix of each task.
+    """
+    result = fit_by_ridge(regression, factor)
+    if not result.groups_kept_average:
+        result.weight, result.cg_steps = solve_weighted(
+            factor,
+            regression.grams,
+            regression.drifts,
+            regression.weights,
+            regression.importance,
+            regression.ridge,
+            roots,
+            result.weight,
         )
-    if averaged:
-        found.solution[..., -1] = mean[..., -1]
-    if measured and later:
-        found.residual = residual(grams, weights, found.solution[..., : weights[0].shape[2]], importance)
-    if biases:
-        found.each = with_own_biases(found.solution, *statistics)
-        shares = found.solution.new_tensor(importance)[:, None, None, None]
-        found.solution = torch.stack(found.each).mul_(shares).sum(0)
-    elif apart:
-        found.each = solve_each(*statistics, average(weights, importance), ridge)
-    return found
+    return result
 
 
-def balanced(importance: Sequence[float], shifts: Sequence[Shift]) -> list[float]:
+def fit_task_biases(result: Fit, regression: Regression) -> None:
+    """Give each task the bias that goes with a solved matrix, in place. The merged bias is their average.
+
+    Args:
+        result: a solution without a bias.
+        regression: of the layer, with its bias.
+    """
+    result.task_weights = with_task_biases(result.weight, regression.grams, regression.drifts, regression.weights)
+    shares = result.weight.new_tensor(regression.importance)[:, None, None, None]
+    result.weight = torch.stack(result.task_weights).mul_(shares).sum(0)
+
+
+def balanced(importance: Sequence[float], norms: Sequence[DriftNorms]) -> list[float]:
     """Task importance, times the square of how far the inputs have drifted: a task that has drifted more counts more.
 
     ``a_i c_i / sum_j a_j c_j`` with ``c_i = d_i² / mean_j d_j²``, but at least 1/2 and at most 2. ``d_i`` is the
@@ -115,13 +199,13 @@ def balanced(importance: Sequence[float], shifts: Sequence[Shift]) -> list[float
 
     Example::
 
-        >>> near, far = (Shift(distance=square, energy=10.0, rows=5) for square in (1.0, 1.5))
+        >>> near, far = (DriftNorms(distance=square, energy=10.0, rows=5) for square in (1.0, 1.5))
         >>> [round(share, 2) for share in balanced([0.5, 0.5], [near, far])]
         [0.4, 0.6]
     """
-    squares = [shift.relative_distance**2 if shift.rows else 0.0 for shift in shifts]
+    squares = [entry.relative_distance**2 if entry.rows else 0.0 for entry in norms]
     mean = sum(squares) / len(squares)
     if not 0 < mean < math.inf:
         return list(importance)
-    counts = [own * min(max(square / mean, 0.5), 2.0) for own, square in zip(importance, squares)]
+    counts = [share * min(max(square / mean, 0.5), 2.0) for share, square in zip(importance, squares)]
     return [count / sum(counts) for count in counts]

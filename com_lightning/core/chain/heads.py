@@ -26,7 +26,7 @@ from com_lightning.core.tensors.modules import named_tensors, own_copy
 def refit(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
-    own: Mapping[str, Sequence[Tensor]],
+    task_tensors: Mapping[str, Sequence[Tensor]],
     rule: ChainOptions,
     run: Run,
 ) -> tuple[list[LayerRecord], dict[str, dict[str, Tensor]]]:
@@ -35,30 +35,30 @@ def refit(
     Args:
         tasks: the experts and their calibration data.
         merged: name of what is shared -> its merged value.
-        own: name of what each task keeps for itself, of what would be shared -> one tensor for each.
-        rule: that the shared layers were solved by. Its normalisation, ridge and residual streams are those of private
-            layers, too; these are solved two-sided in any case, or else they would stay as they are.
+        task_tensors: name of what each task keeps for itself, of what would be shared -> one tensor for each.
+        rule: by which the shared layers were solved. Its normalisation, ridge and residual streams count for private
+            layers too. These are always solved two-sided: one-sided, they would stay as they are.
         run: how it is carried out.
 
     Returns:
         The layers, each with its task in its name, and task -> name -> tensor of what was solved.
     """
     records: list[LayerRecord] = []
-    found: dict[str, dict[str, Tensor]] = {}
+    solved: dict[str, dict[str, Tensor]] = {}
     device = next(iter(merged.values())).device if merged else None
     rule = ChainOptions(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):
-        fixed = {**merged, **{name: each[number] for name, each in own.items()}}
+        fixed = {**merged, **{name: tensors[number] for name, tensors in task_tensors.items()}}
         private = {name: own_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
         if not private:
             continue
-        part = run.alone(task.name)
-        new = merge_layers([_without(task, run)], private, [1.0], rule, part, fixed=fixed)
-        run.skipped += part.skipped
+        context = run.alone(task.name)
+        new = merge_layers([_without_skipped(task, run)], private, [1.0], rule, context, fixed=fixed)
+        run.skipped += context.skipped
         records += new
-        solved = {name for record in new for name in (*record.parameters, *record.buffers)}
-        found[task.name] = {name: tensor for name, tensor in private.items() if name in solved}
-    return records, found
+        names = {name for record in new for name in (*record.parameters, *record.buffers)}
+        solved[task.name] = {name: tensor for name, tensor in private.items() if name in names}
+    return records, solved
 
 
 def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -70,7 +70,7 @@ def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in private.items() if name in parameters | buffers}
 
 
-def _without(task: Task, run: Run) -> Task:
-    """A task without the batches that have been skipped."""
+def _without_skipped(task: Task, run: Run) -> Task:
+    """A task without the batches that were skipped."""
     skipped = {entry.batch for entry in run.skipped if entry.task == task.name}
     return task.with_batches([number for number in task.batch_numbers if number not in skipped])

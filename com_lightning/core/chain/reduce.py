@@ -2,73 +2,89 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
 
 import torch
 from torch import Tensor
 
-from com_lightning.core.chain.gather import Inputs
-from com_lightning.core.solve.statistics import Moments, Shift
+from com_lightning.core.chain.inputs import LayerInputs
+from com_lightning.core.solve.statistics import DriftNorms, InputSums, Moments
 from com_lightning.core.sweep.distributed import Peers
 
 
-def add_up(inputs: Inputs | None, peers: Peers, owner: int, device: torch.device) -> None:
-    """Add up the statistics of all processes at one of them. Those that have none pass ``None``."""
+def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: torch.device) -> None:
+    """Add up the statistics of all processes, in place at the owner.
+
+    Args:
+        inputs: of this process; ``None`` if no forward of it has reached the layer.
+        peers: the processes. All of them call this.
+        owner: the process that solves the layer.
+        device: where matrices are, for a process that has none.
+    """
     if peers.size == 1:
         return
-    met = peers.exchange(None if inputs is None else _Small.of(inputs))
-    entries = [] if inputs is None else inputs.statistics
-    for number in range(next(len(small.sums) for small in met if small)):
-        entry = entries[number] if entries else None
-        for which in ("gram", "drift"):
-            known = [small.matrices[number][which] for small in met if small and which in small.matrices[number]]
-            if known:
-                tensor: Tensor | None = getattr(entry, which, None)
-                shape = known[0][0]
-                dtype = reduce(torch.promote_types, [dtype for _, dtype in known])  # what was gathered anew is float64
-                tensor = torch.zeros(shape, dtype=dtype, device=device) if tensor is None else tensor
-                tensor = tensor.to(dtype).contiguous()
-                peers.add(tensor, owner)
-                if entry is not None:
-                    setattr(entry, which, tensor)
+    summaries = [s for s in peers.exchange(None if inputs is None else _Summary.of(inputs)) if s is not None]
+    all_sums: Sequence[InputSums | None] = [None] * len(summaries[0].matrices) if inputs is None else inputs.sums
+    for number, sums in enumerate(all_sums):
+        for name in ("gram", "drift"):
+            formats = [summary.matrices[number][name] for summary in summaries if name in summary.matrices[number]]
+            if formats:
+                # Statistics that a process had to gather anew are in float64.
+                dtype = reduce(torch.promote_types, [dtype for _, dtype in formats])
+                matrix: Tensor | None = getattr(sums, name, None)
+                matrix = torch.zeros(formats[0][0], dtype=dtype, device=device) if matrix is None else matrix
+                matrix = matrix.to(dtype).contiguous()
+                peers.add(matrix, owner)
+                if sums is not None:
+                    setattr(sums, name, matrix)
     if inputs is not None and peers.rank == owner:
-        inputs.unpaired = sum(small.unpaired for small in met if small)
-        inputs.uncorrected = sum(small.uncorrected for small in met if small)
-        inputs.masked = {name for small in met if small for name in small.masked}
-        for number, entry in enumerate(entries):
-            parts = [small.sums[number] for small in met if small]
-            entry.rows = sum(rows for rows, *_ in parts)
-            entry.shift, entry.moments, entry.expert_moments = Shift(), Moments(), Moments()
-            for _, shift, moments, expert_moments in parts:
-                entry.shift.add(shift)
-                entry.moments.add(moments.to(device))
-                entry.expert_moments.add(expert_moments.to(device))
+        inputs.unpaired = sum(summary.unpaired for summary in summaries)
+        inputs.uncorrected = sum(summary.uncorrected for summary in summaries)
+        inputs.masked = {name for summary in summaries for name in summary.masked}
+        for number, sums in enumerate(inputs.sums):
+            sums.rows = sum(summary.small[number].rows for summary in summaries)
+            sums.drift_norms, sums.moments, sums.expert_moments = DriftNorms(), Moments(), Moments()
+            for small in (summary.small[number] for summary in summaries):
+                sums.drift_norms.add(small.drift_norms)
+                sums.moments.add(small.moments.to(device))
+                sums.expert_moments.add(small.expert_moments.to(device))
 
 
 @dataclass
 class _Small:
+    """The statistics of a task without the large matrices, on the CPU."""
+
+    rows: int
+    drift_norms: DriftNorms
+    moments: Moments
+    expert_moments: Moments
+
+
+@dataclass
+class _Summary:
     """What processes tell each other of their statistics: all but the large matrices.
 
     Attributes:
-        matrices: per task, name of each matrix -> its shape and precision.
-        sums: per task, rows, shift and moments.
+        unpaired, uncorrected, masked: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
+        matrices: for each task, name of each matrix -> its shape and precision.
+        small: the rest, for each task.
     """
 
     unpaired: int
     uncorrected: int
     masked: set[str]
     matrices: list[dict[str, tuple[torch.Size, torch.dtype]]]
-    sums: list[tuple[int, Shift, Moments, Moments]]
+    small: list[_Small]
 
     @staticmethod
-    def of(inputs: Inputs) -> _Small:
-        entries = inputs.statistics
-        matrices = [{"gram": entry.gram, "drift": entry.drift} for entry in entries]
-        return _Small(
+    def of(inputs: LayerInputs) -> _Summary:
+        matrices = [{"gram": sums.gram, "drift": sums.drift} for sums in inputs.sums]
+        return _Summary(
             inputs.unpaired,
             inputs.uncorrected,
             inputs.masked,
-            [{name: (m.shape, m.dtype) for name, m in own.items() if m is not None} for own in matrices],
-            [(e.rows, e.shift.cpu(), e.moments.to("cpu"), e.expert_moments.to("cpu")) for e in entries],
+            [{name: (m.shape, m.dtype) for name, m in of_task.items() if m is not None} for of_task in matrices],
+            [_Small(s.rows, s.drift_norms.cpu(), s.moments.to("cpu"), s.expert_moments.to("cpu")) for s in inputs.sums],
         )

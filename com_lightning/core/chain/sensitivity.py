@@ -8,7 +8,7 @@ expert makes of its outputs tells them apart. For task i let ``f`` be the output
 
 the Gauss-Newton matrix of a distance between predictions: of their numbers, or of the probabilities that they stand
 for. ``|| H_i^½ (W x̂ - W_i x) ||²`` is then, to second order and with rows and gradients taken for independent, what an
-error at this layer does to the predictions; see :func:`~com_lightning.core.solve.weighted_ridge.solve_in_metrics`.
+error at this layer does to the predictions; see :func:`~com_lightning.core.solve.weighted_ridge.solve_weighted`.
 
 No labels are needed. Each batch is run forward and backward once: for random numbers ``v`` with ``E[v vᵀ] = F``, the
 gradients of ``v · f`` by ``y`` are rows ``g`` with ``E[g gᵀ] = H_i``. That is the output side of K-FAC (Martens and
@@ -21,7 +21,7 @@ Merges.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,20 +30,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from com_lightning.core.chain.chain import _Call, _Chain
-from com_lightning.core.chain.gather import CalibrationForward
-from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.layers import kept
+from com_lightning.core.chain.options import Distance
+from com_lightning.core.layers import LayerType, rows_with_data
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
-from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.sweep.function_calls import Uses
-from com_lightning.core.sweep.lockstep import Arrival, Forward
-from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.sweep.layer import CalibrationForward
+from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.models import Models
+from com_lightning.core.sweep.sweep import Sweep, Visitor
+from com_lightning.core.sweep.task import BatchId, LayerRecord, Task, batch_ids
 from com_lightning.core.tensors.gradients import differentiated
 from com_lightning.core.tensors.matmul import exact_products
-from com_lightning.core.tensors.modules import copy_module
 from com_lightning.core.tensors.tracked import plain
 
 RANK = 64
@@ -111,112 +109,123 @@ def roots(
         peers: other processes, with batches of their own.
         quiet: whether no progress is shown.
     """
-    sensing = _Sensing(tasks, merged, distance)
-    total = sum(len(task.batches) for task in tasks)
-    found: list[dict[str, Sensitivity]] = []
+    models = Models(tasks, merged, ("expert",))
+    of_tasks: list[dict[str, Sensitivity]] = [{} for _ in tasks]
+    batches = list(batch_ids(tasks))
     hidden = quiet or peers.rank > 0
-    with peers.told(), tqdm(total=total, desc="Sensitivity", leave=False, disable=hidden) as bar:
-        for number, task in enumerate(tasks):
-            sensing.found = {}
-            for batch in range(len(task.batches)):
-                sensing.sense(number, batch)
-                bar.update()
-            found.append(_added_up(sensing.found, peers, sensing.models.device))
-    names = dict.fromkeys(name for own in found for name in own)
+    with peers.told(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
+        for batch in bar:
+            mask = tasks[batch.task].mask(tasks[batch.task].batches[batch.position])
+            gradients = gather_gradients(tasks, models, batch, distance)
+            with exact_products():
+                for layer, gradient in gradients.items():
+                    _add_gradient(of_tasks[batch.task], layer, gradient, mask)
+        of_tasks = [_added_up(of_task, peers, models.device) for of_task in of_tasks]
     result: dict[str, list[Tensor | None]] = {}
-    for name in names:
-        outputs = next(len(own[name].sketch) for own in found if name in own)
-        omega = omega_of(name, outputs, sensing.models.device)
-        result[name] = [own[name].root(omega) if name in own else None for own in found]
+    for name in dict.fromkeys(name for of_task in of_tasks for name in of_task):
+        outputs = next(len(of_task[name].sketch) for of_task in of_tasks if name in of_task)
+        omega = omega_of(name, outputs, models.device)
+        result[name] = [of_task[name].root(omega) if name in of_task else None for of_task in of_tasks]
     return result
 
 
-def _added_up(own: dict[str, Sensitivity], peers: Peers, device: torch.device) -> dict[str, Sensitivity]:
+def gather_gradients(tasks: Sequence[Task], models: Models, batch: BatchId, distance: Distance) -> dict[str, Tensor]:
+    """Run one batch through its expert forward and backward.
+
+    Args:
+        tasks: the experts and their calibration data.
+        models: of these tasks, with the experts running.
+        batch: which one.
+        distance: between predictions.
+
+    Returns:
+        Layer -> gradient of a random probe of the predictions by the layer's output, channels last.
+    """
+    visitor = GradientGatherer(distance, models)
+    Sweep(tasks, models, visitor, batches=[batch]).run()
+    return visitor.gradients
+
+
+def _add_gradient(of_task: dict[str, Sensitivity], layer: str, gradient: Tensor, mask: Tensor | None) -> None:
+    index = rows_with_data(mask, gradient.shape[:-1])
+    rows = gradient.flatten(0, -2).float()
+    rows = rows if index is None else rows[index]
+    if bool(rows.isfinite().all()):  # the merge itself says what is wrong with a batch
+        entry = of_task.setdefault(layer, Sensitivity.empty(rows.shape[1], rows.device))
+        entry.add(rows, omega_of(layer, rows.shape[1], rows.device))
+
+
+def _added_up(of_task: dict[str, Sensitivity], peers: Peers, device: torch.device) -> dict[str, Sensitivity]:
     """The sums of all processes, in all of them."""
     if peers.size == 1:
-        return own
+        return of_task
     sizes: dict[str, int] = {}
-    for told in peers.exchange({name: len(entry.sketch) for name, entry in own.items()}):
-        sizes.update(told)
+    for theirs in peers.exchange({name: len(entry.sketch) for name, entry in of_task.items()}):
+        sizes.update(theirs)
     for name, outputs in sizes.items():
-        entry = own.setdefault(name, Sensitivity.empty(outputs, device))
+        entry = of_task.setdefault(name, Sensitivity.empty(outputs, device))
         for tensor in (entry.sketch, entry.trace):
             peers.add(tensor, 0)
             peers.broadcast(tensor, 0)
-    return {name: own[name] for name in sizes}
+    return {name: of_task[name] for name in sizes}
 
 
-class _Sensing(_Chain):
-    """One expert's forward at a time, with gradients; nothing is solved."""
+class GradientGatherer(Visitor):
+    """Differentiates the predictions of one forward by the output of each layer.
 
-    def __init__(self, tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance) -> None:
-        rule = ChainOptions("expert", "merged")
-        super().__init__(tasks, merged, [1 / len(tasks)] * len(tasks), rule, Run())
-        self.distance, self.place = distance, (0, 0)
-        self.found: dict[str, Sensitivity] = {}
-        self.last: Tensor | None = None
+    Args:
+        distance: between predictions.
+        models: of the sweep.
+    """
+
+    watches_outputs = True
+
+    def __init__(self, distance: Distance, models: Models) -> None:
+        self.distance, self.models = distance, models
         self.gradients: dict[str, Tensor] = {}
+        self._last_output: Tensor | None = None
+        """Of the last layer with parameters that has run: the predictions, in the end."""
+        self._start = torch.zeros((), device=models.device, requires_grad=True)
+        """Added to the first output, so that there is something to differentiate by."""
+        self._layer_types: dict[str, LayerType] = {}
 
-    def sense(self, task: int, batch: int) -> None:
-        """Add what one batch tells to :attr:`found`."""
-        self.place, self.uses, self.last, self.gradients = (task, batch), Uses(self.models), None, {}
-        self.run()
-        keep = self.tasks[task].keep(self.tasks[task].batches[batch])
-        with exact_products():
-            for layer, gradient in self.gradients.items():
-                index = kept(keep, gradient.shape[:-1])
-                rows = gradient.flatten(0, -2).float()
-                rows = rows if index is None else rows[index]
-                if bool(rows.isfinite().all()):  # the merge itself tells what is wrong with a batch
-                    entry = self.found.setdefault(layer, Sensitivity.empty(rows.shape[1], rows.device))
-                    entry.add(rows, omega_of(layer, rows.shape[1], rows.device))
-        self.last, self.gradients = None, {}
-
-    def _merge(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        return LayerRecord(name, "", note="not solved while gradients are gathered")
-
-    def _forwards(self) -> list[Forward]:
-        number, batch = self.place
-        task = self.tasks[number]
-        index = task.batch_numbers[batch]
-        module = copy_module(self.models.running[number, "expert"].module, self._watched(number, "expert"))
-        for part in module.modules():
+    def on_forward(self, forward: CalibrationForward) -> None:
+        for part in forward.module.modules():
             if any(parameter is not None for parameter in part._parameters.values()):
                 part.register_forward_hook(self._remember)
-        label, seed = f"task '{task.name}', batch {index}, gradients", 100_003 * number + index
-        start = torch.zeros((), device=self.models.device, requires_grad=True)
-        call = partial(self._differentiate, _Call(task, module, task.batches[batch], index), start, seed)
-        return [
-            CalibrationForward(module, call, label, seed, partial(self._receive, start), number, batch, "expert"),
-        ]
+        forward.call = partial(self._differentiate, forward.module, forward.call, forward.seed)
 
-    def _remember(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.is_floating_point():
-            self.last = plain(output)
+    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+        self._layer_types[name] = sweep.layer_type(name)
+        return LayerRecord(name, "", note="not solved while gradients are gathered")
 
-    def _receive(self, start: Tensor, layer: str, output: Any) -> Tensor | None:
-        """Take down the gradient by a layer's output. Returns what takes the output's place where none has begun."""
-        output, dim = plain(output), self._channels(layer)
+    def on_output(self, forward: CalibrationForward, layer: str, output: Any) -> Tensor | None:
+        """Note the gradient by a layer's output. Returns what replaces the output where none has begun."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
             return None
         begins = not output.requires_grad
         if begins:
-            output = output + start
+            output = output + self._start
+        layer_type = self._layer_types[layer]
+        dim = -1 if isinstance(layer_type, Linear) else 1 if isinstance(layer_type, Convolution) else None
         if dim is not None:
-            output.register_hook(lambda gradient: self.gradients.__setitem__(layer, gradient.detach().movedim(dim, -1)))
+
+            def note(gradient: Tensor) -> None:
+                self.gradients[layer] = gradient.detach().movedim(dim, -1)
+
+            output.register_hook(note)
         return output if begins else None
 
-    def _channels(self, layer: str) -> int | None:
-        """The dimension of a layer's outputs that a matrix maps to, if there is one."""
-        use = self.uses.layers.get(layer)
-        kind = use.kind if use else self.models.candidates[layer].kind
-        return -1 if isinstance(kind, Linear) else 1 if isinstance(kind, Convolution) else None
+    def _remember(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.is_floating_point():
+            self._last_output = plain(output)
 
-    def _differentiate(self, call: _Call, start: Tensor, seed: int) -> None:
-        with differentiated(call.module):
+    def _differentiate(self, module: nn.Module, call: Callable[[], object], seed: int) -> None:
+        with differentiated(module):
             call()
-            if self.last is not None and self.last.requires_grad:
-                torch.autograd.backward(_probe(self.last, self.distance, seed), inputs=[start])
+            if self._last_output is not None and self._last_output.requires_grad:
+                torch.autograd.backward(_probe(self._last_output, self.distance, seed), inputs=[self._start])
+        self._last_output = None
 
 
 def _probe(outputs: Tensor, distance: Distance, seed: int) -> Tensor:

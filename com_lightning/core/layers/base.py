@@ -5,16 +5,66 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Size, Tensor, nn
 from torch.nn.utils import parametrize
 
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputMeans, InputSums
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of one call of a layer."""
+
+@dataclass(frozen=True)
+class Arguments:
+    """What a layer was called with."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def input(self) -> Tensor:
+        """The first argument."""
+        return first(self.args, self.kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the input, or float32 if that is lower."""
+        return torch.promote_types(self.input.dtype, torch.float32)
+
+    def to(self, dtype: torch.dtype) -> Arguments:
+        """The same arguments, with floating-point tensors in that precision."""
+
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+        return Arguments(tuple(map(cast, self.args)), {name: cast(value) for name, value in self.kwargs.items()})
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """One call of a layer in the merged model, and the call of the expert on the same batch.
+
+    Attributes:
+        merged: arguments in the merged model.
+        expert: arguments in the expert, if its inputs are used.
+        weight: of the expert, ``(g, o, k)``.
+        mask: boolean, over positions: ``True`` where data are. ``None``: everywhere.
+        stream_drift: what the output is to have beyond the output of the expert, as :meth:`LayerType.offset` gives it.
+            Only where the expert's input has the same shape and the drift is gathered already multiplied.
+    """
+
+    merged: Arguments
+    expert: Arguments | None
+    weight: Tensor
+    mask: Tensor | None = None
+    stream_drift: Tensor | None = None
+
+    @property
+    def is_paired(self) -> bool:
+        """Whether the expert's input has the shape of the merged model's, so that their rows go together."""
+        return self.expert is not None and self.expert.input.shape == self.merged.input.shape
+
 
 MAX_ROW_ELEMENTS = 2**24
 """Rows that take more memory than the input they are made of come in pieces of at most this many numbers: 64 MiB in
@@ -58,7 +108,7 @@ class LayerType(ABC):
         module: nn.Module,
         weight: Tensor,
         experts: Sequence[nn.Module],
-        statistics: Sequence[InputStatistics] | None,
+        means: Sequence[InputMeans] | None,
         importance: Sequence[float],
     ) -> dict[str, Tensor] | str:
         """What to write into the merged model's layer, by names of :func:`own_parameters` and :meth:`buffers`.
@@ -67,7 +117,7 @@ class LayerType(ABC):
             module: the merged model's layer, as it was while the statistics were gathered.
             weight: the solution, ``(g, o, k)``.
             experts: the layer of each expert.
-            statistics: those of each task; ``None``: the inputs were the experts' own, so nothing has shifted.
+            means: statistics of each task. ``None``: the inputs came from the experts, so they have not drifted.
             importance: one weight per task, summing to one.
 
         Returns:
@@ -88,48 +138,37 @@ class LayerType(ABC):
         return (type(self), self.has_bias(module))
 
     def multiply(self, weight: Tensor) -> bool:
-        """Whether to multiply the drift by the weight ``(g, o, k)`` while gathering, see :class:`InputStatistics`."""
+        """Whether to multiply the drift by the weight ``(g, o, k)`` while gathering, see :class:`InputSums`."""
         return 2 * weight.shape[1] < weight.shape[2]
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         """Why this call is no such regression after all; ``None`` if it is."""
         return None
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        """Add one call to the statistics of a task.
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        """Add one call to the sums of a task.
 
         Args:
-            module: the merged model's layer (its parameters are not read).
-            statistics: those of the task at this layer.
-            merged, expert: arguments of the call in the merged model and in the expert, if that one is to be used.
-            weight: the expert's, ``(g, o, k)``.
-            keep: boolean mask over positions, ``True`` where data is; ``None``: everywhere.
-            gap: what the output is to be beyond the expert's, as :meth:`offset` gives it; only where ``expert`` is of
-                the same shape and the drift is gathered already multiplied.
+            module: the merged model's layer. Its parameters are not read.
+            sums: of the task at this layer.
+            call: the call, in the merged model and in the expert.
 
         Returns:
-            Whether the expert's rows were used; they are not where their shape differs (inputs routed otherwise).
+            Whether the expert's rows were used. They are not where their shape differs (inputs routed otherwise).
         """
-        paired = expert is not None and first(*expert).shape == first(*merged).shape
-        others = self.rows(module, *expert) if paired and expert is not None else iter(())
+        expert = call.expert if call.is_paired else None
+        expert_rows = iter(()) if expert is None else self.rows(module, expert.args, expert.kwargs)
         start = 0
-        for rows, tokens in self.rows(module, *merged):
-            other = next(others, (None, tokens))[0]
-            index = kept(keep, rows.shape[:-2]) if tokens else None
+        for rows, are_positions in self.rows(module, call.merged.args, call.merged.kwargs):
+            paired_rows = next(expert_rows, (None, are_positions))[0]
+            index = rows_with_data(call.mask, rows.shape[:-2]) if are_positions else None
             end = start + rows.shape[:-2].numel()  # rows that come in pieces come in order
-            offset = None if gap is None else _flat(gap[start:end], index)
-            statistics.update(_flat(rows, index), None if other is None else _flat(other, index), weight, offset)
+            offset = None if call.stream_drift is None else _flat(call.stream_drift[start:end], index)
+            sums.update(
+                _flat(rows, index), None if paired_rows is None else _flat(paired_rows, index), call.weight, offset
+            )
             start = end
-        return paired
+        return expert is not None
 
     def offset(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
@@ -249,27 +288,32 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([weight, bias.detach().reshape(*weight.shape[:2], 1)], dim=2)
 
 
-def kept(keep: Tensor | None, lead: Size) -> Tensor | None:
-    """Index of the rows to use, where a padding mask applies to the leading dimensions ``lead`` of a layer's input.
+def rows_with_data(mask: Tensor | None, lead: Size) -> Tensor | None:
+    """Index of the rows that hold data, where a padding mask applies to the leading dimensions of a layer's input.
 
-    It applies where it has the same shape, flattened or not, or transposed (positions first; where there are as many
-    positions as samples, samples are taken to be first). A single row of positions (position ids) is used as often as
-    samples have data there. Anything else (one row per sample, say) is no sequence of tokens, and all of it is used.
+    Args:
+        mask: ``(samples, positions)`` or ``(positions,)``, ``True`` where data are. ``None``: everywhere.
+        lead: leading dimensions of the input. The mask applies if it has this shape, flattened or not, or transposed
+            (positions first). If there are as many positions as samples, samples are taken to come first. A single row
+            of positions (position ids) counts as often as samples have data there.
+
+    Returns:
+        An index of flattened rows. ``None`` if the mask does not apply, and all rows are used.
 
     Example::
 
         >>> mask = torch.tensor([[True, True, False], [True, False, False]])
-        >>> kept(mask, Size([1, 3])), kept(mask, Size([2]))
+        >>> rows_with_data(mask, Size([1, 3])), rows_with_data(mask, Size([2]))
         (tensor([0, 0, 1]), None)
     """
-    if keep is None:
+    if mask is None:
         return None
-    if lead == keep.shape or lead == (keep.numel(),):
-        return keep.flatten()
-    if keep.dim() == 2 and lead == keep.T.shape:
-        return keep.T.flatten()
-    if keep.dim() == 2 and lead in {(1, keep.shape[1]), (keep.shape[1],)}:
-        return torch.arange(keep.shape[1], device=keep.device).repeat_interleave(keep.sum(0))
+    if lead == mask.shape or lead == (mask.numel(),):
+        return mask.flatten()
+    if mask.dim() == 2 and lead == mask.T.shape:
+        return mask.T.flatten()
+    if mask.dim() == 2 and lead in {(1, mask.shape[1]), (mask.shape[1],)}:
+        return torch.arange(mask.shape[1], device=mask.device).repeat_interleave(mask.sum(0))
     return None
 
 

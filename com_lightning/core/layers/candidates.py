@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from com_lightning.core.layers import LayerType, layer_type, own_parameters
+from com_lightning.core.layers.base import LayerType, own_parameters
+from com_lightning.core.layers.registry import layer_type
 from com_lightning.core.tensors.attention import split_attention
 from com_lightning.core.tensors.modules import copy_module
 
@@ -17,13 +18,13 @@ class Candidate:
     """A layer that has a closed form.
 
     Attributes:
-        kind: its type.
+        layer_type: how it is a regression.
         module: the layer, of one expert.
         parameters: own name of each parameter -> its full name in the user's module.
         buffers: the same for the buffers that its type re-estimates.
     """
 
-    kind: LayerType
+    layer_type: LayerType
     module: nn.Module
     parameters: dict[str, str]
     buffers: dict[str, str]
@@ -36,7 +37,8 @@ class Candidate:
 def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
     """Name of each layer of ``module`` that has a closed form and of which all that is written is shared.
 
-    Layers of an ``nn.MultiheadAttention`` are named as :func:`~com_lightning.core.tensors.attention.split_attention` does.
+    Layers of an ``nn.MultiheadAttention`` have the names that
+    :func:`~com_lightning.core.tensors.attention.split_attention` gives them.
     """
     module = copy_module(module)
     parts = split_attention(module)

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_lightning.core.layers.base import LayerType, first, own_names, own_parameter, pieces, with_bias
+from com_lightning.core.layers.registry import register_layer_type
 
 
+@register_layer_type
 class Convolution(LayerType):
     """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches.
 
@@ -80,6 +82,7 @@ class Convolution(LayerType):
         return F.pad(image, module._reversed_padding_repeated_twice, mode=mode), module.stride
 
 
+@register_layer_type
 class TransposedConvolution(Convolution):
     """``nn.ConvTranspose1d/2d/3d``: a convolution with stride one over the image with zeros between its pixels."""
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, first, own_parameter
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.base import LayerCall, LayerType, first, own_parameter
+from com_lightning.core.solve.statistics import InputSums
 
 
 class Contraction(LayerType):
@@ -136,25 +136,19 @@ class GroupedLinear(LayerType):
     def key(self, module: nn.Module) -> Hashable:
         return id(module)  # the same rows may be sent elsewhere
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        paired = expert is not None and torch.equal(merged[0][1], expert[0][1])
-        others = self.rows(module, *expert) if paired and expert is not None else iter(())
-        parts = []
-        for group, (rows, _) in enumerate(self.rows(module, *merged)):
-            part = InputStatistics(False, statistics.normalize, statistics.multiply, scratch=statistics.scratch)
-            part.update(rows, next(others, (None, False))[0], weight[group : group + 1])
-            parts.append(part)
-            statistics.shift.add(part.shift)
-        grams = [part.gram for part in parts if part.gram is not None]
-        drifts = [part.drift for part in parts if part.drift is not None]
-        statistics.add(torch.cat(grams), torch.cat(drifts) if paired else None, sum(part.rows for part in parts))
-        return paired
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        merged, expert = call.merged, call.expert
+        if expert is not None and not torch.equal(merged.args[1], expert.args[1]):
+            expert = None
+        expert_rows = iter(()) if expert is None else self.rows(module, expert.args, expert.kwargs)
+        groups = []
+        for number, (rows, _) in enumerate(self.rows(module, merged.args, merged.kwargs)):
+            group = InputSums(False, sums.normalize, sums.multiply, scratch=sums.scratch)
+            group.update(rows, next(expert_rows, (None, False))[0], call.weight[number : number + 1])
+            groups.append(group)
+            sums.drift_norms.add(group.drift_norms)
+        grams = [group.gram for group in groups if group.gram is not None]
+        drifts = [group.drift for group in groups if group.drift is not None]
+        rows_in_all = sum(group.rows for group in groups)
+        sums.add(torch.cat(grams), None if expert is None else torch.cat(drifts), rows_in_all)
+        return expert is not None

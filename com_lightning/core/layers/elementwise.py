@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, kept, own_parameter
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.base import LayerCall, LayerType, own_parameter, rows_with_data
+from com_lightning.core.solve.statistics import InputSums
 
 # Attention scores that a mask has ruled out stand at minus infinity, the lowest number, -1e9, -1e4, ...
 _LOWEST, _HIGHEST = -9e3, 1e18
@@ -42,48 +42,38 @@ class Scale(LayerType):
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight.reshape(own_parameter(module, "weight").shape)}
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        data, positions = self._aligned(module, *merged[0])
-        other = None if expert is None else expert[0][0].to(data.dtype)
-        if other is not None and expert is not None and expert[0][0].shape != merged[0][0].shape:
-            other = None
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        data, positions = self._aligned(module, *call.merged.args)
+        other = call.expert.input.to(data.dtype) if call.expert is not None and call.is_paired else None
         counted = (data > _LOWEST) & (data < _HIGHEST)  # not NaN either
         if other is not None:
             counted &= (other > _LOWEST) & (other < _HIGHEST)
         data = torch.where(counted, data, 0.0)
         share = counted.to(data.dtype)
-        index = kept(keep, data.shape[:-1])
-        if index is not None:  # which positions count, or each as often as it stands there
+        index = rows_with_data(call.mask, data.shape[:-1])
+        if index is not None:  # which positions count, or how often each of them counts
             times = index if index.dtype == torch.bool else index.bincount(minlength=data.shape[:-1].numel())
             share = share * times.view(data.shape[:-1])[..., None]
 
-        def folded(values: Tensor) -> Tensor:
+        def summed(values: Tensor) -> Tensor:
+            """Values by element of the parameter, ``(g, 1, 1)``."""
             flat = values.sum_to_size(positions.shape).flatten()
-            return flat.new_zeros(len(weight)).index_add_(0, positions.flatten(), flat)[:, None, None]
+            return flat.new_zeros(len(call.weight)).index_add_(0, positions.flatten(), flat)[:, None, None]
 
-        drift = None
+        drift_sum = None
         if other is not None:
-            gap = torch.where(share > 0, other - data, 0.0)
-            rows = (data, data + gap, gap)
-            statistics.shift.update(*(torch.linalg.vector_norm(values, dim=-1).flatten() for values in rows))
-            drift = folded(self._drift(gap, data) * share) * self._multiplier(weight).to(gap.dtype)
-        statistics.add(folded(self._gram(data) * share), drift, int(share.sum()) // data.shape[-1])
-        return drift is not None
+            drift = torch.where(share > 0, other - data, 0.0)
+            rows = (data, data + drift, drift)
+            sums.drift_norms.update(*(torch.linalg.vector_norm(values, dim=-1).flatten() for values in rows))
+            drift_sum = summed(self._drift(drift, data) * share) * self._multiplier(call.weight).to(drift.dtype)
+        sums.add(summed(self._gram(data) * share), drift_sum, int(share.sum()) // data.shape[-1])
+        return drift_sum is not None
 
     def _gram(self, data: Tensor) -> Tensor:
         return data.square()
 
-    def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
-        return gap * data
+    def _drift(self, drift: Tensor, data: Tensor) -> Tensor:
+        return drift * data
 
     def _multiplier(self, weight: Tensor) -> Tensor:
         return weight
@@ -108,8 +98,8 @@ class Offset(Scale):
     def _gram(self, data: Tensor) -> Tensor:
         return torch.ones_like(data)
 
-    def _drift(self, gap: Tensor, data: Tensor) -> Tensor:
-        return gap
+    def _drift(self, drift: Tensor, data: Tensor) -> Tensor:
+        return drift
 
     def _multiplier(self, weight: Tensor) -> Tensor:
         return torch.ones_like(weight)

@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.base import LayerCall, LayerType, first, own_parameter, rows_with_data
+from com_lightning.core.layers.registry import register_layer_type
+from com_lightning.core.solve.statistics import InputSums
 
 
+@register_layer_type
 class Embedding(LayerType):
     """``nn.Embedding``: one-hot rows, so that the Gram matrix is the diagonal of token counts.
 
@@ -40,21 +42,12 @@ class Embedding(LayerType):
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight[:, :, 0]}
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
         # Counted rather than through `rows`: a one-hot row has as many entries as the vocabulary.
         assert isinstance(module, nn.Embedding)
-        ids = first(*merged).long()
-        index = kept(keep, ids.shape)
+        ids = call.merged.input.long()
+        index = rows_with_data(call.mask, ids.shape)
         ids = ids.flatten() if index is None else ids.flatten()[index]
         counts = torch.bincount(ids, minlength=module.num_embeddings).to(torch.float32)[:, None, None]
-        statistics.add(counts, None, len(ids))
-        return expert is not None
+        sums.add(counts, None, len(ids))
+        return call.expert is not None

@@ -9,32 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers import LayerType, PerChannel
+from com_lightning.core.layers.base import LayerType
 from com_lightning.core.layers.convolution import Convolution, TransposedConvolution
 from com_lightning.core.layers.einsum import Contraction, GroupedLinear
 from com_lightning.core.layers.elementwise import Offset, Scale
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Linear, TransposedLinear
+from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of
 
 
 @dataclass(frozen=True)
-class Use:
+class FunctionCall:
     """A function call that is a layer.
 
     Attributes:
-        kind: its type.
+        layer_type: how it is a regression.
         parts: own name of each parameter of the stand-in -> what it is of which parameter.
-        stand_in: makes the module that ``kind`` knows, without parameters.
+        stand_in: makes the module that the layer type knows, without parameters.
         args: what that module is called with.
     """
 
-    kind: LayerType
+    layer_type: LayerType
     parts: Mapping[str, Part]
     stand_in: Callable[[], nn.Module]
     args: tuple[Any, ...]
@@ -46,32 +47,53 @@ class Use:
         return module
 
 
+Free = Callable[[Part], bool]
+"""Whether a part of a parameter may still be solved."""
+
+_RECOGNISERS: dict[str, Callable[..., FunctionCall | None]] = {}
+"""Name of a function -> what tells whether a call of it is a layer, and which."""
+
+Recogniser = TypeVar("Recogniser", bound=Callable[..., FunctionCall | None])
+
+
+def recognises(*names: str) -> Callable[[Recogniser], Recogniser]:
+    """Decorator of ``recogniser(name, free, *args, **kwargs)``, which is asked about calls of functions of these names.
+
+    It gets the function's name, a :data:`Free`, and the arguments of the call. It returns the layer that the call is,
+    or ``None``.
+    """
+
+    def register(recogniser: Recogniser) -> Recogniser:
+        _RECOGNISERS.update(dict.fromkeys(names, recogniser))
+        return recogniser
+
+    return register
+
+
 def recognise(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], free: Callable[[Part], bool]
-) -> Use | None:
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], free: Free
+) -> FunctionCall | None:
     """The layer that a function call is, if it is one.
 
     Args:
-        function, args, kwargs: the call; at least one argument is watched.
+        function, args, kwargs: the call; at least one argument is tracked.
         free: whether a part of a parameter may still be solved.
     """
     name = name_of(function)
-    if name not in _KNOWN:
+    if name not in _RECOGNISERS:
         return None
     try:
-        use: Use | None = _KNOWN[name](name, free, *args, **kwargs)
+        call: FunctionCall | None = _RECOGNISERS[name](name, free, *args, **kwargs)
     except TypeError:  # called in a way that these do not know
         return None
-    if use is None or not all(free(part) for part in use.parts.values()):
+    if call is None or not all(free(part) for part in call.parts.values()):
         return None
-    data = use.args[0]
-    return use if isinstance(data, Tensor) and not isinstance(data, Watched) else None
+    data = call.args[0]
+    return call if isinstance(data, Tensor) and not isinstance(data, Watched) else None
 
 
-Free = Callable[[Part], bool]
-
-
-def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Use | None:
+@recognises("linear")
+def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> FunctionCall | None:
     if not isinstance(weight, Watched) or not free(weight.part):
         known = isinstance(bias, Watched) and free(bias.part)
         return _add("add", free, F.linear(input, brought(weight)), bias) if known else None
@@ -80,9 +102,10 @@ def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor |
     return _layer(Linear(), lambda: nn.Linear(1, 1, bias is not None, "meta"), (input,), weight, bias)
 
 
+@recognises("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def _convolution(
     name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
-) -> Use | None:
+) -> FunctionCall | None:
     transposed = "transpose" in name
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     settings = dict(zip(names if transposed else ("stride", "padding", "dilation", "groups"), args)) | kwargs
@@ -106,12 +129,14 @@ def _convolution(
     return _layer(TransposedConvolution() if transposed else Convolution(), stand_in, (input,), weight, bias)
 
 
-def _embedding(name: str, free: Free, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Use | None:
+@recognises("embedding")
+def _embedding(name: str, free: Free, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> FunctionCall | None:
     rows, width = weight.shape
     return _layer(Embedding(), lambda: nn.Embedding(rows, width, device="meta"), (input,), weight)
 
 
-def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> Use | None:
+@recognises("matmul", "__matmul__", "__rmatmul__", "mm", "bmm")
+def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> FunctionCall | None:
     if name == "__rmatmul__":
         left, right = right, left
     weight_first = isinstance(left, Watched)
@@ -123,13 +148,15 @@ def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> Use | None:
     return _einsum(name, free, equation, left, right)
 
 
-def _addmm(name: str, free: Free, input: Tensor, mat1: Tensor, mat2: Tensor) -> Use | None:
+@recognises("addmm")
+def _addmm(name: str, free: Free, input: Tensor, mat1: Tensor, mat2: Tensor) -> FunctionCall | None:
     if input.dim() != 1:
         return None
     return _layer(TransposedLinear(), nn.Module, (mat1,), mat2, input)
 
 
-def _einsum(name: str, free: Free, equation: str, *operands: Any) -> Use | None:
+@recognises("einsum")
+def _einsum(name: str, free: Free, equation: str, *operands: Any) -> FunctionCall | None:
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
     if len(operands) != 2:
@@ -142,19 +169,24 @@ def _einsum(name: str, free: Free, equation: str, *operands: Any) -> Use | None:
     return _layer(contraction, nn.Module, (data,), weight)
 
 
-def _grouped(name: str, free: Free, input: Tensor, weight: Tensor, offs: Tensor | None = None, **_: Any) -> Use | None:
+@recognises("grouped_mm", "_grouped_mm", "grouped_mm_fallback")
+def _grouped(
+    name: str, free: Free, input: Tensor, weight: Tensor, offs: Tensor | None = None, **_: Any
+) -> FunctionCall | None:
     if offs is None or input.dim() != 2 or weight.dim() != 3:
         return None
     return _layer(GroupedLinear(), nn.Module, (input, offs), weight)
 
 
-def _add(name: str, free: Free, one: Any, two: Any) -> Use | None:
+@recognises("add", "add_", "__add__", "__radd__", "__iadd__")
+def _add(name: str, free: Free, one: Any, two: Any) -> FunctionCall | None:
     return _elementwise(Offset(), one, two)
 
 
+@recognises("scaled_dot_product_attention")
 def _attention(
     name: str, free: Free, query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, **settings: Any
-) -> Use | None:
+) -> FunctionCall | None:
     """Biases of the scores (relative positions) that are given as a mask."""
     scale = settings.get("scale") or query.shape[-1] ** -0.5
     if not isinstance(attn_mask, Watched) or settings.get("is_causal") or settings.get("enable_gqa"):
@@ -162,57 +194,48 @@ def _attention(
     return _add("add", free, query @ key.mT * scale, attn_mask)
 
 
-def _multiply(name: str, free: Free, one: Any, two: Any) -> Use | None:
+@recognises("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__")
+def _multiply(name: str, free: Free, one: Any, two: Any) -> FunctionCall | None:
     return _elementwise(Scale(), one, two)
 
 
-def _elementwise(kind: LayerType, one: Any, two: Any) -> Use | None:
+def _elementwise(kind: LayerType, one: Any, two: Any) -> FunctionCall | None:
     data, weight = (two, one) if isinstance(one, Watched) else (one, two)
     if not isinstance(data, Tensor) or not isinstance(weight, Watched):
         return None
     if not data.is_floating_point() or not data.dim() or not data.numel():
         return None
     stem, rest = weight.part.split()
-    return Use(kind, {"weight": stem}, nn.Module, (data, rest))
+    return FunctionCall(kind, {"weight": stem}, nn.Module, (data, rest))
 
 
+@recognises("layer_norm")
 def _layer_norm(
     name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Use | None:
+) -> FunctionCall | None:
     return _layer(PerChannel(), lambda: nn.LayerNorm(shape, eps, device="meta"), (input,), weight, bias)
 
 
+@recognises("rms_norm")
 def _rms_norm(
     name: str, free: Free, input: Tensor, shape: Any, weight: Any = None, eps: float | None = None
-) -> Use | None:
+) -> FunctionCall | None:
     return _layer(PerChannel(), lambda: nn.RMSNorm(shape, eps, device="meta"), (input,), weight)
 
 
+@recognises("group_norm")
 def _group_norm(
     name: str, free: Free, input: Tensor, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5
-) -> Use | None:
+) -> FunctionCall | None:
     stand_in = partial(nn.GroupNorm, groups, input.shape[1], eps, device="meta")
     return _layer(PerChannel(), stand_in, (input,), weight, bias)
 
 
 def _layer(
     kind: LayerType, stand_in: Callable[[], nn.Module], args: tuple[Any, ...], weight: Any, bias: Any = None
-) -> Use | None:
+) -> FunctionCall | None:
     """``None`` if an argument is neither watched nor absent, or holds an element of a parameter more than once."""
     watched = {name: entry for name, entry in (("weight", weight), ("bias", bias)) if entry is not None}
     if weight is None or not all(isinstance(entry, Watched) and entry.part.once for entry in watched.values()):
         return None
-    return Use(kind, {name: entry.part for name, entry in watched.items()}, stand_in, args)
-
-
-_KNOWN: dict[str, Callable[..., Use | None]] = {
-    **{"linear": _linear, "embedding": _embedding, "einsum": _einsum, "addmm": _addmm},
-    **{f"conv{dims}d": _convolution for dims in (1, 2, 3)},
-    **{f"conv_transpose{dims}d": _convolution for dims in (1, 2, 3)},
-    **dict.fromkeys(("matmul", "__matmul__", "__rmatmul__", "mm", "bmm"), _matmul),
-    **dict.fromkeys(("grouped_mm", "_grouped_mm", "grouped_mm_fallback"), _grouped),
-    **dict.fromkeys(("add", "add_", "__add__", "__radd__", "__iadd__"), _add),
-    **dict.fromkeys(("mul", "mul_", "multiply", "__mul__", "__rmul__", "__imul__"), _multiply),
-    "scaled_dot_product_attention": _attention,
-    **{"layer_norm": _layer_norm, "rms_norm": _rms_norm, "group_norm": _group_norm},
-}
+    return FunctionCall(kind, {name: entry.part for name, entry in watched.items()}, stand_in, args)

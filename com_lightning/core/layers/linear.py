@@ -11,13 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.layers import base
-from com_lightning.core.layers.base import Call, LayerType, first, kept, own_names, own_parameter, with_bias
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.base import (
+    Arguments,
+    LayerCall,
+    LayerType,
+    first,
+    own_names,
+    own_parameter,
+    rows_with_data,
+    with_bias,
+)
+from com_lightning.core.layers.registry import register_layer_type
+from com_lightning.core.solve.statistics import InputSums
 
 # The statistics of a bilinear layer with this many products take 256 MiB per task and matrix.
 MAX_PRODUCTS = 2**13
 
 
+@register_layer_type
 class Linear(LayerType):
     """``nn.Linear``: the input is the row."""
 
@@ -61,6 +72,7 @@ class TransposedLinear(Linear):
         return {**solved, "weight": solved["weight"].T}
 
 
+@register_layer_type
 class Bilinear(Linear):
     """``nn.Bilinear``: the row is the outer product of the two inputs, up to :data:`MAX_PRODUCTS` entries."""
 
@@ -88,21 +100,12 @@ class Bilinear(Linear):
         left, right = left.to(dtype)[..., :, None], right.to(dtype)[..., None, :]
         yield (left * right).flatten(-2).unsqueeze(-2), True
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        paired = expert is not None and first(*expert).shape == first(*merged).shape
-        others = _parts(expert, keep) if paired and expert is not None else itertools.repeat(None)
-        for part, other in zip(_parts(merged, keep), others):
-            super().gather(module, statistics, part, other, weight, None)
-        return paired
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        expert = call.expert if call.is_paired else None
+        expert_parts = itertools.repeat(None) if expert is None else _parts(expert, call.mask)
+        for part, expert_part in zip(_parts(call.merged, call.mask), expert_parts):
+            super().gather(module, sums, LayerCall(part, expert_part, call.weight))
+        return expert is not None
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
         return with_bias(own_parameter(layer, "weight").flatten(1)[None], getattr(layer, "bias", None))
@@ -117,12 +120,12 @@ def _inputs(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:
     return input1, input2
 
 
-def _parts(call: Call, keep: Tensor | None) -> Iterator[Call]:
-    """Calls of a bilinear layer with a part of the inputs each, so that no more products exist than rows may have."""
-    left, right = (value.flatten(0, -2) for value in _inputs(*call[0], **call[1]))
-    index = kept(keep, first(*call).shape[:-1])
+def _parts(call: Arguments, mask: Tensor | None) -> Iterator[Arguments]:
+    """Calls of a bilinear layer with a part of the inputs each, so that not all products exist at once."""
+    left, right = (value.flatten(0, -2) for value in _inputs(*call.args, **call.kwargs))
+    index = rows_with_data(mask, call.input.shape[:-1])
     if index is not None:
         left, right = left[index], right[index]
     size = max(base.MAX_ROW_ELEMENTS // (left.shape[1] * right.shape[1]), 1)
     for part in zip(torch.split(left, size), torch.split(right, size)):
-        yield part, {}
+        yield Arguments(part)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Size, Tensor, nn
 
-from com_lightning.core.layers.base import Call, LayerType, first, kept, own_parameter
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, first, own_parameter, rows_with_data
+from com_lightning.core.layers.registry import register_layer_type
+from com_lightning.core.solve.statistics import InputMeans, InputSums
 
 
+@register_layer_type(generic=True)
 class PerChannel(LayerType):
     """A scale, and perhaps an offset, per channel: LayerNorm, RMSNorm and their many relatives.
 
@@ -57,22 +60,15 @@ class PerChannel(LayerType):
         channels = self._channels_last(module, gap.reshape(shape), args, kwargs)
         return channels.reshape(-1, len(weight), 1)
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        if self._is_too_small(module, *merged):  # the solver's differences between weights are the same either way
-            weight = torch.cat([weight[..., :1] + 1, weight[..., 1:]], dim=-1)
-        return super().gather(module, statistics, merged, expert, weight, keep, gap)
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        if self._is_too_small(module, call.merged.args, call.merged.kwargs):
+            # The solver's differences between weights are the same either way.
+            weight = torch.cat([call.weight[..., :1] + 1, call.weight[..., 1:]], dim=-1)
+            call = replace(call, weight=weight)
+        return super().gather(module, sums, call)
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        dtype = torch.promote_types(first(args, kwargs).dtype, torch.float32)
+        dtype = Arguments(args, kwargs).dtype
         args, kwargs = _cast(dtype, args, kwargs)
         parameters = {name: p.detach().to(dtype) for name, p in self._present(module).items()}
         output = self._run(module, parameters, args, kwargs)
@@ -151,7 +147,7 @@ class PerChannel(LayerType):
 
     def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """``z`` as ``(*lead, channels)`` in float32 or better: what the layer makes of a scale of one."""
-        args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+        args, kwargs = _cast(Arguments(args, kwargs).dtype, args, kwargs)
         stored = 0.0 if self._is_too_small(module, args, kwargs) else 1.0
         return self._channels_last(module, self._at(stored, module, args, kwargs), args, kwargs)
 
@@ -159,7 +155,7 @@ class PerChannel(LayerType):
         """Whether the stored scale is one too small: it makes something of the input where it is zero."""
         known = self._too_small.get(module)
         if known is None:
-            args, kwargs = _cast(torch.promote_types(first(args, kwargs).dtype, torch.float32), args, kwargs)
+            args, kwargs = _cast(Arguments(args, kwargs).dtype, args, kwargs)
             known = _says_something(self._at(0.0, module, args, kwargs))
             if known or _says_something(self._at(1.0, module, args, kwargs)):  # else another input may tell
                 self._too_small[module] = known
@@ -178,6 +174,7 @@ def _says_something(output: Any) -> bool:
     return isinstance(output, Tensor) and bool((output.isfinite() & (output != 0)).any())
 
 
+@register_layer_type
 class BatchNorm(PerChannel):
     """``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in eval mode, with or without a scale and an offset.
 
@@ -203,21 +200,12 @@ class BatchNorm(PerChannel):
     def buffers(self, layer: nn.Module) -> tuple[str, ...]:
         return ("running_mean", "running_var")
 
-    def gather(
-        self,
-        module: nn.Module,
-        statistics: InputStatistics,
-        merged: Call,
-        expert: Call | None,
-        weight: Tensor,
-        keep: Tensor | None,
-        gap: Tensor | None = None,
-    ) -> bool:
-        paired = super().gather(module, statistics, merged, expert, weight, keep, gap)
-        if paired or expert is None:
-            statistics.moments.update(self._values(merged, keep))
-        if paired and expert is not None:
-            statistics.expert_moments.update(self._values(expert, keep))
+    def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
+        paired = super().gather(module, sums, call)
+        if paired or call.expert is None:
+            sums.moments.update(self._values(call.merged, call.mask))
+        if paired and call.expert is not None:
+            sums.expert_moments.update(self._values(call.expert, call.mask))
         return paired
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
@@ -232,12 +220,12 @@ class BatchNorm(PerChannel):
         module: nn.Module,
         weight: Tensor,
         experts: Sequence[nn.Module],
-        statistics: Sequence[InputStatistics] | None,
+        means: Sequence[InputMeans] | None,
         importance: Sequence[float],
     ) -> dict[str, Tensor] | str:
         assert isinstance(module, nn.modules.batchnorm._BatchNorm)
         assert module.running_mean is not None
-        entries: Sequence[InputStatistics | None] = statistics or [None] * len(experts)
+        entries: Sequence[InputMeans | None] = means or [None] * len(experts)
         estimates = [self._estimate(layer, entry) for layer, entry in zip(experts, entries)]
         # As they will be stored, so that scale and offset make up for that too.
         dtype = module.running_mean.dtype
@@ -259,23 +247,23 @@ class BatchNorm(PerChannel):
         return {"weight": torch.ones_like(module.running_mean), "bias": torch.zeros_like(module.running_mean)}
 
     @staticmethod
-    def _values(call: Call, keep: Tensor | None) -> Tensor:
+    def _values(call: Arguments, mask: Tensor | None) -> Tensor:
         """The layer's raw input as ``(n, channels)``."""
-        values = first(*call).movedim(1, -1)
-        index = kept(keep, values.shape[:-1])
+        values = call.input.movedim(1, -1)
+        index = rows_with_data(mask, values.shape[:-1])
         values = values.flatten(0, -2)
         return values if index is None else values[index]
 
     @staticmethod
-    def _estimate(layer: nn.Module, statistics: InputStatistics | None) -> tuple[Tensor, Tensor]:
+    def _estimate(layer: nn.Module, means: InputMeans | None) -> tuple[Tensor, Tensor]:
         """Running mean and variance for one task's inputs in the merged model, in float64."""
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None
         mean, variance = layer.running_mean.double(), layer.running_var.double()
-        if statistics is None or statistics.moments.count < 2:
+        if means is None or means.moments.count < 2:
             return mean, variance
-        ours, theirs = statistics.moments, statistics.expert_moments
+        ours, theirs = means.moments, means.expert_moments
         if not theirs.count:
             return ours.mean, ours.variance
         # A channel that the calibration data hardly stir says nothing on how much its variance has grown.
@@ -298,9 +286,5 @@ def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _cast(dtype: torch.dtype, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same arguments with floating-point tensors in ``dtype``."""
-
-    def cast(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return tuple(map(cast, args)), {name: cast(value) for name, value in kwargs.items()}
+    cast = Arguments(args, kwargs).to(dtype)
+    return cast.args, cast.kwargs

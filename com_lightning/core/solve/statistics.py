@@ -15,8 +15,8 @@ from com_lightning.core.tensors.matmul import add_product, aligned, completed, o
 
 
 @dataclass
-class Shift:
-    """How far the merged model's inputs of a layer are from the expert's: the covariate shift on arrival.
+class DriftNorms:
+    """How large the drift of a layer's inputs is: how far the merged model's are from the expert's.
 
     Attributes:
         distance, energy: sums over rows of ``||x̂ - x||²`` and ``||x||²``.
@@ -29,27 +29,27 @@ class Shift:
     cosine: Tensor | float = 0.0
     rows: int = 0
 
-    def update(self, merged: Tensor, expert: Tensor, gap: Tensor) -> None:
+    def update(self, merged: Tensor, expert: Tensor, drift: Tensor) -> None:
         """Add rows, by the lengths ``||x̂||``, ``||x||`` and ``||x - x̂||`` of each, ``(n,)``."""
-        merged, expert, gap = merged.double(), expert.double(), gap.double()
-        self.distance = self.distance + gap.square().sum()
+        merged, expert, drift = merged.double(), expert.double(), drift.double()
+        self.distance = self.distance + drift.square().sum()
         self.energy = self.energy + expert.square().sum()
         # The law of cosines, in the form that loses no digits where rows are nearly alike.
         both = merged * expert
-        apart = (gap.square() - (merged - expert).square()) / (2.0 * both)
-        self.cosine = self.cosine + torch.where(both > 0, 1.0 - apart, 0.0).sum()
+        one_minus_cosine = (drift.square() - (merged - expert).square()) / (2.0 * both)
+        self.cosine = self.cosine + torch.where(both > 0, 1.0 - one_minus_cosine, 0.0).sum()
         self.rows += len(merged)
 
-    def add(self, other: Shift) -> None:
-        """Add what another one has seen."""
+    def add(self, other: DriftNorms) -> None:
+        """Add the sums of other rows."""
         self.distance = self.distance + other.distance
         self.energy = self.energy + other.energy
         self.cosine = self.cosine + other.cosine
         self.rows += other.rows
 
-    def cpu(self) -> Shift:
-        """The same as plain numbers."""
-        return Shift(float(self.distance), float(self.energy), float(self.cosine), self.rows)
+    def cpu(self) -> DriftNorms:
+        """The same sums as plain numbers."""
+        return DriftNorms(float(self.distance), float(self.energy), float(self.cosine), self.rows)
 
     @property
     def relative_distance(self) -> float:
@@ -86,7 +86,7 @@ class Moments:
         self.square = self.square + values.square().sum(0)
 
     def add(self, other: Moments) -> None:
-        """Add what others have seen."""
+        """Add the sums of other values."""
         self.count += other.count
         self.total = self.total + other.total
         self.square = self.square + other.square
@@ -128,34 +128,35 @@ class Scratch:
 
 
 @dataclass
-class InputStatistics:
-    """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, for one task.
+class InputSums:
+    """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, summed for one task.
 
-    With ``x̂`` the input in the model merged so far, ``x`` that in the expert, a trailing 1 where the layer has a bias
-    (``k = f + 1``, else ``k = f``), and the row weight ``s``, which is 1 or, with ``normalize``, one over the larger of
-    ``||x̂||²`` and ``||x||²`` (bias entry included; ``x̂`` alone where no expert's rows are given):
+    ``x̂`` is the input in the model merged so far, ``x`` the input in the expert. Where the layer has a bias, rows get a
+    trailing 1 (``k = f + 1``, else ``k = f``). The row weight ``s`` is 1. With ``normalize`` it is one over the larger
+    of ``||x̂||²`` and ``||x||²`` (bias entry included; ``x̂`` alone where no rows of the expert are given).
 
     Attributes:
-        multiply: whether the drift is multiplied by the expert's weight while it is gathered, which costs less where a
-            layer has far fewer outputs than inputs, but cannot be shared with another layer of the same input.
-        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``. Of a large one, the part above the diagonal is there after
+        multiply: whether the drift is multiplied by the expert's weight while it is gathered. This costs less where a
+            layer has far fewer outputs than inputs, but the sums cannot be shared with another layer.
+        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``. Of a large one, the part above the diagonal is filled in by
             :meth:`complete`.
-        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``, or multiplied: ``(g, o, k)``, with what the output is to be beyond
-            the expert's. ``None``: no expert rows were seen.
+        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``; or multiplied, ``(g, o, k)``, with what the output is to have beyond
+            the expert's. ``None``: no rows of the expert were given.
         rows: number of rows summed.
-        moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, where its type has a use for them (batch
-            normalisation); calls that have no counterpart in the expert are left out of both.
-        scratch: what rows are prepared in; those of other tasks may use the same.
+        drift_norms: how large the drift is.
+        moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, if its type needs them (batch
+            normalisation). Calls that have no counterpart in the expert are in neither.
+        scratch: memory in which rows are prepared. Sums of other tasks may use the same.
 
-    Gathered in float32, or float64 if the rows are, with autocast off.
+    Sums are in float32, or in float64 if the rows are, with autocast off.
 
     Complexity: ``g f k`` multiply-adds a row for each of the two, or ``2 g o f`` for a drift already multiplied.
 
     Example::
 
-        >>> statistics = InputStatistics(bias=False, normalize=False)
-        >>> statistics.update(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]))
-        >>> statistics.gram
+        >>> sums = InputSums(bias=False, normalize=False)
+        >>> sums.update(torch.tensor([[[1.0, 2.0]], [[3.0, 0.0]]]))
+        >>> sums.gram
         tensor([[[10.,  2.],
                  [ 2.,  4.]]])
     """
@@ -166,11 +167,10 @@ class InputStatistics:
     gram: Tensor | None = None
     drift: Tensor | None = None
     rows: int = 0
-    shift: Shift = field(default_factory=Shift)
+    drift_norms: DriftNorms = field(default_factory=DriftNorms)
     moments: Moments = field(default_factory=Moments)
     expert_moments: Moments = field(default_factory=Moments)
     scratch: Scratch = field(default_factory=Scratch)
-    _averaged: bool = False
 
     def update(
         self,
@@ -183,9 +183,9 @@ class InputStatistics:
 
         Args:
             merged: ``x̂``, ``(n, g, f)``.
-            expert: ``x`` of the same shape, row for row; ``None`` leaves the drift alone.
-            weight: the expert's ``(g, o, k)``; needed where ``multiply`` is set.
-            offset: what the output is to be beyond the expert's, ``(n, g, o)``; only where ``multiply`` is set.
+            expert: ``x`` of the same shape, row for row. ``None``: nothing is added to the drift.
+            weight: of the expert, ``(g, o, k)``; needed where ``multiply`` is set.
+            offset: what the output is to have beyond the expert's, ``(n, g, o)``; only where ``multiply`` is set.
         """
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
         expert = None if expert is None else expert.to(merged.dtype)
@@ -210,18 +210,18 @@ class InputStatistics:
             self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
         if expert is None:
             return
-        gap = torch.sub(expert, merged, out=self.scratch.empty("gap", merged, *merged.shape))
-        self.shift.update(length, expert_length, torch.linalg.vector_norm(gap, dim=(1, 2)))
+        drift = torch.sub(expert, merged, out=self.scratch.empty("drift", merged, *merged.shape))
+        self.drift_norms.update(length, expert_length, torch.linalg.vector_norm(drift, dim=(1, 2)))
         if self.multiply:
             assert weight is not None
-            weight = weight[..., :features].to(gap.dtype)
-            gap = gap * weight[..., 0] if features == 1 else outputs(gap, weight)
+            weight = weight[..., :features].to(drift.dtype)
+            drift = drift * weight[..., 0] if features == 1 else outputs(drift, weight)
             if offset is not None:
-                gap += offset
+                drift += offset
         if features == 1:
-            self.drift = _added(self.drift, _sums_of_channels(gap, merged, root.square(), self.bias))
+            self.drift = _added(self.drift, _sums_of_channels(drift, merged, root.square(), self.bias))
         else:
-            self.drift = add_product(self.drift, self._turned("turned gap", gap.mul_(root[:, None, None])), scaled)
+            self.drift = add_product(self.drift, self._turned("turned drift", drift.mul_(root[:, None, None])), scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
         """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
@@ -230,38 +230,35 @@ class InputStatistics:
             self.drift = _added(self.drift, drift)
         self.rows += rows
 
-    def join(self, other: InputStatistics) -> None:
-        """Add what another one of the same layer has seen."""
+    def join(self, other: InputSums) -> None:
+        """Add the sums of other rows of the same layer."""
         if other.gram is not None:
             self.add(other.gram, other.drift, other.rows)
-        self.shift.add(other.shift)
+        self.drift_norms.add(other.drift_norms)
         self.moments.add(other.moments)
         self.expert_moments.add(other.expert_moments)
 
     def complete(self) -> Tensor | None:
-        """The whole of ``gram``: what is above the diagonal is that below it. More can be added afterwards."""
+        """The whole of ``gram``: what is above the diagonal is copied from below it. More can be added afterwards."""
         return None if self.gram is None else completed(self.gram)
 
-    def mean_gram(self) -> Tensor:
-        """``G_i = gram / rows``, ``(g, k, k)``.
+    def to_means(self, weight: Tensor) -> InputMeans:
+        """Divide the sums by the number of rows, in place: a second Gram matrix of every task may not fit in memory.
 
-        The sums become means in place, because a second Gram matrix of every task may not fit: no row can be added
-        afterwards.
+        These sums are empty afterwards.
+
+        Args:
+            weight: of the expert, ``(g, o, k)``. It gives the shape where no row was added.
         """
         gram = self.complete()
-        assert gram is not None, "no rows were added"
-        self._average()
-        return gram
-
-    def mean_drift(self, weight: Tensor) -> Tensor | None:
-        """``D_i``: the drift multiplied by the expert's weight ``(g, o, k)`` and divided by the number of rows."""
-        if self.drift is None:
-            return None
-        self._average()
-        if self.multiply:
-            return self.drift
-        features = self.drift.shape[1]
-        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift)
+        if gram is None:
+            gram = weight.new_zeros(weight.shape[0], weight.shape[2], weight.shape[2])
+        drift, count = self.drift, max(self.rows, 1)
+        self.gram = self.drift = None
+        gram /= count
+        if drift is not None:
+            drift /= count
+        return InputMeans(gram, drift, self.multiply, self.rows, self.drift_norms, self.moments, self.expert_moments)
 
     def _scaled(self, rows: Tensor, root: Tensor) -> Tensor:
         """``rows * root``, or with a bias ``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, k)``."""
@@ -279,12 +276,33 @@ class InputStatistics:
         n, _, numbers = rows.shape
         return self.scratch.empty(name, rows, numbers, n).copy_(rows[:, 0].T).T[:, None]
 
-    def _average(self) -> None:
-        if not self._averaged:
-            self._averaged = True
-            for sums in (self.gram, self.drift):
-                if sums is not None:
-                    sums /= max(self.rows, 1)
+
+@dataclass(frozen=True)
+class InputMeans:
+    """Means of what :class:`InputSums` sums, for one task.
+
+    Attributes:
+        gram: ``G_i``, ``(g, k, k)``.
+        drift: ``(g, f, k)``, or already multiplied by the expert's weight, ``(g, o, k)``.
+        multiplied: whether it is.
+        rows: number of rows.
+        drift_norms, moments, expert_moments: as in :class:`InputSums`.
+    """
+
+    gram: Tensor
+    drift: Tensor | None
+    multiplied: bool
+    rows: int
+    drift_norms: DriftNorms
+    moments: Moments
+    expert_moments: Moments
+
+    def weighted_drift(self, weight: Tensor) -> Tensor | None:
+        """``D_i``: the drift multiplied by the expert's weight, ``(g, o, k)``."""
+        if self.drift is None or self.multiplied:
+            return self.drift
+        features = self.drift.shape[1]
+        return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift)
 
 
 def _added(total: Tensor | None, sums: Tensor) -> Tensor:

@@ -11,39 +11,12 @@ running statistics if there are any, are solved for each task alone. It goes bey
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from com_lightning.core.layers import PerChannel
-from com_lightning.core.layers.candidates import candidates
-from com_lightning.core.layers.convolution import Convolution
-from com_lightning.core.layers.linear import Linear
 from com_lightning.core.solve.ridge import factorize, solve_or_average
-from com_lightning.core.sweep.task import Task
-from com_lightning.core.tensors.modules import own_copy, tied_names
-
-
-def own_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Full name of each bias and normalisation parameter or buffer that a layer is solved for -> one tensor for each
-    task, with the merged value to begin with.
-
-    Args:
-        tasks: the experts.
-        merged: name of what is shared -> its merged value. Tied parameters stay shared.
-    """
-    ties = list(tied_names(tasks[0].expert).items())
-    tied = {name for pair in ties if pair[0] != pair[1] for name in pair}
-    result: dict[str, list[Tensor]] = {}
-    for layer in candidates(tasks[0].expert, merged).values():
-        names = {**layer.parameters, **layer.buffers}
-        if not isinstance(layer.kind, PerChannel):
-            names = {"bias": names["bias"]} if isinstance(layer.kind, (Linear, Convolution)) and "bias" in names else {}
-        for name in names.values():
-            if name not in tied:
-                result[name] = [own_copy(merged[name]) for _ in tasks]
-    return result
 
 
 def centred(
@@ -66,7 +39,7 @@ def centred(
     return about, pure, [weight[..., :-1] for weight in weights]
 
 
-def with_own_biases(
+def with_task_biases(
     matrix: Tensor, grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> list[Tensor]:
     """``[W, b_i]`` for each task, ``(g, o, k)``; arguments as for :func:`centred`, and what comes of it,

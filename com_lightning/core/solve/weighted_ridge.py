@@ -29,7 +29,7 @@ DAMPING = 0.3
 STEPS, TOLERANCE = 100, 1e-2
 
 
-def solve_in_metrics(
+def solve_weighted(
     factor: Factor,
     grams: Sequence[Tensor],
     drifts: Sequence[Tensor | None],

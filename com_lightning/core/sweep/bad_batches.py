@@ -1,4 +1,4 @@
-"""Batches that hold NaN or infinity: named, or left out from the layer on where that was found."""
+"""Batches that hold NaN or infinity: an error that names them, or left out from the layer on where they are met."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.layer import forward_id
 from com_lightning.core.sweep.lockstep import Arrival
-from com_lightning.core.sweep.task import NonFiniteError, SkippedBatch, Task
+from com_lightning.core.sweep.task import BatchId, NonFiniteError, SkippedBatch, Task
 
 _HINT = "on_bad_batch='skip' leaves such batches out"
 
@@ -18,89 +19,94 @@ class BadBatch:
     """A batch whose rows at a layer cannot be counted.
 
     Attributes:
-        task, batch: their positions in this process.
+        id: which batch.
         label: names task, batch and model.
-        why: what is wrong with the inputs, after "the inputs of layer ...".
+        why: what is wrong with the inputs; continues "the inputs of layer ...".
     """
 
-    task: int
-    batch: int
+    id: BatchId
     label: str
     why: str
 
 
 class LeftOut(BaseException):
-    """Ends a calibration forward whose batch has been left out; not to be caught by an ``except Exception``."""
+    """Ends a calibration forward whose batch was left out. An ``except Exception`` of the model does not catch it."""
 
 
 class BadBatches:
-    """What becomes of bad batches in a chain, in step with other processes."""
+    """Leaves bad batches out of a sweep, in step with other processes.
 
-    def __init__(self, tasks: Sequence[Task], run: Run) -> None:
-        self.tasks, self.run = tasks, run
-        self.places: set[tuple[int, int]] = set()
-        """Task and batch of each that has been left out in this process."""
+    Attributes:
+        left_out: the batches of this process that were left out so far.
+    """
+
+    def __init__(self, tasks: Sequence[Task], context: Run) -> None:
+        self.tasks, self.context = tasks, context
+        self.left_out: set[BatchId] = set()
 
     @property
     def skip(self) -> bool:
-        """Whether they are left out, rather than an error."""
-        return self.run.on_bad_batch == "skip"
+        """Whether they are left out rather than an error."""
+        return self.context.on_bad_batch == "skip"
 
     def good(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
-        """Those whose batch has not been left out."""
-        return [a for a in arrivals if (a.forward.task, a.forward.batch) not in self.places]  # type: ignore[attr-defined]
+        """The arrivals whose batch was not left out."""
+        return [arrival for arrival in arrivals if forward_id(arrival).batch not in self.left_out]
 
     def leave_out(self, bad: Sequence[BadBatch], layer: str) -> list[SkippedBatch]:
-        """Leave out what was found at a layer, and return it. All processes meet here, whatever they have found.
+        """Leave out the bad batches of a layer. All processes meet here, also those without any.
+
+        Returns:
+            The bad batches of all processes.
 
         Raises:
-            NonFiniteError: if they are not to be left out, or if nothing is left of a task.
+            NonFiniteError: if they are not to be left out, or if a task loses its last batch.
         """
         if not self.skip:
             for batch in bad[:1]:
                 raise NonFiniteError(f"the inputs of layer '{layer}' {batch.why}: {batch.label}; {_HINT}")
             return []
-        self.places |= {(batch.task, batch.batch) for batch in bad}
-        mine = []
-        for batch in bad:
-            task = self.tasks[batch.task]
-            number = task.batch_numbers[batch.batch]
-            mine.append(SkippedBatch(task.name, number, layer, batch.why))
-        lost = Counter(task for task, _ in self.places)
+        self.left_out |= {batch.id for batch in bad}
+        mine = [SkippedBatch(self.tasks[batch.id.task].name, batch.id.number, layer, batch.why) for batch in bad]
+        lost = Counter(batch.task for batch in self.left_out)
         left = [len(task.batches) - lost[number] for number, task in enumerate(self.tasks)]
-        found = self.run.peers.exchange((mine, left))
-        skipped = sorted((entry for part, _ in found for entry in part), key=lambda e: (e.task, e.batch))
-        self.run.skipped += skipped
+        everyone = self.context.peers.exchange((mine, left))
+        skipped = sorted((entry for theirs, _ in everyone for entry in theirs), key=lambda e: (e.task, e.batch))
+        self.context.skipped += skipped
         for number, task in enumerate(self.tasks):
-            if not sum(counts[number] for _, counts in found) and any(e.task == task.name for e in skipped):
-                last = next(e for e in reversed(skipped) if e.task == task.name)
+            of_task = [entry for entry in skipped if entry.task == task.name]
+            if of_task and not sum(counts[number] for _, counts in everyone):
                 raise NonFiniteError(
                     f"task '{task.name}': none of its calibration batches is left. All had to be skipped, the last at "
-                    f"layer '{layer}', whose inputs {last.why}. Look at the data of this task and at its expert, or "
-                    "leave the task out of the merge"
+                    f"layer '{layer}', whose inputs {of_task[-1].why}. Look at the data of this task and at its "
+                    "expert, or leave the task out of the merge"
                 )
         return skipped
 
-    def recall(self, skipped: Sequence[SkippedBatch]) -> set[tuple[int, int]]:
-        """Leave out what was left out at a layer in an earlier run, and return task and batch of what is here of it."""
-        self.run.skipped += skipped
-        names, lost = {(entry.task, entry.batch) for entry in skipped}, set()
-        for number, task in enumerate(self.tasks):
-            lost |= {(number, n) for n, batch in enumerate(task.batch_numbers) if (task.name, batch) in names}
-        self.places |= lost
-        return lost
+    def recall(self, skipped: Sequence[SkippedBatch]) -> set[BatchId]:
+        """Leave out again what an earlier run left out at a layer. Returns the batches of this process among them."""
+        self.context.skipped += skipped
+        names = {(entry.task, entry.batch) for entry in skipped}
+        again = {
+            BatchId(number, position, batch)
+            for number, task in enumerate(self.tasks)
+            for position, batch in enumerate(task.batch_numbers)
+            if (task.name, batch) in names
+        }
+        self.left_out |= again
+        return again
 
-    def ending(self, task: int, batch: int, run: Callable[[], object]) -> None:
-        """Run a forward that ends early, without an error, once its batch has been left out."""
+    def run(self, batch: BatchId, call: Callable[[], object]) -> None:
+        """Run a forward. It ends early, without an error, once its batch was left out."""
         try:
-            run()
+            call()
         except LeftOut:
             pass
-        except Exception:  # what a model raises when it is given NaN is nobody's concern any more
-            if (task, batch) not in self.places:
+        except Exception:  # a model may raise anything when it is given NaN
+            if batch not in self.left_out:
                 raise
 
-    def check(self, task: int, batch: int) -> None:
-        """Called where a forward goes on: end it if its batch has been left out."""
-        if (task, batch) in self.places:
+    def check(self, batch: BatchId) -> None:
+        """End the forward that is running if its batch was left out."""
+        if batch in self.left_out:
             raise LeftOut

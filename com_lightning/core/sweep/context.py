@@ -65,6 +65,7 @@ class Run:
         on_bad_batch: what NaN or infinity in the inputs of a layer does: ``"raise"``, or ``"skip"`` the batch from
             there on.
         skipped: the batches of all processes that have been skipped.
+        warnings: what went otherwise than asked for, for the report.
         quiet: whether a rule that takes steps shows no progress.
     """
 
@@ -74,6 +75,7 @@ class Run:
     memory_budget: int | None = None
     on_bad_batch: Literal["raise", "skip"] = "raise"
     skipped: list[SkippedBatch] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
     quiet: bool = True
 
     def alone(self, task: str) -> Run:

@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from com_lightning.core.chain.gather import CalibrationForward
-from com_lightning.core.layers.functional import Use, recognise
+from com_lightning.core.layers.functional import FunctionCall, recognise
+from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import Place, pause, running
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of, plain, tensors_in, watched_in
 
 
-class Uses:
+class FunctionCalls:
     """What has become of each shared parameter so far.
 
     Attributes:
@@ -30,7 +30,7 @@ class Uses:
 
     def __init__(self, models: Models) -> None:
         self.models = models
-        self.layers: dict[str, Use] = {}
+        self.layers: dict[str, FunctionCall] = {}
         self.used: set[str] = set()
         self.entered: set[str] = set()
         self.solved: dict[str, list[tuple[int, int]]] = {}
@@ -45,16 +45,16 @@ class Uses:
         if not isinstance(forward, CalibrationForward):
             return None
         watched = list(watched_in(args, kwargs))
-        if forward.stream == "merged":
+        if forward.id.stream == "merged":
             for entry in watched:
                 entry.refresh(self.models.computed[entry.part.name])
         if not any(self._is_free(entry.part) for entry in watched):
             return None
-        if use := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
-            label, place = self._placed(use)
-            self.layers.setdefault(label, replace(use, args=()))
-            if pause(label, place, tuple(map(brought, use.args)), {}):
-                for entry in watched if forward.stream == "merged" else ():
+        if call := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
+            label, place = self._placed(call)
+            self.layers.setdefault(label, replace(call, args=()))
+            if pause(label, place, tuple(map(brought, call.args)), {}):
+                for entry in watched if forward.id.stream == "merged" else ():
                     entry.refresh(self.models.computed[entry.part.name])
                 return lambda result: forward.on_output(label, result) if forward.on_output else None
 
@@ -67,7 +67,7 @@ class Uses:
                     note = f"goes into {name_of(function).strip('_')}, where it has no closed form"
                     self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
 
-        return None if use is not None else leaving
+        return None if call is not None else leaving
 
     def _is_free(self, part: Part) -> bool:
         """Whether a function of a part of a parameter may be solved: no forward has computed with it yet."""
@@ -86,7 +86,7 @@ class Uses:
 
     def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
-        model = self.models.running[forward.task, forward.stream]
+        model = self.models.running[forward.id.batch.task, forward.id.stream]
         for entry in watched:
             if entry.part.steps:
                 name, own = entry.part.name, model.tensors[entry.part.name]
@@ -96,9 +96,9 @@ class Uses:
                     return False
         return True
 
-    def _placed(self, use: Use) -> tuple[str, Place]:
+    def _placed(self, call: FunctionCall) -> tuple[str, Place]:
         """Name of a function call by the parameter that it uses, and its place among all layers."""
-        part = next(iter(use.parts.values()))
+        part = next(iter(call.parts.values()))
         name, whole = part.name, self.models.merged[part.name]
         start, end = part.extent(whole)
         row = max(whole[0].numel(), 1) if whole.dim() else 1

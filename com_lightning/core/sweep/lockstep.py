@@ -74,7 +74,7 @@ def lockstep(
     forwards: Sequence[Forward],
     layers: Sequence[str] | Mapping[str, Place],
     served: Collection[str] = (),
-    elect: Callable[[Candidacy | None], Candidacy | None] = lambda mine: mine,
+    choose_next: Callable[[Candidacy | None], Candidacy | None] = lambda mine: mine,
     pager: Pager | None = None,
 ) -> Generator[tuple[str, list[Arrival]], None, None]:
     """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
@@ -92,8 +92,8 @@ def lockstep(
         forwards: the passes to run. Each is run exactly once.
         layers: names of submodules (as in ``named_modules``), in execution order; or the place of each in it.
         served: layers that are not to be yielded.
-        elect: given the layer that comes first here, the layer to yield. For several processes that are to yield the
-            same layers, including those that none of their own forwards reaches, in which case nothing has arrived.
+        choose_next: is given the layer that comes first here, and returns the layer to yield. For several processes
+            that yield the same layers, also those that none of their own forwards reaches: then nothing has arrived.
         pager: entered by the caller; keeps what paused forwards hold within its budget.
 
     Example::
@@ -113,8 +113,8 @@ def lockstep(
             coroutines.append(_Coroutine(forward, places, served, pager))
         for coroutine in coroutines:
             coroutine.advance()
-        while elected := elect(min((c.candidacy for c in coroutines if c.candidacy), default=None)):
-            layer = elected[1]
+        while chosen := choose_next(min((c.candidacy for c in coroutines if c.candidacy), default=None)):
+            layer = chosen[1]
             ready = [c for c in coroutines if c.arrival and c.arrival.layer == layer]
             served.add(layer)
             yield layer, [c.arrival for c in ready if c.arrival]

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.chain.gather import Layer
 from com_lightning.core.layers.candidates import Candidate, candidates
-from com_lightning.core.layers.functional import Use
+from com_lightning.core.layers.functional import FunctionCall
+from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.sweep.task import Stream, Task
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import split_attention
@@ -19,25 +19,33 @@ from com_lightning.core.tensors.tracked import Part
 
 
 class Models:
-    """All modules and tensors that a chain works on. Attention is taken apart in all of them.
+    """All modules and tensors that a sweep works on. In all of them, attention is split into its linear maps.
+
+    Args:
+        tasks: the experts.
+        merged: name of each shared parameter or buffer -> its merged value.
+        streams: the models that run for each task.
+        base: the same names -> value in the model that the experts were fine-tuned from, for rules that need it.
+        task_tensors: name of what each task keeps for itself -> one tensor for each.
+        fixed: name of what else the merged model has in place of the expert's -> tensor. It is not merged.
 
     Attributes:
         candidates: the modules that are layers, by name.
-        merged: name -> merged parameter or buffer, in the precision that it is stored in; parts of packed ones too.
-        whole: name of each such part -> that of the packed parameter.
+        merged: name -> merged parameter or buffer, in the precision that it is stored in; also parts of packed ones.
+        whole: name of each such part -> name of the packed parameter.
         experts: as they are stored.
-        tensors: the same names as in ``merged`` -> that of each expert.
+        tensors: for each expert, the names of ``merged`` -> its tensor.
         reference: the merged model, as it is stored.
-        running: what runs, of each task and stream.
+        running: task and stream -> the model that runs.
         computed: name -> what merged models compute with: the merged tensor, or a copy on another device or in another
             precision.
         device: where statistics are gathered.
         tied: see :func:`~com_lightning.core.tensors.modules.tied_names`.
-        places: of each module among all; of one that has others within it, after the last of them.
-        order: of each parameter and buffer among all.
+        places: place of each module among all. A module that has others within it comes after the last of them.
+        order: place of each parameter and buffer among all.
         buffers: names of those that are buffers.
-        base: the model that the experts were fine-tuned from, for rules that need it, and its tensors.
-        own: name of what each task keeps for itself -> under which names :attr:`merged` has it, task by task.
+        base: the model that the experts were fine-tuned from, and its tensors, for rules that need it.
+        task_tensors: name of what each task keeps for itself -> the names under which :attr:`merged` has it, by task.
     """
 
     def __init__(
@@ -46,15 +54,15 @@ class Models:
         merged: Mapping[str, Tensor],
         streams: Sequence[Stream],
         base: Mapping[str, Tensor] | None = None,
-        own: Mapping[str, Sequence[Tensor]] | None = None,
+        task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
         fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        own = own or {}
+        own, self.streams = task_tensors or {}, tuple(streams)
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
         self.whole: dict[str, str] = {}
-        self.own = {name: [f"{name} of {task.name}" for task in tasks] for name in own}
-        for name, keys in self.own.items():
+        self.task_tensors = {name: [f"{name} of {task.name}" for task in tasks] for name in own}
+        for name, keys in self.task_tensors.items():
             self.merged.update(zip(keys, own[name]))
         self.experts: list[nn.Module] = []
         for task in tasks:
@@ -64,10 +72,10 @@ class Models:
                 if whole in merged:  # a view, so that what is written here is written there
                     self.merged.setdefault(name, nn.Parameter(merged[whole].detach()[rows], requires_grad=False))
                     self.whole[name] = whole
-                if whole in own and name not in self.own:
-                    self.own[name] = [f"{name} of {other.name}" for other in tasks]
+                if whole in own and name not in self.task_tensors:
+                    self.task_tensors[name] = [f"{name} of {other.name}" for other in tasks]
                     parts = [nn.Parameter(tensor.detach()[rows], requires_grad=False) for tensor in own[whole]]
-                    self.merged.update(zip(self.own[name], parts))
+                    self.merged.update(zip(self.task_tensors[name], parts))
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
         self.base: tuple[nn.Module, dict[str, Tensor]] | None = None
@@ -85,13 +93,13 @@ class Models:
         for number, placement in enumerate(placements):
             values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in own.items()}}
             for stream in streams:
-                model = Running.of(placement, stream, values, tasks[number].stays, converted)
+                model = Running.of(placement, stream, values, tasks[number].offload, converted)
                 self.running[number, stream] = model
                 for name, tensor in model.tensors.items() if stream == "merged" else ():
-                    self.computed[self.own[name][number] if name in self.own else name] = tensor
+                    self.computed[self.task_tensors[name][number] if name in self.task_tensors else name] = tensor
         self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
         self.tied = tied_names(self.reference)
-        self.tied.update({key: key for keys in self.own.values() for key in keys})
+        self.tied.update({key: key for keys in self.task_tensors.values() for key in keys})
         self.places: dict[str, int] = {}
         for number, (name, _) in enumerate(self.reference.named_modules()):
             while True:
@@ -102,19 +110,22 @@ class Models:
         self.buffers = {name for name, _, is_parameter in named_tensors(self.reference) if not is_parameter}
         self.order = {name: number for number, name in enumerate(self.tied)}
 
-    def layer(self, name: str, use: Use | None = None) -> Layer:
-        """A layer in the merged model and in every expert. ``use``: the function call that it is, if no module."""
-        if use is None:
+    def layer(self, name: str, call: FunctionCall | None = None) -> Layer:
+        """A layer in the merged model and in every expert. ``call``: the function call that it is, if it is no module."""
+        if call is None:
             candidate = self.candidates[name]
-            parts = {own: Part(full) for own, full in candidate.written(name).items()}
+            parts = {local: Part(full) for local, full in candidate.written(name).items()}
             merged, *experts = [self._here(model.get_submodule(name)) for model in (self.reference, *self.experts)]
             base = self._here(self.base[0].get_submodule(name)) if self.base else None
-            return Layer(name, candidate.kind, merged, experts, parts, base)
-        everyone = [self.merged, *self.tensors, *([self.base[1]] if self.base else [])]
-        chosen = [{own: p.of(t[p.name]).to(self.device) for own, p in use.parts.items()} for t in everyone]
-        merged, *experts = [use.module(values) for values in chosen]
+            return Layer(name, candidate.layer_type, merged, experts, parts, base)
+        models = [self.merged, *self.tensors, *([self.base[1]] if self.base else [])]
+        chosen = [
+            {local: part.of(tensors[part.name]).to(self.device) for local, part in call.parts.items()}
+            for tensors in models
+        ]
+        merged, *experts = [call.module(values) for values in chosen]
         base = experts.pop() if self.base else None
-        return Layer(name, use.kind, merged, experts, dict(use.parts), base)
+        return Layer(name, call.layer_type, merged, experts, dict(call.parts), base)
 
     def _here(self, layer: nn.Module) -> nn.Module:
         """A layer on the device where statistics are gathered."""

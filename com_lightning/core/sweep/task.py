@@ -1,34 +1,56 @@
-"""What goes into a sweep over layers, and what is told about each layer."""
+"""What goes into a sweep over layers, and what is recorded of each layer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from com_lightning.core.tensors.placement import Move
 
 Stream = Literal["merged", "expert"]
+"""The model that a forward runs in: the model merged so far, or the expert."""
+
+
+class BatchId(NamedTuple):
+    """A calibration batch of this process.
+
+    Attributes:
+        task: position of its task.
+        position: its position among the batches that this process has of the task.
+        number: its number among the batches of the task in all processes.
+    """
+
+    task: int
+    position: int
+    number: int
+
+
+class ForwardId(NamedTuple):
+    """A calibration forward: a batch, and the model that it runs in."""
+
+    batch: BatchId
+    stream: Stream
 
 
 @dataclass
 class Task:
-    """One task: its expert, and the calibration data that speak for it.
+    """One task: its expert and its calibration data.
 
     Args:
         name: of the task.
         expert: the fine-tuned module, in eval mode.
         batches: calibration batches.
         call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
-        keep: boolean mask over a batch's positions, ``True`` where data is; ``None``: all of it.
-        numbers: of the batches among those of all processes; ``None``: these are all.
-        move: puts a module on the device and into the precision that its forwards run in. The expert itself stays where
-            it is stored, a mapped file for instance, and is solved with in the precision it has there.
-        stays: whether what the expert's forward uses is moved when it is used, and no sooner.
+        mask: gives the boolean mask over a batch's positions, ``True`` where data are. ``None``: data are everywhere.
+        numbers: of the batches among those of all processes. ``None``: these are all.
+        move: moves a module to the device and the precision that its forwards run in. The expert itself stays where it
+            is stored, for instance in a mapped file, and layers are solved with it in the precision it has there.
+        offload: whether a weight of the expert is moved when its forward uses it, and no sooner.
         loss: ``loss(module, batch, index)`` is what the module is trained to lower, for rules that differentiate it.
-        predict: ``predict(module, batch, index)`` gives logits, ``(n, classes)``, for rules that look at predictions.
+        predict: ``predict(module, batch, index)`` gives logits, ``(n, classes)``, for rules that read predictions.
         size: number of samples in a batch.
     """
 
@@ -36,10 +58,10 @@ class Task:
     expert: nn.Module
     batches: Sequence[Any]
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
-    keep: Callable[[Any], Tensor | None] = lambda batch: None
+    mask: Callable[[Any], Tensor | None] = lambda batch: None
     numbers: Sequence[int] | None = None
     move: Move = lambda module: module
-    stays: bool = False
+    offload: bool = False
     loss: Callable[[nn.Module, Any, int], Tensor] | None = None
     predict: Callable[[nn.Module, Any, int], Tensor] | None = None
     size: Callable[[Any], int] = lambda batch: 1
@@ -50,9 +72,16 @@ class Task:
         return range(len(self.batches)) if self.numbers is None else self.numbers
 
     def with_batches(self, numbers: Sequence[int]) -> Task:
-        """The same with those of its batches alone that have these numbers."""
-        there = dict(zip(self.batch_numbers, self.batches))
-        return replace(self, batches=[there[number] for number in numbers], numbers=numbers)
+        """The same task, with only those of its batches that have these numbers."""
+        batches = dict(zip(self.batch_numbers, self.batches))
+        return replace(self, batches=[batches[number] for number in numbers], numbers=numbers)
+
+
+def batch_ids(tasks: Sequence[Task]) -> Iterator[BatchId]:
+    """All batches of this process, task by task."""
+    for number, task in enumerate(tasks):
+        for position in range(len(task.batches)):
+            yield BatchId(number, position, task.batch_numbers[position])
 
 
 @dataclass

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.chain.find_residuals import find_writers
+from com_lightning.core.chain.find_residuals import find_residuals
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
@@ -23,7 +23,7 @@ from tests.helpers.zoo import averages, make_experts, run
 
 def found(experts: list[nn.Module], batches: list[list[Any]], call: Any = None) -> dict[str, list[Source]]:
     call = call or (lambda module, batch, index: module(batch))
-    return find_writers([Task("a", experts[0], batches[0], call)], averages(experts), Run())
+    return find_residuals([Task("a", experts[0], batches[0], call)], averages(experts), Run())
 
 
 def told(writers: dict[str, list[Source]]) -> dict[str, list[str]]:
@@ -178,7 +178,7 @@ def test_discovery_is_one_forward_that_leaves_nothing_behind() -> None:
     tasks = [Task("a", experts[0], []), Task("b", experts[1], [points(0), points(1)], call)]
     merged = averages(experts)
     before = copy.deepcopy(merged)
-    assert told(find_writers(tasks, merged, Run())) == {"second": ["output of first"]}  # what it has found till then
+    assert told(find_residuals(tasks, merged, Run())) == {"second": ["output of first"]}  # what it has found till then
     assert calls == [0]
     assert not torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     assert not any(m._forward_pre_hooks or m._forward_hooks for e in experts for m in e.modules())
@@ -193,4 +193,4 @@ def test_processes_take_what_the_first_with_a_batch_has_found() -> None:
             return [value, {"a": [Source("input", "b")]}]
 
     tasks = [Task("a", built(Block)[0], [])]
-    assert find_writers(tasks, averages(built(Block)), Run(peers=Two())) == {"a": [Source("input", "b")]}
+    assert find_residuals(tasks, averages(built(Block)), Run(peers=Two())) == {"a": [Source("input", "b")]}

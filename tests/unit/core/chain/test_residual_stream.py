@@ -285,7 +285,7 @@ def test_which_rules_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not RegMeanPlusPlus().options.residual
     experts, batches = case("attention")
     plain = [merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged"))]
-    monkeypatch.setattr(additions, "find_writers", None)  # with nothing to correct, nothing is looked for
+    monkeypatch.setattr(additions, "find_residuals", None)  # with nothing to correct, nothing is looked for
     again = [
         merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged", residual=True))
     ]

@@ -19,7 +19,7 @@ from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.chain.sensitivity import RANK, Sensitivity, omega_of, roots
 from com_lightning.core.solve import weighted_ridge as metric_module
 from com_lightning.core.solve.ridge import factorize, solve
-from com_lightning.core.solve.weighted_ridge import DAMPING, solve_in_metrics
+from com_lightning.core.solve.weighted_ridge import DAMPING, solve_weighted
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
@@ -113,7 +113,7 @@ def test_the_solution_is_that_of_the_dense_system(drift: bool, rank: int, monkey
     own = [torch.randn(o, rank).double() for _ in importance]
     factor = factorize(grams, importance, ridge)
     start = solve(factor, grams, drifts, weights, importance)
-    solution, steps = solve_in_metrics(factor, grams, drifts, weights, importance, ridge, own, start)
+    solution, steps = solve_weighted(factor, grams, drifts, weights, importance, ridge, own, start)
     mean = sum(a * w[0] for a, w in zip(importance, weights))
     scale = sum(a * g[0].diagonal().mean() for a, g in zip(importance, grams))
     assert isinstance(mean, Tensor)
@@ -135,7 +135,7 @@ def test_equal_metrics_change_nothing() -> None:
     factor = factorize(grams, [0.5, 0.5], 0.01)
     start = solve(factor, grams, [None, None], weights, [0.5, 0.5])
     root = torch.randn(6, 3).double()
-    solution, steps = solve_in_metrics(factor, grams, [None, None], weights, [0.5, 0.5], 0.01, [root, root], start)
+    solution, steps = solve_weighted(factor, grams, [None, None], weights, [0.5, 0.5], 0.01, [root, root], start)
     assert steps <= 1
     assert relative(solution, start) < 1e-9
 

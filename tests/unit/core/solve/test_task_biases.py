@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.solve.task_biases import centred, own_tensors, with_own_biases
+from com_lightning.core.chain.task_tensors import task_tensors
+from com_lightning.core.solve.task_biases import centred, with_task_biases
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from com_lightning.results.folder import load_results
@@ -57,7 +58,7 @@ def merged_by(
         if tensor.is_floating_point():
             value = average([state[name] for state in states])
             merged[name] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
-    own = own_tensors(tasks, merged) if rule.private_biases else {}
+    own = task_tensors(tasks, merged) if rule.private_biases else {}
     records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule, own=own)
     return tasks, merged, own, records
 
@@ -136,7 +137,7 @@ def test_the_matrix_is_the_least_squares_one_about_the_means() -> None:
     assert isinstance(gram, Tensor)
     assert isinstance(right, Tensor)
     matrix = torch.linalg.solve(gram.mT, right.mT).mT
-    solved = with_own_biases(matrix, grams, drifts, weights)
+    solved = with_task_biases(matrix, grams, drifts, weights)
     # With indicators of the tasks as further inputs it is one regression.
     inputs, outputs = [], []
     for number, (x, y, share) in enumerate(zip(rows, targets, importance)):
@@ -193,7 +194,7 @@ def test_a_merge_goes_on_where_it_was(tmp_path: Path) -> None:
         merged: dict[str, Tensor] = {
             n: nn.Parameter(average([s[n] for s in states]), requires_grad=False) for n in states[0]
         }
-        own = own_tensors(tasks, merged)
+        own = task_tensors(tasks, merged)
         seen: list[LayerRecord] = []
 
         def on_layer(record: LayerRecord) -> None:

@@ -1,0 +1,77 @@
+"""Whether statistics and solutions are finite, and what to say where they are not."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from com_lightning.core.solve.statistics import InputSums
+from com_lightning.core.sweep.bad_batches import BadBatch
+from com_lightning.core.sweep.layer import Layer
+from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.task import BatchId, NonFiniteError
+from com_lightning.core.tensors.modules import all_finite
+
+
+def is_sound(sums: InputSums, smallest: float = 0.0) -> bool:
+    """Whether all sums are finite, and not so small that they are inexact."""
+    if sums.gram is None:
+        return True
+    trace = sums.gram.diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
+    norms = sums.drift_norms
+    values: list[Tensor | float] = [trace, norms.distance, norms.energy, norms.cosine]
+    if sums.drift is not None:
+        values.append(sums.drift.sum(dtype=torch.float64))
+    for moments in (sums.moments, sums.expert_moments):
+        values += [torch.as_tensor(moments.square).sum()]
+    stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=trace.device) for value in values])
+    total, small = torch.stack([stacked.sum(), trace]).tolist()  # one wait for the device
+    return math.isfinite(total) and not 0.0 < small < smallest
+
+
+def describe_bad_inputs(batch: BatchId, pair: tuple[Arrival, Arrival | None], stream_drift: Tensor | None) -> BadBatch:
+    """Which model holds NaN or infinity at a layer, or what else is wrong with a batch whose sums are not finite.
+
+    Args:
+        batch: which one.
+        pair: the merged model's forward, and the expert's if it is used.
+        stream_drift: of the residual stream that the layer repairs, if it does.
+    """
+    tensors = {arrival.forward.label: _floating(arrival) for arrival in pair if arrival is not None}
+    broken = [label for label, values in tensors.items() if not all(bool(t.isfinite().all()) for t in values)]
+    if broken:
+        return BadBatch(batch, broken[0], "hold NaN or infinity")
+    label = pair[0].forward.label
+    if stream_drift is not None and not bool(stream_drift.isfinite().all()):
+        return BadBatch(batch, label, "are finite, but what its output is added to is not")
+    largest = max((float(t.abs().amax()) for values in tensors.values() for t in values if t.numel()), default=0.0)
+    return BadBatch(batch, label, f"are finite, but what is computed from them is not (they are {largest:.3g} at most)")
+
+
+def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
+    """Make sure that a solution can be written.
+
+    Args:
+        layer: that was solved.
+        values: name of each of its parameters and buffers -> solution.
+        merged: full name -> tensor that the solution is written to.
+
+    Raises:
+        NonFiniteError: naming the layer, and what to do.
+    """
+    for name, value in values.items():
+        dtype = merged[layer.parts[name].name].dtype
+        if not all_finite(value.to(dtype)):
+            largest = float(value.nan_to_num(0.0).abs().amax())
+            raise NonFiniteError(
+                f"the solution of layer '{layer.name}' holds NaN or infinity: {name}, with values up to {largest:.3g}, "
+                f"is stored in {dtype}. Merge in a wider precision (the trainer's), or raise the ridge"
+            )
+
+
+def _floating(arrival: Arrival) -> list[Tensor]:
+    values = (*arrival.args, *arrival.kwargs.values())
+    return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

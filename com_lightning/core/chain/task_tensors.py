@@ -1,0 +1,40 @@
+"""Which tensors each task keeps for itself where ``private_biases`` is on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from com_lightning.core.layers.candidates import candidates
+from com_lightning.core.layers.convolution import Convolution
+from com_lightning.core.layers.linear import Linear
+from com_lightning.core.layers.normalization import PerChannel
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.modules import own_copy, tied_names
+
+
+def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+    """Copies, one for each task, of all biases and of all parameters and buffers of normalisations that are solved.
+
+    Args:
+        tasks: the experts.
+        merged: name of what is shared -> its merged value. Tied parameters stay shared.
+
+    Returns:
+        Full name -> one tensor for each task, with the merged value to begin with.
+    """
+    ties = list(tied_names(tasks[0].expert).items())
+    tied = {name for pair in ties if pair[0] != pair[1] for name in pair}
+    result: dict[str, list[Tensor]] = {}
+    for layer in candidates(tasks[0].expert, merged).values():
+        if isinstance(layer.layer_type, PerChannel):
+            names = [*layer.parameters.values(), *layer.buffers.values()]
+        elif isinstance(layer.layer_type, (Linear, Convolution)) and "bias" in layer.parameters:
+            names = [layer.parameters["bias"]]
+        else:
+            names = []
+        for name in names:
+            if name not in tied:
+                result[name] = [own_copy(merged[name]) for _ in tasks]
+    return result

@@ -1,0 +1,50 @@
+"""Which layer type a module is of. Types register themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar, overload
+
+from torch import nn
+from torch.nn import UninitializedParameter
+
+from com_lightning.core.layers.base import LayerType
+
+Type = TypeVar("Type", bound=type[LayerType])
+
+_SPECIFIC: list[LayerType] = []
+_GENERIC: list[LayerType] = []
+
+
+@overload
+def register_layer_type(cls: Type) -> Type: ...
+@overload
+def register_layer_type(*, generic: bool = False) -> Callable[[Type], Type]: ...
+def register_layer_type(cls: Type | None = None, *, generic: bool = False) -> Type | Callable[[Type], Type]:
+    """Class decorator: modules that the type matches are layers from now on.
+
+    The type that was registered last is asked first.
+
+    Args:
+        cls: a layer type that can be made without arguments.
+        generic: ask it only if no other type matches.
+    """
+
+    def register(cls: Type) -> Type:
+        (_GENERIC if generic else _SPECIFIC).insert(0, cls())
+        return cls
+
+    return register if cls is None else register(cls)
+
+
+def layer_type(module: nn.Module) -> LayerType | None:
+    """The type of a layer, or ``None`` where no closed form is known.
+
+    Example::
+
+        >>> layer_type(nn.Linear(2, 2)).name, layer_type(nn.LSTM(2, 2))
+        ('linear', None)
+    """
+    if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):  # a lazy layer: no shape yet
+        return None
+    return next((known for known in (*_SPECIFIC, *_GENERIC) if known.matches(module)), None)
