@@ -12,8 +12,10 @@ from unittest.mock import patch
 
 from torch import Tensor
 
-from com_lightning.core.chain import chain
+from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.sweep import sweep
+from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place, lockstep
 from com_lightning.core.sweep.task import LayerRecord, Task
 
@@ -22,28 +24,29 @@ def naive_chain(
     tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], rule: ChainOptions
 ) -> list[LayerRecord]:
     """:func:`~com_lightning.core.chain.chain.merge_layers` with :func:`rerun` in place of the lockstep."""
-    with patch.object(chain, "lockstep", rerun):
-        return chain.merge_layers(tasks, merged, importance, rule)
+    with patch.object(sweep, "lockstep", rerun):
+        return merge_layers(tasks, merged, importance, rule)
 
 
 def rerun(
     forwards: Sequence[Forward],
     layers: Mapping[str, Place],
     served: Collection[str] = (),
-    elect: Callable[[Candidacy | None], object] = lambda mine: mine,
+    choose_next: Callable[[Candidacy | None], object] = lambda mine: mine,
+    pager: None = None,
 ) -> Generator[tuple[str, list[Arrival]], None, None]:
     """What ``lockstep`` yields, by running the merged model's forwards (or all, where there are none) for every layer.
 
     The layers' outputs are not reported (``Forward.on_output``): the weights do not depend on them, the residual in the
     records does.
     """
-    again = [forward for forward in forwards if getattr(forward, "stream", "merged") == "merged"] or list(forwards)
+    again = [f for f in forwards if not isinstance(f, CalibrationForward) or f.id.stream == "merged"] or list(forwards)
     paused = lockstep([forward for forward in forwards if forward not in again], layers, served)
     waiting, done = next(paused, None), set(served)
     while arrivals := [*filter(None, (_next_arrival(forward, layers, done) for forward in again))]:
         first = min(arrivals, key=lambda arrival: arrival.place)
         layer = first.layer
-        elect((first.place, layer))
+        choose_next((first.place, layer))
         done.add(layer)
         arrivals = [arrival for arrival in arrivals if arrival.layer == layer]
         if waiting is not None and waiting[0] == layer:

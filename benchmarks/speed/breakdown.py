@@ -26,7 +26,7 @@ from benchmarks.speed.tower import Tower
 from com_lightning.core.chain import chain
 from com_lightning.core.chain import gather as gathering
 from com_lightning.core.chain.output_error import OutputError
-from com_lightning.core.chain.residual_stream import Corrections
+from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.solve import statistics as gathered
 from com_lightning.core.sweep import lockstep
 
@@ -34,11 +34,11 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "forwards": [(lockstep._Coroutine, "advance")],
     "Gram matrices and drifts": [(gathered, "add_product")],
     "drifts multiplied by weights": [(gathered, "outputs")],
-    "rows scaled and compared": [(gathered.InputStatistics, "update")],
-    "what streams lack": [(Corrections, "gap"), (Corrections, "leave")],
+    "rows scaled and compared": [(gathered.InputSums, "update")],
+    "drift of residual streams": [(ResidualStreams, "drift"), (ResidualStreams, "leave")],
     "outputs compared": [(OutputError, "add")],
-    "solving": [(chain._Chain, "_solve")],
-    "sums checked": [(gathering, "_is_sound")],
+    "solving": [(chain.LayerSolver, "_solve")],
+    "sums checked": [(gathering, "is_sound")],
 }
 """Part -> functions, by where they are looked up."""
 REST = "all else"

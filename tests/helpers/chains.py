@@ -105,7 +105,7 @@ def merge(
     rule: ChainOptions | None = None,
     importance: list[float] | None = None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
-    keep: Callable[[Any], Tensor | None] = lambda batch: None,
+    mask: Callable[[Any], Tensor | None] = lambda batch: None,
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     importance = importance or [1 / len(experts)] * len(experts)
     states = [{n: t for n, t, _ in named_tensors(e)} for e in experts]
@@ -115,7 +115,7 @@ def merge(
         if states[0][name].is_floating_point():
             value = nn.Parameter(average([s[name] for s in states], importance), False)
             merged[name] = merged.get(ties[name], value)
-    tasks = [Task(f"task{i}", e, b, call, keep) for i, (e, b) in enumerate(zip(experts, batches))]
+    tasks = [Task(f"task{i}", e, b, call, mask) for i, (e, b) in enumerate(zip(experts, batches))]
     return merged, merge_layers(tasks, merged, importance, rule or ChainOptions())
 
 

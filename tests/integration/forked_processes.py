@@ -52,7 +52,7 @@ def merge(tasks: list[Task], rule: ChainOptions, peers: Peers) -> Result:
     part = share(tasks, peers.rank, peers.size)
     if rule.refit_heads:
         merged = {name: tensor for name, tensor in merged.items() if not name.startswith("last")}
-    records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), own=own)
+    records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), task_tensors=own)
     found = dict[str, dict[str, Tensor]]()
     if rule.refit_heads:
         refitted, found = refit(part, merged, own, rule, Run(peers=peers))

@@ -18,9 +18,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 _WRITES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "shutil.rmtree"}
@@ -134,17 +135,17 @@ def test_killed_while_a_result_is_replaced(uninterrupted: Any, tmp_path: Path) -
 def test_what_was_merged_is_not_solved_again(layers: int, uninterrupted: Any, tmp_path: Path) -> None:
     """Killed as it gathers the statistics of a layer, it goes on with that layer."""
     folder, log = tmp_path / "merged", tmp_path / "log"
-    original = InputStatistics.mean_gram
+    original = InputSums.to_means
 
-    def counted(self: InputStatistics) -> Any:
+    def counted(self: InputSums, weight: Tensor) -> Any:
         with open(log, "a") as stream:
             stream.write(".")
         if not (tmp_path / "second").exists() and len(log.read_text()) == 2 * layers + 1:  # two tasks
             os.kill(os.getpid(), signal.SIGKILL)
-        return original(self)
+        return original(self, weight)
 
     def work() -> None:
-        InputStatistics.mean_gram = counted  # type: ignore[method-assign]
+        InputSums.to_means = counted  # type: ignore[method-assign]
         run(folder)
 
     assert forked(work) == -signal.SIGKILL

@@ -22,7 +22,7 @@ class ChainOptions:
             drift of the merged model's inputs. ``"merged"`` (one-sided): apply the expert's weight to the merged
             model's input.
         normalize: count each row by its direction, not by its size (cosine normalisation), see
-            :class:`~com_lightning.core.solve.statistics.InputStatistics`.
+            :class:`~com_lightning.core.solve.statistics.InputSums`.
         ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
         anchor: what a layer becomes where the data say nothing: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight. Otherwise biases are averaged.

@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from torch import Tensor
 
 from benchmarks.speed import breakdown, contenders, floor, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 
 
 def here(module: str, name: str, *options: object) -> dict[str, float]:
@@ -70,14 +71,14 @@ def test_timers_do_not_count_what_is_within_twice() -> None:
 
 def test_the_floor_has_the_gram_matrices_that_a_merge_gathers(monkeypatch: pytest.MonkeyPatch) -> None:
     gathered: list[int] = []
-    original = InputStatistics.mean_gram
+    original = InputSums.to_means
 
-    def noted(self: InputStatistics) -> object:
-        gram = original(self)
-        gathered.append(gram.shape[-1] if gram.shape[0] == 1 else 0)
-        return gram
+    def noted(self: InputSums, weight: Tensor) -> object:
+        means = original(self, weight)
+        gathered.append(means.gram.shape[-1] if means.gram.shape[0] == 1 else 0)
+        return means
 
-    monkeypatch.setattr(InputStatistics, "mean_gram", noted)
+    monkeypatch.setattr(InputSums, "to_means", noted)
     contenders.CONTENDERS["one-sided"](TINY, {})
     known = sorted(size for size in set(gathered) if size > 2)
     expected = [numbers for numbers, _, _ in floor.inputs(TINY)]

@@ -58,10 +58,10 @@ def merge(
     batches: list[list[Any]],
     rule: ChainOptions,
     on_bad_batch: Literal["raise", "skip"] = "skip",
-    keep: Callable[[Any], Tensor | None] = lambda batch: None,
+    mask: Callable[[Any], Tensor | None] = lambda batch: None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
 ) -> tuple[dict[str, Tensor], list[LayerRecord], Run]:
-    tasks = [Task(f"task{n}", e, b, keep=keep, call=call) for n, (e, b) in enumerate(zip(experts, batches))]
+    tasks = [Task(f"task{n}", e, b, mask=mask, call=call) for n, (e, b) in enumerate(zip(experts, batches))]
     merged, run = averages(experts), Run(on_bad_batch=on_bad_batch)
     return merged, merge_layers(tasks, merged, [0.5, 0.5], rule, run), run
 
@@ -115,11 +115,11 @@ def test_a_task_that_loses_all_its_batches_is_an_error() -> None:
 def test_nan_at_padded_positions_is_not_bad() -> None:
     experts = built(net)
     batches = [[points(n).reshape(2, 6, 5)] for n in range(2)]
-    expected = merge(experts, batches, ChainOptions(), keep=lambda batch: torch.ones(2, 6).bool())[0]
+    expected = merge(experts, batches, ChainOptions(), mask=lambda batch: torch.ones(2, 6).bool())[0]
     padded = [[torch.cat([part[0], torch.full((2, 3, 5), float("nan"))], 1)] for part in batches]
     mask = torch.cat([torch.ones(2, 6), torch.zeros(2, 3)], 1).bool()
     for mode in ("raise", "skip"):
-        merged, _, run = merge(experts, padded, ChainOptions(), mode, keep=lambda batch: mask)
+        merged, _, run = merge(experts, padded, ChainOptions(), mode, mask=lambda batch: mask)
         assert not run.skipped
         assert same(merged, expected)
 

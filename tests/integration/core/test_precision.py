@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.placement import Placement
@@ -51,13 +51,13 @@ def test_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each comes close to float64, gathers in float32 or better, and returns what the experts are stored in."""
     reference = merged("64-true")
     dtypes = set()
-    original = InputStatistics.update
+    original = InputSums.update
 
-    def update(self: InputStatistics, *args: Any, **kwargs: Any) -> None:
+    def update(self: InputSums, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         dtypes.update({tensor.dtype for tensor in (self.gram, self.drift) if tensor is not None})
 
-    monkeypatch.setattr(InputStatistics, "update", update)
+    monkeypatch.setattr(InputSums, "update", update)
     callback = merged(precision)
     assert dtypes == {torch.float64 if precision == "64-true" else torch.float32}
     difference = worst(callback.modules["a"], reference.modules["a"])
@@ -70,13 +70,13 @@ def test_precision(precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("low")
 def test_statistics_are_not_gathered_in_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = set()
-    original = InputStatistics.update
+    original = InputSums.update
 
-    def update(self: InputStatistics, *args: Any, **kwargs: Any) -> None:
+    def update(self: InputSums, *args: Any, **kwargs: Any) -> None:
         seen.add((torch.backends.cuda.matmul.fp32_precision, torch.backends.mkldnn.matmul.fp32_precision))  # type: ignore[attr-defined]
         original(self, *args, **kwargs)
 
-    monkeypatch.setattr(InputStatistics, "update", update)
+    monkeypatch.setattr(InputSums, "update", update)
     callback = merged("32-true")
     assert seen == {("ieee", "ieee")}
     assert torch.get_float32_matmul_precision() == "medium"
@@ -95,7 +95,7 @@ def test_experts_that_stay_give_the_same_bits(name: str) -> None:
     results = []
     for stays in (False, True):
         tasks = [
-            Task(f"task{n}", e, b, zoo_run, move=lambda module: module.double(), stays=stays)
+            Task(f"task{n}", e, b, zoo_run, move=lambda module: module.double(), offload=stays)
             for n, (e, b) in enumerate(zip(experts, cast))
         ]
         results.append(averages(experts))
@@ -127,7 +127,7 @@ def test_an_expert_that_stays_claims_to_be_where_it_runs() -> None:
     base = Asks().eval()
     experts = [perturb(copy.deepcopy(base), 0.3, seed=n) for n in range(2)]
     batches = [torch.randn(8, 4).double()]
-    tasks = [Task(str(n), e, batches, move=lambda module: module.double(), stays=True) for n, e in enumerate(experts)]
+    tasks = [Task(str(n), e, batches, move=lambda module: module.double(), offload=True) for n, e in enumerate(experts)]
     result = averages(experts)
     merge_layers(tasks, result, [0.5, 0.5], ChainOptions())
     assert all(tensor.isfinite().all() for tensor in result.values())

@@ -238,7 +238,7 @@ def test_padding_does_not_count() -> None:
     def keep(batch: Any) -> Tensor | None:
         return batch["attention_mask"].bool() if "attention_mask" in batch else None
 
-    assert worst(merge(experts, padded, call=call, keep=keep)[0], merge(experts, clean, call=call)[0]) < 1e-4
+    assert worst(merge(experts, padded, call=call, mask=keep)[0], merge(experts, clean, call=call)[0]) < 1e-4
 
 
 @pytest.mark.parametrize("where", ["batch", "expert"])

@@ -12,13 +12,13 @@ from com_lightning import ChainOfMerges
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.fit import balanced
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.solve.statistics import Shift
+from com_lightning.core.solve.statistics import DriftNorms
 from com_lightning.core.sweep.task import LayerRecord, Task
 from tests.helpers import perturb
 
 
-def _shift(squared: float) -> Shift:
-    return Shift(distance=squared, energy=1.0, rows=1)
+def _shift(squared: float) -> DriftNorms:
+    return DriftNorms(distance=squared, energy=1.0, rows=1)
 
 
 def test_what_has_drifted_more_counts_more() -> None:
@@ -27,7 +27,7 @@ def test_what_has_drifted_more_counts_more() -> None:
     assert 0.09 < shares[0] < 0.25  # what has not drifted still counts
     assert shares[2] == pytest.approx(2 * shares[1])  # beside the importance that was given
     assert balanced([0.25, 0.75], [_shift(0.0), _shift(0.0)]) == [0.25, 0.75]
-    assert balanced([0.25, 0.75], [Shift(), Shift()]) == [0.25, 0.75]
+    assert balanced([0.25, 0.75], [DriftNorms(), DriftNorms()]) == [0.25, 0.75]
     assert balanced([0.25, 0.75], [_shift(float("nan")), _shift(0.1)]) == [0.25, 0.75]
 
 

@@ -167,30 +167,63 @@ def test_what_counts_as_an_addition(way: str) -> None:
     assert told(writers) == ({"second": ["output of first"]} if counts else {})
 
 
-def test_discovery_is_one_forward_that_leaves_nothing_behind() -> None:
+def test_the_search_is_one_forward_that_leaves_nothing_behind() -> None:
     experts, calls = built(Block), []
 
     def call(module: nn.Module, batch: Tensor, index: int) -> None:
         calls.append(index)
         module(batch)
-        raise ValueError("at the end")
 
     tasks = [Task("a", experts[0], []), Task("b", experts[1], [points(0), points(1)], call)]
     merged = averages(experts)
-    before = copy.deepcopy(merged)
-    assert told(find_residuals(tasks, merged, Run())) == {"second": ["output of first"]}  # what it has found till then
+    before, run = copy.deepcopy(merged), Run()
+    assert told(find_residuals(tasks, merged, run)) == {"second": ["output of first"]}
     assert calls == [0]
+    assert not run.warnings
     assert not torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
     assert not any(m._forward_pre_hooks or m._forward_hooks for e in experts for m in e.modules())
     assert all(torch.equal(merged[name], value) for name, value in before.items())
-    with pytest.raises(ValueError, match="at the end"):
-        merge(experts, [[points(0)], [points(10)]], ChainOptions(residual=True), call=call)
 
 
-def test_processes_take_what_the_first_with_a_batch_has_found() -> None:
+def _fails(module: nn.Module, batch: Tensor, index: int) -> None:
+    module(batch)
+    raise ValueError("at the end")
+
+
+def test_a_search_that_fails_says_so_and_the_merge_raises_its_own_error() -> None:
+    experts, run = built(Block), Run()
+    tasks = [Task(name, expert, [points(0)], _fails) for name, expert in zip("ab", experts)]
+    with pytest.warns(UserWarning, match="residual: .* not repaired .*task 'a': ValueError: at the end"):
+        assert find_residuals(tasks, averages(experts), run) == {}
+    assert len(run.warnings) == 1  # for the report
+    assert not torch.overrides._get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    with (
+        pytest.raises(ValueError, match="at the end") as raised,
+        pytest.warns(UserWarning, match="residual: "),
+    ):
+        merge(experts, [[points(0)], [points(10)]], ChainOptions(residual=True), call=_fails)
+    assert "task 'task0', batch 0" in raised.value.__notes__[0]
+
+
+def test_a_batch_that_fails_is_made_up_for_by_that_of_another_task() -> None:
+    experts, run = built(Block), Run()
+    tasks = [Task("a", experts[0], [points(0)], _fails), Task("b", experts[1], [points(1)])]
+    assert told(find_residuals(tasks, averages(experts), run)) == {"second": ["output of first"]}
+    assert not run.warnings
+
+
+def test_processes_take_the_first_result_and_know_of_a_failure_elsewhere() -> None:
     class Two(Peers):
-        def exchange(self, value: Any) -> list[Any]:
-            return [value, {"a": [Source("input", "b")]}]
+        def __init__(self, other: Any) -> None:
+            self.other = other
 
-    tasks = [Task("a", built(Block)[0], [])]
-    assert find_residuals(tasks, averages(built(Block)), Run(peers=Two())) == {"a": [Source("input", "b")]}
+        def exchange(self, value: Any) -> list[Any]:
+            return [value, self.other]
+
+    tasks, merged = [Task("a", built(Block)[0], [])], averages(built(Block))
+    sources = {"a": [Source("input", "b")]}
+    assert find_residuals(tasks, merged, Run(peers=Two((sources, "")))) == sources
+    run = Run(peers=Two((None, "task 'a': ValueError: there")))
+    with pytest.warns(UserWarning, match="residual: "):
+        assert find_residuals(tasks, merged, run) == {}
+    assert "there" in run.warnings[0]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from com_lightning import ChainOfMerges, RegMean, RegMeanPlusPlus
-from com_lightning.core.chain import find_residuals as additions
+from com_lightning.core.chain import chain
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type
@@ -217,7 +217,7 @@ def test_padding_does_not_count() -> None:
     def call(module: nn.Module, batch: Tensor, index: int) -> None:
         module(batch, src_key_padding_mask=None if batch.shape[1] == 6 else ~mask)
 
-    merged, records = merge(experts, padded, CORRECTED, call=call, keep=lambda batch: mask)
+    merged, records = merge(experts, padded, CORRECTED, call=call, mask=lambda batch: mask)
     assert any(record.corrected_for for record in records)
     assert worst(merged, merge(experts, clean, CORRECTED, call=call)[0]) < 1e-4
 
@@ -285,7 +285,7 @@ def test_which_rules_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not RegMeanPlusPlus().options.residual
     experts, batches = case("attention")
     plain = [merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged"))]
-    monkeypatch.setattr(additions, "find_residuals", None)  # with nothing to correct, nothing is looked for
+    monkeypatch.setattr(chain, "find_residuals", None)  # with nothing to correct, nothing is looked for
     again = [
         merge(experts, batches, rule)[0] for rule in (ChainOptions(), ChainOptions(target="merged", residual=True))
     ]

@@ -231,7 +231,7 @@ def test_padding_tells_nothing() -> None:
         batch = {"input_ids": padded, "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, padding))}
         tasks = tasks_of(experts, [[batch], [batch]])
         for task in tasks:
-            task.keep = lambda own: own["attention_mask"].bool()
+            task.mask = lambda own: own["attention_mask"].bool()
         results.append(merged_by(SENSITIVE["numbers"], tasks)[0])
     for name, value in results[0].items():
         if "embeddings" not in name:

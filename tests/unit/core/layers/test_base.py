@@ -11,9 +11,12 @@ from torchvision.models.convnext import LayerNorm2d
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from com_lightning.core.layers import Embedding, LayerType, PerChannel, base, layer_type
+from com_lightning.core.layers import LayerType, base, layer_type
+from com_lightning.core.layers.base import Arguments, LayerCall
+from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Bilinear
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.layers.normalization import PerChannel
+from com_lightning.core.solve.statistics import InputSums
 from tests.helpers import perturb, relative
 
 CASES: dict[str, tuple[nn.Module, Tensor]] = {
@@ -115,11 +118,13 @@ def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     assert back.keys() == dict(module.named_parameters()).keys()
     assert all(torch.equal(back[name], parameter) for name, parameter in module.named_parameters())
     # In pieces, from keywords in any order, with a mask: the same statistics as of the rows that it keeps.
-    keep, call = torch.rand(2, 6) > 0.4, ((), {"input2": right, "input1": left})
-    expected, entry = InputStatistics(bias, True), InputStatistics(bias, True)
-    LayerType.gather(kind, module, expected, ((left, right), {}), ((-left, right), {}), weight, keep)
+    keep = torch.rand(2, 6) > 0.4
+    expected, entry = InputSums(bias, True), InputSums(bias, True)
+    plain = LayerCall(Arguments((left, right)), Arguments((-left, right)), weight, keep)
+    LayerType.gather(kind, module, expected, plain)
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 12 * 2)
-    assert kind.gather(module, entry, call, ((), {"input2": right, "input1": -left}), weight, keep)
+    merged, expert = (Arguments((), {"input2": right, "input1": values}) for values in (left, -left))
+    assert kind.gather(module, entry, LayerCall(merged, expert, weight, keep))
     assert entry.rows == expected.rows == int(keep.sum())
     assert entry.gram is not None
     assert entry.drift is not None
@@ -141,9 +146,10 @@ def test_embedding_counts_equal_one_hot_rows(padding: bool) -> None:
     torch.manual_seed(0)
     table, ids, kind = nn.Embedding(9, 4, padding_idx=0), torch.randint(0, 9, (3, 5)), Embedding()
     keep = torch.rand(3, 5) > 0.4 if padding else None
-    counted, dense = InputStatistics(False, True), InputStatistics(False, True)
-    kind.gather(table, counted, ((ids,), {}), None, table.weight[..., None], keep)
-    LayerType.gather(kind, table, dense, ((ids,), {}), None, table.weight[..., None], keep)
+    counted, dense = InputSums(False, True), InputSums(False, True)
+    call = LayerCall(Arguments((ids,)), None, table.weight[..., None], keep)
+    kind.gather(table, counted, call)
+    LayerType.gather(kind, table, dense, call)
     assert counted.gram is not None
     assert dense.gram is not None
     assert counted.rows == dense.rows
@@ -198,7 +204,7 @@ def test_half_precision_layers_give_rows_in_float32(module: nn.Module, dtype: to
     kind, x = layer_type(module), torch.randn(3, 4).to(dtype)
     assert kind is not None
     assert kind.refuses(module, (x,), {}) is None
-    entry = InputStatistics(kind.has_bias(module), True, kind.multiply(kind.to_matrix(module, module)))
-    kind.gather(module, entry, ((x,), {}), ((x,), {}), kind.to_matrix(module, module), None)
+    entry = InputSums(kind.has_bias(module), True, kind.multiply(kind.to_matrix(module, module)))
+    kind.gather(module, entry, LayerCall(Arguments((x,)), Arguments((x,)), kind.to_matrix(module, module)))
     assert entry.gram is not None
     assert entry.gram.dtype == torch.float32

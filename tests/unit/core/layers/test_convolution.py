@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.layers import base, layer_type
+from com_lightning.core.layers.base import Arguments, LayerCall
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.solve.ridge import factorize, solve
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 from tests.helpers import built, perturb, relative
 
 SIZES = {1: (9,), 2: (8, 7), 3: (6, 5, 7)}
@@ -73,15 +74,16 @@ def test_rows_times_weight_is_the_output(name: str) -> None:
     assert all(torch.equal(back[own], parameter) for own, parameter in module.named_parameters())
 
 
-def merged(experts: list[nn.Module], inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[InputStatistics]]:
+def merged(experts: list[nn.Module], inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[InputSums]]:
     kind = layer_type(experts[0])
     assert kind is not None
     weights = [kind.to_matrix(expert, experts[0]) for expert in experts]
-    statistics = [InputStatistics(True, True) for _ in experts]
+    statistics = [InputSums(True, True) for _ in experts]
     for entry, (ours, theirs), weight in zip(statistics, inputs, weights):
-        assert kind.gather(experts[0], entry, ((ours,), {}), ((theirs,), {}), weight, None)
-    grams = [entry.mean_gram() for entry in statistics]
-    drifts = [entry.mean_drift(weight) for entry, weight in zip(statistics, weights)]
+        assert kind.gather(experts[0], entry, LayerCall(Arguments((ours,)), Arguments((theirs,)), weight))
+    means = [entry.to_means(weight) for entry, weight in zip(statistics, weights)]
+    grams = [entry.gram for entry in means]
+    drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
     importance = [1 / len(experts)] * len(experts)
     return solve(factorize(grams, importance, 0.01), grams, drifts, weights, importance), statistics
 
@@ -95,13 +97,13 @@ def test_the_solution_is_the_same_in_pieces_and_no_piece_is_larger(
     inputs = [(image(name, seed), image(name, 10 + seed)) for seed in range(2)]
     whole, entries = merged(experts, inputs)
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", bound)
-    sizes, update = [], InputStatistics.update
+    sizes, update = [], InputSums.update
 
-    def watched(self: InputStatistics, rows: Tensor, *rest: Any) -> None:
+    def watched(self: InputSums, rows: Tensor, *rest: Any) -> None:
         sizes.append(rows.shape)
         update(self, rows, *rest)
 
-    monkeypatch.setattr(InputStatistics, "update", watched)
+    monkeypatch.setattr(InputSums, "update", watched)
     pieces, again = merged(experts, inputs)
     assert relative(pieces, whole) < 1e-4
     assert [entry.rows for entry in entries] == [entry.rows for entry in again]
@@ -123,9 +125,9 @@ def test_a_large_image_under_a_large_kernel_is_split_too() -> None:
 
 def test_images_of_different_sizes_are_not_paired_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 1)  # every piece is one row, in both
-    module, entry = nn.Conv2d(4, 6, 3), InputStatistics(True, True)
-    ours, theirs = (((torch.randn(size, 4, 5, 5),), dict[str, Any]()) for size in (2, 3))
-    assert not Convolution().gather(module, entry, ours, theirs, Convolution().to_matrix(module, module), None)
+    module, entry = nn.Conv2d(4, 6, 3), InputSums(True, True)
+    ours, theirs = (Arguments((torch.randn(size, 4, 5, 5),)) for size in (2, 3))
+    assert not Convolution().gather(module, entry, LayerCall(ours, theirs, Convolution().to_matrix(module, module)))
     assert entry.drift is None
 
 

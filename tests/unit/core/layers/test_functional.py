@@ -320,7 +320,7 @@ def test_padding_does_not_count_in_sums_and_products() -> None:
     experts, batches = experts_of(lambda: Before(both, p=(5, 6), s=(6,))), data(4, 4, 6)
     padded = [[F.pad(x, (0, 0, 0, 1), value=torch.nan) for x in part] for part in batches]
     expected = merge(experts, batches)[0]
-    merged = merge(experts, padded, call=call, keep=keep)[0]
+    merged = merge(experts, padded, call=call, mask=keep)[0]
     for name in expected:
         assert relative(merged[name], expected[name]) < 1e-5, name
 

@@ -271,8 +271,8 @@ def test_positions_in_sequence_first_order_leave_padding_out() -> None:
 
     experts, batches = experts_of(lambda: Before(lambda x, p: x + p[: len(x), None], p=(5, 6))), data(3, 4, 6)
     padded = [[F.pad(x, (0, 0, 0, 1), value=torch.nan) for x in part] for part in batches]
-    expected = merge(experts, batches, call=call, keep=keep)[0]
-    merged = merge(experts, padded, call=call, keep=keep)[0]
+    expected = merge(experts, batches, call=call, mask=keep)[0]
+    merged = merge(experts, padded, call=call, mask=keep)[0]
     assert relative(merged["p"], expected["p"]) < 1e-5
 
 

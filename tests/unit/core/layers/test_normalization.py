@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type
+from com_lightning.core.layers.base import Arguments, LayerCall
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.layers.normalization import BatchNorm, PerChannel
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import built, relative
@@ -175,10 +176,11 @@ def test_without_scale_and_offset_the_running_statistics_are_re_estimated() -> N
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 5, 6)], ids=["channels second", "as wide as it has channels"])
 def test_padding_is_left_out_of_the_moments(shape: tuple[int, ...]) -> None:
     layer, channels = nn.BatchNorm1d(shape[1]).eval(), shape[1]
-    kind, x, entry = layer_type(layer), batch(0, *shape), InputStatistics(True, True, True)
+    kind, x, entry = layer_type(layer), batch(0, *shape), InputSums(True, True, True)
     assert isinstance(kind, BatchNorm)
     keep = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(0)) > 0.5
-    kind.gather(layer, entry, ((x,), {}), ((x + 1,), {}), kind.to_matrix(layer, layer), keep)
+    call = LayerCall(Arguments((x,)), Arguments((x + 1,)), kind.to_matrix(layer, layer), keep)
+    kind.gather(layer, entry, call)
     rows = x.movedim(1, -1)[keep]
     assert rows.shape == (int(keep.sum()), channels)
     assert entry.moments.count == entry.expert_moments.count == len(rows)
@@ -203,12 +205,13 @@ def test_a_channel_without_variance_gives_something_finite() -> None:
 
 def test_forwards_of_different_sizes_have_no_counterpart_and_do_not_count() -> None:
     layer = nn.BatchNorm1d(6).eval()
-    kind, entry = BatchNorm(), InputStatistics(True, True, True)
+    kind, entry = BatchNorm(), InputSums(True, True, True)
     x = batch(0, 8, 6)
-    assert not kind.gather(layer, entry, ((x,), {}), ((x[:3],), {}), kind.to_matrix(layer, layer), None)
+    call = LayerCall(Arguments((x,)), Arguments((x[:3],)), kind.to_matrix(layer, layer))
+    assert not kind.gather(layer, entry, call)
     assert entry.moments.count == entry.expert_moments.count == 0
     weight = kind.to_matrix(layer, layer)
-    written = kind.finish(layer, weight, [layer], [entry], [1.0])
+    written = kind.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
     assert isinstance(written, dict)
     assert torch.equal(written["running_mean"].float(), layer.get_buffer("running_mean"))
 
@@ -237,10 +240,10 @@ def test_variants(norm: Callable[[], nn.Module]) -> None:
 def test_half_precision_is_made_up_for() -> None:
     layer = nn.BatchNorm1d(6).eval().to(torch.bfloat16)
     x = batch(0, 40, 6)
-    kind, entry = BatchNorm(), InputStatistics(True, True, True)
+    kind, entry = BatchNorm(), InputSums(True, True, True)
     weight = kind.to_matrix(layer, layer)
-    kind.gather(layer, entry, ((x + 1,), {}), ((3 * x,), {}), weight, None)
-    written = kind.finish(layer, weight, [layer], [entry], [1.0])
+    kind.gather(layer, entry, LayerCall(Arguments((x + 1,)), Arguments((3 * x,)), weight))
+    written = kind.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
     assert isinstance(written, dict)
     stored = {name: value.to(torch.bfloat16).double() for name, value in written.items()}
     assert all(torch.equal(stored[name], written[name]) for name in ("running_mean", "running_var"))

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import Embedding, layer_type, own_parameters
+from com_lightning.core.layers import layer_type, own_parameters
+from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import built, relative

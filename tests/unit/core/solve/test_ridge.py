@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from com_lightning.core.chain.gather import CalibrationForward, Inputs, Layer
+from com_lightning.core.chain.gather import gather
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.solve import ridge as solver
 from com_lightning.core.solve.ridge import factorize, residual, solve, solve_or_average
-from com_lightning.core.solve.statistics import InputStatistics, Scratch
+from com_lightning.core.solve.statistics import InputMeans, InputSums, Scratch
+from com_lightning.core.sweep.layer import CalibrationForward, Layer
 from com_lightning.core.sweep.lockstep import Arrival
-from com_lightning.core.sweep.task import Task
+from com_lightning.core.sweep.task import BatchId, ForwardId, Task
 from com_lightning.core.tensors.tracked import Part
 
 
@@ -64,12 +65,13 @@ def test_equals_brute_force(normalize: bool, bias: bool, two_sided: bool, multip
     weights = [torch.randn(outputs, features + bias).double() for _ in merged]
     statistics = []
     for x_hat, x, weight in zip(merged, expert, weights):
-        entry = InputStatistics(bias, normalize, multiply)
+        entry = InputSums(bias, normalize, multiply)
         for a, b in zip(torch.split(x_hat[:, None], 7), torch.split(x[:, None], 7)):
             entry.update(a, b if two_sided else None, weight[None])
         statistics.append(entry)
-    grams = [entry.mean_gram() for entry in statistics]
-    drifts = [entry.mean_drift(w[None]) for entry, w in zip(statistics, weights)]
+    means = [entry.to_means(w[None]) for entry, w in zip(statistics, weights)]
+    grams = [entry.gram for entry in means]
+    drifts = [entry.weighted_drift(w[None]) for entry, w in zip(means, weights)]
     solution = solve(factorize(grams, importance, 0.01), grams, drifts, [w[None] for w in weights], importance)
     expected = brute_force(merged, expert, weights, importance, 0.01, normalize, bias)
     torch.testing.assert_close(solution[0], expected, rtol=1e-9, atol=1e-11)
@@ -81,10 +83,11 @@ def test_a_row_that_the_merged_model_has_lost_does_not_rule_the_fit() -> None:
     merged = expert + 0.1 * torch.randn_like(expert)
     merged[0] *= 1e-3
     weight = torch.randn(1, 2, 4).double()
-    entry = InputStatistics(bias=False, normalize=True)
+    entry = InputSums(bias=False, normalize=True)
     entry.update(merged, expert)
-    grams = [entry.mean_gram()]
-    solution = solve(factorize(grams, [1.0], 0.0), grams, [entry.mean_drift(weight)], [weight], [1.0])
+    means = entry.to_means(weight)
+    grams = [means.gram]
+    solution = solve(factorize(grams, [1.0], 0.0), grams, [means.weighted_drift(weight)], [weight], [1.0])
     assert float((solution - weight).norm() / weight.norm()) < 0.2
 
 
@@ -104,10 +107,10 @@ def test_groups_are_solved_on_their_own() -> None:
 @pytest.mark.parametrize("rows", [torch.zeros(4, 6), torch.ones(1, 6), torch.eye(6)[:3], torch.full((9, 6), 2.0)])
 def test_singular_statistics_give_a_finite_result_and_identical_experts_back(rows: Tensor, ridge: float) -> None:
     """Dead features, fewer rows than inputs, constant inputs, nothing at all."""
-    entry = InputStatistics(bias=True, normalize=True)
+    entry = InputSums(bias=True, normalize=True)
     entry.update(rows[:, None])
-    grams = [entry.mean_gram()] * 2
     same, other = torch.randn(1, 2, 7), torch.randn(1, 2, 7)
+    grams = [entry.to_means(same).gram] * 2
     factor = factorize(grams, [0.5, 0.5], ridge)
     torch.testing.assert_close(
         solve(factor, grams, [None, None], [same, same], [0.5, 0.5]).float(), same, rtol=1e-5, atol=1e-6
@@ -122,7 +125,7 @@ def test_not_finite_statistics_are_refused() -> None:
 
 def test_an_empty_row_counts_nothing_where_rows_are_normalized() -> None:
     rows = torch.randn(5, 1, 3)
-    with_empty, without = InputStatistics(False, True), InputStatistics(False, True)
+    with_empty, without = InputSums(False, True), InputSums(False, True)
     with_empty.update(torch.cat([rows, torch.zeros(2, 1, 3)]))
     without.update(rows)
     assert with_empty.gram is not None
@@ -132,7 +135,7 @@ def test_an_empty_row_counts_nothing_where_rows_are_normalized() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 def test_statistics_are_float32_or_better(dtype: torch.dtype) -> None:
-    entry = InputStatistics(bias=True, normalize=True)
+    entry = InputSums(bias=True, normalize=True)
     with torch.autocast("cpu", enabled=False):
         entry.update(torch.randn(4, 1, 3).to(dtype), torch.randn(4, 1, 3).to(dtype))
     assert entry.gram is not None
@@ -143,21 +146,23 @@ def test_statistics_are_float32_or_better(dtype: torch.dtype) -> None:
 def test_a_large_matrix_is_gathered_from_the_diagonal_down_and_then_completed(size: int, bias: bool) -> None:
     torch.manual_seed(0)
     rows = torch.randn(3, 40, 1, size, dtype=torch.float64)
-    gathered = InputStatistics(bias, normalize=False)
+    gathered = InputSums(bias, normalize=False)
     for number, part in enumerate(rows):
         gathered.update(part)
         if number == 1:
             gathered.complete()  # rows may come afterwards
     flat = rows.reshape(-1, size)
     flat = torch.cat([flat, torch.ones(len(flat), 1)], 1) if bias else flat
-    torch.testing.assert_close(gathered.mean_gram()[0], flat.T @ flat / len(flat))
+    means = gathered.to_means(torch.zeros(1, 1, size + bias))
+    torch.testing.assert_close(means.gram[0], flat.T @ flat / len(flat))
+    assert gathered.gram is None  # the sums have become the means, in place
 
 
 def test_batches_that_are_prepared_in_one_place_do_not_disturb_each_other() -> None:
     torch.manual_seed(0)
     scratch = Scratch()
-    own = [InputStatistics(True, True) for _ in range(2)]
-    shared = [InputStatistics(True, True, scratch=scratch) for _ in range(2)]
+    own = [InputSums(True, True) for _ in range(2)]
+    shared = [InputSums(True, True, scratch=scratch) for _ in range(2)]
     for number, rows in enumerate((7, 3, 5, 7)):
         merged, expert = torch.randn(2, rows, 1, 4)
         for entries in (own, shared):
@@ -173,13 +178,15 @@ def test_the_shift_is_that_of_the_rows_and_keeps_its_digits_where_they_are_nearl
     expert[3] = 0.0
     for scale in (1.0, 1e-3):
         merged = expert + scale * torch.randn(50, 1, 8)
-        entry = InputStatistics(bias=False, normalize=True)
+        entry = InputSums(bias=False, normalize=True)
         entry.update(merged, expert)
         ours, theirs = merged[:, 0].double(), expert[:, 0].double()
         cosine = float(torch.cosine_similarity(ours, theirs).mean())
         # one row of 50, that of nothing, has a cosine of 0
-        assert 0.98 - entry.shift.mean_cosine == pytest.approx(0.98 - cosine, rel=1e-3)
-        assert entry.shift.relative_distance == pytest.approx(float((ours - theirs).norm() / theirs.norm()), rel=1e-5)
+        assert 0.98 - entry.drift_norms.mean_cosine == pytest.approx(0.98 - cosine, rel=1e-3)
+        assert entry.drift_norms.relative_distance == pytest.approx(
+            float((ours - theirs).norm() / theirs.norm()), rel=1e-5
+        )
 
 
 @pytest.mark.parametrize("size", [1, 6, 1000])
@@ -321,7 +328,7 @@ class Rows(Linear):
         return weight if bias is None else torch.cat([weight, bias.detach()[..., None]], -1)  # type: ignore[operator]
 
 
-def gathered(case: Case) -> list[InputStatistics]:
+def gathered(case: Case) -> list[InputMeans]:
     """As a chain gathers them, with what it does about squares that overflow."""
     layers = [OneLayer(w, case.bias) for w in case.weights]
     parts = {name: Part(name) for name in ("weight", "bias")}
@@ -330,12 +337,12 @@ def gathered(case: Case) -> list[InputStatistics]:
     arrivals = []
     for n, (x_hat, x) in enumerate(zip(case.merged, case.expert)):
         for stream, rows in {"merged": x_hat, "expert": x}.items():
-            forward = CalibrationForward(layers[n], lambda: None, task=n, batch=0, stream=stream)  # type: ignore[arg-type]
+            forward = CalibrationForward(layers[n], lambda: None, id=ForwardId(BatchId(n, 0, 0), stream))  # type: ignore[arg-type]
             arrivals.append(Arrival(forward, "layer", (0,), (rows,), {}))
-    target = "expert" if case.two_sided else "merged"
-    inputs = Inputs.gathered(layer, arrivals, tasks, ChainOptions("merged", target, case.normalize, case.ridge))  # type: ignore[arg-type]
+    options = ChainOptions("merged", "expert" if case.two_sided else "merged", case.normalize, case.ridge)
+    inputs = gather(layer, arrivals, tasks, options)
     assert not inputs.bad
-    return inputs.statistics
+    return inputs.means(layer.weights)
 
 
 def loss(case: Case, solution: Tensor) -> Tensor:
@@ -367,8 +374,8 @@ def size(case: Case) -> Tensor:
 @given(cases())
 def test_whatever_a_layer_is_given_the_result_is_finite_and_no_worse_than_the_average(case: Case) -> None:
     statistics = gathered(case)
-    grams = [entry.mean_gram() for entry in statistics]
-    drifts = [entry.mean_drift(w) for entry, w in zip(statistics, case.weights)]
+    grams = [entry.gram for entry in statistics]
+    drifts = [entry.weighted_drift(w) for entry, w in zip(statistics, case.weights)]
     factor = factorize(grams, case.importance, case.ridge)
     solution = solve(factor, grams, drifts, case.weights, case.importance)
     assert bool(solution.isfinite().all())

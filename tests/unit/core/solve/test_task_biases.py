@@ -59,7 +59,7 @@ def merged_by(
             value = average([state[name] for state in states])
             merged[name] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
     own = task_tensors(tasks, merged) if rule.private_biases else {}
-    records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule, own=own)
+    records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule, task_tensors=own)
     return tasks, merged, own, records
 
 
@@ -204,7 +204,7 @@ def test_a_merge_goes_on_where_it_was(tmp_path: Path) -> None:
 
         run = Run(on_layer, journal=FileJournal(tmp_path / "journal"))
         run.journal.bind({"what": "the same"})
-        merge_layers(tasks, merged, [0.5, 0.5], PRIVATE["two-sided"], run, own=own)
+        merge_layers(tasks, merged, [0.5, 0.5], PRIVATE["two-sided"], run, task_tensors=own)
         return {**own, **{name: [tensor] for name, tensor in merged.items()}}
 
     with pytest.raises(Stop):

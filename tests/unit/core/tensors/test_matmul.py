@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.solve.statistics import InputStatistics
+from com_lightning.core.solve.statistics import InputSums
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors import matmul as products
 from com_lightning.core.tensors.matmul import exact_products, linear
@@ -95,17 +95,18 @@ def test_statistics(faster: bool, bias: bool, multiply: bool) -> None:
     """Of a layer that is wide enough, and of batches of which one is too small for oneDNN."""
     torch.manual_seed(0)
     weight = torch.randn(1, 300, 600 + bias)
-    wide, exact = (InputStatistics(bias, True, multiply) for _ in range(2))
+    wide, exact = (InputSums(bias, True, multiply) for _ in range(2))
     for rows in (256, 3, 200):
         merged, expert, offset = torch.randn(rows, 1, 600), torch.randn(rows, 1, 600), torch.randn(rows, 1, 300)
         extra = (weight, offset) if multiply else (None, None)
         wide.update(merged, expert, *extra)
         exact.update(merged.double(), expert.double(), *(None if t is None else t.double() for t in extra))
-    drift, expected = wide.mean_drift(weight), exact.mean_drift(weight.double())
+    ours, theirs = wide.to_means(weight), exact.to_means(weight.double())
+    drift, expected = ours.weighted_drift(weight), theirs.weighted_drift(weight.double())
     assert drift is not None
     assert expected is not None
     assert relative(drift, expected) < 1e-6
-    assert relative(wide.mean_gram(), exact.mean_gram()) < 1e-6
+    assert relative(ours.gram, theirs.gram) < 1e-6
 
 
 class Wide(nn.Module):
