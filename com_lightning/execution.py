@@ -90,7 +90,7 @@ def execute(
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=run.skipped,
-        warnings=plan.parameters.warnings + job.warnings,
+        warnings=plan.parameters.warnings + run.warnings + job.warnings,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
         seed=data.seed if data is not None else None,
