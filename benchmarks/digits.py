@@ -2,8 +2,8 @@
 
     python -m benchmarks.digits
 
-Trains with the demo's configurations (about two minutes a seed on two cores; what is trained already is kept), merges
-by each method, validates on images that were not calibrated on, and writes a table, JSON and a picture.
+It trains with the demo's configurations (about two minutes per seed on two cores; trained checkpoints are reused),
+merges by each method, validates on images that no merge was calibrated on, and writes a table, JSON and a picture.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ CONFIGS = Path("configs/digits")
 
 
 def train(folder: Path, tasks: list[str], seed: int) -> None:
-    """A base and an expert for each task, as the demo trains them."""
+    """Train a base and an expert for each task, as the demo does."""
     common = [f"--seed_everything={seed}", f"{CALLBACK}.dirpath={folder}"]
     if not (folder / "base.ckpt").exists():
         com_lightning(["fit", f"--config={CONFIGS / 'base.yaml'}", *common])
@@ -59,7 +59,7 @@ CALLBACK = "--trainer.callbacks.init_args"  # of the last callback, the ModelChe
 
 
 def merge(folder: Path, tasks: list[str], seed: int, samples: int, method: MergingMethod) -> MergeReport:
-    """One merge, validated on held-out images."""
+    """Merge once, and validate on held-out images."""
     seed_everything(seed, verbose=False)
     data = MergeDataModule({task: DigitsData(task) for task in tasks}, num_samples=samples, holdout=True, seed=seed)
     experts: dict[str, Any] = {task: str(folder / f"{task}.ckpt") for task in tasks}
@@ -77,10 +77,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=256, help="calibration samples per task")
-    parser.add_argument(
-        "--work", type=Path, default=Path("outputs/benchmark-digits"), help="where checkpoints are kept"
-    )
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/digits"), help="without a suffix")
+    parser.add_argument("--work", type=Path, default=Path("outputs/benchmark-digits"), help="folder for checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/digits"), help="path without a suffix")
     options = parser.parse_args()
     tasks = list(yaml.safe_load((CONFIGS / "merge.yaml").read_text())["experts"])
     results: dict[str, list[dict[str, float]]] = {name: [] for name in METHODS}
@@ -102,7 +100,7 @@ def write(
     results: dict[str, list[dict[str, float]]],
     experts: list[dict[str, float]],
 ) -> None:
-    """Table, JSON and picture."""
+    """Write table, JSON and picture."""
     rows = [["method", *tasks, "mean", "standard deviation"]]
     means = {name: [100 * statistics.mean(run.values()) for run in runs] for name, runs in results.items()}
     for name, runs in results.items():

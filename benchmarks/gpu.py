@@ -1,9 +1,9 @@
-"""What has to be seen on a GPU: the tests there, the demo, every precision, and large models.
+"""Checks that need a GPU: the tests for it, the demo, every precision, and large models.
 
     python -m benchmarks.gpu [--parts tests demo precision lockstep] [--device cuda]
 
-Writes benchmarks/results/gpu.{json,md}. A part that fails is reported as failed, and the others go on; the exit status
-is then 1. ``--device cpu --tiny`` runs all of it in small, which shows that it runs, and measures nothing.
+The results are written to benchmarks/results/gpu.{json,md}. If a part fails, it is reported, the others go on, and
+the exit status is 1. ``--device cpu --tiny`` only shows that everything runs; its figures measure nothing.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ CPU_TESTS = "less or state or trained or (ViT and 64)"
 
 @dataclass
 class Setting:
-    """What all parts are run with."""
+    """Settings of all parts."""
 
     device: str
     tiny: bool
@@ -60,12 +60,16 @@ class Setting:
 
 
 def run_tests(setting: Setting) -> dict[str, Any]:
-    """tests/integration/core/test_cuda.py in an interpreter of its own."""
+    """tests/integration/core/test_cuda.py, in its own process."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", "tests/integration/core/test_cuda.py"]
     command += ["-k", CPU_TESTS] if setting.tiny else []
-    known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment_variables = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     done = subprocess.run(
-        command, cwd=ROOT, env={**known, "COM_LIGHTNING_TEST_DEVICE": setting.device}, capture_output=True, text=True
+        command,
+        cwd=ROOT,
+        env={**environment_variables, "COM_LIGHTNING_TEST_DEVICE": setting.device},
+        capture_output=True,
+        text=True,
     )
     lines = done.stdout.strip().splitlines()
     if done.returncode:
@@ -74,7 +78,7 @@ def run_tests(setting: Setting) -> dict[str, Any]:
 
 
 def run_demo(setting: Setting) -> dict[str, Any]:
-    """The demo's base, experts and merge, by the command line."""
+    """Training and merge of the demo, on the command line."""
     folder, configs = setting.work / "demo", Path("configs/digits")
     callback = "--trainer.callbacks.init_args"
     common = [f"--trainer.accelerator={setting.accelerator}"]
@@ -103,7 +107,7 @@ def run_demo(setting: Setting) -> dict[str, Any]:
 
 
 class _Vision(LightningModule):
-    """A vision transformer to be merged by a trainer."""
+    """A vision transformer in a LightningModule."""
 
     def __init__(self, width: int, blocks: int) -> None:
         super().__init__()
@@ -116,7 +120,7 @@ class _Vision(LightningModule):
 
 
 def run_precision(setting: Setting) -> dict[str, Any]:
-    """Worst relative difference of a merged weight from a merge in float64, by a trainer's precision."""
+    """Largest relative difference of merged weights from a merge in float64, for each precision of the trainer."""
     width, blocks, samples = (32, 2, 16) if setting.tiny else (256, 6, 256)
     cases = [("64-true", "highest"), ("32-true", "highest"), ("32-true", "high"), ("32-true", "medium")]
     cases += [(p, "highest") for p in ("bf16-mixed", "bf16-true", "16-mixed", "16-true")]
@@ -131,14 +135,16 @@ def run_precision(setting: Setting) -> dict[str, Any]:
     for precision, products in cases:
         try:
             seconds, values = _merged_in(precision, products, setting, base, experts, data)
-        except Exception as error:  # one precision less; it is told
+        except Exception as error:  # reported in the table; the other precisions still run
             rows.append([precision, products, f"FAILED: {type(error).__name__}: {error}", "", ""])
             continue
         exact = exact or values
-        gaps = {n: float((values[n] - v).abs().amax() / v.abs().amax().clamp_min(1e-30)) for n, v in exact.items()}
-        worst = max(gaps, key=lambda name: gaps[name])
-        rows.append([precision, products, f"{gaps[worst]:.1e}", worst, f"{seconds:.1f}"])
-        _say(f"  {precision}, matmul {products}: {gaps[worst]:.1e}")
+        differences = {
+            n: float((values[n] - v).abs().amax() / v.abs().amax().clamp_min(1e-30)) for n, v in exact.items()
+        }
+        worst = max(differences, key=lambda name: differences[name])
+        rows.append([precision, products, f"{differences[worst]:.1e}", worst, f"{seconds:.1f}"])
+        _say(f"  {precision}, matmul {products}: {differences[worst]:.1e}")
     return {"rows": rows}
 
 
@@ -204,7 +210,7 @@ def _llama(tiny: bool) -> tuple[nn.Module, Callable[[int], dict[str, Tensor]], i
 
 
 def run_lockstep(setting: Setting) -> dict[str, Any]:
-    """Large random models in bfloat16, two experts: where the time goes, and how much memory it takes."""
+    """Merges of two experts of large random models in bfloat16: time of each part, and memory."""
     models = {"CLIP ViT-B/32": (_clip, 256), "Llama 1B": (_llama, 32)}
     rows = [["model", "parameters", "layers", "samples a task", "merge, s", "seconds a layer", "slowest layer"]]
     rows[0] += ["forwards", "statistics", "closed form", "peak memory, GiB"]
@@ -212,7 +218,7 @@ def run_lockstep(setting: Setting) -> dict[str, Any]:
     for name, (make, samples) in models.items():
         try:
             row, layers[name] = _timed(name, make, 4 if setting.tiny else samples, setting)
-        except Exception as error:  # out of memory, say: the other model still counts
+        except Exception as error:  # for example out of memory; the other model still runs
             row = [name, f"FAILED: {type(error).__name__}: {error}", *[""] * (len(rows[0]) - 2)]
             traceback.print_exc()
         rows.append(row)
@@ -271,7 +277,7 @@ def _call(module: nn.Module, batch: dict[str, Tensor], index: int) -> object:
 
 
 def _average(tasks: Sequence[Task]) -> dict[str, Tensor]:
-    """As ``merge_layers`` takes it: one tensor for all names of a tied one."""
+    """The average as ``merge_layers`` expects it: tied names share one tensor."""
     states = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in tasks]
     ties = tied_names(tasks[0].expert)
     first = {n: average([s[n] for s in states]) for n, t in states[0].items() if ties[n] == n and t.is_floating_point()}
@@ -301,16 +307,16 @@ def _machine(device: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the parts; how many failed."""
+    """Run the parts. Returns how many failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--tiny", action="store_true", help="see that it runs; measures nothing")
-    parser.add_argument("--work", type=Path, default=Path("outputs/benchmark-gpu"), help="where checkpoints go")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"), help="without a suffix")
+    parser.add_argument("--tiny", action="store_true", help="only check that everything runs")
+    parser.add_argument("--work", type=Path, default=Path("outputs/benchmark-gpu"), help="folder for checkpoints")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/gpu"), help="path without a suffix")
     options = parser.parse_args(arguments)
     if options.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("there is no GPU here; --device cpu --tiny shows that the benchmark runs")
+        parser.error("this machine has no GPU; --device cpu --tiny checks that the benchmark runs")
     given = sys.argv[1:] if arguments is None else arguments
     command = shlex.join(["python", "-m", "benchmarks.gpu", *given])
     setting, machine = Setting(options.device, options.tiny, options.work), _machine(options.device)
@@ -327,9 +333,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results[part]["seconds"] = time.perf_counter() - start
         _say(_shown(results[part]))
     failed = [part for part, result in results.items() if "FAILED" in _shown(result)]
-    told = f"Failed: {', '.join(failed)}.\n\n" if failed else ""
-    tiny = "In small, to see that it runs: these figures measure nothing.\n\n" if options.tiny else ""
-    text = f"# On a GPU\n\n`{command}`\n\n{machine}.\n\n{tiny}{told}"
+    failures = f"Failed: {', '.join(failed)}.\n\n" if failed else ""
+    tiny = "Small sizes, only to check that everything runs: these figures measure nothing.\n\n" if options.tiny else ""
+    text = f"# On a GPU\n\n`{command}`\n\n{machine}.\n\n{tiny}{failures}"
     for part, result in results.items():
         text += f"## {part}\n\n{PARTS[part].__doc__}\n\n{_shown(result)}\n\n"
     options.output.parent.mkdir(parents=True, exist_ok=True)

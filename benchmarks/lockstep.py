@@ -5,7 +5,7 @@ Run from the root of the repository::
     python benchmarks/lockstep.py [--blocks 12 --width 192 --samples 64 --tasks 2 --repeats 5]
 
 Both merge the same randomly perturbed vision transformers with the same statistics and solver, in turn in one process.
-The floor is what no chain can do without: each forward of the merged model and of the experts once, nothing else.
+The floor is the work that no chain can avoid: one forward of the merged model and of the experts for each batch.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ Run = Callable[[Sequence[Task], Mapping[str, Tensor], Sequence[float], ChainOpti
 
 @dataclass
 class Timing:
-    """One merge: its seconds, how many of them went into gathering and solving, its forwards, and the layers merged."""
+    """One merge: seconds, seconds for gathering and solving, number of forwards, number of merged layers."""
 
     seconds: float
     solving: float
@@ -56,7 +56,7 @@ class Timing:
 
 
 class Setting:
-    """Experts, calibration data and the average to start from; the counter of forwards."""
+    """Experts, calibration data, and a counter of forwards."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Setting:
         return {name: average([each[name] for each in tensors]) for name in tensors[0]}
 
     def merge(self, run: Run) -> tuple[Timing, dict[str, Tensor]]:
-        """Merge from the average; what comes before and after the merge itself is not timed."""
+        """Merge, starting from the average. Only the merge itself is timed."""
         merged = self.start()
         self.forwards = 0
         start = time.perf_counter()
@@ -103,7 +103,7 @@ class Setting:
         return Timing(seconds, sum(record.seconds for record in records), self.forwards, len(records)), merged
 
     def floor(self, streams: Sequence[str] = ("merged", "expert")) -> float:
-        """Seconds of the forwards alone, of merged model and expert: each once for each batch."""
+        """Seconds of one forward for each batch, through the merged model and through the expert."""
         merged = self.start()
         start = time.perf_counter()
         with torch.no_grad():
@@ -161,7 +161,7 @@ class Comparison:
 
 
 def compare(setting: Setting, blocks: int, repeats: int) -> Comparison:
-    """Time both in turn, each being first every other time, so that a machine that slows down slows down both."""
+    """Time both in turn, in the opposite order every other time, so that a slower machine affects both alike."""
     result = Comparison(blocks, [], [], [], 0.0)
     for repeat in range(repeats):
         weights = []
@@ -228,7 +228,7 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def environment() -> dict[str, Any]:
-    """What the seconds depend on besides the code."""
+    """Machine and versions, on which seconds depend."""
     model = platform.processor() or platform.machine()
     information = Path("/proc/cpuinfo")
     if information.exists():
@@ -246,7 +246,7 @@ def environment() -> dict[str, Any]:
 
 
 def markdown(main: Comparison, others: Sequence[Comparison], settings: Mapping[str, Any], machine: str) -> str:
-    """All results for people."""
+    """All results as Markdown."""
     rows = [["blocks", "layers", "naive chain, s", "lockstep, s", "floor, s", "ratio", "naive forwards", "forwards"]]
     for comparison in others:
         columns = comparison.columns()
@@ -273,16 +273,20 @@ def markdown(main: Comparison, others: Sequence[Comparison], settings: Mapping[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
-    parser.add_argument("--blocks", type=int, default=12, help="depth of the transformer that is timed repeatedly")
+    parser.add_argument("--blocks", type=int, default=12, help="depth of the transformer that is timed several times")
     parser.add_argument("--width", type=int, default=192)
     parser.add_argument("--samples", type=int, default=64, help="calibration images per task")
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--tasks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
-    # More threads wait for each other wherever another program has a core, and then time that program instead.
-    parser.add_argument("--threads", type=int, default=1, help="more are for a machine without other work")
-    parser.add_argument("--depths", type=int, nargs="*", default=[4, 8, 12, 16], help="of the picture, once each")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/lockstep"), help="without an ending")
+    # With several threads, another program on one core makes all of them wait.
+    parser.add_argument("--threads", type=int, default=1, help="use more only if no other program runs")
+    parser.add_argument(
+        "--depths", type=int, nargs="*", default=[4, 8, 12, 16], help="depths in the picture, timed once each"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=Path("benchmarks/results/lockstep"), help="path without a suffix"
+    )
     options = parser.parse_args()
     setting = (options.width, options.samples, options.batch_size, options.tasks)
     command = shlex.join(["python", "benchmarks/lockstep.py", *sys.argv[1:]])

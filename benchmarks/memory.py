@@ -4,9 +4,9 @@ Run from the root of the repository::
 
     python -m benchmarks.memory [--blocks 12 --width 768 --experts 4]
 
-The same transformer and experts in every mode, on the CPU, each merge in a process of its own. Experts are Lightning
-checkpoints, which are mapped rather than read; pages of mapped files, which the system drops when it needs room, are
-counted apart. Calibration data are few and short, so that what is measured are the models and statistics.
+Every mode merges the same transformer and experts on the CPU, each in its own process. Experts are Lightning
+checkpoints, which are mapped into memory rather than read. Pages of mapped files are counted separately, because the
+system can drop them when it needs memory. Calibration data are few and short, so that models and statistics dominate.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Encoder(LightningModule):
 
 
 def write_experts(folder: Path, blocks: int, width: int, experts: int) -> None:
-    """Checkpoints of experts, perturbed at random, and of their base."""
+    """Write checkpoints of a base and of experts, which are random perturbations of it."""
     torch.manual_seed(0)
     base = Encoder(blocks, width)
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -68,7 +68,7 @@ def write_experts(folder: Path, blocks: int, width: int, experts: int) -> None:
 
 
 class Watch(threading.Thread):
-    """The most memory that this process has, looked at every two milliseconds until it is told to stop."""
+    """Peak memory of this process, sampled every two milliseconds until ``over`` is set."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -90,7 +90,7 @@ class Watch(threading.Thread):
 
 
 def measure(mode: str, folder: Path, blocks: int, width: int, experts: int) -> dict[str, float]:
-    """One merge in this process: peak memory in bytes, seconds."""
+    """Merge in this process. Returns seconds and peak memory in bytes."""
     torch.set_num_threads(1)
     watch = Watch()
     model = Encoder(blocks, width)
@@ -118,8 +118,8 @@ def main() -> None:
     options = parser.parse_args()
     size = sum(p.numel() * p.element_size() for p in Encoder(options.blocks, options.width).parameters())
     if options.mode:
-        found = measure(options.mode, options.folder, options.blocks, options.width, options.experts)
-        (options.folder / "found.json").write_text(json.dumps(found))
+        peaks = measure(options.mode, options.folder, options.blocks, options.width, options.experts)
+        (options.folder / "found.json").write_text(json.dumps(peaks))
         return
     results = {}
     with tempfile.TemporaryDirectory() as name:
@@ -131,17 +131,17 @@ def main() -> None:
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
             results[mode] = json.loads((folder / "found.json").read_text())
     rows = [["mode", "memory / one model", "mapped files / one model", "seconds"]]
-    for mode, found in results.items():
-        sizes = [f"{found[kind] / size:.1f}" for kind in ("anonymous", "file")]
-        rows.append([mode, *sizes, f"{found['seconds']:.0f}"])
-    told = (
+    for mode, peaks in results.items():
+        sizes = [f"{peaks[kind] / size:.1f}" for kind in ("anonymous", "file")]
+        rows.append([mode, *sizes, f"{peaks['seconds']:.0f}"])
+    note = (
         f"{options.experts} experts of {size / 2**20:,.0f} MiB ({options.blocks} blocks of width {options.width}), on "
         f"one core; peak above what the process had once everything was imported. "
         f"`python -m benchmarks.memory {shlex.join(sys.argv[1:])}`, torch {torch.__version__}, {platform.machine()}.\n"
     )
-    print(f"\n{table(rows)}\n\n{told}")
+    print(f"\n{table(rows)}\n\n{note}")
     options.output.mkdir(parents=True, exist_ok=True)
-    (options.output / "memory.md").write_text(f"# Peak memory of a merge\n\n{table(rows)}\n\n{told}", encoding="utf-8")
+    (options.output / "memory.md").write_text(f"# Peak memory of a merge\n\n{table(rows)}\n\n{note}", encoding="utf-8")
     (options.output / "memory.json").write_text(
         json.dumps({"size": size, "modes": results}, indent=1), encoding="utf-8"
     )

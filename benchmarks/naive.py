@@ -1,8 +1,8 @@
 """The naive chain of merges: the merged model runs again from its start up to each layer.
 
-What the lockstep replaces, for tests and benchmarks. It hands out the same arrivals, so that the same statistics and
-solver are used, but each layer costs one (partial) run of the merged model on every batch: time grows with the square
-of the depth. The experts do not change as the merge goes on, so they run once here too, and pause.
+Tests and benchmarks compare the lockstep with it. It yields the same paused calls, so that the same statistics and
+solver are used, but each layer costs one partial run of the merged model on every batch: time grows with the square of
+the depth. The experts do not change during the merge, so that they run only once here too, and pause.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The picture that the README opens with, from what the suites have measured: ``python -m benchmarks.overview``."""
+"""The first picture of the README, drawn from the results of the suites: ``python -m benchmarks.overview``."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ REFITTED = {
     "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_heads=True, balance=True)",
     "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_heads=True, balance=True)",
 }
-"""Bar -> method, for heads as the experts have them, and solved for the merged model."""
+"""Bar -> method: with the experts' heads, and with heads that are solved for the merged model."""
 TASKS = ("#4c72b0", "#dd8452", "#55a868")
 
 
 def draw(folder: Path, path: Path) -> None:
-    """Three experts becoming one, and how well that works on eight image tasks."""
+    """Draw how three experts become one model, and how well that works on eight image tasks."""
     figure = Figure(figsize=(12.4, 4.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[1.25, 1])
     _scheme(left)
@@ -59,13 +59,13 @@ def _scheme(axes: Axes) -> None:
         axes.text(x + 0.525, -0.3, f"task {'ABC'[column]}", ha="center", va="center", fontsize=9)
     axes.text(1.77, 4.1, "experts: one base, fine-tuned", ha="center", va="center", fontsize=10)
     for row in range(4):
-        done, now = row < 2, row == 2
+        merged, now = row < 2, row == 2
         _box(axes, 6.3, 0.85 * row, 1.9, 0.62, "#8172b3" if row < 3 else "#cccccc", f"layer {row + 1}", 0.75)
         arrow = FancyArrowPatch((3.7, 0.85 * row + 0.31), (6.2, 0.85 * row + 0.31), arrowstyle="-|>", mutation_scale=11)
         arrow.set(color="black" if now else "#bbbbbb", linewidth=1.4 if now else 0.8)
         axes.add_patch(arrow)
-        told = "merged" if done else "being merged" if now else "still average"
-        axes.text(8.35, 0.85 * row + 0.31, told, va="center", fontsize=8.5, color="black" if now else "#777777")
+        state = "merged" if merged else "being merged" if now else "still average"
+        axes.text(8.35, 0.85 * row + 0.31, state, va="center", fontsize=8.5, color="black" if now else "#777777")
     axes.text(4.95, 2.17, "least squares", ha="center", va="bottom", fontsize=8.5)
     axes.text(4.95, 1.86, "in closed form", ha="center", va="top", fontsize=8.5)
     axes.text(7.25, 4.1, "one model", ha="center", va="center", fontsize=10)
@@ -77,9 +77,9 @@ def _scheme(axes: Axes) -> None:
 
 def _bars(axes: Axes, folder: Path) -> None:
     suite = make_suite(SUITE)
-    found = Results(suite, folder / SUITE).rows(suite.folder(0).parent.name)
-    rows = {row.label: row for row in found if row.samples in (0, MAIN_SAMPLES)}
-    free = [row for row in found if row.samples == 0 and row.label not in (*ROWS.values(), "expert")]
+    measured = Results(suite, folder / SUITE).rows(suite.folder(0).parent.name)
+    rows = {row.label: row for row in measured if row.samples in (0, MAIN_SAMPLES)}
+    free = [row for row in measured if row.samples == 0 and row.label not in (*ROWS.values(), "expert")]
     groups = (AS_THEY_ARE, "heads as they are"), (REFITTED, "heads refitted")
     position, places, labels = 0.0, list[float](), list[str]()
     for bars, what in groups:

@@ -1,8 +1,8 @@
 """How fast a merge is: ``python -m benchmarks.speed [--parts merges breakdown scaling files large] [--repeats 5]``.
 
-Everything is timed in turn within one run, and told as ratios of what was timed side by side. Ctrl-C ends a part with
-the repeats that are complete. Writes ``benchmarks/results/speed.{json,md,png}``; parts that are not run stay as they
-were.
+All contenders of a part are timed in turn within one run, and compared with what was timed beside them. Ctrl-C ends a
+part and keeps its complete repeats. The results are written to ``benchmarks/results/speed.{json,md,png}``; parts that
+are not run keep their earlier results.
 """
 
 from __future__ import annotations
@@ -43,44 +43,44 @@ ABOUT = {
 
 def run_merges(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.merges`."""
-    found = merges.run(tower, options.repeats, options.threads)
-    repeats = len(found["forwards"]["seconds"])
-    return {"setting": {**asdict(tower), "repeats": repeats}, "found": found, "rows": merges.rows(found)}
+    measured = merges.run(tower, options.repeats, options.threads)
+    repeats = len(measured["forwards"]["seconds"])
+    return {"setting": {**asdict(tower), "repeats": repeats}, "found": measured, "rows": merges.rows(measured)}
 
 
 def run_breakdown(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.breakdown`."""
-    found = breakdown.run(tower, options.repeats, options.threads)
-    repeats = len(next(iter(found.values()))["all"])
-    return {"setting": {**asdict(tower), "repeats": repeats}, "found": found, "rows": breakdown.rows(found)}
+    measured = breakdown.run(tower, options.repeats, options.threads)
+    repeats = len(next(iter(measured.values()))["all"])
+    return {"setting": {**asdict(tower), "repeats": repeats}, "found": measured, "rows": breakdown.rows(measured)}
 
 
 def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.scaling`."""
     batch_size = 2 if options.tiny else 32
-    found = scaling.run(options.repeats, options.width, batch_size, scaling.TINY if options.tiny else scaling.SIZES)
-    scaling.picture(found, options.output.with_suffix(".png"))
-    repeats = len(next(iter(found["tasks"].values())))
+    measured = scaling.run(options.repeats, options.width, batch_size, scaling.TINY if options.tiny else scaling.SIZES)
+    scaling.picture(measured, options.output.with_suffix(".png"))
+    repeats = len(next(iter(measured["tasks"].values())))
     setting = {"width": options.width, "batch_size": batch_size, **scaling.FIXED, "repeats": repeats}
-    return {"setting": setting, "found": found, "rows": scaling.rows(found)}
+    return {"setting": setting, "found": measured, "rows": scaling.rows(measured)}
 
 
 def run_files(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.files`."""
     models = files.Models(2, 64, 1, 100) if options.tiny else files.Models(options.experts)
-    found = files.run(models, options.repeats, options.threads)
-    if isinstance(found, str):
-        print(found, file=sys.stderr)
+    measured = files.run(models, options.repeats, options.threads)
+    if isinstance(measured, str):
+        print(measured, file=sys.stderr)
         return {}
-    repeats = len(found["average"]["mergekit"]["seconds"])
-    return {"setting": {**asdict(models), "repeats": repeats}, "found": found, "rows": files.rows(found)}
+    repeats = len(measured["average"]["mergekit"]["seconds"])
+    return {"setting": {**asdict(models), "repeats": repeats}, "found": measured, "rows": files.rows(measured)}
 
 
 def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     """See :mod:`benchmarks.speed.large`."""
     models = large.TINY if options.tiny else large.SIZES
-    found = large.run(models, options.threads)
-    return {"setting": asdict(models), "found": found, "rows": large.rows(found)}
+    measured = large.run(models, options.threads)
+    return {"setting": asdict(models), "found": measured, "rows": large.rows(measured)}
 
 
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
@@ -93,8 +93,11 @@ PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
 
 
 def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
-    """All results for people."""
-    told = ["# How fast a merge is", "Median, and from the smallest to the largest, of what was timed in turn."]
+    """All results as Markdown."""
+    sections = [
+        "# How fast a merge is",
+        "Each figure is a median, with the smallest and the largest in brackets. Contenders were timed in turn.",
+    ]
     for name, part in parts.items():
         about = " ".join(str(ABOUT[name]).split()).replace(":mod:", "")
         machine = part["environment"]
@@ -103,40 +106,42 @@ def markdown(parts: Mapping[str, Mapping[str, Any]]) -> str:
             f"start; Python {machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}"
         )
         setting = ", ".join(f"{key} {value}" for key, value in part["setting"].items())
-        told += [f"## {TITLES[name]}", about, table(part["rows"])]
-        told += ["![seconds against size](speed.png)"] if name == "scaling" else []
-        told += [f"`{part['command']}`: {setting}. {where}."]
-    return "\n\n".join(told) + "\n"
+        sections += [f"## {TITLES[name]}", about, table(part["rows"])]
+        sections += ["![seconds against size](speed.png)"] if name == "scaling" else []
+        sections += [f"`{part['command']}`: {setting}. {where}."]
+    return "\n\n".join(sections) + "\n"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the parts that are asked for."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.speed", description=str(__doc__).partition("\n")[0])
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="fewer, if other work runs beside")
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="use fewer if other programs run at the same time"
+    )
     for field, value in asdict(Tower()).items():
-        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of merges")
-    parser.add_argument("--experts", type=int, default=3, help="of files")
+        parser.add_argument(f"--{field.replace('_', '-')}", type=int, default=value, help="of the part merges")
+    parser.add_argument("--experts", type=int, default=3, help="of the part files")
     parser.add_argument("--scaling-width", dest="scaling_width", type=int, default=96)
-    parser.add_argument("--tiny", action="store_true", help="all in small, to see that it runs")
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"), help="without an ending")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, only to check that everything runs")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/speed"), help="path without a suffix")
     options = parser.parse_args(arguments)
     tower = TINY if options.tiny else Tower(**{field: getattr(options, field) for field in asdict(Tower())})
     options.width = 64 if options.tiny else options.scaling_width
     torch.set_num_threads(options.threads)
     path = options.output.with_suffix(".json")
-    kept: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    stored: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     options.output.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", "-m", "benchmarks.speed", *(sys.argv[1:] if arguments is None else arguments)])
     for name in options.parts:
         about = environment()
-        if found := PARTS[name](tower, options):
-            kept[name] = {**found, "environment": about, "command": command}
-            ordered = {part: kept[part] for part in PARTS if part in kept}
+        if measured := PARTS[name](tower, options):
+            stored[name] = {**measured, "environment": about, "command": command}
+            ordered = {part: stored[part] for part in PARTS if part in stored}
             path.write_text(json.dumps(ordered, indent=1) + "\n")
             options.output.with_suffix(".md").write_text(markdown(ordered))
-    print(markdown({part: kept[part] for part in PARTS if part in kept}))
+    print(markdown({part: stored[part] for part in PARTS if part in stored}))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Where the time of a merge goes: seconds of each part, without those of parts within it.
+"""Where the time of a merge goes: seconds of each part. The time of a part within another one is not counted twice.
 
-The vision tower of CLIP ViT-B/32, as in the comparison with FusionBench. Forwards are those of the merged model and,
-where the rule is two-sided, of the experts. Each merge in a process of its own.
+The model is the vision tower of CLIP ViT-B/32, as in the comparison with FusionBench. Forwards are those of the merged
+model and, if the rule is two-sided, of the experts. Each merge runs in its own process.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ PARTS: dict[str, list[tuple[Any, str]]] = {
     "solving": [(chain.LayerSolver, "_solve")],
     "sums checked": [(gathering, "is_sound")],
 }
-"""Part -> functions, by where they are looked up."""
+"""Part -> its functions, each as the place where callers look it up, and its name there."""
 REST = "all else"
-Found = dict[str, dict[str, list[float]]]
+Measured = dict[str, dict[str, list[float]]]
 """Rule -> part -> seconds in each repeat."""
 
 
 class Timers:
-    """Seconds of parts, each without those of the parts within it."""
+    """Seconds of parts, where the time of an inner part does not count for the outer one."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -55,7 +55,7 @@ class Timers:
         self._since = 0.0
 
     def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A function that counts as that part."""
+        """Wrap a function so that its time counts for a part."""
 
         @functools.wraps(function)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -77,7 +77,7 @@ class Timers:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Time :data:`PARTS` in all that is done within."""
+        """Time all functions of :data:`PARTS` while the context is open."""
         with ExitStack() as stack:
             for part, functions in PARTS.items():
                 for holder, name in functions:
@@ -86,19 +86,19 @@ class Timers:
 
 
 def merge(name: str, tower: Tower) -> dict[str, float]:
-    """One merge in this process: seconds of each part that it has, and of all."""
-    timers, found = Timers(), dict[str, float]()
+    """Merge in this process. Returns the seconds of each part, and of all parts together."""
+    timers, measured = Timers(), dict[str, float]()
     with timers.watching():
-        CONTENDERS[name](tower, found)
-    rest = found["seconds"] - sum(timers.seconds.values())
+        CONTENDERS[name](tower, measured)
+    rest = measured["seconds"] - sum(timers.seconds.values())
     return {
         **{part: timers.seconds[part] for part in PARTS if part in timers.seconds},
         REST: rest,
-        "all": found["seconds"],
+        "all": measured["seconds"],
     }
 
 
-def run(tower: Tower, repeats: int, threads: int) -> Found:
+def run(tower: Tower, repeats: int, threads: int) -> Measured:
     """Time both rules in turn."""
     parts: dict[str, list[dict[str, float]]] = {name: [] for name in RULES}
 
@@ -111,17 +111,17 @@ def run(tower: Tower, repeats: int, threads: int) -> Found:
         return seconds
 
     whole = min(map(len, in_turn({name: timed(name) for name in RULES}, repeats, "breakdown").values()))
-    return {name: {part: [one[part] for one in own[:whole]] for part in own[0]} for name, own in parts.items()}
+    return {name: {part: [one[part] for one in values[:whole]] for part in values[0]} for name, values in parts.items()}
 
 
-def rows(found: Found) -> list[list[str]]:
-    """Of a table: medians, and their share of the whole."""
-    lines = [["part", *(f"{name}, {unit}" for name in found for unit in ("s", "%"))]]
+def rows(measured: Measured) -> list[list[str]]:
+    """The rows of a table: medians, and their share of the whole."""
+    lines = [["part", *(f"{name}, {unit}" for name in measured for unit in ("s", "%"))]]
     for part in [*PARTS, REST, "all"]:
         line = [part]
-        for own in found.values():
-            seconds = statistics.median(own[part]) if part in own else None
-            whole = statistics.median(own["all"])
+        for values in measured.values():
+            seconds = statistics.median(values[part]) if part in values else None
+            whole = statistics.median(values["all"])
             line += ["", ""] if seconds is None else [f"{seconds:.1f}", f"{100 * seconds / whole:.0f}"]
         lines.append(line)
     return lines

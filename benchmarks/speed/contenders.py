@@ -1,7 +1,7 @@
-"""One merge, by us or by another library, or a part of the floor, in a process of its own.
+"""One merge by this or another library, or one part of the floor, in its own process.
 
-All merges get the same experts and the same data, from one seed. What is timed is the merge alone; peak memory is what
-the process had at most during it, beyond what it had before.
+All merges get the same experts and the same data, from one seed. Only the merge is timed. Peak memory is the most that
+the process holds during the merge, beyond what it held before.
 """
 
 from __future__ import annotations
@@ -29,42 +29,45 @@ from com_lightning.core.tensors.modules import average, named_tensors
 
 
 @contextmanager
-def watched(found: dict[str, float]) -> Iterator[None]:
-    """Seconds, and bytes beyond what there was, of what is done within."""
+def watched(measured: dict[str, float]) -> Iterator[None]:
+    """Measure the seconds of a block, and the bytes that it needs beyond what the process held before."""
     watch = Watch()
     start = time.perf_counter()
     yield
-    found["seconds"] = time.perf_counter() - start
-    found["peak"] = watch.anonymous
+    measured["seconds"] = time.perf_counter() - start
+    measured["peak"] = watch.anonymous
     watch.over.set()
 
 
 def ours(rule: ChainOptions, budget: float | None = None) -> Callable[[Tower, dict[str, float]], None]:
-    """A merge by our rules, from experts in memory to merged weights in memory.
+    """A merge by this library, from experts in memory to merged weights in memory.
 
     Args:
-        rule: what is solved.
+        rule: options of the chain.
         budget: GiB that paused forwards may hold.
+
+    Returns:
+        A function that merges, and writes seconds, peak memory and the number of layers into its second argument.
     """
     run = Run(memory_budget=None if budget is None else int(budget * 2**30))
 
-    def merge(tower: Tower, found: dict[str, float]) -> None:
+    def merge(tower: Tower, measured: dict[str, float]) -> None:
         _, experts, batches = tower.made()
 
         def call(module: nn.Module, batch: Any, index: int) -> None:
             module(batch)
 
-        with watched(found):
-            tasks = [Task(str(i), expert, own, call) for i, (expert, own) in enumerate(zip(experts, batches))]
+        with watched(measured):
+            tasks = [Task(str(i), expert, data, call) for i, (expert, data) in enumerate(zip(experts, batches))]
             tensors = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts]
             merged = {name: average([each[name] for each in tensors]) for name in tensors[0]}
             records = merge_layers(tasks, merged, [1 / len(tasks)] * len(tasks), rule, run)
-        found["layers"] = sum(bool(record.parameters) for record in records)
+        measured["layers"] = sum(bool(record.parameters) for record in records)
 
     return merge
 
 
-def fusion_bench(tower: Tower, found: dict[str, float]) -> None:
+def fusion_bench(tower: Tower, measured: dict[str, float]) -> None:
     """RegMean++ of FusionBench, which merges the linear layers; its data pipeline is replaced by batches in memory."""
     from fusion_bench.method.regmean_plusplus.clip_regmean_plusplus import RegMeanAlgorithmForCLIPPlusPlus
     from fusion_bench.mixins.clip_classification import vision_backbone
@@ -74,7 +77,7 @@ def fusion_bench(tower: Tower, found: dict[str, float]) -> None:
 
     class Theirs(RegMeanAlgorithmForCLIPPlusPlus):  # type: ignore[misc]
         def on_regmean_start(self) -> None:
-            """No heads: nothing is classified."""
+            """Load no heads, because nothing is classified."""
 
         def get_input_for_first_layer(self, model: nn.Module, train_dataset: Any) -> list[Tensor]:
             backbone = vision_backbone(model)
@@ -100,21 +103,21 @@ def fusion_bench(tower: Tower, found: dict[str, float]) -> None:
         weight_transpose=True,
         dataloader_kwargs={"batch_size": tower.batch_size, "num_workers": 0},
     )
-    with watched(found):
+    with watched(measured):
         algorithm.run(Pool())
 
 
 def part_of_the_floor(name: str) -> Callable[[Tower, dict[str, float]], None]:
     """One of :data:`~benchmarks.speed.floor.PARTS`."""
 
-    def timed(tower: Tower, found: dict[str, float]) -> None:
-        found["seconds"] = floor.PARTS[name](tower)
+    def timed(tower: Tower, measured: dict[str, float]) -> None:
+        measured["seconds"] = floor.PARTS[name](tower)
 
     return timed
 
 
 RULES = {"one-sided": ChainOptions(target="merged"), "default": ChainOptions(residual=True)}
-"""The default is two-sided, and corrected for what residual streams lack."""
+"""The default is two-sided, and repairs residual streams."""
 BUDGET = 0.25
 OURS = {
     **{name: ours(rule) for name, rule in RULES.items()},
@@ -136,9 +139,9 @@ def main() -> None:
         parser.add_argument(f"--{field}", type=int, default=value)
     options = vars(parser.parse_args())
     torch.set_num_threads(options.pop("threads"))
-    found: dict[str, float] = {}
-    CONTENDERS[options.pop("name")](Tower(**options), found)
-    print(json.dumps(found))
+    measured: dict[str, float] = {}
+    CONTENDERS[options.pop("name")](Tower(**options), measured)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Data-free merges of safetensors folders against mergekit (git head): seconds and memory, from files to a file.
 
-Language models of the Llama architecture in bfloat16, written by transformers. Ours are read, merged and written by
-the callback's ``merge`` and by ``save_pretrained``, mergekit's by its ``run_merge``, without tokenizer and model card;
-both trim by parameter. Each merge runs in a process of its own, and writes anew.
+The models are Llama language models in bfloat16, written by transformers. This library reads and merges them with the
+callback's ``merge`` and writes them with ``save_pretrained``; mergekit uses its ``run_merge``, without tokenizer and
+model card. Both trim by parameter. Each merge runs in its own process.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ RULES: dict[str, tuple[Callable[[], com.MergingMethod], dict[str, Any]]] = {
         {"merge_method": "ties", "parameters": {"normalize": True, "lambda": 1.0}},
     ),
 }
-"""Our rule, and what mergekit is told."""
-Found = dict[str, dict[str, dict[str, list[float]]]]
+"""Rule of this library, and mergekit's configuration for the same rule."""
+Measured = dict[str, dict[str, dict[str, list[float]]]]
 
 
 @dataclass
 class Models:
-    """Random weights; by default 310 million of them."""
+    """Sizes of language models with random weights; by default 310 million parameters."""
 
     experts: int = 3
     width: int = 1024
@@ -52,7 +52,7 @@ class Models:
     tied: bool = False
 
     def write(self, folder: Path) -> None:
-        """``base`` and ``0``, ``1``, ... in a folder."""
+        """Write the models ``base``, ``0``, ``1``, ... to a folder."""
         torch.manual_seed(0)
         config = LlamaConfig(
             vocab_size=self.vocabulary,
@@ -74,7 +74,7 @@ class Models:
 
 
 class Language(LightningModule):
-    """What a user has: a language model in a LightningModule."""
+    """A LightningModule with a language model, as users have it."""
 
     def __init__(self, folder: str) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ class Language(LightningModule):
         self.net: nn.Module = AutoModelForCausalLM.from_pretrained(folder)
 
 
-def ours(rule: str, folder: Path, experts: int, found: dict[str, float]) -> None:
-    """By the callback."""
+def ours(rule: str, folder: Path, experts: int, measured: dict[str, float]) -> None:
+    """Merge with this library's callback."""
     method = RULES[rule][0]()
-    with watched(found):
+    with watched(measured):
         base = str(folder / "base")
         sources: dict[str, Any] = {str(number): str(folder / str(number)) for number in range(experts)}
         merger = com.ChainOfMergesCallback(sources, method, base=base if "base" in method.needs else None)
@@ -94,8 +94,8 @@ def ours(rule: str, folder: Path, experts: int, found: dict[str, float]) -> None
         net.save_pretrained(folder / "merged")
 
 
-def mergekit(rule: str, folder: Path, experts: int, found: dict[str, float]) -> None:
-    """By mergekit."""
+def mergekit(rule: str, folder: Path, experts: int, measured: dict[str, float]) -> None:
+    """Merge with mergekit."""
     from mergekit.config import MergeConfiguration
     from mergekit.merge import run_merge
     from mergekit.options import MergeOptions
@@ -107,7 +107,7 @@ def mergekit(rule: str, folder: Path, experts: int, found: dict[str, float]) -> 
         **({} if rule == "average" else {"base_model": str(folder / "base")}),
         "dtype": "bfloat16",
     }
-    with watched(found):
+    with watched(measured):
         options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
         run_merge(MergeConfiguration.model_validate(config), str(folder / "merged"), options)
 
@@ -115,36 +115,36 @@ def mergekit(rule: str, folder: Path, experts: int, found: dict[str, float]) -> 
 WHO: dict[str, Callable[[str, Path, int, dict[str, float]], None]] = {"com_lightning": ours, "mergekit": mergekit}
 
 
-def run(models: Models, repeats: int, threads: int) -> Found | str:
-    """Rule -> who -> seconds and bytes in each repeat; or why nothing was measured."""
+def run(models: Models, repeats: int, threads: int) -> Measured | str:
+    """Rule -> library -> seconds and bytes of each repeat; or a message why nothing was measured."""
     if importlib.util.find_spec("mergekit") is None:
         return "mergekit is not installed: pip install a clone of its repository, and run this part again"
-    found: Found = {}
+    measured: Measured = {}
     with tempfile.TemporaryDirectory() as name:
         models.write(Path(name))
         for rule in RULES:
             peaks: dict[str, list[float]] = {who: [] for who in WHO}
             things = {who: _timed(who, rule, name, models.experts, threads, peaks[who]) for who in WHO}
             seconds = in_turn(things, repeats, rule)
-            found[rule] = {who: {"seconds": seconds[who], "peak": peaks[who]} for who in WHO}
-    return found
+            measured[rule] = {who: {"seconds": seconds[who], "peak": peaks[who]} for who in WHO}
+    return measured
 
 
 def _timed(who: str, rule: str, folder: str, experts: int, threads: int, peaks: list[float]) -> Timed:
     def seconds() -> float:
         sizes = ("--folder", folder, "--experts", experts, "--threads", threads)
-        own = in_a_process("benchmarks.speed.files", who, rule, *sizes)
-        peaks.append(own["peak"])
-        return own["seconds"]
+        result = in_a_process("benchmarks.speed.files", who, rule, *sizes)
+        peaks.append(result["peak"])
+        return result["seconds"]
 
     return seconds
 
 
-def rows(found: Found) -> list[list[str]]:
-    """Of a table."""
+def rows(measured: Measured) -> list[list[str]]:
+    """The rows of a table."""
     lines = [["rule", "com_lightning, s", "mergekit, s", "times as fast", "GiB", "mergekit, GiB", "times its memory"]]
-    for rule, own in found.items():
-        us, them = own["com_lightning"], own["mergekit"]
+    for rule, result in measured.items():
+        us, them = result["com_lightning"], result["mergekit"]
         sizes = [spread([size / 2**30 for size in each["peak"]]) for each in (us, them)]
         fast, more = ratios(them["seconds"], us["seconds"]), ratios(us["peak"], them["peak"])
         lines.append([rule, spread(us["seconds"]), spread(them["seconds"]), spread(fast), *sizes, spread(more)])
@@ -160,9 +160,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, required=True)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    found: dict[str, float] = {}
-    WHO[options.who](options.rule, options.folder, options.experts, found)
-    print(json.dumps(found))
+    measured: dict[str, float] = {}
+    WHO[options.who](options.rule, options.folder, options.experts, measured)
+    print(json.dumps(measured))
 
 
 if __name__ == "__main__":

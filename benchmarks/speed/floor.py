@@ -1,8 +1,9 @@
-"""The floor of a merge: what no chain can do without, each part done alone and as plainly as it can be.
+"""The floor of a merge: the work that no chain can avoid, each part timed alone in plain PyTorch.
 
-It is the forwards of the merged model and, if the rule is two-sided, as many of the experts; one matrix product for the
-Gram matrix of each distinct input, in float32; and for each distinct input one Cholesky factorisation, and the division
-of what belongs to each layer by it, in float64. Products that make the drift of a two-sided rule are not in it.
+It consists of the forwards of the merged model and, if the rule is two-sided, as many of the experts; of one matrix
+product in float32 for the Gram matrix of each distinct input; and of one Cholesky factorisation in float64 for each
+distinct input, with a solve for each layer that has this input. The products for the drift of a two-sided rule are not
+part of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from com_lightning.core.tensors.matmul import aligned
 
 
 def inputs(tower: Tower) -> Iterator[tuple[int, int, list[int]]]:
-    """The distinct inputs of a tower's layers: numbers per row, rows per sample, outputs of each layer."""
+    """The distinct inputs of a tower's layers: numbers in a row, rows in a sample, outputs of each layer."""
     width, patches = tower.width, (tower.image // tower.patch) ** 2
     yield 3 * tower.patch**2, patches, [width]
     for _ in range(tower.blocks):
@@ -29,17 +30,17 @@ def inputs(tower: Tower) -> Iterator[tuple[int, int, list[int]]]:
 
 @torch.no_grad()
 def forwards(tower: Tower) -> float:
-    """Seconds of one forward of each batch: of the experts, which take as long as the merged model's."""
+    """Seconds of one forward for each batch, through the experts; the merged model takes as long."""
     _, experts, batches = tower.made()
     start = time.perf_counter()
-    for expert, own in zip(experts, batches):
-        for batch in own:
+    for expert, data in zip(experts, batches):
+        for batch in data:
             expert(batch)
     return time.perf_counter() - start
 
 
 def products(tower: Tower) -> float:
-    """Seconds of the products that make the Gram matrices."""
+    """Seconds of the matrix products for the Gram matrices."""
     seconds = 0.0
     for numbers, rows, _ in inputs(tower):
         length = aligned(numbers)  # products of odd sizes take half as long again

@@ -1,9 +1,9 @@
 """Eight experts of a 1B-parameter language model on one machine without a GPU.
 
-Random weights of the sizes of Llama 3.2 1B in bfloat16, as folders of transformers; few and short calibration samples,
-as what is measured are the models and the statistics. Each merge runs once, in a process of its own. Seconds are those
-of the merge alone; memory is the most there was, from reading the experts to writing the result. Mapped files are pages
-that the system drops when it needs room.
+The experts have random weights of the sizes of Llama 3.2 1B in bfloat16, in transformers folders. Calibration samples
+are few and short, so that models and statistics dominate. Each merge runs once, in its own process. Seconds count the
+merge alone; memory is the peak from reading the experts to writing the result. Mapped files are pages that the system
+can drop when it needs memory.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ METHODS: dict[str, Callable[[], com.MergingMethod]] = {
 }
 SIZES = Models(experts=8, width=2048, blocks=16, vocabulary=128256, tied=True)
 TINY = Models(experts=2, width=64, blocks=1, vocabulary=100, tied=True)
-Found = dict[str, dict[str, float]]
+Measured = dict[str, dict[str, float]]
 
 
 class Calibrated(Language):
-    """With a step that calibrates."""
+    """A language model with a validation step, for calibration."""
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
         self.log("val_loss", self.net(batch, labels=batch).loss, batch_size=len(batch))
 
 
 def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> dict[str, float]:
-    """One merge in this process: its seconds, without reading and writing, and bytes beyond what there was."""
+    """Merge in this process. Returns seconds without reading and writing, and bytes beyond what the process held."""
     method = METHODS[name]()
     base = str(folder / "base")
     sources = {str(number): str(folder / str(number)) for number in range(experts)}
@@ -71,30 +71,30 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
     return {"seconds": report.seconds, "anonymous": watch.anonymous, "file": watch.file}
 
 
-def run(models: Models, threads: int, samples: int = 4, length: int = 128) -> Found:
-    """Method -> seconds and bytes. Ctrl-C ends it with those methods that are complete, if there are any."""
+def run(models: Models, threads: int, samples: int = 4, length: int = 128) -> Measured:
+    """Method -> seconds and bytes. Ctrl-C ends the run and keeps the methods that are complete."""
     with tempfile.TemporaryDirectory() as name:
         models.write(Path(name))
         sizes = ("--folder", name, "--experts", models.experts, "--samples", samples, "--length", length)
-        found: Found = {}
+        measured: Measured = {}
         for method in METHODS:
             try:
-                found[method] = in_a_process("benchmarks.speed.large", method, *sizes, "--threads", threads)
+                measured[method] = in_a_process("benchmarks.speed.large", method, *sizes, "--threads", threads)
             except KeyboardInterrupt:
-                if not found:
+                if not measured:
                     raise
                 break
-            print(f"large, {method}: {found[method]['seconds']:.0f} s", file=sys.stderr, flush=True)
-    return found
+            print(f"large, {method}: {measured[method]['seconds']:.0f} s", file=sys.stderr, flush=True)
+    return measured
 
 
-def rows(found: Found) -> list[list[str]]:
-    """Of a table."""
+def rows(measured: Measured) -> list[list[str]]:
+    """The rows of a table."""
     lines = [["rule", "seconds", "memory, GiB", "mapped files, GiB"]]
-    for name, own in found.items():
+    for name, result in measured.items():
         budget = f", memory_budget={BUDGET:g}" if name == "chain, two-sided" else ""
-        sizes = [f"{own[kind] / 2**30:.1f}" for kind in ("anonymous", "file")]
-        lines.append([name + budget, f"{own['seconds']:.0f}", *sizes])
+        sizes = [f"{result[kind] / 2**30:.1f}" for kind in ("anonymous", "file")]
+        lines.append([name + budget, f"{result['seconds']:.0f}", *sizes])
     return lines
 
 

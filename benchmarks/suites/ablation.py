@@ -1,4 +1,4 @@
-"""What each option of the chain brings, from what was measured: ``python -m benchmarks.suites.ablation``."""
+"""The effect of each option of the chain, from the results of the suites: ``python -m benchmarks.suites.ablation``."""
 
 from __future__ import annotations
 
@@ -48,48 +48,48 @@ ROWS: Mapping[str, str] = {
     ),
     JOINT: JOINT,
 }
-"""What a row is called -> the method that it is."""
+"""Name of a row -> its method."""
 
 
 def ablation(folder: Path) -> str:
-    """Write ``ablation.md`` and ``ablation.png`` into the folder of the suites' results; returns the table."""
-    found: dict[str, dict[str, Row]] = {}
+    """Write ``ablation.md`` and ``ablation.png`` to the folder of the suites' results. Returns the table."""
+    measured: dict[str, dict[str, Row]] = {}
     for name in SUITES:
         suite = make_suite(name)
         rows = Results(suite, folder / name).rows(suite.folder(0).parent.name)
-        found[name] = {row.label: row for row in rows if row.samples in (0, MAIN_SAMPLES)}
+        measured[name] = {row.label: row for row in rows if row.samples in (0, MAIN_SAMPLES)}
     lines = [["", *SUITES]]
     for label, method in ROWS.items():
-        if any(method in rows for rows in found.values()):
-            lines.append([label, *(_told(rows.get(method)) for rows in found.values())])
+        if any(method in rows for rows in measured.values()):
+            lines.append([label, *(_cell(rows.get(method)) for rows in measured.values())])
     text = (
         "# What each option brings\n\n"
         f"Mean normalised metric on test data, %, {MAIN_SAMPLES} calibration samples a task; ± the standard deviation "
-        "between seeds (in brackets: how many). With `private_biases` each task has biases and norms of its own; all "
-        f"other rows are one model. {JOINT}: no merge, but one model trained on the data of all tasks at once.\n\n"
+        "between seeds (in brackets: how many). With `private_biases` each task has its own biases and norms; all "
+        f"other rows are one model. {JOINT}: not a merge, but one model trained on the data of all tasks at once.\n\n"
         f"{table(lines)}\n\n"
-        "`python -m benchmarks.suites.ablation`, of what `python -m benchmarks.suites SUITE` has measured.\n"
+        "`python -m benchmarks.suites.ablation`, from the results of `python -m benchmarks.suites SUITE`.\n"
     )
     write(folder / "ablation.md", text)
-    _draw(found, folder / "ablation.png")
+    _draw(measured, folder / "ablation.png")
     return text
 
 
-def _told(row: Row | None) -> str:
+def _cell(row: Row | None) -> str:
     if row is None:
         return "-"
     spread = f" ± {100 * row.spread:.1f}" if len(row.scores) > 1 else ""
     return f"{100 * row.mean:.1f}{spread} ({len(row.scores)})"
 
 
-def _draw(found: Mapping[str, Mapping[str, Row]], path: Path) -> None:
-    suites = [name for name, rows in found.items() if any(method in rows for method in ROWS.values())]
-    labels = [label for label, method in ROWS.items() if any(method in found[name] for name in suites)]
+def _draw(measured: Mapping[str, Mapping[str, Row]], path: Path) -> None:
+    suites = [name for name, rows in measured.items() if any(method in rows for method in ROWS.values())]
+    labels = [label for label, method in ROWS.items() if any(method in measured[name] for name in suites)]
     figure = Figure(figsize=(3 + 2.2 * len(suites), 1 + 0.3 * len(labels)), layout="constrained")
     figure.subplots(1, max(len(suites), 1), sharey=True)
     for axes, name in zip(figure.axes, suites):
         for place, label in enumerate(labels):
-            if row := found[name].get(ROWS[label]):
+            if row := measured[name].get(ROWS[label]):
                 color = GREY if label == JOINT else WITH_DATA if row.label.startswith("chain") else WITHOUT
                 spread = 100 * row.spread if len(row.scores) > 1 else float("nan")
                 axes.barh(place, 100 * row.mean, xerr=spread, color=color, ecolor="#333333", capsize=2)

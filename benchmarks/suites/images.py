@@ -40,12 +40,15 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_source(name: str) -> dict[str, Labelled]:
-    """The official train and test set of a source: images (bytes), labels.
+    """The official train and test set of a source.
+
+    Returns:
+        ``"train"`` and ``"test"`` -> images (bytes) and labels.
 
     Raises:
-        FetchError: if there are not as many as there should be.
+        FetchError: if files or images are missing.
     """
-    folder, found = PACKAGES[name].folder(), {}
+    folder, sets = PACKAGES[name].folder(), {}
     for part, (prefix, count) in FILES.items():
         paths = [next(folder.rglob(f"{prefix}-{what}-ubyte*"), folder) for what in ("images-idx3", "labels-idx1")]
         if folder in paths:
@@ -53,20 +56,22 @@ def read_source(name: str) -> dict[str, Labelled]:
         images, labels = map(read_idx, paths)
         if (len(images), len(labels)) != (count, count):
             raise FetchError(f"{folder}: {len(images)} images and {len(labels)} labels of {part}, not {count}")
-        found[part] = images.unsqueeze(1), labels.long()
-    return found
+        sets[part] = images.unsqueeze(1), labels.long()
+    return sets
 
 
 @cache
 def source_splits(name: str) -> dict[str, Labelled]:
-    """Test is the official test set, val 5,000 of the official training images, train the rest; no image twice."""
+    """Test is the official test set, val 5,000 official training images, train the others. No image is in twice."""
     official = read_source(name)
     images, labels = (torch.cat(parts) for parts in zip(official["test"], official["train"]))
     count = len(official["test"][0])
-    kept = torch.tensor(first_of_each([image.numpy().tobytes() for image in images]))  # test comes first, and stays
-    rest = kept[kept >= count]
+    unique = torch.tensor(
+        first_of_each([image.numpy().tobytes() for image in images])
+    )  # test comes first, so that duplicates in train are removed
+    rest = unique[unique >= count]
     parts = split(name, len(rest), val=min(VAL, len(rest) // 2), test=0)
-    indices = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": kept[kept < count]}
+    indices = {"train": rest[parts["train"]], "val": rest[parts["val"]], "test": unique[unique < count]}
     return {part: (images[index], labels[index]) for part, index in indices.items()}
 
 
@@ -80,8 +85,8 @@ class ViewData(SplitData):
 
     Args:
         task: ``<source>`` or ``<source>-<view>``, e.g. ``mnist-rotated``.
-        batch_size: of train.
-        eval_batch_size: of val and test.
+        batch_size: batch size of train.
+        eval_batch_size: batch size of val and test.
     """
 
     def __init__(self, task: str, batch_size: int = 64, eval_batch_size: int = 250) -> None:
@@ -94,9 +99,9 @@ class ViewData(SplitData):
 
 
 class RotationData(SplitData):
-    """The images of both sources, turned by 0, 90, 180 or 270 degrees; the label is the turn.
+    """The images of both sources, rotated by 0, 90, 180 or 270 degrees; the label is the rotation.
 
-    Every image is seen in one turn, which depends on its place, so that an epoch has each image once.
+    The rotation of an image depends on its index, so that an epoch has each image once.
     """
 
     def __init__(self, batch_size: int = 128, eval_batch_size: int = 250) -> None:

@@ -1,6 +1,6 @@
-"""Eight image tasks that contradict each other: MNIST and Fashion-MNIST as they are, rotated, inverted and rolled.
+"""Eight image tasks that contradict each other: MNIST and Fashion-MNIST plain, rotated, inverted and rolled.
 
-The base is trained to tell how far an image of either source has been turned. ``images8`` has a vision transformer,
+The base is trained to predict the rotation of images of both sources. ``images8`` has a vision transformer,
 ``images8-resnet`` a small ResNet with batch normalisation.
 """
 
@@ -52,7 +52,7 @@ class ViTClassifier(ImageClassifier):
 
 
 class ResidualBlock(nn.Module):
-    """Two convolutions with batch normalisation beside a shortcut, halving the size where ``stride`` is 2."""
+    """Two convolutions with batch normalisation beside a shortcut, which halves the size if ``stride`` is 2."""
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()

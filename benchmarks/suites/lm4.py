@@ -1,6 +1,6 @@
-"""A small causal language model of bytes, and experts on four kinds of text.
+"""A small causal language model on bytes, and experts on four kinds of text.
 
-The base is pretrained on a mixture of three of them: speeches, quotations and mails. Python source is new to it.
+The base is pretrained on three of them: speeches, quotations and mails. Python source code is new to it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from benchmarks.suites.suite import Recipe, Suite
 LENGTH = 128  # bytes of a sequence
 MIXTURE = ("speeches", "quotations", "mails")
 SIZES = {"train": 20_000, "val": 1024, "test": 512}  # sequences at most
-SHARE = 0.1  # of the documents that are val, and of those that are test
+SHARE = 0.1  # of the documents, for val and for test
 
 
 class LanguageModel(OneCycle):
@@ -75,22 +75,22 @@ class LanguageModel(OneCycle):
 
 @cache
 def kind_splits(kind: str) -> dict[str, Tensor]:
-    """Sequences of bytes. Documents are dealt out whole, and no document or sequence is twice."""
+    """Sequences of bytes. A document is in one split only, and no document or sequence is in twice."""
     documents = texts.KINDS[kind]()
-    kept = [index for index in first_of_each([texts.normalized(text) for text in documents]) if documents[index]]
-    share = max(int(SHARE * len(kept)), 1)
-    parts = split(kind, len(kept), share, share)
-    found: dict[str, Tensor] = {}
+    unique = [index for index in first_of_each([texts.normalized(text) for text in documents]) if documents[index]]
+    share = max(int(SHARE * len(unique)), 1)
+    parts = split(kind, len(unique), share, share)
+    splits: dict[str, Tensor] = {}
     seen: set[bytes] = set()
-    for name in ("test", "val", "train"):  # of what is twice, that in test stays
-        content = "\n\n".join(documents[kept[number]] for number in parts[name]).encode()
+    for name in ("test", "val", "train"):  # test comes first, so that duplicates in train are removed
+        content = "\n\n".join(documents[unique[number]] for number in parts[name]).encode()
         cut = [content[start : start + LENGTH] for start in range(0, len(content) - LENGTH + 1, LENGTH)]
         new = [cut[index] for index in first_of_each(cut) if cut[index] not in seen]
         seen.update(new)
         order = torch.randperm(len(new), generator=torch.Generator().manual_seed(0))[: SIZES[name]].tolist()
         rows = bytearray(b"".join(new[index] for index in order))
-        found[name] = torch.frombuffer(rows, dtype=torch.uint8).view(-1, LENGTH).long()
-    return found
+        splits[name] = torch.frombuffer(rows, dtype=torch.uint8).view(-1, LENGTH).long()
+    return splits
 
 
 class KindData(SplitData):
@@ -114,7 +114,7 @@ class LM4(Suite):
     private = ()
     not_applicable: ClassVar[Mapping[str, str]] = {
         **Suite.not_applicable,
-        "ada_merging": "its entropy is that of a classifier",
+        "ada_merging": "it minimises the entropy of a classifier",
     }
     base_recipe = Recipe(steps=1000, batch_size=16, learning_rate=3e-3)
     recipe = Recipe(steps=250, batch_size=16, learning_rate=1e-3)
@@ -134,5 +134,5 @@ class LM4(Suite):
         return KindData(task, batch_size=self.expert_recipe(task).batch_size)
 
     def settings(self) -> dict[str, Any]:
-        # One of the kinds is the source of Python's library.
+        # One kind of text is the source code of Python's library, which depends on the version.
         return {**super().settings(), "sizes": SIZES, "mixture": MIXTURE, "python": platform.python_version()}

@@ -1,4 +1,4 @@
-"""What the suites' LightningModules have in common: a classifier with its metrics, and the one-cycle schedule."""
+"""Base classes of the suites' LightningModules: the one-cycle schedule, and a classifier with its metrics."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OneCycle(LightningModule):
 
     def configure_optimizers(self) -> Any:
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        # Fused: one pass over each parameter in place of a dozen.
+        # Fused: one pass over each parameter instead of a dozen.
         optimizer = torch.optim.AdamW(trained, lr=self.learning_rate, weight_decay=self.weight_decay, fused=True)
         scheduler = torch.optim.lr_scheduler.OneCycleLR(
             optimizer,
@@ -40,11 +40,11 @@ class OneCycle(LightningModule):
 class Classifier(OneCycle):
     """A network that gives features, and a linear head; logs ``val_acc`` and ``test_acc``.
 
-    Subclasses set ``self.net`` and say how a batch becomes features (:meth:`features`) and labels (:meth:`labels`).
+    Subclasses set ``self.net``, and compute features and labels of a batch (:meth:`features`, :meth:`labels`).
 
     Args:
         width: number of features.
-        classes: of the head.
+        classes: number of classes.
         learning_rate: see :class:`OneCycle`, also for the others.
     """
 

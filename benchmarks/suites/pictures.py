@@ -1,4 +1,4 @@
-"""Pictures of results: the methods side by side, and what more calibration samples are worth."""
+"""Pictures of results: methods side by side, and the effect of more calibration samples."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def draw_bars(results: Results, rows: Sequence[Row]) -> None:
     for with_data, color in ((True, WITH_DATA), (False, WITHOUT)):
         some = [(place, row) for place, row in enumerate(rows) if bool(row.samples) == with_data]
         values = [100 * row.mean for _, row in some]
-        # Without a bar where there is one seed: that there is no spread is not known.
+        # A single seed has no error bar, because its spread is not known.
         spreads = [100 * row.spread if len(row.scores) > 1 else float("nan") for _, row in some]
         label = "reads calibration data" if with_data else "reads none"
         style: dict[str, Any] = {"ecolor": "#333333", "capsize": 2, "error_kw": {"linewidth": 1}}
@@ -42,7 +42,7 @@ def draw_bars(results: Results, rows: Sequence[Row]) -> None:
 
 
 def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], average: Row | None) -> None:
-    """Each method over its numbers of calibration samples: ``<suite>-samples.png``."""
+    """Each method against its number of calibration samples: ``<suite>-samples.png``."""
     figure = Figure(figsize=(9, 5 + 0.18 * len(several)), layout="constrained")
     axes = figure.subplots()
     colors: Any = colormaps["tab10"].colors  # type: ignore[attr-defined]
@@ -71,7 +71,7 @@ def _what(results: Results) -> str:
 
 
 def _save(figure: Figure, results: Results, ending: str) -> None:
-    """Written beside, then moved: whoever looks at it has it whole."""
+    """Write under another name first, so that the picture is always complete."""
     target = results.path.with_name(results.path.name + ending)
     temporary = target.with_suffix(f".{os.getpid()}.png")
     figure.savefig(temporary, dpi=130)

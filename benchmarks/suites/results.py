@@ -1,4 +1,4 @@
-"""What was measured: kept as it comes, one entry for each seed and method."""
+"""Results of measurements, stored as soon as they exist: one entry for each seed and method."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import torch
 from benchmarks.suites.renamed import current_name, current_settings
 from benchmarks.suites.suite import Suite
 
-EXPERT = "expert"  # the entry of the experts themselves
+EXPERT = "expert"  # method of the experts' own entry
 
 
 @dataclass
@@ -29,17 +29,17 @@ class Entry:
     """One merge of one seed's experts, or these experts themselves.
 
     Attributes:
-        method: its name; of a grid, that of all its settings.
-        seed: of base, experts, calibration sample, and whatever a rule draws at random.
-        samples: calibration samples per task; 0 where none are read.
-        source: the split they are from.
-        trained: which settings base and experts were trained with (their folder's name).
+        method: name of the method; all settings of a grid share one name.
+        seed: seed of base, experts, calibration sample, and of rules that draw random numbers.
+        samples: calibration samples per task; 0 if the method reads none.
+        source: the split that these samples come from.
+        trained: name of the folder of base and experts, which stands for the settings of their training.
         values: task -> metric.
-        seconds: of the merge, without validation, on whatever else the machine did: no measure of speed.
-        settings: of the method, all of them.
-        versions: of what computed it.
-        chosen: of a grid, the setting that was measured.
-        tried: of a grid, each setting -> its mean normalised metric on val, which the choice was made by.
+        seconds: duration of the merge, without validation. The machine may have been busy, so it does not show speed.
+        settings: all settings of the method.
+        versions: package -> version.
+        chosen: for a grid, the setting that was measured.
+        tried: for a grid, each setting -> its mean normalised metric on val, by which the choice was made.
     """
 
     method: str
@@ -65,21 +65,21 @@ class Entry:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """What no two entries have in common."""
+        """Identifies an entry."""
         return self.method, self.seed, self.samples, self.source, self.trained
 
 
 @dataclass
 class Row:
-    """What a method gave with one number of calibration samples.
+    """The results of a method with one number of calibration samples.
 
     Attributes:
-        label: its name in tables, where ``=val`` stands for values of which one was chosen on val. It tells where its
-            calibration samples are from, if others' are from val.
-        samples: calibration samples per task; 0 where none are read.
-        entries: one for each seed.
+        label: name in tables, in which ``=val`` replaces the values of a grid. It also says which split the calibration
+            samples come from, if others come from val.
+        samples: calibration samples per task; 0 if the method reads none.
+        entries: one entry for each seed.
         normalized: for each seed whose experts were measured, the normalised metric of each task.
-        scores: the means of these over tasks.
+        scores: their means over tasks.
     """
 
     label: str
@@ -90,29 +90,29 @@ class Row:
 
     @property
     def mean(self) -> float:
-        """Over seeds."""
+        """Mean over seeds."""
         return statistics.mean(self.scores) if self.scores else math.nan
 
     @property
     def spread(self) -> float:
-        """The standard deviation between seeds; 0 where there is one."""
+        """Standard deviation between seeds; 0 for a single seed."""
         return spread(self.scores)
 
 
 class Results:
-    """The entries of a suite in a JSON file, which is whole after each of them.
+    """The entries of a suite in a JSON file, which is complete after each of them.
 
     Args:
-        suite: what was measured.
-        path: of the file, without a suffix.
-        split: on which data, ``"test"`` or ``"val"``.
+        suite: the suite.
+        path: path of the file, without a suffix.
+        split: the split that was measured on, ``"test"`` or ``"val"``.
     """
 
     def __init__(self, suite: Suite, path: Path, split: str = "test") -> None:
         self.suite, self.path, self.split = suite, path, split
 
     def entries(self) -> list[Entry]:
-        """Those of the file."""
+        """All entries of the file."""
         file = self.path.with_suffix(".json")
         return [Entry.read(entry) for entry in json.loads(file.read_text())["entries"]] if file.exists() else []
 
@@ -121,7 +121,7 @@ class Results:
         return next((entry for entry in self.entries() if entry.key == key), None)
 
     def add(self, entry: Entry) -> None:
-        """Keep an entry, in place of the one with its key. Several processes may."""
+        """Store an entry, and replace an earlier one with the same key. Several processes may do so at once."""
         with locked(self.path):
             entries = [other for other in self.entries() if other.key != entry.key] + [entry]
             content = {
@@ -134,18 +134,18 @@ class Results:
             write(self.path.with_suffix(".json"), json.dumps(content, indent=1, default=str) + "\n")
 
     def normalized(self, entry: Entry) -> list[float] | None:
-        """Of each task the normalised metric; ``None`` where the experts of its seed were not measured."""
+        """The normalised metric of each task; ``None`` if the experts of this seed were not measured."""
         expert = self.find((EXPERT, entry.seed, 0, "", entry.trained))
         if expert is None:
             return None
         return [self.suite.normalized(value, expert.values[task]) for task, value in entry.values.items()]
 
     def score(self, entry: Entry) -> float:
-        """The mean normalised metric; NaN where there is none."""
+        """The mean normalised metric; NaN if there is none."""
         return self.suite.mean(values) if (values := self.normalized(entry)) else math.nan
 
     def rows(self, trained: str) -> list[Row]:
-        """The merges of experts that were trained alike, best first."""
+        """The merges of experts with the same training settings, best first."""
         entries = [entry for entry in self.entries() if entry.trained == trained and entry.method != EXPERT]
         sources = {entry.source for entry in entries if entry.samples}
         usual = "val" if "val" in sources else next(iter(sources), "")
@@ -162,21 +162,21 @@ class Results:
 
 
 def spread(values: Sequence[float]) -> float:
-    """The standard deviation; 0 of a single value, NaN where there is one among them."""
+    """The standard deviation; 0 for a single value, NaN if one of the values is NaN."""
     if any(map(math.isnan, values)):
         return math.nan
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def versions() -> dict[str, str]:
-    """Of what takes part in a merge."""
+    """Versions of everything that takes part in a merge."""
     packages = ("com_lightning", "torch", "lightning", "transformers")
-    found = {"python": platform.python_version(), **{name: metadata.version(name) for name in packages}}
-    return {**found, "threads": str(torch.get_num_threads())}
+    installed = {name: metadata.version(name) for name in packages}
+    return {"python": platform.python_version(), **installed, "threads": str(torch.get_num_threads())}
 
 
 def _shown(name: str) -> str:
-    """A grid in short.
+    """The short name of a grid.
 
     Example::
 
@@ -188,7 +188,7 @@ def _shown(name: str) -> str:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """One process at a time reads the files of a folder and writes them anew."""
+    """Let only one process at a time read and write the files of a folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
@@ -199,7 +199,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def write(path: Path, content: str) -> None:
-    """Write a text file, which is there whole or not at all."""
+    """Write a text file completely or not at all."""
     temporary = path.with_suffix(f".{os.getpid()}{path.suffix}")
     temporary.write_text(content)
     temporary.replace(path)

@@ -1,4 +1,4 @@
-"""The rules that a suite is measured with, unless others are named."""
+"""The rules that a suite is measured with by default."""
 
 from __future__ import annotations
 
@@ -41,18 +41,22 @@ RULES = (
     "fisher",
     "ada_merging",
 )
-"""Each rule at its paper's defaults, and, where its paper tunes a strength, or a ridge matters, with that chosen."""
+"""Each rule with its paper's defaults, and with a tuned strength or ridge if its paper tunes one or it matters."""
 
 
 def settings_for(suite: Suite, methods: Sequence[str] | None = None) -> list[Setting]:
     """The settings to measure on a suite.
 
     Args:
-        suite: whose rules that do not apply are left out of the default.
-        methods: as :func:`~com_lightning.methods.registry.read_methods` has them; by default :data:`RULES`.
+        suite: the suite.
+        methods: as for :func:`~com_lightning.methods.registry.read_methods`; by default all of :data:`RULES` that apply
+            to the suite.
+
+    Returns:
+        The settings, in order.
 
     Raises:
-        MergeError: with all that is wrong with the list, and for a rule that does not apply to the suite.
+        MergeError: with all problems of the list, or with the rules that do not apply to the suite.
     """
     if methods is None:
         methods = [rule for rule in RULES if _plain(rule) not in suite.not_applicable]

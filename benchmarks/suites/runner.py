@@ -1,4 +1,4 @@
-"""Train what is missing, merge by each method, test every task, and keep what came out."""
+"""Train missing experts, merge by each method, test every task, and store the results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.methods.registry import Setting
 from com_lightning.validation import quiet_lightning
 
-CALIBRATION_BATCH = 32  # it decides how much is paused at a time; to AdaMerging it is the batch of a step
+CALIBRATION_BATCH = 32  # decides how much memory paused forwards need; AdaMerging takes one step per batch
 
 
 def run(
@@ -40,23 +40,23 @@ def run(
     again: bool = False,
     oracle: bool = False,
 ) -> str:
-    """Measure methods on a suite; what the output's JSON file holds already is not measured again.
+    """Measure methods on a suite. Results that the output's JSON file has already are not measured again.
 
-    The settings of a grid are one row: for each seed, and each number of calibration samples, all of them are measured
-    on val, and the best of them, and no other, on test.
+    The settings of a grid are one row: for each seed and each number of calibration samples, all of them are measured
+    on val, and only the best one on test.
 
     Args:
         suite: tasks, experts and data.
-        seeds: of base, experts, calibration sample, and whatever a rule draws at random.
-        settings: of the methods, see :func:`~benchmarks.suites.rules.settings_for`.
+        seeds: seeds of base, experts, calibration sample, and of rules that draw random numbers.
+        settings: the methods, see :func:`~benchmarks.suites.rules.settings_for`.
         samples: numbers of calibration samples per task.
-        output: of JSON file, table and pictures, without a suffix.
-        choices: the same for the JSON file of what grids gave on val.
-        source: the split that calibration samples are from.
-        split: what is measured on: ``"test"``, or ``"val"`` to look at every setting of a grid. Of val it is the first
-            :data:`~benchmarks.suites.tables.VAL_SAMPLES` samples of each task, without those that were calibrated on.
-        again: measure also what the files hold.
-        oracle: measure also what is trained on all tasks at once, see :mod:`~benchmarks.suites.oracle`.
+        output: path of JSON file, table and pictures, without a suffix.
+        choices: path of the JSON file with the results of grids on val, without a suffix.
+        source: the split that calibration samples come from.
+        split: the split to measure on: ``"test"``, or ``"val"`` to see every setting of a grid. On val, these are the
+            first :data:`~benchmarks.suites.tables.VAL_SAMPLES` samples of each task without those used for calibration.
+        again: whether to measure results again that the files have already.
+        oracle: whether to train one model on all tasks at once too, see :mod:`~benchmarks.suites.oracle`.
 
     Returns:
         The table.
@@ -82,10 +82,10 @@ def run(
 
 @dataclass
 class _Bench:
-    """The experts of one seed, and what is measured of them and of their merges.
+    """The experts of one seed, with the measurements of them and of their merges.
 
     Attributes:
-        choices: where the settings of grids are kept with what they gave on val.
+        choices: the results of all settings of grids on val.
     """
 
     suite: Suite
@@ -96,37 +96,37 @@ class _Bench:
 
     @cached_property
     def loaded(self) -> Experts:
-        """Loaded, or trained, when something is to be measured."""
+        """The experts, loaded or trained when they are first needed."""
         return self.suite.load(self.seed)
 
     def measure_experts(self, results: Results) -> None:
-        """What all merges are compared with."""
+        """Measure the experts, with which all merges are compared."""
         entry = self._entry(EXPERT)
         if not results.find(entry.key):
             entry.values = evaluate(self.suite, self.loaded.experts, self._data(1), results.split)
             self._keep(results, entry)
 
     def measure_oracle(self, results: Results) -> None:
-        """What no merge can be expected to beat."""
+        """Measure joint training, which no merge can be expected to beat."""
         entry = self._entry(JOINT)
         if not results.find(entry.key) or self.again:
             entry.values = evaluate(self.suite, train_jointly(self.suite, self.seed), self._data(1), results.split)
             self._keep(results, entry)
 
     def measured(self, results: Results, name: str, settings: Sequence[Setting], samples: int) -> Entry:
-        """The entry of a method, or of the setting that is best on val, if there are several."""
+        """The entry of a method; if it has several settings, of the one that is best on val."""
         reads = any("data" in setting.method.needs for setting in settings)
         entry = self._entry(name, samples, self.source) if reads else self._entry(name)
-        known = results.find(entry.key)
-        if known and not self.again and _is_of(known, settings, self.seed):
-            return known
+        earlier = results.find(entry.key)
+        if earlier and not self.again and _is_of(earlier, settings, self.seed):
+            return earlier
         best = settings[0]
         if len(settings) > 1:
             self.measure_experts(self.choices)
             for setting in settings:
                 tried = self.measured(self.choices, setting.label, [setting], samples)
                 entry.tried[setting.label] = self.choices.score(tried)
-            # What came out as NaN is no choice.
+            # A setting whose result is NaN is never chosen.
             best = max(settings, key=lambda setting: _or_worst(entry.tried[setting.label]))
             entry.chosen = best.label
         method = reseeded(best.method, self.seed)
@@ -147,23 +147,23 @@ class _Bench:
     def _data(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> MergeDataModule:
         data = self.suite.merge_data(samples, self.seed, split=self.source, batch_size=batch_size)
         data.setup("validate")
-        for task, own in data.tasks.items():
-            if (there := len(getattr(own, f"{self.source}_dataloader")().dataset)) < samples:
-                told = f"{self.suite.name}: {samples} samples of {task} are asked for, and {self.source} has {there}"
-                raise ValueError(f"{told}; give fewer --samples, or another --source")
+        for task, task_data in data.tasks.items():
+            if (there := len(getattr(task_data, f"{self.source}_dataloader")().dataset)) < samples:
+                message = f"{self.suite.name}: {samples} samples of {task} are asked for, and {self.source} has {there}"
+                raise ValueError(f"{message}; give fewer --samples, or another --source")
         return data
 
     def _keep(self, results: Results, entry: Entry) -> None:
         results.add(entry)
-        told = " ".join(f"{task} {value:.4f}" for task, value in entry.values.items())
+        message = " ".join(f"{task} {value:.4f}" for task, value in entry.values.items())
         what = f"{entry.method}{f' = {entry.chosen}' if entry.chosen else ''} on {results.split}"
         what += f" with {entry.samples} samples" if entry.samples else ""
         line = f"{self.suite.name}, seed {self.seed}, {what}: mean normalised {100 * results.score(entry):.1f} %"
-        print(f"{line}, {entry.seconds:.1f} s; {told}", file=sys.stderr, flush=True)
+        print(f"{line}, {entry.seconds:.1f} s; {message}", file=sys.stderr, flush=True)
 
 
 class _Merger(ChainOfMergesCallback):
-    """Merges, and leaves it to :func:`evaluate` to measure the result."""
+    """A callback that only merges; :func:`evaluate` measures the result."""
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pass
@@ -172,10 +172,10 @@ class _Merger(ChainOfMergesCallback):
 def merge(
     suite: Suite, loaded: Experts, data: MergeDataModule, method: MergingMethod, seed: int
 ) -> ChainOfMergesCallback:
-    """Merge the experts, in a validation that is as short as can be."""
+    """Merge the experts, during the shortest possible validation."""
     seed_everything(seed, verbose=False)
     merger = _Merger({**loaded.experts}, method, list(suite.private), baselines=False, base=loaded.base)
-    # The limit cuts calibration too: what is calibrated on has to fit in.
+    # The limit applies to calibration too, so that it must leave room for all calibration batches.
     limit = math.ceil(data.num_samples / (data.batch_size or 1)) if "data" in method.needs else 1
     with quiet_lightning():
         trainer = _trainer(limit_val_batches=limit, callbacks=[merger], enable_progress_bar=True)
@@ -190,20 +190,23 @@ def evaluate(
     split: str,
     held_out: bool = False,
 ) -> dict[str, float]:
-    """Task -> metric of its module on a split; of val, on the first :data:`VAL_SAMPLES` samples.
+    """Measure each task's module on a split; on val, on the first :data:`VAL_SAMPLES` samples.
 
     Args:
-        suite: whose metric it is.
+        suite: the suite with the metric.
         modules: task -> module.
-        data: of all tasks.
+        data: the data of all tasks.
         split: ``"test"`` or ``"val"``.
-        held_out: leave out of val what was calibrated on.
+        held_out: whether to leave out samples of val that were used for calibration.
+
+    Returns:
+        Task -> metric.
     """
     values = {}
     for task, module in tqdm(modules.items(), desc="testing", leave=False):
-        own = data.tasks[task]
-        own.setup("test" if split == "test" else "validate")
-        loader = own.test_dataloader() if split == "test" else own.val_dataloader()
+        task_data = data.tasks[task]
+        task_data.setup("test" if split == "test" else "validate")
+        loader = task_data.test_dataloader() if split == "test" else task_data.val_dataloader()
         if held_out:
             loader = (
                 MergeDataModule(data.tasks, data.num_samples, "val", holdout=True, seed=data.seed)
@@ -219,13 +222,13 @@ def evaluate(
 
 
 def _is_of(entry: Entry, settings: Sequence[Setting], seed: int) -> bool:
-    """Whether an entry is what these settings give: a name alone stands for other defaults in another version."""
+    """Whether an entry was measured with these settings. The name is not enough, because defaults may have changed."""
     labels = [setting.label for setting in settings]
     if list(entry.tried) != (labels if len(labels) > 1 else []):
         return False
     method = settings[labels.index(entry.chosen) if entry.chosen else 0].method
     now: dict[str, object] = json.loads(json.dumps(reseeded(method, seed).describe(), default=str))
-    # What a rule has learnt since is off by default.
+    # Options that are newer than the entry are off by default.
     off = {field.name: field.default for field in fields(ChainOptions)}
     return entry.settings == {
         name: value for name, value in now.items() if name in entry.settings or value != off.get(name, ...)
@@ -238,5 +241,5 @@ def _or_worst(score: float) -> float:
 
 def _trainer(**options: Any) -> Trainer:
     quiet: dict[str, Any] = {"enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
-    # Tensors made in inference mode could never be merged.
+    # Tensors that are created in inference mode cannot be merged.
     return Trainer(accelerator="auto", devices=1, logger=False, inference_mode=False, **{**quiet, **options})

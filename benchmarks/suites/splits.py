@@ -1,6 +1,6 @@
-"""Train, val and test: fixed splits in which no sample is twice, and the datamodule of a task that has them.
+"""Fixed splits into train, val and test without duplicates, and the datamodule of a task that has them.
 
-Experts are trained on train. Calibration, and every choice of a setting, use train or val. Figures are of test alone.
+Experts are trained on train. Calibration and every choice of a setting use train or val. Figures come from test only.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SPLITS = ("train", "val", "test")
 
 
 def first_of_each(keys: Sequence[Hashable]) -> list[int]:
-    """Indices of the first sample with each key, in order: the others are duplicates."""
+    """Indices of the first sample with each key, in order. All others are duplicates."""
     first: dict[Hashable, int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)
@@ -26,7 +26,7 @@ def first_of_each(keys: Sequence[Hashable]) -> list[int]:
 
 
 def split(name: str, count: int, val: int, test: int) -> dict[str, list[int]]:
-    """Deal out ``count`` samples at random. The splits depend on ``name`` and the numbers, on no seed of a run.
+    """Split ``count`` samples at random. The splits depend on ``name`` and the numbers, not on the seed of a run.
 
     Example::
 
@@ -41,11 +41,11 @@ def split(name: str, count: int, val: int, test: int) -> dict[str, list[int]]:
 
 
 class SplitData(LightningDataModule):
-    """A task's three loaders. A split is made when a stage that needs it is set up.
+    """The three loaders of a task. A split is made when a stage needs it.
 
     Args:
-        batch_size: of train.
-        eval_batch_size: of val and test.
+        batch_size: batch size of train.
+        eval_batch_size: batch size of val and test.
     """
 
     collate: Callable[[list[Any]], Any] | None = None

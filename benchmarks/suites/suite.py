@@ -1,4 +1,4 @@
-"""What a suite is: tasks of one base, their experts (trained once, then kept), their data, and one metric."""
+"""The base class of suites: tasks with one base, their experts (trained once, then stored), data, and a metric."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ class Recipe:
     warmup: float = 0.2
 
     def optimizer(self) -> dict[str, Any]:
-        """What the module is told."""
+        """Arguments for the module's optimizer."""
         return {"learning_rate": self.learning_rate, "weight_decay": self.weight_decay, "warmup": self.warmup}
 
 
 @dataclass
 class Experts:
-    """What there is to merge for one seed.
+    """Base and experts of one seed.
 
     Attributes:
-        base: what all experts were fine-tuned from, in the experts' class; its head is of no use.
+        base: the model that all experts were fine-tuned from, in the experts' class. Its head is not used.
         experts: task -> expert.
     """
 
@@ -55,18 +55,18 @@ class Experts:
 class Suite(ABC):
     """Tasks, their experts and their data.
 
-    Subclasses say what is trained on what; this class trains what is not in the cache yet.
+    Subclasses define models and data; this class trains models that are not in the cache yet.
 
     Attributes:
-        name: of the suite, its files and its command.
-        tasks: in the order of tables.
-        metric: what ``test_step`` logs, as ``test_<metric>``, and ``validation_step``, as ``val_<metric>``.
+        name: name of the suite, its files and its command.
+        tasks: the tasks, in the order of tables.
+        metric: logged by ``test_step`` as ``test_<metric>`` and by ``validation_step`` as ``val_<metric>``.
         lower_is_better: whether the metric is a perplexity rather than an accuracy.
         private: patterns of parameters that stay with their task.
-        not_applicable: rules that the suite is not measured with -> why.
-        version: to be raised when data or modules change in a way that their settings do not tell.
-        base_recipe: ``None`` where the base is not trained here.
-        recipe: of the experts.
+        not_applicable: rule -> why the suite is not measured with it.
+        version: must be raised when data or modules change without a change of their settings.
+        base_recipe: how the base is trained; ``None`` if it is pretrained.
+        recipe: how the experts are trained.
     """
 
     name: ClassVar[str]
@@ -81,10 +81,10 @@ class Suite(ABC):
 
     @abstractmethod
     def base_module(self) -> LightningModule:
-        """The base before it is trained, or as it is had."""
+        """The base, untrained or pretrained."""
 
     def base_data(self) -> LightningDataModule:
-        """What the base is trained on."""
+        """The data that the base is trained on."""
         raise NotImplementedError(f"the base of {self.name} is not trained")
 
     @abstractmethod
@@ -100,56 +100,56 @@ class Suite(ABC):
         return self.recipe
 
     def settings(self) -> dict[str, Any]:
-        """Everything that trained modules depend on, in plain values: other settings, other files in the cache."""
+        """Everything that trained modules depend on, in plain values; other settings use another folder."""
         base = asdict(self.base_recipe) if self.base_recipe else None
         experts = {task: asdict(self.expert_recipe(task)) for task in self.tasks}
         return {"version": self.version, "base": base, "experts": experts}
 
     def folder(self, seed: int) -> Path:
-        """Where the trained modules of a seed are kept."""
+        """The folder of the trained modules of a seed."""
         digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode()).hexdigest()[:10]
         return cache_folder() / "trained" / f"{self.name}-{digest}" / f"seed{seed}"
 
     def load(self, seed: int) -> Experts:
-        """Base and experts of a seed; those that are not in the cache are trained."""
+        """Load base and experts of a seed, and train those that are not in the cache."""
         folder = self.folder(seed)
         seed_everything(seed, verbose=False)
         base = self.base_module()
         if self.base_recipe:
             trained_or_kept(base, self.base_data, self.base_recipe, folder / "base.ckpt", seed)
-        found = Experts(base)
+        experts = Experts(base)
         for task in self.tasks:
-            seed_everything(seed, verbose=False)  # so that an expert does not depend on which others were kept
+            seed_everything(seed, verbose=False)  # an expert must not depend on which others were in the cache
             expert = self.expert_module(task, base)
             path = folder / f"{task}.ckpt"
             trained_or_kept(expert, partial(self.data, task), self.expert_recipe(task), path, seed)
-            found.experts[task] = expert
-        return found
+            experts.experts[task] = expert
+        return experts
 
     def merge_data(self, samples: int, seed: int, **options: Any) -> MergeDataModule:
         """The data of all tasks; see :class:`~com_lightning.MergeDataModule`."""
         return MergeDataModule({task: self.data(task) for task in self.tasks}, samples, seed=seed, **options)
 
     def normalized(self, value: float, expert: float) -> float:
-        """Of the expert's performance, what is left: 1 is as good as the expert, more is better."""
+        """The share of the expert's performance that is left: 1 is as good as the expert, more is better."""
         return expert / value if self.lower_is_better else value / expert
 
     def mean(self, values: Sequence[float]) -> float:
-        """Over tasks: geometric for perplexities, of which ratios count; 0 where one is (a perplexity is infinite)."""
+        """Mean over tasks: geometric for perplexities, whose ratios count; 0 if a value is 0 (infinite perplexity)."""
         if not self.lower_is_better:
             return statistics.mean(values)
         return statistics.geometric_mean(values) if all(values) else 0.0
 
 
 def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Path, seed: int) -> None:
-    """Load a trained module's weights into it, or train it and keep them.
+    """Load a module's trained weights, or train it and store them.
 
     Args:
-        module: untrained; changed in place.
-        data: makes the datamodule to train on.
-        recipe: how.
-        path: of the checkpoint. It appears when training has ended, whole.
-        seed: of the order of batches.
+        module: the untrained module; it is changed in place.
+        data: returns the datamodule to train on.
+        recipe: how to train.
+        path: path of the checkpoint, which appears when training has ended.
+        seed: seed of the order of batches.
     """
     if path.exists():
         load_weights(module, path)
@@ -166,20 +166,20 @@ def trained_or_kept(module: LightningModule, data: Any, recipe: Recipe, path: Pa
     if trainer.global_step < recipe.steps:
         raise RuntimeError(f"{path.stem}: training ended after {trainer.global_step} of {recipe.steps} steps")
     values = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    told = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
-    print(f"{path.stem}: {seconds:.0f} s, {told}", file=sys.stderr, flush=True)
-    kept = {name: value for name, value in module.state_dict().items() if name in _saved(module)}
+    message = ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+    print(f"{path.stem}: {seconds:.0f} s, {message}", file=sys.stderr, flush=True)
+    trained = {name: value for name, value in module.state_dict().items() if name in _saved(module)}
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}-{os.getpid()}.part")
     try:
-        torch.save({"state_dict": kept, "seconds": seconds, "metrics": values, "recipe": asdict(recipe)}, temporary)
+        torch.save({"state_dict": trained, "seconds": seconds, "metrics": values, "recipe": asdict(recipe)}, temporary)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def load_weights(module: LightningModule, path: Path) -> None:
-    """Load what :func:`trained_or_kept` has kept."""
+    """Load weights that :func:`trained_or_kept` has stored."""
     state = torch.load(path, map_location="cpu", weights_only=True)["state_dict"]
     missing, unexpected = module.load_state_dict(state, strict=False)
     if unexpected or (lost := set(missing) & _saved(module)):
@@ -187,7 +187,7 @@ def load_weights(module: LightningModule, path: Path) -> None:
 
 
 def _saved(module: LightningModule) -> set[str]:
-    """Names of what training may change: what is frozen is there already."""
+    """Names of tensors that training may change; frozen ones come with the base."""
     frozen = {name for name, parameter in module.named_parameters() if not parameter.requires_grad}
     return set(module.state_dict()) - frozen
 

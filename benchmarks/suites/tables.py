@@ -13,12 +13,12 @@ from benchmarks.suites.renamed import is_removed
 from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
 from com_lightning.results.tables import table
 
-MAIN_SAMPLES = 256  # what the main table shows of several numbers of calibration samples
-VAL_SAMPLES = 1000  # of each task, at most, that settings are chosen on: enough to tell them apart, and soon done
+MAIN_SAMPLES = 256  # the number of calibration samples in the main table, if there are several
+VAL_SAMPLES = 1000  # per task, at most, to choose settings on
 
 
 def show(results: Results, trained: str) -> str:
-    """Write the table and the pictures of experts that were trained alike; returns the table."""
+    """Write table and pictures of experts with the same training settings. Returns the table."""
     rows = results.rows(trained)
     text = "\n\n".join(_parts(results, trained, rows)) + "\n"
     with locked(results.path):
@@ -32,20 +32,20 @@ def show(results: Results, trained: str) -> str:
 
 
 def _main(rows: Sequence[Row]) -> list[Row]:
-    """Those without calibration data, and those of one number of samples."""
+    """The rows without calibration data, and those with one number of samples."""
     numbers = {row.samples for row in rows if row.samples}
     number = MAIN_SAMPLES if MAIN_SAMPLES in numbers else max(numbers, default=0)
     return [row for row in rows if row.samples in (0, number)]
 
 
 def _by_samples(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
-    """Label -> samples -> row, of what is not in the main table alone; in its order."""
-    found: dict[str, dict[int, Row]] = {}
+    """Label -> samples -> row, for methods with rows that are not in the main table; in its order."""
+    by_label: dict[str, dict[int, Row]] = {}
     for row in sorted(rows, key=lambda row: row not in _main(rows)):
         if row.samples:
-            found.setdefault(row.label, {})[row.samples] = row
+            by_label.setdefault(row.label, {})[row.samples] = row
     shown = {row.label for row in rows if row not in _main(rows)}
-    return {label: numbers for label, numbers in found.items() if label in shown}
+    return {label: numbers for label, numbers in by_label.items() if label in shown}
 
 
 def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -64,13 +64,13 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
     )
     yield _relative(results, main)
     if any(row.label == JOINT for row in main):
-        yield f"{JOINT}: no merge, but one model trained on the train data of all tasks at once, which bounds a merge."
+        yield f"{JOINT}: not a merge, but one model trained on the train data of all tasks at once, as an upper bound."
     if not_here := [f"`{name}` ({why})" for name, why in suite.not_applicable.items()]:
         yield f"Not here: {'; '.join(not_here)}."
     if any(row.entries[0].tried for row in main):
         yield (
-            f"`=val`: chosen on val, for each seed on its own, on up to {VAL_SAMPLES:,} samples of each task that the "
-            "rule was not calibrated on. Test was measured with what was chosen, and with nothing else."
+            f"`=val`: chosen on val, separately for each seed, on up to {VAL_SAMPLES:,} samples of each task that the "
+            "rule was not calibrated on. Only the chosen setting was measured on test."
         )
         yield _chosen(main)
     if removed := sorted({row.label for row in rows if is_removed(row.label)}):
@@ -108,7 +108,7 @@ def _absolute(results: Results, experts: Sequence[Entry], rows: Sequence[Row]) -
 
 
 def _chosen(rows: Sequence[Row]) -> str:
-    """What was chosen of each grid, with its score on val."""
+    """The setting that was chosen from each grid, with its score on val."""
     grids = [row for row in rows if row.entries[0].tried]
     seeds = sorted({entry.seed for row in grids for entry in row.entries})
     lines = [["chosen on val (mean normalised there, %)", "of", *(f"seed {seed}" for seed in seeds)]]
@@ -135,14 +135,14 @@ def _mean_name(results: Results) -> str:
 
 
 def _cells(runs: Sequence[Sequence[float]], means: Sequence[float], scale: float, digits: int) -> list[str]:
-    """Mean of each task over runs, mean of them all, spread between runs."""
+    """Mean over runs of each task, mean of all, spread between runs."""
     values = [*(statistics.mean(column) for column in zip(*runs)), statistics.mean(means) if means else math.nan]
     between = f"{scale * spread(means):.{digits}f}" if len(means) > 1 else "-"
     return [*(f"{scale * value:.{digits}f}" for value in values), between]
 
 
 def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> Iterator[str]:
-    """What measures all of it again."""
+    """The commands that measure everything again."""
     numbers: dict[tuple[str, str], set[int]] = {}
     entries = [entry for row in rows for entry in row.entries]
     oracle = ["--oracle"] * any(entry.method == JOINT for entry in entries)
@@ -155,6 +155,6 @@ def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> It
     for (source, several), methods in sorted(groups.items() or [(("", ()), [])]):
         command = ["python", "-m", "benchmarks.suites", results.suite.name, "--seeds", *map(str, seeds)]
         command += ["--samples", *map(str, several), "--source", source] if source else []
-        # What needs no samples is told with the first.
+        # Methods without calibration data are part of the first command.
         yield shlex.join([*command, "--split", results.split, *oracle, "--methods", *without, *methods])
         without, oracle = [], []

@@ -1,4 +1,4 @@
-"""Texts that ship inside packages: news, mails, sentences with ratings, quotations, speeches, Python's source."""
+"""Texts inside packages: news, mails, sentences with ratings, quotations, speeches, and Python's source code."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ MINILM = Package(
     archive="zip",
 )
 TOPICS = ("art", "computers", "definitions", "men-women", "politics", "science", "songs-poems", "work")
-CLEAR = 0.5  # ratings are means over people, from -4 to 4; what is nearer to 0 than this has no clear sentiment
+CLEAR = 0.5  # ratings are means over people, from -4 to 4; closer to 0 than this, the sentiment is not clear
 SPAM = {"easy-ham-1": 0, "easy-ham-2": 0, "hard-ham-1": 0, "spam-1": 1, "spam-2": 1}
 Labelled = list[tuple[str, int]]
 _T = TypeVar("_T")
@@ -57,7 +57,7 @@ def minilm_folder() -> Path:
 
 
 def normalized(text: str) -> str:
-    """What two texts have in common that are the same but for case, punctuation and spaces."""
+    """The text without case, punctuation and extra spaces."""
     return " ".join(re.findall(r"\w+", text.lower()))
 
 
@@ -73,7 +73,7 @@ def news() -> Labelled:
 
 
 def sentiment(name: str) -> Labelled:
-    """Sentences that people clearly found negative (0) or positive (1)."""
+    """Sentences that people rated as clearly negative (0) or positive (1)."""
     lines = _text(next(RATED.folder().rglob(f"{name}_GroundTruth.txt"))).splitlines()
     rated = [(text, float(rating)) for _, rating, text in (line.split("\t", 2) for line in lines if line)]
     return _counted([(text, int(rating > 0)) for text, rating in rated if abs(rating) >= CLEAR], name, 2000)
@@ -87,7 +87,7 @@ def _mails() -> list[tuple[str, str]]:
 
 
 def mail_text(raw: str) -> str:
-    """Subject and body, without the other headers (which tell who filtered it) and without HTML's tags."""
+    """Subject and body, without HTML tags and without the other headers, which give away the filter."""
     head, _, body = raw.partition("\n\n")
     subject = re.search(r"^subject:(.*)$", head, re.IGNORECASE | re.MULTILINE)
     body = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", body.replace("=\n", ""), flags=re.IGNORECASE)
@@ -95,20 +95,20 @@ def mail_text(raw: str) -> str:
 
 
 def spam() -> Labelled:
-    """Mails that are spam (1) or not."""
+    """Mails that are spam (1) or not (0)."""
     return _counted([(mail_text(raw), SPAM[group]) for group, raw in _mails()], "mails", 6000)
 
 
 @cache
 def _quotations() -> dict[str, list[str]]:
     paths = sorted(path for path in QUOTATIONS.folder().rglob("games/fortunes/*") if not path.suffix)
-    found = {path.name: [q.strip() for q in re.split(r"(?m)^%$", _text(path)) if q.strip()] for path in paths}
-    _counted([q for part in found.values() for q in part], "quotations", 8000)
-    return found
+    by_topic = {path.name: [q.strip() for q in re.split(r"(?m)^%$", _text(path)) if q.strip()] for path in paths}
+    _counted([quotation for texts in by_topic.values() for quotation in texts], "quotations", 8000)
+    return by_topic
 
 
 def quotations_by_topic() -> Labelled:
-    """Quotations of eight topics; those filed under several are left out."""
+    """Quotations of eight topics, without those that belong to several."""
     topics = {topic: _quotations()[topic] for topic in TOPICS}
     of: dict[str, set[str]] = {}
     for topic, texts in topics.items():
@@ -128,7 +128,7 @@ def quotations() -> list[str]:
 
 
 def mails() -> list[str]:
-    """Mails that are no spam."""
+    """Mails that are not spam."""
     return [mail_text(raw) for group, raw in _mails() if not SPAM[group]]
 
 
@@ -160,8 +160,8 @@ def _text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace")
 
 
-def _counted(found: list[_T], what: str, least: int) -> list[_T]:
-    """``found``, if it is as much as there should be."""
-    if len(found) < least:
-        raise FetchError(f"{len(found)} {what} where there should be {least} or more; delete the package's folder")
-    return found
+def _counted(texts: list[_T], what: str, least: int) -> list[_T]:
+    """The texts, if there are as many as expected."""
+    if len(texts) < least:
+        raise FetchError(f"found {len(texts)} {what} instead of at least {least}; delete the package's folder")
+    return texts

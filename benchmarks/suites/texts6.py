@@ -20,8 +20,8 @@ from benchmarks.suites.splits import SplitData, first_of_each, split
 from benchmarks.suites.suite import Recipe, Suite
 
 CLASSES = {"topics": 5, "spam": 2, "film": 2, "product": 2, "newspaper": 2, "quotations": len(texts.TOPICS)}
-TOKENS = {"topics": 48, "spam": 48}  # of a text, from its beginning
-MOST_TOKENS = 32  # of the others' texts: most sentences are shorter
+TOKENS = {"topics": 48, "spam": 48}  # from the beginning of a text
+MOST_TOKENS = 32  # for other tasks: most of their sentences are shorter
 VAL, TEST = 400, 500
 Row = dict[str, Any]
 
@@ -30,15 +30,15 @@ class TextClassifier(Classifier):
     """A pretrained encoder, mean-pooled over the tokens.
 
     Args:
-        classes: of the head.
-        rank: of LoRA adapters; 0 trains the encoder itself.
+        classes: number of classes.
+        rank: rank of LoRA adapters; with 0, the encoder itself is trained.
     """
 
     def __init__(self, classes: int, rank: int = 0, **optimizer: float) -> None:
         net: Any = AutoModel.from_pretrained(texts.minilm_folder(), add_pooling_layer=False)
         super().__init__(net.config.hidden_size, classes, **optimizer)
         self.save_hyperparameters()
-        # Dropout is off: a few epochs of fine-tuning do not need it, and a pass less over every activation is time.
+        # A few epochs of fine-tuning need no dropout, and without it training is faster.
         net.config.hidden_dropout_prob = net.config.attention_probs_dropout_prob = 0.0
         adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         self.net = get_peft_model(net, adapters) if rank else net
@@ -58,16 +58,16 @@ class TextClassifier(Classifier):
 def task_splits(task: str) -> dict[str, list[Row]]:
     """Tokens and label of each text, by split.
 
-    Texts that are the same but for case, punctuation and spaces are in once, and so are those that are the same to the
-    model, which sees their beginning.
+    Duplicates are removed: texts that differ only in case, punctuation and spaces, and texts that look the same to the
+    model, which only sees their beginning.
     """
     samples = [sample for sample in texts.CLASSIFICATION[task]() if sample[0]]
     samples = [samples[index] for index in first_of_each([texts.normalized(text) for text, _ in samples])]
     most = TOKENS.get(task, MOST_TOKENS)
-    beginnings = [text[: 40 * most] for text, _ in samples]  # the end of a long text takes time and goes unseen
+    beginnings = [text[: 40 * most] for text, _ in samples]  # tokenizing the rest of a long text would only take time
     tokens = _tokenizer()(beginnings, truncation=True, max_length=most)["input_ids"]
-    kept = first_of_each([tuple(row) for row in tokens])
-    rows = [{"input_ids": tokens[index], "labels": samples[index][1]} for index in kept]
+    unique = first_of_each([tuple(row) for row in tokens])
+    rows = [{"input_ids": tokens[index], "labels": samples[index][1]} for index in unique]
     parts = split(task, len(rows), min(VAL, len(rows) // 4), min(TEST, len(rows) // 4))
     return {name: [rows[number] for number in part] for name, part in parts.items()}
 
@@ -81,9 +81,9 @@ class TextData(SplitData):
 
     def make_split(self, name: str) -> Dataset[Any]:
         rows: Any = task_splits(self.task)[name]
-        if name != "train":  # texts of one length side by side waste little on padding
+        if name != "train":  # batches of texts with similar length need little padding
             rows = sorted(rows, key=lambda row: len(row["input_ids"]))
-        return cast("Dataset[Any]", rows)  # a list is all that a loader needs
+        return cast("Dataset[Any]", rows)  # a loader accepts a list
 
     def collate(self, rows: list[Any]) -> Any:
         return {**_tokenizer().pad(rows, return_tensors="pt")}
