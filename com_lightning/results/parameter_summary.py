@@ -68,8 +68,7 @@ def summarize_parameters(
             outcome = ParameterOutcome("averaged", note if by_layer else None)
         outcomes[name] = outcome
         if first == name:
-            others = "averaged" if outcome.status in ("solved", "solved in part") else outcome.status
-            others = str(outcome) if others == "merged" else others
+            others = str(outcome) if outcome.status == "merged" or not is_parameter else "averaged"
             sizes["solved"] += count
             sizes[others] = sizes.get(others, 0) + tensor.numel() - count
     for task, names in parameters.private.items():
@@ -82,9 +81,7 @@ def summarize_parameters(
     return outcomes, sizes
 
 
-def _solved_values(
-    records: Sequence[LayerRecord], ties: Mapping[str, str]
-) -> tuple[dict[str, int], dict[str, str | None]]:
+def _solved_values(records: Sequence[LayerRecord], ties: Mapping[str, str]) -> tuple[dict[str, int], dict[str, str]]:
     """First name of each parameter -> how many of its values were solved; layer or parameter -> why not."""
     solved: dict[str, int] = {}
     notes = {record.name: record.note for record in records if record.note}
