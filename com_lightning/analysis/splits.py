@@ -144,9 +144,9 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
         gone = sum(map(len, held.values()))
         if known and (not sizes[1] or (selects and not sizes[0])):
             problems.append(
-                f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and "
-                f"too few are left to {'choose settings on and ' if selects else ''}report; lower data.num_samples, give "
-                "fewer seeds, or set data.split to train"
+                f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and too few are "
+                f"left to {'choose settings on and ' if selects else ''}report; lower data.num_samples, give fewer "
+                "seeds, or set data.split to train"
             )
     if problems:
         raise MergeError(problems)

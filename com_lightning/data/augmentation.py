@@ -1,6 +1,6 @@
 """Perturbed copies of calibration batches: more inputs for the experts than there are samples.
 
-A layer is solved for what the experts make of their inputs, not for labels, so an input need not be a real one. With few
+A layer learns what the experts make of their inputs, not labels, so an input need not be a real one. With few
 samples, the fit sees too few of the directions that inputs take. A copy of a batch shows it others: each sample takes a
 part of another sample of the same batch, and gets noise. The parts are those of CutMix (Yun et al., arXiv 1905.04899,
 section 3.1), without its labels. That a teacher may be asked about such inputs is an observation of Beyer et al.,
@@ -52,7 +52,7 @@ def with_copies(
 def perturbed(batch: Any, seed: int) -> Any:
     """Return a copy of a batch in which each sample has a part of another sample of the batch.
 
-    A tensor may hold a row, ``(n, length, ...)``, or an image, ``(n, ..., height, width)``, for each sample. All tensors
+    A tensor may hold a row ``(n, length, ...)`` or an image ``(n, ..., height, width)`` for each sample. All tensors
     take the same part from the same other sample, so that tokens and their mask still belong together. Floating-point
     tensors get noise as well, unless they hold only 0 and 1. Tensors with one number for each sample stay as they are.
 

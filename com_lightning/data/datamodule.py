@@ -68,11 +68,10 @@ class MergeDataModule(LightningDataModule):
             ``augmented_copies``.
         augmented_copies: number of perturbed copies of each calibration batch to calibrate on as well, see
             :mod:`com_lightning.data.augmentation`. Time and memory grow as with that many more samples. Copies help
-            where samples are few, together with ``sensitivity``: on eight image tasks, seven copies of 32 samples a task
-            raise the normalised accuracy from 51.9 to 65.4 %, and three copies of 128 samples from 76.6 to 78.6 %.
-            They hurt where there are enough samples: with 256, one copy costs the default chain 1.6 points with a vision
-            transformer and 10.9 points with a ResNet, and changes nothing on a language model
-            (``benchmarks/results/ablation.md``).
+            if samples are few and ``sensitivity`` is on: on eight image tasks, seven copies of 32 samples raise the
+            normalised accuracy from 51.9 to 65.4 %, and three copies of 128 samples from 76.6 to 78.6 %. They hurt if
+            there are enough samples: with 256, one copy costs the default chain 1.6 points with a vision transformer
+            and 10.9 points with a ResNet, and changes nothing on a language model (``benchmarks/results/ablation.md``).
 
     Example::
 

@@ -52,8 +52,8 @@ class ChainOfMerges(ClosedForm):
     """Chain of Merges: layer by layer, in closed form, on the activations of the model merged so far.
 
     Each layer ``W`` minimises ``sum_i a_i / N_i sum_n s_n || W x̂_n - t_n ||² + l || W - W̄ ||²``. ``x̂`` is the layer's
-    input in the model merged so far, ``t`` the target, ``s`` the cosine normalisation, ``a_i`` the importance of task i,
-    and ``W̄`` the average of the experts.
+    input in the model merged so far, ``t`` the target, ``s`` the cosine normalisation, ``a_i`` the importance of task
+    i, and ``W̄`` the average of the experts.
 
     The idea is from Buzzega et al., "Rethinking Layer-wise Model Merging through Chain of Merges", arXiv 2508.21421
     (abstract). The equations are ours. The bias is ours too: it is solved together with the weight, and counts in the
@@ -71,10 +71,10 @@ class ChainOfMerges(ClosedForm):
             ``t = W_i x + (r - r̂)`` with ``r`` and ``r̂`` the stream in the expert and in the merged model. Beyond the
             paper; ``benchmarks/results`` shows what it brings. It changes nothing in a one-sided merge.
         sensitivity: weight errors in a layer's outputs by their effect on the expert's predictions (beyond the paper,
-            see :mod:`com_lightning.core.chain.sensitivity`). ``"probabilities"`` is for classifiers and language models:
-            the outputs of the last layer are taken for logits. ``"numbers"`` is for all other models. It needs no
-            labels. Each expert runs forward and backward once, and layers are solved by conjugate gradients. ``None``:
-            all errors count alike.
+            see :mod:`com_lightning.core.chain.sensitivity`). ``"probabilities"`` is for classifiers and language
+            models: the outputs of the last layer are taken for logits. ``"numbers"`` is for all other models. It needs
+            no labels. Each expert runs forward and backward once, and layers are solved by conjugate gradients.
+            ``None``: all errors count alike.
         private_biases: each task gets biases and normalisation parameters of its own, solved for it (beyond the paper,
             see :mod:`com_lightning.core.solve.task_biases`). The result is one set of matrices and a small set of
             vectors for each task. Use it for models that know their task when they are used, for instance because each

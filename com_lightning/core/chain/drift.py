@@ -24,12 +24,10 @@ def measure_drift(
     run: Run,
     task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[LayerRecord]:
-    """How far each layer's inputs are from those of the experts, with these weights everywhere.
+    """Return how far each layer's inputs are from those of the experts, with these weights everywhere.
 
     Nothing is solved or written. For the average of the experts, it is what a chain would meet if it changed nothing.
-
-    Args:
-        tasks, merged, run, task_tensors: as for :func:`~com_lightning.core.chain.chain.merge_layers`.
+    The arguments are those of :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
     options = ChainOptions("merged", "expert")
     with run.peers.told():

@@ -19,12 +19,10 @@ from com_lightning.core.tensors.modules import named_tensors
 
 
 def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: ChainOptions) -> list[int]:
-    """The most bytes that the forwards of each task hold while they are paused.
+    """Return the most bytes that the forwards of each task hold while they are paused.
 
-    The forwards run as in a merge. Nothing is gathered, solved or written.
-
-    Args:
-        tasks, merged, rule: as for :func:`~com_lightning.core.chain.chain.merge_layers`.
+    The forwards run as in a merge. Nothing is gathered, solved or written. The arguments are those of
+    :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
     models = Models(tasks, merged, rule.streams)
     pager = Pager(None, models.device)
@@ -37,10 +35,9 @@ def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: 
 
 
 def held_by_gradients(tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance) -> int:
-    """The most bytes that a forward of these batches holds for its backward, where predictions are differentiated.
+    """Return the most bytes that a forward of these batches holds for its backward.
 
-    Args:
-        tasks, merged, distance: as for :func:`~com_lightning.core.chain.sensitivity.roots`.
+    Predictions are differentiated as by :func:`~com_lightning.core.chain.sensitivity.roots`; the arguments are the same.
     """
     models = Models(tasks, merged, ("expert",))
     weights = {t.untyped_storage().data_ptr() for model in models.running.values() for t in model.tensors.values()}

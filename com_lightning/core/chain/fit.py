@@ -95,6 +95,9 @@ def fit(
         importance: one weight per task, summing to one.
         roots: for each task, of the matrix by which errors count, see :mod:`~com_lightning.core.chain.sensitivity`.
         has_task_tensors: whether each task keeps its bias, or all of a normalisation, for itself.
+
+    Returns:
+        The solution.
     """
     layer_type, weights = layer.layer_type, layer.weights
     means = inputs.means(weights)
@@ -142,6 +145,9 @@ def fit_by_ridge(regression: Regression, factor: Factor, measure: bool = False) 
         factor: of its summed Gram matrices.
         measure: also compute the residual of a one-sided merge, which then costs one product. It is left out where a
             group has no factor.
+
+    Returns:
+        The solution.
     """
     solution = solve_or_average(
         factor,
@@ -156,13 +162,17 @@ def fit_by_ridge(regression: Regression, factor: Factor, measure: bool = False) 
 
 
 def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[Tensor]) -> Fit:
-    """Solve a regression in which errors count by their effect on predictions, see
-    :mod:`~com_lightning.core.solve.weighted_ridge`.
+    """Solve a regression in which errors count by their effect on predictions.
+
+    See :mod:`~com_lightning.core.solve.weighted_ridge`.
 
     Args:
         regression: of a layer with one group.
         factor: of its summed Gram matrices.
         roots: of the matrix of each task.
+
+    Returns:
+        The solution.
     """
     result = fit_by_ridge(regression, factor)
     if not result.groups_kept_average:
@@ -192,7 +202,7 @@ def fit_task_biases(result: Fit, regression: Regression) -> None:
 
 
 def balanced(importance: Sequence[float], norms: Sequence[DriftNorms]) -> list[float]:
-    """Task importance, times the square of how far the inputs have drifted: a task that has drifted more counts more.
+    """Return task importance times the squared drift of the inputs: a task that has drifted more counts more.
 
     ``a_i c_i / sum_j a_j c_j`` with ``c_i = d_i² / mean_j d_j²``, but at least 1/2 and at most 2. ``d_i`` is the
     relative distance of the merged model's inputs to the expert's.

@@ -68,8 +68,14 @@ class Gatherer:
         """Gather the statistics of a layer in all processes, and add them up at the owner.
 
         Args:
-            sweep, layer, name, arrivals: as for :meth:`~com_lightning.core.sweep.sweep.Visitor.on_layer`.
+            sweep: the sweep.
+            layer: the layer, as for :meth:`~com_lightning.core.sweep.sweep.Visitor.on_layer`.
+            name: its name.
+            arrivals: the forwards of this process that wait there.
             solved_before: whether this process knows the solution from an earlier run.
+
+        Returns:
+            The statistics, at the owner, and what was left out.
         """
         peers = sweep.context.peers
         refusal = sweep.refusal(layer, arrivals) if layer else None
@@ -131,6 +137,9 @@ def gather(
         pager: fetches inputs that were paged out.
         exact: gather each batch alone from the start.
         streams: needed for a layer that repairs a residual stream.
+
+    Returns:
+        The statistics of all tasks.
 
     Raises:
         NonFiniteError: naming the layer and the expert whose weights hold NaN or infinity.

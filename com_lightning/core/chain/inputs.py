@@ -39,7 +39,7 @@ class LayerInputs:
     _means: list[InputMeans] = field(default_factory=list)
 
     def means(self, weights: Sequence[Tensor]) -> list[InputMeans]:
-        """For each task, the sums divided by the number of rows.
+        """Return the sums of each task divided by its number of rows.
 
         Args:
             weights: of each expert, ``(g, o, k)``.
@@ -71,7 +71,7 @@ class SeenInputs:
         return SeenInputs(layer.name, layer.key, _versions(arrivals))
 
     def are_seen_again(self, layer: Layer, arrivals: Sequence[Arrival]) -> bool:
-        """Whether every forward arrives with the same tensor as before, unchanged, and the layer makes the same rows."""
+        """Whether all forwards arrive with the same tensor as before, unchanged, and the layer makes the same rows."""
         if self.key is None or self.key != layer.key:
             return False
         now = _versions(arrivals)

@@ -74,8 +74,10 @@ class Sensitivity:
         self.trace += gradients.square().sum()
 
     def root(self, omega: Tensor) -> Tensor | None:
-        """``U``, ``(o, r)`` in float64: ``U Uᵀ`` is the Nyström approximation of ``H``, scaled to a mean diagonal of 1.
-        ``None`` if there is nothing that the predictions react to."""
+        """Return ``U``, ``(o, r)`` in float64, or ``None`` if predictions do not react to the layer.
+
+        ``U Uᵀ`` is the Nyström approximation of ``H``, scaled to a mean diagonal of 1.
+        """
         sketch, trace = self.sketch.double(), float(self.trace)
         if not 0 < trace < float("inf") or not bool(sketch.isfinite().all()):
             return None
@@ -99,7 +101,7 @@ def omega_of(layer: str, outputs: int, device: torch.device) -> Tensor:
 def roots(
     tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance, peers: Peers, quiet: bool = True
 ) -> dict[str, list[Tensor | None]]:
-    """For each layer that has any, by name, the ``U`` of each task (see :meth:`Sensitivity.root`).
+    """Return the ``U`` of each task (see :meth:`Sensitivity.root`), by name of the layer.
 
     Args:
         tasks: the experts and their calibration data. Every batch is run forward and backward once, one at a time.

@@ -33,7 +33,7 @@ def is_sound(sums: InputSums, smallest: float = 0.0) -> bool:
 
 
 def describe_bad_inputs(batch: BatchId, pair: tuple[Arrival, Arrival | None], stream_drift: Tensor | None) -> BadBatch:
-    """Which model holds NaN or infinity at a layer, or what else is wrong with a batch whose sums are not finite.
+    """Return which model holds NaN or infinity at a layer, or why else the sums of a batch are not finite.
 
     Args:
         batch: which one.

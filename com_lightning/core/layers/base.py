@@ -176,7 +176,9 @@ class LayerType(ABC):
         """Numbers that are to be added to the output of a call, as rows ``(n, g, o)`` that go with :meth:`rows`.
 
         Args:
-            module, args, kwargs: the call.
+            module: the merged model's layer.
+            args: arguments of the call.
+            kwargs: keyword arguments of the call.
             weight: ``(g, o, k)``.
             gap: with its elements in the order of the output's, in any shape.
 
@@ -206,7 +208,7 @@ def own_parameter(layer: nn.Module, name: str) -> Tensor:
 
 
 def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Own name of each parameter that is stored: of a parametrised one, the originals.
+    """Return name -> parameter, for what is stored in the layer itself: the originals, if it is parametrised.
 
     Example::
 
@@ -220,10 +222,10 @@ def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def to_originals(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor] | str:
-    """Values of a layer's parameters as values of its :func:`own_parameters`, or why there are none.
+    """Return values of a layer's parameters as values of its :func:`own_parameters`, or why that is not possible.
 
-    A parametrised one goes through the ``right_inverse`` of its parametrisations. What these make of the result must be
-    the value again (relative error 1e-4, or the precision it is stored in).
+    A parametrised value goes through the ``right_inverse`` of its parametrisations. They must give the value back
+    (relative error 1e-4, or the precision it is stored in).
     """
     stored = {}
     for name, value in values.items():
@@ -266,6 +268,9 @@ def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
 
 def pieces(rows: Tensor, lead: int) -> Iterator[Tensor]:
     """Split a view along its ``lead`` leading dimensions until no piece has more than :data:`MAX_ROW_ELEMENTS` numbers.
+
+    Yields:
+        The pieces, in order.
 
     Example::
 

@@ -35,7 +35,7 @@ class Candidate:
 
 
 def candidates(module: nn.Module, shared: Collection[str]) -> dict[str, Candidate]:
-    """Name of each layer of ``module`` that has a closed form and of which all that is written is shared.
+    """Return name -> layer, for the layers of ``module`` that have a closed form and write shared tensors only.
 
     Layers of an ``nn.MultiheadAttention`` have the names that
     :func:`~com_lightning.core.tensors.attention.split_attention` gives them.

@@ -33,10 +33,10 @@ class Contraction(LayerType):
 
     @classmethod
     def parse(cls, equation: str, left: Tensor, right: Tensor, weight_first: bool) -> Contraction | None:
-        """The contraction that ``torch.einsum(equation, left, right)`` is.
+        """Return ``torch.einsum(equation, left, right)`` as a contraction.
 
-        ``None`` where it is more than one: a letter twice in a factor, a dimension of the weight alone that is summed,
-        or one of size one that is spread.
+        ``None`` if it is more than that: a letter stands twice in a factor, a dimension of the weight alone is summed,
+        or a dimension of size one is spread.
         """
         sides = equation.replace(" ", "").split("->")
         factors = sides[0].split(",")

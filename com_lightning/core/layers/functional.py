@@ -57,10 +57,10 @@ Recogniser = TypeVar("Recogniser", bound=Callable[..., FunctionCall | None])
 
 
 def recognises(*names: str) -> Callable[[Recogniser], Recogniser]:
-    """Decorator of ``recogniser(name, free, *args, **kwargs)``, which is asked about calls of functions of these names.
+    """Return a decorator of ``recogniser(name, free, *args, **kwargs)`` for functions of these names.
 
-    It gets the function's name, a :data:`Free`, and the arguments of the call. It returns the layer that the call is,
-    or ``None``.
+    The recogniser receives the function's name, a :data:`Free`, and the arguments of the call. It returns the layer
+    that the call computes, or ``None``.
     """
 
     def register(recogniser: Recogniser) -> Recogniser:
@@ -73,10 +73,12 @@ def recognises(*names: str) -> Callable[[Recogniser], Recogniser]:
 def recognise(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], free: Free
 ) -> FunctionCall | None:
-    """The layer that a function call is, if it is one.
+    """Return the layer that a function call computes, or ``None`` if it is no layer.
 
     Args:
-        function, args, kwargs: the call; at least one argument is tracked.
+        function: the function that is called.
+        args: its arguments; at least one argument is tracked.
+        kwargs: its keyword arguments.
         free: whether a part of a parameter may still be solved.
     """
     name = name_of(function)

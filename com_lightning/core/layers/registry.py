@@ -21,13 +21,16 @@ def register_layer_type(cls: Type) -> Type: ...
 @overload
 def register_layer_type(*, generic: bool = False) -> Callable[[Type], Type]: ...
 def register_layer_type(cls: Type | None = None, *, generic: bool = False) -> Type | Callable[[Type], Type]:
-    """Class decorator: modules that the type matches are layers from now on.
+    """Register a layer type: modules that it matches are layers from now on. It is a decorator of classes.
 
     The type that was registered last is asked first.
 
     Args:
-        cls: a layer type that can be made without arguments.
+        cls: a layer type that can be created without arguments.
         generic: ask it only if no other type matches.
+
+    Returns:
+        The class, or the decorator if only ``generic`` is given.
     """
 
     def register(cls: Type) -> Type:
@@ -38,7 +41,7 @@ def register_layer_type(cls: Type | None = None, *, generic: bool = False) -> Ty
 
 
 def layer_type(module: nn.Module) -> LayerType | None:
-    """The type of a layer, or ``None`` where no closed form is known.
+    """Return the type of a layer, or ``None`` if no closed form is known.
 
     Example::
 

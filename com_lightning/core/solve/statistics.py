@@ -249,6 +249,9 @@ class InputSums:
 
         Args:
             weight: of the expert, ``(g, o, k)``. It gives the shape where no row was added.
+
+        Returns:
+            The means.
         """
         gram = self.complete()
         if gram is None:
@@ -310,8 +313,10 @@ def _added(total: Tensor | None, sums: Tensor) -> Tensor:
 
 
 def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
-    """Gram matrices of one input a group, as in normalisations, which products of matrices are slow for:
-    ``(n, g, 1)`` and the weight of each row ``(n,)`` -> ``(g, k, k)``."""
+    """Return Gram matrices of groups with one input: ``(n, g, 1)`` and row weights ``(n,)`` -> ``(g, k, k)``.
+
+    Normalisations have such groups, and matrix products are slow for them.
+    """
     sums = _sums_of_channels(rows, rows, weight, bias)
     if not bias:
         return sums

@@ -22,8 +22,15 @@ from com_lightning.core.solve.ridge import factorize, solve_or_average
 def centred(
     grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
-    """Statistics of a layer with a bias, ``(g, k, k)`` and ``(g, o, k)``, and weights, for the regression without it:
-    about the means of each task, in float64.
+    """Centre the statistics and weights of a layer with a bias about the means of each task.
+
+    Args:
+        grams: ``(g, k, k)`` of each task.
+        drifts: ``(g, o, k)`` of each task, or ``None``.
+        weights: ``(g, o, k)`` of each expert.
+
+    Returns:
+        The same three for the regression without the bias, in float64.
 
     Example: two inputs, 1 and 3, vary about their mean by one.
 
@@ -42,8 +49,11 @@ def centred(
 def with_task_biases(
     matrix: Tensor, grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """``[W, b_i]`` for each task, ``(g, o, k)``; arguments as for :func:`centred`, and what comes of it,
-    ``(g, o, k - 1)``."""
+    """Return ``[W, b_i]`` for each task, ``(g, o, k)``.
+
+    ``matrix`` is the solution ``W``, ``(g, o, k - 1)``, of the regression that :func:`centred` gives for the other
+    arguments.
+    """
     result = []
     for gram, drift, weight in zip(grams, drifts, weights):
         weight = weight.double()
@@ -58,8 +68,10 @@ def with_task_biases(
 def solve_each(
     grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor], anchor: Tensor, ridge: float
 ) -> list[Tensor]:
-    """The weight of a layer for each task alone, ``(g, o, k)``, pulled towards ``anchor``; that where a group has no
-    data."""
+    """Return the weight of a layer for each task alone, ``(g, o, k)``, pulled towards ``anchor``.
+
+    Groups without data keep the anchor.
+    """
     result = []
     for gram, drift, weight in zip(grams, drifts, weights):
         factor = factorize([gram], [1.0], ridge)

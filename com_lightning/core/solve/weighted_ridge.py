@@ -1,7 +1,7 @@
 """The closed form of one layer where errors count by direction, differently for each task.
 
-With ``H_i`` what task i makes of errors in the layer's outputs (see :mod:`com_lightning.core.chain.sensitivity`), the merged
-weight minimises
+``H_i`` is what task i makes of errors in the layer's outputs, see :mod:`com_lightning.core.chain.sensitivity`. The
+merged weight minimises
 
     sum_i a_i / N_i  sum_n s_n || H_i^½ (W x̂_n - W_i x_n) ||²  +  l sum_i a_i || H_i^½ (W - W̄) ||²
 
@@ -9,9 +9,9 @@ which for the difference ``D = W - W̄`` to the average is the linear system
 
     sum_i a_i H_i D (G_i + l I)  =  sum_i a_i H_i [ (W_i - W̄) G_i + D_i ]
 
-with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal it has that module's solution;
-with different ones it has as many unknowns as the weight has numbers, and is solved by conjugate gradients, which are
-preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours; systems
+with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal, it has that module's
+solution. If they differ, it has as many unknowns as the weight has numbers, and is solved by conjugate gradients, which
+are preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours; systems
 of this form are those of Tam et al., arXiv 2312.04339.
 """
 
@@ -39,10 +39,14 @@ def solve_weighted(
     roots: Sequence[Tensor],
     start: Tensor,
 ) -> tuple[Tensor, int]:
-    """The merged weight ``(1, o, k)`` in float64, and how many steps it took.
+    """Return the merged weight ``(1, o, k)`` in float64, and the number of steps.
 
     Args:
-        factor, grams, drifts, weights, importance: as for :func:`~com_lightning.core.solve.ridge.solve`; one group.
+        factor: as for :func:`~com_lightning.core.solve.ridge.solve`, with one group.
+        grams: as for ``solve``.
+        drifts: as for ``solve``.
+        weights: as for ``solve``.
+        importance: as for ``solve``.
         ridge: relative to the mean of the diagonal of the summed Gram matrix, as in
             :func:`~com_lightning.core.solve.ridge.factorize`.
         roots: ``U_i`` of each task, ``(o, r)`` in float64, with ``H_i = U_i U_iᵀ + 0.3``.

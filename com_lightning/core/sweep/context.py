@@ -30,7 +30,10 @@ class Solved:
 
 
 class Journal:
-    """What has been merged so far. This one forgets; :class:`~com_lightning.results.journal.FileJournal` writes it down."""
+    """What has been merged so far. This journal forgets it.
+
+    :class:`~com_lightning.results.journal.FileJournal` writes it down.
+    """
 
     keeps = False
     """Whether it remembers anything."""

@@ -155,8 +155,9 @@ class ProcessGroup(Peers):
                 "give more: strategy=DDPStrategy(timeout=timedelta(hours=2))"
             )
         return (
-            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower data.num_samples"
-            ", or use fewer processes on each machine), or it crashed; see its own output, and the system's log"
+            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower "
+            "data.num_samples, or use fewer processes on each machine), or it crashed; see its own output, and the "
+            "system's log"
         )
 
     def _roll_call(self, others: list[int]) -> tuple[list[int], dict[int, str]]:

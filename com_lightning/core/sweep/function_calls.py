@@ -39,7 +39,8 @@ class FunctionCalls:
     def watch(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
 
-        Returns what to call with the function's result; what that returns, if not ``None``, takes its place.
+        Returns:
+            What to call with the function's result. If that returns something, it replaces the result.
         """
         forward = running()
         if not isinstance(forward, CalibrationForward):

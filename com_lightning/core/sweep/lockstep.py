@@ -38,8 +38,8 @@ class Forward:
 
     Args:
         module: the module whose layers are watched. Give each forward a module object of its own (with shared
-            tensors, see :func:`~com_lightning.core.tensors.modules.copy_module`): what a module remembers between two of its
-            layers would otherwise be overwritten by the other forwards.
+            tensors, see :func:`~com_lightning.core.tensors.modules.copy_module`). Otherwise the other forwards would
+            overwrite what a module remembers between two of its layers.
         call: runs the pass; its result is dropped.
         label: how errors name this forward, e.g. ``"task 'mnist', batch 3, expert"``.
         seed: random state the forward starts from, so that two forwards with one seed draw the same numbers.
@@ -95,6 +95,9 @@ def lockstep(
         choose_next: is given the layer that comes first here, and returns the layer to yield. For several processes
             that yield the same layers, also those that none of their own forwards reaches: then nothing has arrived.
         pager: entered by the caller; keeps what paused forwards hold within its budget.
+
+    Yields:
+        The name of a layer, and the forwards that wait there.
 
     Example::
 

@@ -111,7 +111,7 @@ class Models:
         self.order = {name: number for number, name in enumerate(self.tied)}
 
     def layer(self, name: str, call: FunctionCall | None = None) -> Layer:
-        """A layer in the merged model and in every expert. ``call``: the function call that it is, if it is no module."""
+        """Return a layer in the merged model and in every expert. ``call`` is its function call, if it is no module."""
         if call is None:
             candidate = self.candidates[name]
             parts = {local: Part(full) for local, full in candidate.written(name).items()}
