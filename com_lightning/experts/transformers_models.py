@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 import sys
 import warnings
@@ -72,6 +73,9 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
         )
     try:
         loaded: Any = kind.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+    except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
+        problem = f"{label}: {names[0]} cannot be loaded: its weights hold objects that safe loading refuses"
+        raise MergeError([problem]) from error
     except Exception as error:
         reason = " ".join(str(error).split())
         raise MergeError([f"{label}: {names[0]} cannot be loaded ({type(error).__name__}: {reason})"]) from error

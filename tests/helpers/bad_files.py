@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import BertConfig, BertModel
 from com_lightning import MergeError
 from com_lightning.experts.load import load_expert
 from tests.helpers.classifier import Classifier
+from tests.helpers.running import ROOT
 
 
 class Payload:
@@ -26,11 +29,11 @@ class Payload:
 
 
 def refused(source: Any, model: Any = None) -> str:
-    """The one problem that an expert is refused with. It names what was given, and advises nothing unsafe."""
+    """The problems that an expert is refused with. They name what was given, and advise nothing unsafe."""
     with pytest.raises(MergeError) as caught:
         load_expert("a", source, model or Classifier())
-    (message,) = caught.value.problems
-    assert message.startswith("expert 'a'")
+    assert all(problem.startswith("expert 'a'") for problem in caught.value.problems)
+    message = "\n".join(caught.value.problems)
     assert not isinstance(source, (str, Path)) or str(source) in message
     assert "weights_only" not in message  # PyTorch advises to load the file unsafely
     return message
@@ -51,3 +54,34 @@ class WithBert(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.net = bert()
+
+
+# In a process that may take 3 GiB beyond what it has when all is imported, and half a minute.
+LIMITED = """
+import resource, sys, time
+import torch
+from com_lightning import MergeError
+from com_lightning.experts.load import load_expert
+from tests.helpers.bad_files import *
+import transformers, safetensors.torch
+model = WithBert() if sys.argv[2] else Classifier()
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 3 * 2**30,) * 2)
+start = time.process_time()
+try:
+    load_expert("a", sys.argv[1], model)
+except MergeError as error:
+    print(str(error)[:2000])
+else:
+    print("loaded")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+assert time.process_time() - start < 30
+"""
+
+
+def limited(path: Path, pretrained: bool = False) -> str:
+    """What loading an expert says, where there are three more GiB and half a minute for it."""
+    command = [sys.executable, "-c", LIMITED, str(path), "yes" if pretrained else ""]
+    done = subprocess.run(command, cwd=ROOT, timeout=300, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout

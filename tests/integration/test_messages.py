@@ -254,37 +254,6 @@ def test_a_mask_without_the_class_token_is_told() -> None:
 # Files and folders
 
 
-def test_a_missing_file_names_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "mnist.ckpt").touch()
-    problem = told(tmp_path / "mnsit.ckpt")
-    assert f"expert 'a' ({tmp_path / 'mnsit.ckpt'}): no such file; did you mean {tmp_path / 'mnist.ckpt'}?" in problem
-    assert "nor is there a folder" in told(tmp_path / "none" / "mnist.ckpt")
-    monkeypatch.chdir(tmp_path)
-    problem = told("mnits.ckpt")
-    assert f"expert 'a' (mnits.ckpt): no such file in the working directory, {tmp_path}; did you mean mnist" in problem
-
-
-def test_folders_that_are_no_expert(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "adapter_config.json").touch()
-        (tmp_path / name / "adapter_model.safetensors").touch()
-    assert f"a folder of experts; give one of them: {tmp_path / 'one'}, {tmp_path / 'two'}" in told(tmp_path)
-    problem = told(tmp_path / "one" / "adapter_model.safetensors")
-    assert f"this is the file of a PEFT adapter; give its folder, {tmp_path / 'one'}" in problem
-    (tmp_path / "two" / "adapter_config.json").unlink()
-    assert "adapter_config.json is missing beside adapter_model.safetensors" in told(tmp_path / "two")
-
-
-@pytest.mark.parametrize(
-    "key", ["base_model.model.body.0.weight", "body.0.base_layer.weight", "body.0.lora_A.d.weight"]
-)
-def test_the_state_dict_of_a_peft_model(key: str) -> None:
-    state = {**Classifier().state_dict(), key: torch.zeros(2)}
-    assert f"the state dict of a PeftModel ({key})" in told(state)
-    assert "merge_and_unload()" in told(state)
-
-
 def test_a_class_without_hyperparameters_is_told_what_to_do(tmp_path: Path) -> None:
     class Wide(Classifier):
         def __init__(self) -> None:

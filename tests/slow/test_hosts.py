@@ -141,7 +141,7 @@ def hosts(
     return processes, [process.communicate(timeout=300)[0] for process in processes]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("torchrun", marks=pytest.mark.slow), "slurm"])
+@pytest.mark.parametrize("kind", ["torchrun", "slurm"])
 def test_two_machines_without_a_common_folder_merge_as_one(
     kind: str, project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -167,7 +167,7 @@ def test_two_machines_without_a_common_folder_merge_as_one(
     assert "| mean |" not in told[1]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("torchrun", marks=pytest.mark.slow), "slurm"])
+@pytest.mark.parametrize("kind", ["torchrun", "slurm"])
 def test_what_one_machine_lacks_ends_both(kind: str, project: Path, started: list[subprocess.Popen[str]]) -> None:
     """It is found out before the merge, and before the processes would have met."""
     both, told = hosts(kind, project, started, LACKS="1")
@@ -177,7 +177,6 @@ def test_what_one_machine_lacks_ends_both(kind: str, project: Path, started: lis
     assert not list((project / "host0").iterdir())
 
 
-@pytest.mark.slow
 def test_what_one_of_the_processes_on_a_machine_lacks_ends_all(
     project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -210,7 +209,6 @@ def running(project: Path) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux which processes run")
-@pytest.mark.slow
 def test_a_process_does_not_wait_for_the_one_that_started_it(
     project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
@@ -247,7 +245,6 @@ def test_a_process_does_not_wait_for_the_one_that_started_it(
         (1, "all", signal.SIGINT),
     ],
 )
-@pytest.mark.slow
 def test_nothing_is_left_running(
     waits: int, killed: str, sign: signal.Signals, project: Path, started: list[subprocess.Popen[str]]
 ) -> None:

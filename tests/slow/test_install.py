@@ -146,7 +146,7 @@ def needed(requirements: list[str], extras: set[str], seen: set[tuple[str, str]]
         yield from needed(own.requires or [], set(requirement.extras), seen)
 
 
-@pytest.mark.parametrize("extra", ["", *(pytest.param(e, marks=pytest.mark.slow) for e in USES if e)])
+@pytest.mark.parametrize("extra", USES)
 def test_nothing_but_what_is_declared(extra: str, wheel: Path, tmp_path: Path) -> None:
     """A merge in an environment that holds what the wheel asks for, and nothing else."""
     site = tmp_path / "site"

@@ -13,7 +13,6 @@ def test_a_merge_that_is_killed_loses_nothing() -> None:
     run_apart("tests/slow/forked_kills.py", timeout=900)
 
 
-@pytest.mark.slow
 def test_killed_at_each_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "KILL_EVERYWHERE", "1")
     run_apart("tests/slow/forked_kills.py", timeout=1800)

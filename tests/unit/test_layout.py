@@ -44,7 +44,7 @@ def test_helpers_hold_no_tests_and_tests_import_helpers_alone(path: Path) -> Non
     assert not [name for name in imported if name.startswith("tests.") and not name.startswith("tests.helpers")]
     folder, is_helper = path.relative_to(TESTS).parts[0], names(path).startswith("helpers/")
     assert folder in ("unit", "integration", "slow", "helpers")
-    tests = [n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
+    tests = [n.name for n in tree.body if isinstance(n, ast.FunctionDef) and n.name.startswith("test_")]
     assert bool(tests) != is_helper
 
 

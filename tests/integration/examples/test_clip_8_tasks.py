@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,11 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoTokenizer,
-    CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPVisionModel,
-    PreTrainedTokenizerFast,
 )
 
 from com_lightning.cli import main
@@ -27,42 +23,20 @@ from examples.clip_8_tasks.data import TaskData, clip_transform
 from examples.clip_8_tasks.model import ClipClassifier
 from examples.clip_8_tasks.prompts import CLASSES, TASKS, class_numbers
 from tests.helpers import NAMES_OF_5, perturb
-from tests.helpers.hub import put
+from tests.helpers.clip import (
+    FOLDER,
+    QUIET,
+    SIZE,
+    config,
+    data_options,
+    make_hub,
+    make_images,
+    shown_methods,
+    tiny_clip,
+)
 
 pytestmark = pytest.mark.skipif(not NAMES_OF_5, reason="CLIP's parts are models of their own from transformers 5 on")
-FOLDER = Path(__file__).parents[3] / "examples" / "clip_8_tasks"
-SIZE = 32
 COUNTS = {"sun397": 397, "stanford-cars": 196, "resisc45": 45, "eurosat": 10, "svhn": 10, "gtsrb": 43, "mnist": 10}
-QUIET = ["--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
-
-
-def tiny_tokenizer() -> Any:
-    """Words for tokens, and CLIP's marks around a text."""
-    tokenizer: Any = Tokenizer(models.WordLevel(unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    start, end, unknown = marks = ["<start>", "<end>", "<unk>"]
-    texts = [t.format(name) for prompts in CLASSES.values() for t in prompts.templates for name in prompts.names]
-    tokenizer.train_from_iterator(texts, trainers.WordLevelTrainer(special_tokens=marks))
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{start} $A {end}", special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (start, end)]
-    )
-    kind: Any = PreTrainedTokenizerFast
-    return kind(tokenizer_object=tokenizer, bos_token=start, eos_token=end, pad_token=end, unk_token=unknown)
-
-
-def tiny_clip(folder: Path) -> Path:
-    torch.manual_seed(0)
-    tokenizer = tiny_tokenizer()
-    size = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    marks = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    text = {**size, **marks, "pad_token_id": tokenizer.pad_token_id, "vocab_size": len(tokenizer)}
-    vision = {**size, "image_size": SIZE, "patch_size": 16}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=24)
-    model: Any = CLIPModel(config)
-    perturb(model.vision_model, 1.0)  # fresh ones tell no image from another
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -72,25 +46,12 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One image of each class in each split; the names of the folders sort in another order than the labels."""
-    root = tmp_path_factory.mktemp("images")
-    for number, task in enumerate(TASKS):
-        for label, name in enumerate(CLASSES[task].names):
-            for split in ("train", "test"):
-                path = root / task / split / re.sub(r"[^\w.-]+", "_", name) / "0.png"
-                path.parent.mkdir(parents=True)
-                color = (40 * number % 256, label * 50 % 256, label // 5 * 60 % 256)
-                Image.new("RGB", (4, 5), color).save(path)
-    return root
+    return make_images(tmp_path_factory.mktemp("images"))
 
 
-def data_options(images: Path) -> list[str]:
-    own = {"folder": images, "image_size": SIZE, "num_workers": 0}
-    return [f"--data.tasks.{task}.{name}={value}" for task in TASKS for name, value in own.items()]
-
-
-def config(name: str) -> str:
-    return f"--config={FOLDER / name}"
+@pytest.fixture
+def hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    return make_hub(base, tmp_path, monkeypatch)
 
 
 def test_all_classes_are_there() -> None:
@@ -154,21 +115,6 @@ def test_labels_are_those_of_the_head_and_splits_do_not_overlap(images: Path) ->
     assert len(train | val) == 196
 
 
-@pytest.fixture
-def hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The base and the experts under their names on the Hub, as downloads leave them."""
-    cache = tmp_path / "hub"
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("transformers.utils.hub.constants.HF_HUB_CACHE", str(cache))
-    put(cache, "openai/clip-vit-base-patch32", base)
-    for number, source in enumerate(yaml.safe_load((FOLDER / "vit-b-32.yaml").read_text())["experts"].values()):
-        clip: Any = CLIPModel.from_pretrained(base)
-        perturb(clip.vision_model, 0.2, seed=number).save_pretrained(tmp_path / "tower")  # type: ignore[operator]
-        put(cache, source.removeprefix("hf://"), tmp_path / "tower")
-        shutil.rmtree(tmp_path / "tower")
-    return cache
-
-
 def test_the_command_of_the_readme(
     hub: Path, base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -213,13 +159,6 @@ def test_experts_that_are_the_same_give_their_own_accuracy(base: Path, images: P
         torch.testing.assert_close(merged.state_dict()[name], value, atol=1e-3, rtol=1e-3, msg=name)
 
 
-def shown_methods() -> str:
-    """The rules that the README compares."""
-    shown = re.search(r'--methods "(.*?)"', (FOLDER / "README.md").read_text(), re.DOTALL)
-    assert shown
-    return shown[1].replace("\\\n", "")
-
-
 def test_each_size_has_its_experts_and_settings_may_be_chosen_on_train_images(
     base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,12 +175,3 @@ def test_each_size_has_its_experts_and_settings_may_be_chosen_on_train_images(
     shown = capsys.readouterr().out
     assert "To be compared:" in shown
     assert "256 samples of each task's train data" in shown
-
-
-@pytest.mark.slow
-def test_all_rules_of_the_readme(hub: Path, images: Path, tmp_path: Path) -> None:
-    out = tmp_path / "rules"
-    options = [config("tasks.yaml"), config("vit-b-32.yaml"), *data_options(images), *QUIET, "--data.num_samples=8"]
-    main(["compare", *options, f"--methods={shown_methods()}", f"--output_dir={out}"])
-    report = json.loads((out / "report.json").read_text())
-    assert len(report["methods"]) == 20, report["methods"]

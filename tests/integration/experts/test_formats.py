@@ -407,11 +407,3 @@ def test_experts_of_different_precision_are_merged(tmp_path: Path) -> None:
 
 
 # Sharded checkpoints
-
-
-@pytest.mark.parametrize(("marker", "told"), [(".metadata", "consolidate_checkpoint"), ("checkpoint/x", "deepspeed")])
-def test_sharded_checkpoints_are_told_how_to_join(marker: str, told: str, tmp_path: Path) -> None:
-    (tmp_path / marker).parent.mkdir(exist_ok=True)
-    (tmp_path / marker).touch()
-    with pytest.raises(MergeError, match=f"a sharded checkpoint; make it one file with .*{told}"):
-        load_expert("a", tmp_path, Wrapper())
