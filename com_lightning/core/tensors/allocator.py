@@ -1,8 +1,9 @@
-"""How PyTorch gets memory on a CPU: from the C library, whose settings are the process's.
+"""How PyTorch gets memory on a CPU: from the C library, whose settings are those of the whole process.
 
 A merge allocates and frees activations of many megabytes thousands of times. glibc gives what is free at the end of its
-heap back to the system as soon as there are some megabytes of it, and a system's pages are filled with zeros when they
-are asked for again: a fifth of a merge's time (tried).
+heap back to the system as soon as there are some megabytes of it. When these pages are asked for again, the system
+fills them with zeros. That takes a fifth of a merge's time (tried). The command line keeps them, see
+:func:`keep_freed_memory`. The library does not: the settings belong to the user's process.
 """
 
 from __future__ import annotations
@@ -13,25 +14,27 @@ from collections.abc import Iterator
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's ``mallopt``: what may be free at the end of the heap, and from what size on an allocation is
-no part of the heap, in bytes."""
+"""Parameters of glibc's ``mallopt``, in bytes: how much may be free at the end of the heap, and from what size on an
+allocation is no part of the heap."""
 
 KEPT = 2**29
-"""Bytes at the end of the heap that are kept for what is allocated next."""
+"""Bytes at the end of the heap that are kept for the next allocations."""
 
 LARGEST = 2**25
-"""The highest that glibc lets the second of these be, and comes to by itself as allocations of such sizes are freed;
-the first is then twice as much."""
+"""The highest value that glibc accepts for the second parameter."""
+
+DEFAULT = 2**17
+"""The value of both parameters in a new process."""
 
 
 @contextlib.contextmanager
-def kept_memory() -> Iterator[None]:
-    """Keep freed memory for what is allocated next. No more than glibc itself would keep is kept afterwards."""
+def keep_freed_memory() -> Iterator[None]:
+    """Keep freed memory for the next allocations. Afterwards it is given back, and the thresholds are glibc's again."""
     try:
         _set(LARGEST, KEPT)
         yield
     finally:
-        _set(LARGEST, 2 * LARGEST)
+        _set(DEFAULT, DEFAULT)
         give_back()
 
 

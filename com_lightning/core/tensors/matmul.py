@@ -1,4 +1,4 @@
-"""Products of matrices, which are most of what a merge computes."""
+"""Products of matrices: most of what a merge computes itself."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from com_lightning.core.tensors import private_torch
 
 WORTHWHILE = 2**25
-"""Multiply-adds from which on a product is worth what oneDNN takes to prepare for one of a new shape, a millisecond."""
+"""Multiply-adds from which on oneDNN pays: it takes a millisecond to prepare for a product of a new shape."""
 
 
 @contextmanager
 def exact_products() -> Iterator[None]:
-    """Statistics are sums of squares, for which TF32 or bfloat16 in place of float32 is not enough.
+    """Products in this context are in full float32. TF32 or bfloat16 are too inexact for sums of squares.
 
-    Lightning advises ``torch.set_float32_matmul_precision("medium")`` or ``"high"`` on GPUs with tensor cores.
+    Users often allow them: Lightning advises ``torch.set_float32_matmul_precision("medium")`` on GPUs with tensor cores.
     """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
         precision = torch.get_float32_matmul_precision()
@@ -45,21 +45,23 @@ def exact_products() -> Iterator[None]:
             setting.fp32_precision = precision
 
 
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Return ``torch.nn.functional.linear`` up to rounding, computed by oneDNN where that is faster.
+def linear(rows: Tensor, weight: Tensor) -> Tensor:
+    """``rows @ weight.T``, by oneDNN where that is faster. The results differ by rounding alone.
+
+    It is for the products of a merge: autocast is off, and nothing is differentiated. Forwards of the user's module
+    stay with PyTorch.
 
     Args:
-        input: ``(*lead, f)``.
+        rows: ``(*lead, f)``.
         weight: ``(o, f)``.
-        bias: ``(o,)``.
     """
-    if not _by_onednn(input, weight, bias):
-        return F.linear(input, weight, bias)
-    return private_torch.onednn_linear(input, weight, bias)
+    if _is_by_onednn(rows, weight):
+        return private_torch.onednn_linear(rows, weight, None)
+    return F.linear(rows, weight)
 
 
 def outputs(rows: Tensor, weight: Tensor) -> Tensor:
-    """What a layer makes of rows, without a bias: ``(n, g, f)``, ``(g, o, f)`` -> ``(n, g, o)``."""
+    """The outputs of a layer without a bias: ``(n, g, f)``, ``(g, o, f)`` -> ``(n, g, o)``."""
     if len(weight) > 1:
         return torch.einsum("ngf,gof->ngo", rows, weight)
     return linear(rows, weight[0].contiguous() if _prefers_onednn() else weight[0])
@@ -68,10 +70,10 @@ def outputs(rows: Tensor, weight: Tensor) -> Tensor:
 def times(weight: Tensor, matrices: Tensor) -> Tensor:
     """Return ``(g, o, k)`` times ``(g, k, m)``.
 
-    Fastest where matrices are stored by columns, as Cholesky factors are. Of symmetric ones stored by rows, give the
-    transpose, which is the same matrix.
+    It is fastest where matrices are stored by columns, as Cholesky factors are. For symmetric matrices stored by rows,
+    pass the transpose, which is the same matrix.
     """
-    if matrices.shape[1] == 1:  # a batch of as many as a table has rows, for which PyTorch's own routines are slow
+    if matrices.shape[1] == 1:  # as many matrices as a table has rows: PyTorch's own routines are slow for them
         return weight * matrices
     return torch.matmul(weight, matrices) if len(matrices) > 1 else linear(weight[0], matrices[0].T)[None]
 
@@ -79,7 +81,7 @@ def times(weight: Tensor, matrices: Tensor) -> Tensor:
 def add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bool = False) -> Tensor:
     """Return ``total + leftᵀ right`` for each group, in place: ``(n, g, a)``, ``(n, g, b)`` -> ``(g, a, b)``.
 
-    If it is ``symmetric``, what is above the blocks on the diagonal is left as it is, see :func:`completed`.
+    If it is ``symmetric``, the part above the blocks on the diagonal is not computed, see :func:`completed`.
     """
     if total is None:
         length = right.shape[2] if _is_turned(right) else aligned(right.shape[2])
@@ -97,7 +99,7 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bo
 
 
 def completed(total: Tensor) -> Tensor:
-    """Symmetric matrices ``(g, k, k)`` with what is above the diagonal as that below it, in place."""
+    """Copy the part below the diagonal of symmetric matrices ``(g, k, k)`` to above it, in place."""
     for block in _blocks(total.shape[-1]):
         total[:, block, block.stop :] = total[:, block.stop :, block].mT
     return total
@@ -133,26 +135,21 @@ def _is_turned(rows: Tensor) -> bool:
     return rows.shape[1] == 1 and rows[:, 0].T.is_contiguous()
 
 
-def _by_onednn(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def _is_by_onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
         rows.numel() * len(weight) >= WORTHWHILE
-        and all(_is_plain(tensor) for tensor in (rows, weight, bias) if tensor is not None)
+        and _is_plain(rows)
+        and _is_plain(weight)
         and rows.dim() > 1
-        and rows.shape[-1:] == weight.shape[1:]  # PyTorch tells what is wrong where they are not
-        and (bias is None or bias.shape == weight.shape[:1])
         and weight.is_contiguous()  # oneDNN takes others, but takes a thousand times as long
-        and not torch.is_autocast_enabled("cpu")
-        and not private_torch.inside_transform()
-        and not private_torch.inside_forward_differentiation()
         and _prefers_onednn()
     )
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is an ordinary one in float32 on a CPU, that nothing is differentiated by."""
-    known = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
-    differentiated = tensor.requires_grad and torch.is_grad_enabled()
-    return known and not differentiated and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
+    """Whether a tensor is an ordinary one in float32 on a CPU."""
+    is_ordinary = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided
+    return is_ordinary and tensor.dtype == torch.float32 and tensor.device.type == "cpu"
 
 
 def _prefers_onednn() -> bool:

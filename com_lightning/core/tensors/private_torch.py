@@ -56,7 +56,7 @@ def no_subclass_torch_function() -> AbstractContextManager[None]:
 
 def no_torch_dispatch() -> AbstractContextManager[None]:
     """No dispatch mode sees what is computed in this context."""
-    context: AbstractContextManager[None] = torch._C._DisableTorchDispatch()  # type: ignore[no-untyped-call]
+    context: AbstractContextManager[None] = torch._C._DisableTorchDispatch()
     return context
 
 
@@ -101,17 +101,13 @@ def inside_transform() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def inside_forward_differentiation() -> bool:
-    """Whether dual numbers of ``torch.autograd.forward_ad`` are in use."""
-    return torch.autograd.forward_ad._current_level >= 0
-
-
 # Storages.
 
 
 def address(storage: UntypedStorage) -> int:
     """What identifies a storage, for as long as anything, also a :class:`WeakStorage`, refers to it."""
-    return storage._cdata
+    identity: int = storage._cdata
+    return identity
 
 
 class WeakStorage:

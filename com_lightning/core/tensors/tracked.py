@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import multi_head_attention_forward
-from com_lightning.core.tensors.matmul import linear
 
 # Functions that pick, repeat or rearrange the elements of their first argument.
 _SELECTIONS = {
@@ -195,7 +194,7 @@ class Watched(Tensor):
         if casts or (not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
             args, kwargs = brought(args), brought(kwargs)
         with private_torch.no_subclass_torch_function():
-            result = (linear if func is F.linear else func)(*args, **kwargs)
+            result = func(*args, **kwargs)
         if picks and first is not None:
             return _picked(first, func, args[1:], kwargs, result, None if casts else first.target)
         replaced = None if leaving is None else leaving(result)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from com_lightning.core.tensors import allocator as allocation
-from com_lightning.core.tensors.allocator import kept_memory
+from com_lightning.core.tensors.allocator import keep_freed_memory
 
 glibc = pytest.mark.skipif(
     allocation._glibc() is None or not Path("/proc/self/statm").exists(), reason="the C library is not glibc"
@@ -38,7 +38,7 @@ def resident() -> int:
 
 @glibc
 def test_memory_that_was_freed_is_not_asked_for_again() -> None:
-    with kept_memory():
+    with keep_freed_memory():
         allocate(16)
         before = faults()
         for _ in range(3):
@@ -54,7 +54,7 @@ def test_memory_is_given_back_even_after_an_error() -> None:
     kept = []
 
     def merge() -> None:
-        with kept_memory():
+        with keep_freed_memory():
             allocate(16)
             kept.append(resident() - before)
             raise ValueError("in a merge")
@@ -73,5 +73,5 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
         return Other()
 
     monkeypatch.setattr(ctypes, "CDLL", library)
-    with kept_memory():
+    with keep_freed_memory():
         assert allocation._glibc() is None

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
@@ -32,59 +30,39 @@ def faster(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> b
     return bool(request.param)
 
 
-def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 400) -> tuple[Tensor, Tensor, Tensor]:
-    """Input, weight and bias of a product that is worthwhile."""
+def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 400) -> tuple[Tensor, Tensor]:
+    """Input and weight of a product that is worthwhile."""
     torch.manual_seed(0)
-    return torch.randn(*rows, numbers), torch.randn(outputs, numbers), torch.randn(outputs)
+    return torch.randn(*rows, numbers), torch.randn(outputs, numbers)
 
 
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rows", [(4, 64), (256,), (2, 2, 64)])
-def test_linear(faster: bool, rows: tuple[int, ...], bias: bool) -> None:
-    inputs, weight, offset = large(rows)
-    own = offset if bias else None
-    assert products._by_onednn(inputs, weight, own) == faster
-    exact = F.linear(inputs.double(), weight.double(), None if own is None else own.double())
-    assert relative(linear(inputs, weight, own), exact) < 1e-6
+def test_linear(faster: bool, rows: tuple[int, ...]) -> None:
+    inputs, weight = large(rows)
+    assert products._is_by_onednn(inputs, weight) == faster
+    assert relative(linear(inputs, weight), F.linear(inputs.double(), weight.double())) < 1e-6
 
 
 def test_inputs_that_do_not_lie_in_order(faster: bool) -> None:
-    inputs, weight, bias = large((64, 4))
-    assert relative(linear(inputs.transpose(0, 1), weight, bias), F.linear(inputs.transpose(0, 1), weight, bias)) < 1e-6
+    inputs, weight = large((64, 4))
+    assert relative(linear(inputs.transpose(0, 1), weight), F.linear(inputs.transpose(0, 1), weight)) < 1e-6
 
 
 def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
-    inputs, weight, bias = large()
-    by_onednn = products._by_onednn
-    assert by_onednn(inputs, weight, bias)
-    assert not by_onednn(inputs[:1, :1], weight, bias), "too small"
-    assert not by_onednn(inputs.double(), weight.double(), bias.double())
-    assert not by_onednn(inputs, large(numbers=400, outputs=384)[1].T, None), "oneDNN is slow with it"
-    assert not by_onednn(inputs, weight, bias[:1]), "it is broadcast"
-    with pytest.raises(RuntimeError, match="cannot be multiplied"):
-        linear(inputs[..., :-1].contiguous(), weight)
-    assert not by_onednn(inputs, nn.Parameter(weight), bias), "it may be differentiated"
-    with torch.no_grad():
-        assert by_onednn(inputs, nn.Parameter(weight), bias)
-    with torch.autocast("cpu"):
-        assert not by_onednn(inputs, weight, bias)
-        assert linear(inputs, weight, bias).dtype == torch.bfloat16
+    inputs, weight = large()
+    by_onednn = products._is_by_onednn
+    assert by_onednn(inputs, weight)
+    assert not by_onednn(inputs[:1, :1], weight), "too small"
+    assert not by_onednn(inputs.double(), weight.double())
+    assert not by_onednn(inputs, large(numbers=400, outputs=384)[1].T), "oneDNN is slow with it"
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not by_onednn(inputs, weight, bias)
-    several = torch.vmap(partial(linear, inputs))(torch.stack([weight, 2 * weight]))
-    assert relative(several[1], 2 * several[0]) < 1e-6
-    with forward_ad.dual_level():
-        dual = forward_ad.make_dual(weight, torch.ones_like(weight))  # type: ignore[no-untyped-call]
-        assert forward_ad.unpack_dual(linear(inputs, dual, bias)).tangent is not None  # type: ignore[no-untyped-call]
-    differentiable = weight.clone().requires_grad_()
-    linear(inputs, differentiable, bias).sum().backward()  # type: ignore[no-untyped-call]
-    assert differentiable.grad is not None
+        assert not by_onednn(inputs, weight)
 
 
 @pytest.mark.usefixtures("low")
 def test_statistics_have_all_digits_whatever_precision_forwards_are_given(faster: bool) -> None:
-    inputs, weight, _ = large()
+    inputs, weight = large()
     with exact_products():
         assert relative(linear(inputs, weight), F.linear(inputs.double(), weight.double())) < 1e-6
 
@@ -127,13 +105,13 @@ def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: ChainOptions
     experts = [perturb(copy.deepcopy(base), seed=seed) for seed in (1, 2)]
     batches = [torch.randn(2, 1024, 64) for _ in experts]
     found, used = [], []
-    by_onednn = products._by_onednn
+    by_onednn = products._is_by_onednn
 
     def noted(*tensors: Tensor) -> bool:
         used.append(by_onednn(*tensors))
         return used[-1]
 
-    monkeypatch.setattr(products, "_by_onednn", noted)
+    monkeypatch.setattr(products, "_is_by_onednn", noted)
     for faster in (True, False):
         monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
         used.clear()
@@ -145,3 +123,17 @@ def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: ChainOptions
         found.append(merged)
     for name, value in found[0].items():
         assert relative(value, found[1][name]) < 1e-4, name
+
+
+def test_forwards_of_the_user_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
+    torch.manual_seed(0)
+    expert, batch = Wide(), torch.randn(2, 1024, 64)
+    expected, outputs = expert(batch).detach(), list[Tensor]()
+
+    def call(module: nn.Module, x: Tensor, index: int) -> None:
+        outputs.append(module(x).detach())
+
+    merged = {name: tensor.detach().clone() for name, tensor, _ in named_tensors(expert)}
+    merge_layers([Task("a", expert, [batch], call)], merged, [1.0], ChainOptions(target="merged"))
+    assert torch.equal(outputs[0], expected)  # to the bit: the only expert comes back, and so do its outputs

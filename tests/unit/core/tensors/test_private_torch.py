@@ -119,9 +119,6 @@ def test_transforms_are_noticed() -> None:
     torch.func.vmap(note)(torch.zeros(2))
     assert inside == [True]
     assert not private.inside_transform()
-    assert not private.inside_forward_differentiation()
-    with torch.autograd.forward_ad.dual_level():
-        assert private.inside_forward_differentiation()
 
 
 def test_a_weak_storage_lets_go() -> None:
