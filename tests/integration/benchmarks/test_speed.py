@@ -44,7 +44,7 @@ def test_a_breakdown_has_all_parts_and_adds_up(monkeypatch: pytest.MonkeyPatch) 
     found = breakdown.run(TINY, 1, 1)
     assert list(found) == list(contenders.RULES)
     assert list(found["default"]) == [*breakdown.PARTS, breakdown.REST, "all"]
-    two_sided = {"drifts multiplied by weights", "what streams lack", "outputs compared"}
+    two_sided = {"drifts multiplied by weights", "drift of residual streams", "outputs compared"}
     assert set(found["default"]) - set(found["one-sided"]) == two_sided
     for own in found.values():
         *parts, total = (seconds for [seconds] in own.values())
