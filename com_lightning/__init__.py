@@ -10,6 +10,8 @@ if TYPE_CHECKING:
     from com_lightning.cli import MergeCLI
     from com_lightning.data.datamodule import MergeDataModule, TaskLoaders
     from com_lightning.errors import MergeError
+    from com_lightning.execution import MergeResult
+    from com_lightning.merging import merge
     from com_lightning.methods import (
         DARE,
         DELLA,
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
         RegMeanPlusPlus,
         TaskArithmetic,
     )
+    from com_lightning.options import MergeOptions
     from com_lightning.results.report import MergeReport
     from com_lightning.trainer import MergeTrainer
 
@@ -54,7 +57,9 @@ __all__ = [
     "MergeCLI",
     "MergeDataModule",
     "MergeError",
+    "MergeOptions",
     "MergeReport",
+    "MergeResult",
     "MergeTrainer",
     "MergingMethod",
     "RegMean",
@@ -66,6 +71,7 @@ __all__ = [
     "TIES",
     "TSVM",
     "WUDI",
+    "merge",
 ]
 # Imported when first asked for, so that `com_lightning.core` needs nothing but torch.
 _HOMES = {
@@ -85,7 +91,9 @@ _HOMES = {
     "MergeCLI": "cli",
     "MergeDataModule": "data.datamodule",
     "MergeError": "errors",
+    "MergeOptions": "options",
     "MergeReport": "results.report",
+    "MergeResult": "execution",
     "MergeTrainer": "trainer",
     "MergingMethod": "methods",
     "RegMean": "methods",
@@ -97,6 +105,7 @@ _HOMES = {
     "TIES": "methods",
     "TSVM": "methods",
     "WUDI": "methods",
+    "merge": "merging",
 }
 
 

@@ -17,11 +17,64 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
 from com_lightning.analysis.inspection import MOST, inspect, save
+from com_lightning.compat import RENAMED_OPTIONS, with_new_names
 from com_lightning.core.sweep.distributed import PeerError
+from com_lightning.core.tensors.allocator import kept_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
+
+
+_OURS = {"ChainOfMerges", "ChainOfMergesCallback", "MergeDataModule"}
+_NEW = {renamed.new for renamed in RENAMED_OPTIONS.values()}
+
+
+class _Parser(LightningArgumentParser):
+    """Understands old names of options in arguments and configurations, and warns of them."""
+
+    def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
+        return super().parse_args(args if args is None else self._new_arguments(list(args)), *others, **kwargs)
+
+    def _load_config_parser_mode(self, content: str, *others: Any, **kwargs: Any) -> Any:
+        given = yaml.safe_load(content)
+        if isinstance(given, dict):
+            config = with_new_names(_new_init_args(given), {action.dest for action in self._actions})
+            for subcommand in ("merge", "compare"):
+                if isinstance(config.get(subcommand), dict):
+                    config[subcommand] = with_new_names(config[subcommand], _NEW)
+            content = content if config == given else yaml.safe_dump(config)
+        return super()._load_config_parser_mode(content, *others, **kwargs)
+
+    def _new_arguments(self, args: list[str]) -> list[str]:
+        known = {action.dest for action in self._actions}
+        tasks = "experts" in known or any("MergeDataModule" in arg or arg.startswith("--merged") for arg in args)
+        taken = {"": known, "method": {"refit_heads", "balance"}, "data": {"num_samples", "split"} if tasks else set()}
+        result = []
+        while args:
+            option, equals, value = (argument := args.pop(0)).partition("=")
+            prefix, dot, name = option.removeprefix("--").rpartition(".")
+            names = taken.get(prefix.removesuffix(".init_args"), set())
+            if not option.startswith("--") or name not in RENAMED_OPTIONS or {RENAMED_OPTIONS[name].new} - names:
+                result.append(argument)
+                continue
+            if not equals:
+                value = args.pop(0) if args and not args[0].startswith("--") else "true"
+            ((name, new),) = with_new_names({name: yaml.safe_load(value)}, names, stacklevel=3).items()
+            result.append(f"--{prefix}{dot}{name}={value if isinstance(new, str) else yaml.safe_dump(new).split()[0]}")
+        return result
+
+
+def _new_init_args(config: Any) -> Any:
+    """Translate the options of our classes, wherever in a configuration they are."""
+    if isinstance(config, list):
+        return [_new_init_args(entry) for entry in config]
+    if not isinstance(config, dict):
+        return config
+    config = {name: _new_init_args(value) for name, value in config.items()}
+    if str(config.get("class_path")).rpartition(".")[2] in _OURS and isinstance(config.get("init_args"), dict):
+        config["init_args"] = with_new_names(config["init_args"], _NEW)
+    return config
 
 
 class MergeCLI(LightningCLI):
@@ -34,6 +87,7 @@ class MergeCLI(LightningCLI):
     def __init__(self, model_class: Any = LightningModule, datamodule_class: Any = LightningDataModule, **kwargs: Any):
         defaults = {
             "trainer_class": MergeTrainer,
+            "parser_class": _Parser,
             "subclass_mode_model": model_class is LightningModule,
             "save_config_kwargs": {"overwrite": True},
             "auto_configure_optimizers": False,
@@ -83,12 +137,14 @@ class MergeCLI(LightningCLI):
     def merge(self, **kwargs: Any) -> None:
         """Run the merge, and keep the resolved configuration with its result."""
         assert isinstance(self.trainer, MergeTrainer)
-        self.trainer.merge(**kwargs, files=self._config_file("merge"))
+        with kept_memory():
+            self.trainer.merge(**kwargs, files=self._config_file("merge"))
 
     def compare(self, **kwargs: Any) -> None:
         """Run the comparison, and keep the resolved configuration with its result."""
         assert isinstance(self.trainer, MergeTrainer)
-        self.trainer.compare(**kwargs, files=self._config_file("compare"))
+        with kept_memory():
+            self.trainer.compare(**kwargs, files=self._config_file("compare"))
 
     def _config_file(self, subcommand: str) -> dict[str, str]:
         config = yaml.safe_load(self.parser.dump(self.config))[subcommand]

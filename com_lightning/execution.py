@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,8 +32,63 @@ from com_lightning.results.fingerprint import (
     fingerprint_of_experts,
     readable,
 )
+from com_lightning.results.folder import save_results
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
+
+
+@dataclass(repr=False)
+class MergeResult:
+    """What a merge gives.
+
+    Attributes:
+        modules: task -> its merged module. Their shared parameters are the same tensors.
+        report: the report; ``str(result)`` shows its table.
+        shared: names of the shared parameters and buffers.
+        precision: task -> name of each tensor that is stored in another precision than the module's -> that precision.
+        files: further text files to save, name -> text.
+    """
+
+    modules: dict[str, LightningModule] = field(default_factory=dict)
+    report: MergeReport = field(default_factory=MergeReport)
+    shared: list[str] = field(default_factory=list)
+    precision: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def save(self, folder: str | Path, overwrite: bool = False) -> None:
+        """Write the result to a folder, see :func:`~com_lightning.results.folder.save_results`.
+
+        Args:
+            folder: the folder.
+            overwrite: replace it if it exists.
+
+        Raises:
+            RuntimeError: if nothing has been merged.
+        """
+        if not self.modules:
+            raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
+        save_results(Path(folder), self.modules, self.shared, self.report, overwrite, self.files, self.precision)
+
+    def release(self, plan: MergePlan) -> None:
+        """Leave the modules as ``load_from_checkpoint`` gives them: on the CPU, trainable, without memory of experts.
+
+        Args:
+            plan: what was merged.
+        """
+        shared = set(plan.parameters.shared)
+        for module in self.modules.values():
+            module.train()
+            for name, tensor, is_parameter in named_tensors(module):
+                tensor.data = tensor.data.cpu()
+                if name not in shared or not tensor.is_floating_point():  # it may be a page of the expert's file
+                    tensor.data = tensor.data.clone()
+                tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
+        self.precision = {task: plan.precision(task) for task in self.modules}
+        tensors = [{name: id(tensor) for name, tensor, _ in named_tensors(m)} for m in self.modules.values()]
+        self.shared = [name for name in plan.parameters.shared if len({ids[name] for ids in tensors}) == 1]
+
+    def __repr__(self) -> str:
+        return str(self.report)
 
 
 def execute(
@@ -39,7 +96,7 @@ def execute(
     trainer: Trainer,
     data: MergeDataModule | None,
     run: Run,
-    experts_stay: bool = False,
+    offload_experts: bool = False,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
@@ -50,14 +107,14 @@ def execute(
         trainer: whose device, precision and limits are used.
         data: the tasks' data; ``None`` where the method needs none.
         run: how it is carried out.
-        experts_stay: whether the experts' weights are brought to the device where they are used, and no sooner.
+        offload_experts: whether each of the experts' weights is brought to the device only while it is used.
     """
     peers = run.peers
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, experts_stay)
+    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, offload_experts)
     if any(peers.exchange(run.journal.keeps)):
         told = {
             "method": plan.method.describe(),
@@ -111,7 +168,7 @@ def calibration_tasks(
     data: MergeDataModule | None,
     rank: int,
     processes: int,
-    experts_stay: bool = False,
+    offload_experts: bool = False,
     batches: int | None = None,
 ) -> tuple[list[Task], dict[str, CalibrationSample]]:
     """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
@@ -144,7 +201,7 @@ def calibration_tasks(
             if batches is None:
                 moved, numbers = data.augmented(name, moved, samples[name])
         step = CalibrationStep(trainer)
-        task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, experts_stay)
+        task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, offload_experts)
         task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
         tasks.append(task)
     return tasks, samples

@@ -130,7 +130,7 @@ def make_plan(
     private: Sequence[str] | None = None,
     problems: Sequence[str] = (),
     becomes_first: bool = False,
-    grow_vocabulary: bool = False,
+    resize_embeddings: bool = False,
     base: ExpertSource | None = None,
 ) -> MergePlan:
     """Load the experts and check everything that can be checked before data is read.
@@ -144,7 +144,7 @@ def make_plan(
         private: patterns of parameters that stay with their task; ``None``: those that differ in name or shape.
         problems: found elsewhere, to be reported with the others.
         becomes_first: whether ``model`` is to become the merged model of the first task, and must be built like it.
-        grow_vocabulary: see :func:`~com_lightning.experts.vocabulary.match_vocabularies`; ``model`` grows too.
+        resize_embeddings: see :func:`~com_lightning.experts.vocabulary.match_vocabularies`; ``model`` grows too.
         base: what the experts were fine-tuned from, for a method that needs it; ``None``: ``model``.
 
     Raises:
@@ -189,7 +189,7 @@ def make_plan(
                 found += error.problems
     found += non_finite_weights(experts)
     parameters = Parameters()
-    found += match_vocabularies(model, experts, private, grow_vocabulary)
+    found += match_vocabularies(model, experts, private, resize_embeddings)
     if experts:
         try:
             parameters = sort_parameters(model, experts, private)
@@ -201,7 +201,7 @@ def make_plan(
     origin: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
         try:
-            origin, odd = load_base(local["base"], model, experts, parameters.shared, grow_vocabulary)
+            origin, odd = load_base(local["base"], model, experts, parameters.shared, resize_embeddings)
             parameters.warnings += odd
         except MergeError as error:
             found += error.problems

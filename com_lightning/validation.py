@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
@@ -18,6 +19,20 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.tensors.modules import renewed
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.strategies import alone
+
+
+def default_trainer(accelerator: str = "auto") -> Trainer:
+    """A trainer with one device, that logs and saves nothing.
+
+    Args:
+        accelerator: as for ``Trainer``. ``"auto"`` is the CPU where the accelerator cannot merge (MPS has no float64).
+    """
+    if accelerator == "auto" and MPSAccelerator.is_available():
+        accelerator = "cpu"
+    with quiet_lightning():
+        return Trainer(
+            accelerator=accelerator, devices=1, logger=False, enable_checkpointing=False, enable_model_summary=False
+        )
 
 
 def single_device_trainer(trainer: Trainer) -> Trainer:

@@ -28,6 +28,7 @@ from com_lightning.execution import _versions, average_shared, calibration_tasks
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod
 from com_lightning.methods.base import Need
 from com_lightning.methods.registry import Setting, read_methods
+from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts, readable
@@ -136,24 +137,14 @@ class Compare(Callback):
         settings: the rules.
         splits: of the data.
         output_dir: folder for the result.
-        overwrite: whether it may replace another one.
-        metric: that tables show, and that settings are chosen by; ``None``: the first one that is not a loss.
-        files: further files for the folder, name -> text.
-        no_resume: forget what an interrupted comparison has found.
-        experts_stay, on_bad_batch, memory_budget: as in a merge; the budget in bytes.
+        options: as for a merge.
     """
 
     plan: MergePlan
     settings: Sequence[Setting]
     splits: Splits
     output_dir: str
-    overwrite: bool = False
-    metric: str | None = None
-    files: Mapping[str, str] = field(default_factory=dict)
-    no_resume: bool = False
-    experts_stay: bool = False
-    on_bad_batch: Any = "raise"
-    memory_budget: int | None = None
+    options: MergeOptions
     comparison: Comparison | None = None
     _peers: Peers = field(default_factory=Peers)
 
@@ -166,7 +157,7 @@ class Compare(Callback):
             # Calibration forwards log nowhere.
             with torch.inference_mode(False), together(peers), borrowed(trainer, loggers=[DummyLogger()]):
                 if peers.rank == 0:
-                    workplace = Workplace(Path(self.output_dir), afresh=self.no_resume)
+                    workplace = Workplace(Path(self.output_dir), afresh=not self.options.resume)
                 self.comparison = self._compare(trainer, peers, workplace)
                 if workplace:
                     self._write(workplace, self.comparison)
@@ -194,7 +185,7 @@ class Compare(Callback):
             key = {"experts": name, "of": self._samples(name)}
             result.experts[name] = known.get(key) or known.add(key, validated(plan.experts, name, "experts"))
         report = MergeReport(metrics={"expert": result.experts["report"]})
-        report.choose_monitor(self.metric)
+        report.choose_monitor(self.options.monitor, self.options.mode)
         result.metric, result.warnings = report.monitor, result.warnings + report.warnings
         merges = [
             (setting, seed)
@@ -229,7 +220,7 @@ class Compare(Callback):
         return digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
 
     def _run(self, peers: Peers, on_layer: Any = None) -> Run:
-        run = Run(peers=peers, memory_budget=self.memory_budget, on_bad_batch=self.on_bad_batch)
+        run = Run(peers=peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
         run.on_layer = on_layer or run.on_layer
         return run
 
@@ -247,7 +238,9 @@ class Compare(Callback):
         with tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet, leave=False) as bar:
             try:
                 run = self._run(peers, lambda record: bar.update())
-                modules, report = execute(plan, trainer, self.splits.part("report", seed), run, self.experts_stay)
+                modules, report = execute(
+                    plan, trainer, self.splits.part("report", seed), run, self.options.offload_experts
+                )
             except Exception as error:
                 error.add_note(f"This was {setting.label}; what had been merged before is kept.")
                 raise
@@ -261,7 +254,7 @@ class Compare(Callback):
     def _average_shift(self, trainer: Trainer, peers: Peers, seed: int | None) -> list[tuple[str, dict[str, float]]]:
         plan = replace(self.plan, method=ChainOfMerges())
         data = self.splits.part("report", seed)
-        tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.experts_stay)
+        tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.options.offload_experts)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
             return _shift(measure_drift(tasks, merged, self._run(peers)))
@@ -282,7 +275,7 @@ class Compare(Callback):
             "shared parameters": self.plan.parameters.shared,
             "samples": [data.num_samples, data.split, data.batch_size, data.augmented_copies],
             "limits": [trainer.limit_val_batches, trainer.limit_train_batches],
-            "on_bad_batch": self.on_bad_batch,
+            "on_bad_batch": self.options.on_bad_batch,
             "precision": trainer.precision,
             "device": trainer.strategy.root_device.type,
             "processes": trainer.world_size,
@@ -292,9 +285,9 @@ class Compare(Callback):
         return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(told)}
 
     def _write(self, workplace: Workplace, comparison: Comparison) -> None:
-        if problems := output_problems(Path(self.output_dir), self.overwrite):
+        if problems := output_problems(Path(self.output_dir), self.options.overwrite):
             raise MergeError(problems)
-        texts = {"report.json": comparison.to_json(), "report.md": comparison.to_markdown(), **self.files}
+        texts = {"report.json": comparison.to_json(), "report.md": comparison.to_markdown(), **self.options.files}
 
         def write(made: Path) -> None:
             for name, text in texts.items():

@@ -22,7 +22,7 @@ def load_base(
     model: LightningModule,
     experts: Mapping[str, LightningModule],
     shared: Collection[str],
-    grow_vocabulary: bool = False,
+    resize_embeddings: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Name of each shared floating-point parameter or buffer -> its value in the base; and what is odd about it.
 
@@ -32,7 +32,7 @@ def load_base(
         model: a module of the experts' class.
         experts: task -> its module.
         shared: names of what is merged.
-        grow_vocabulary: whether rows that a table of the base lacks are the average of the experts', so that no expert
+        resize_embeddings: whether rows that a table of the base lacks are the average of the experts', so that no expert
             has learned anything there but its difference from the others.
 
     Raises:
@@ -50,7 +50,7 @@ def load_base(
         if not states[0][name].is_floating_point():
             continue
         value, shape = state.get(name), states[0][name].shape
-        if value is not None and grow_vocabulary and value.dim() and value.shape[1:] == shape[1:]:
+        if value is not None and resize_embeddings and value.dim() and value.shape[1:] == shape[1:]:
             rows = average([expert[name].detach()[len(value) :] for expert in states])
             value = torch.cat([value.detach(), rows.to(value)]) if len(rows) else value
         if value is None or value.shape != shape:

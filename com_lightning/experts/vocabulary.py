@@ -40,7 +40,7 @@ def match_vocabularies(
         told = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
         problems.append(
             f"embedding tables have different numbers of rows: {some(told, '; ')}. To merge the rows that all have and "
-            "keep the others, set grow_vocabulary; to leave each task its own table, name it in `private`, with "
+            "keep the others, set resize_embeddings; to leave each task its own table, name it in `private`, with "
             "whatever else differs"
         )
     elif not problems:

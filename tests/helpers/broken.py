@@ -189,7 +189,7 @@ CONFIG = {
     "metric": "val_acc",
     "baselines": False,
     "on_bad_batch": "raise",
-    "grow_vocabulary": False,
+    "resize_embeddings": False,
 }
 
 

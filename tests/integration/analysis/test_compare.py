@@ -299,7 +299,7 @@ def test_a_comparison_goes_on_where_it_was(
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == json.loads(resumed.to_json())
 
 
-@pytest.mark.parametrize("change", [{"seeds": [3]}, {"private": ["head", "body.0"]}, {"no_resume": True}])
+@pytest.mark.parametrize("change", [{"seeds": [3]}, {"private": ["head", "body.0"]}, {"resume": False}])
 def test_what_belongs_to_another_comparison_is_not_taken(
     change: dict[str, Any], files: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -384,7 +384,7 @@ def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
 
 
 def test_a_metric_that_is_not_logged_is_told(files: list[str], tmp_path: Path) -> None:
-    told = compare(tmp_path / "out", "average", metric="f1")
+    told = compare(tmp_path / "out", "average", monitor="f1")
     assert told.metric == "val_acc"
     assert any("'f1' was not logged" in warning for warning in told.warnings)
 

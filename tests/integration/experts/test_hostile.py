@@ -231,7 +231,7 @@ def test_names_of_tasks_stay_in_the_folder(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../x", "/tmp/x", "..", ".", "a/b", ""])
 def test_names_of_further_files_stay_in_the_folder(name: str, tmp_path: Path) -> None:
     merger = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3)))), output_dir=str(tmp_path / "out"))
-    merger.files = {name: "text"}
+    merger.options.files = {name: "text"}
     with pytest.raises(MergeError, match=r"files: .*would be written outside"):
         merger.plan(Classifier(), MergeDataModule({"a": make_data(0), "b": make_data(1)}))
 

@@ -70,7 +70,7 @@ def test_tables_that_differ_are_an_error() -> None:
         run({"a": a, "b": b}, Words(), {"a": 12, "b": 15})
     problem = caught.value.problems[0]
     assert "table.weight: model 12, a 12, b 15" in problem
-    assert "set grow_vocabulary" in problem
+    assert "set resize_embeddings" in problem
     assert len(caught.value.problems) == 1
 
 
@@ -91,7 +91,7 @@ def test_heads_with_other_classes_are_no_vocabulary() -> None:
 def test_common_rows_are_merged_and_the_others_kept(tied: bool) -> None:
     a, b, c = words(12, 15, 15, tied=tied)
     model = Words(tied=tied)
-    callback = run({"a": a, "b": b, "c": c}, model, {"a": 12, "b": 15, "c": 15}, private=["head"], grow_vocabulary=True)
+    callback = run({"a": a, "b": b, "c": c}, model, {"a": 12, "b": 15, "c": 15}, private=["head"], resize_embeddings=True)
     merged = callback.modules["a"]
     assert isinstance(merged, Words)
     table = merged.table.weight
@@ -109,7 +109,7 @@ def test_common_rows_are_merged_and_the_others_kept(tied: bool) -> None:
 
 def test_rows_of_one_expert_alone_are_its_own() -> None:
     a, b = words(12, 15)
-    merged = run({"a": a, "b": b}, Words(), {"a": 12, "b": 15}, private=["head"], grow_vocabulary=True).modules
+    merged = run({"a": a, "b": b}, Words(), {"a": 12, "b": 15}, private=["head"], resize_embeddings=True).modules
     for task in "ab":
         table = merged[task].get_parameter("table.weight")
         torch.testing.assert_close(table[12:], b.table.weight[12:])
@@ -121,7 +121,7 @@ def test_a_grown_result_is_read_again(tmp_path: Path) -> None:
     a, b = words(12, 15)
     save_lightning(a, tmp_path / "a.ckpt")
     experts: dict[str, Any] = {"a": tmp_path / "a.ckpt", "b": b}
-    rows, kwargs = {"a": 12, "b": 15}, {"private": ["head"], "grow_vocabulary": True}
+    rows, kwargs = {"a": 12, "b": 15}, {"private": ["head"], "resize_embeddings": True}
     callback = run(experts, Words(), rows, output_dir=str(tmp_path / "out"), **kwargs)
     for task in "ab":
         again = load_expert(task, tmp_path / "out" / f"{task}.ckpt", Words())
@@ -143,7 +143,7 @@ def test_transformers_tables_grow(tmp_path: Path) -> None:
     b = expert_folder(tmp_path / "b", 2, kind=BertForMaskedLM, vocabulary=33)
     with pytest.raises(MergeError, match=r"word_embeddings.weight: model 30, a 30, b 33"):
         merge({"a": a, "b": b}, Masked())
-    callback = merge({"a": a, "b": b}, Masked(), grow_vocabulary=True, private=[], output_dir=str(tmp_path / "out"))
+    callback = merge({"a": a, "b": b}, Masked(), resize_embeddings=True, private=[], output_dir=str(tmp_path / "out"))
     net: Any = AutoModelForMaskedLM.from_pretrained(tmp_path / "out" / "transformers")
     assert net.config.vocab_size == 33
     merged: Any = callback.modules["a"].net
@@ -163,7 +163,7 @@ def test_the_model_of_merge_trainer_does_not_grow(tmp_path: Path) -> None:
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
     data = MergeDataModule({"a": make_texts(0), "b": make_texts(1, 33)}, num_samples=8)
     experts = {"a": str(a), "b": str(b)}
-    trainer.merge(model, data, experts, private=[], baselines=False, output_dir=folder, grow_vocabulary=True)
+    trainer.merge(model, data, experts, private=[], baselines=False, output_dir=folder, resize_embeddings=True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
@@ -183,5 +183,5 @@ def test_longer_vocabularies_with_the_same_beginning(tmp_path: Path) -> None:
     a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2, vocabulary=33)
     save_tokenizer(a)
     save_tokenizer(b, [*WORDS, "x", "y", "z"])
-    callback = merge({"a": a, "b": b}, private=[], grow_vocabulary=True)
+    callback = merge({"a": a, "b": b}, private=[], resize_embeddings=True)
     assert callback.modules["a"].net.config.vocab_size == 33  # type: ignore[union-attr]

@@ -146,7 +146,7 @@ def test_a_shorter_table_of_the_base_grows() -> None:
         experts[1].mix.load_state_dict(base.mix.state_dict())
     perturb(experts[0], 0.1)
     perturb(experts[1], 0.1)
-    merger = ChainOfMergesCallback(dict(zip("ab", experts)), TaskArithmetic(1.0), grow_vocabulary=True, base=base)
+    merger = ChainOfMergesCallback(dict(zip("ab", experts)), TaskArithmetic(1.0), resize_embeddings=True, base=base)
     merger.merge(base)
     result = merger.modules["a"].get_parameter("table.weight")
     expected = experts[0].table.weight + experts[1].table.weight[:5] - base.table.weight
@@ -335,5 +335,5 @@ def test_the_base_of_modules_with_adapters_is_the_model_without_them() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     folded = load_expert("base", model, model)
     for name, parameter in merger.modules["a"].named_parameters():
-        if name in merger._shared:
+        if name in merger.result.shared:
             assert relative(parameter, folded.get_parameter(name)) < 1e-6, name

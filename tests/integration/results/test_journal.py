@@ -134,7 +134,7 @@ def test_another_merge_is_refused(change: dict[str, Any], told: str, unfinished:
     with pytest.raises(MergeError, match=f"differs from this one: {told}.*set resume=False") as caught:
         merge(unfinished, **change)
     assert len(caught.value.problems) == 1
-    assert merge(unfinished, **change, no_resume=True).report.resumed == 0
+    assert merge(unfinished, **change, resume=False).report.resumed == 0
     assert not (unfinished.parent / ".out.partial").exists()
 
 
@@ -176,8 +176,8 @@ def test_another_version_is_refused(unfinished: Path) -> None:
         merge(unfinished)
 
 
-def test_no_resume_keeps_no_record(tmp_path: Path) -> None:
-    interrupt(tmp_path / "out", 2, no_resume=True)
+def test_without_resume_it_keeps_no_record(tmp_path: Path) -> None:
+    interrupt(tmp_path / "out", 2, resume=False)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -199,7 +199,7 @@ def test_the_old_name_of_the_monitor_is_deprecated() -> None:
 
 
 def test_the_metric_can_be_chosen() -> None:
-    report = merge(metric="val_loss").report
+    report = merge(monitor="val_loss").report
     assert report.monitor == "val_loss"
     assert f"{report.metrics['merged']['a']['val_loss']:.4f}" in report.task_table()
 

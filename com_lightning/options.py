@@ -1,0 +1,83 @@
+"""The options of a merge: their names, defaults, explanations and checks stand here, and nowhere else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from com_lightning.compat import renamed_options
+from com_lightning.experts.load import ExpertSource
+from com_lightning.experts.state_dicts import some
+
+
+@dataclass(eq=False)
+class MergeOptions:
+    """How experts are merged, and what is done with the result.
+
+    Args:
+        private: patterns of parameters that stay with their task ("head", "*.classifier.*"); all others are
+            shared. By default a parameter is private if its name or shape differs between the experts.
+        monitor: the logged metric that tables show; by default the first one that is not a loss. If it was not logged,
+            the report says so and shows another one.
+        mode: whether "min" or "max" of that metric is best; by default this is guessed from its name.
+        baselines: also validate the experts and their plain average, for comparison.
+        base: the model that the experts were fine-tuned from, in any form that an expert may have. Some methods need
+            it (task arithmetic and its relatives). By default it is the given model with its current weights.
+        output_dir: folder for the merged weights, one Lightning checkpoint for each task, and the report.
+        overwrite: replace an existing output_dir.
+        resize_embeddings: if embedding tables differ in length, give all of them the rows of the longest one. Rows that
+            all experts have are merged, the others are kept. Without it, such tables are an error.
+        on_bad_batch: what happens if a calibration batch, or an activation computed from it, holds NaN or infinity:
+            "raise" raises an error that names task, batch and layer; "skip" leaves the batch out from that
+            layer on.
+        memory_budget: GiB that paused calibration forwards may hold together. What exceeds it is moved from an
+            accelerator to host memory, or from the CPU to temporary files. By default there is no limit.
+        offload_experts: leave experts where they were loaded, and bring each weight to the device only while the
+            expert's forward uses it. By default experts whose forwards are needed are on the device during the merge.
+        resume: keep a record of merged layers beside output_dir until the result is written (about as large as the
+            merged model). A merge that was killed then goes on from it if it is started again with the same experts,
+            data, settings and versions.
+        files: further text files for output_dir, name -> text.
+    """
+
+    private: list[str] | None = None
+    monitor: str | None = None
+    mode: Literal["min", "max"] | None = None
+    baselines: bool = True
+    base: ExpertSource | None = None
+    output_dir: str | None = None
+    overwrite: bool = False
+    resize_embeddings: bool = False
+    on_bad_batch: Literal["raise", "skip"] = "raise"
+    memory_budget: float | None = None
+    offload_experts: bool = False
+    resume: bool = True
+    files: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.private, str):
+            self.private = [self.private]
+
+    @property
+    def budget(self) -> int | None:
+        """``memory_budget`` in bytes."""
+        return None if self.memory_budget is None else int(self.memory_budget * 2**30)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the values, each as one sentence."""
+        found = []
+        if self.mode not in (None, "min", "max"):
+            found.append(f"mode: must be 'min', 'max' or None, got {self.mode!r}")
+        if self.on_bad_batch not in ("raise", "skip"):
+            found.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
+        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+            found.append(f"memory_budget: must be a number of GiB above 0, got {self.memory_budget}")
+        if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
+            found.append(f"files: {some(outside)} would be written outside output_dir; give plain names")
+        return found
+
+
+MergeOptions.__init__ = renamed_options(MergeOptions.__init__)  # type: ignore[method-assign]
