@@ -25,7 +25,6 @@ from com_lightning.errors import MergeError, reason
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
 
-
 _OURS = {"ChainOfMerges", "ChainOfMergesCallback", "MergeDataModule"}
 _NEW = {renamed.new for renamed in RENAMED_OPTIONS.values()}
 
