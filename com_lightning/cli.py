@@ -19,7 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from com_lightning.analysis.inspection import MOST, inspect, save
 from com_lightning.compat import RENAMED_OPTIONS, with_new_names
 from com_lightning.core.sweep.distributed import PeerError
-from com_lightning.core.tensors.allocator import kept_memory
+from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
 from com_lightning.results.export import PRECISIONS, export
@@ -136,13 +136,13 @@ class MergeCLI(LightningCLI):
     def merge(self, **kwargs: Any) -> None:
         """Run the merge, and keep the resolved configuration with its result."""
         assert isinstance(self.trainer, MergeTrainer)
-        with kept_memory():
+        with keep_freed_memory():
             self.trainer.merge(**kwargs, files=self._config_file("merge"))
 
     def compare(self, **kwargs: Any) -> None:
         """Run the comparison, and keep the resolved configuration with its result."""
         assert isinstance(self.trainer, MergeTrainer)
-        with kept_memory():
+        with keep_freed_memory():
             self.trainer.compare(**kwargs, files=self._config_file("compare"))
 
     def _config_file(self, subcommand: str) -> dict[str, str]:
