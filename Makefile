@@ -12,13 +12,15 @@ SUITES := images8 images8-resnet texts6 lm4 lora6
 demo: $(INSTALLED)
 	PATH="$(RUN):$$PATH" bash examples/digits/demo.sh
 
+# Unit and integration tests, and the examples in docstrings.
 test: lint docs
 	$(RUN)/python -m pytest -n 2 -m "not slow"
 
-# Parts alone: under a minute on one core.
+# Under a minute on one core.
 test-unit: $(INSTALLED)
 	$(RUN)/python -m pytest tests/unit
 
+# Also tests/slow.
 test-all: lint
 	$(RUN)/python -m pytest -n 2
 
