@@ -37,7 +37,7 @@ def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: 
 def held_by_gradients(tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance) -> int:
     """Return the most bytes that a forward of these batches holds for its backward.
 
-    Predictions are differentiated as by :func:`~com_lightning.core.chain.sensitivity.roots`; the arguments are the same.
+    Predictions are differentiated as by :func:`~com_lightning.core.chain.sensitivity.roots`, with the same arguments.
     """
     models = Models(tasks, merged, ("expert",))
     weights = {t.untyped_storage().data_ptr() for model in models.running.values() for t in model.tensors.values()}

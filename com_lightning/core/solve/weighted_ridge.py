@@ -11,8 +11,8 @@ which for the difference ``D = W - W̄`` to the average is the linear system
 
 with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal, it has that module's
 solution. If they differ, it has as many unknowns as the weight has numbers, and is solved by conjugate gradients, which
-are preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours; systems
-of this form are those of Tam et al., arXiv 2312.04339.
+are preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours.
+Tam et al., arXiv 2312.04339, have systems of this form.
 """
 
 from __future__ import annotations
