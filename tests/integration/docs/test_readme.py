@@ -1,4 +1,4 @@
-"""The example with adapters runs, and no line of the documentation is too wide."""
+"""The README's code and the example with adapters run, and no page is too long or too wide."""
 
 from __future__ import annotations
 
@@ -8,13 +8,29 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from tests.helpers import perturb
+from tests.helpers.classifier import Classifier, make_data, make_experts
+from tests.helpers.sources import save_lightning
 from tests.helpers.texts import make_bert, save_tokenizer
 
 ROOT = Path(__file__).parents[3]
+
+
+def test_the_code_in_the_readme(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for task, expert in zip(("mnist", "digits"), make_experts((3, 3))):
+        save_lightning(expert, tmp_path / f"{task}.ckpt")
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    names = {"model": Classifier(), "MNISTData": lambda: make_data(0), "DigitsData": lambda: make_data(1)}
+    exec(code, names)
+    assert "| mean " in capsys.readouterr().out
+    Classifier.load_from_checkpoint(tmp_path / "merged" / "merged.ckpt", weights_only=True)
 
 
 def test_the_example_with_adapters(tmp_path: Path) -> None:
@@ -43,6 +59,10 @@ def test_the_example_with_adapters(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "val_acc" in done.stdout
     AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged" / "transformers" / "spam")
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 def test_no_line_is_too_wide() -> None:
