@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from threading import Thread
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -18,12 +18,16 @@ from lightning.pytorch.plugins.precision import BitsandbytesPrecision, Transform
 from lightning.pytorch.strategies import DDPStrategy
 from torchmetrics import Metric
 
-from com_lightning.core.sweep.distributed import Peers, ProcessGroup
+from com_lightning.core.sweep.distributed import ENDED, PeerError, Peers, ProcessGroup
 from com_lightning.errors import MergeError
 
 
 def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
-    """Refuse what would merge wrongly, or to no avail.
+    """Refuse trainers that would merge wrongly, or in vain.
+
+    Args:
+        trainer: the trainer.
+        output_dir: where the result is written.
 
     Raises:
         MergeError: for a strategy that shards the model, a result that nobody would see, layers that are
@@ -49,12 +53,12 @@ def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
 
 
 def returns_nothing(trainer: Trainer) -> bool:
-    """Whether the merge is done by processes of which nothing comes back but what they write (spawn, fork)."""
+    """Return whether the merging processes end with the merge, so that only written files remain (spawn, fork)."""
     return trainer.world_size > 1 and getattr(trainer.strategy, "_start_method", "popen") != "popen"
 
 
 def peers_of(trainer: Trainer) -> Peers:
-    """The processes of a trainer that has set up its strategy."""
+    """Return the processes of a trainer that has set up its strategy."""
     return ProcessGroup() if trainer.world_size > 1 and dist.is_initialized() else Peers()
 
 
@@ -69,7 +73,7 @@ def early_peers(trainer: Trainer) -> Peers:
     if trainer.world_size < 2 or not isinstance(strategy, DDPStrategy):
         return Peers()
     environment = strategy.cluster_environment
-    # Lightning's own environment tells in the others that they were started from outside, but not in the first.
+    # Lightning's own environment says so in all processes but the first.
     if isinstance(environment, LightningEnvironment) or not environment or not environment.creates_processes_externally:
         return Peers()
     environment.validate_settings(num_devices=strategy.num_processes, num_nodes=strategy.num_nodes)
@@ -78,11 +82,13 @@ def early_peers(trainer: Trainer) -> Peers:
 
 
 _PARENT = "COM_LIGHTNING_PARENT"
+_PR_SET_PDEATHSIG = 1
+"""The signal that Linux sends to a process when the one that started it ends, see prctl(2)."""
 
 
 @contextmanager
 def known_as_parent() -> Iterator[None]:
-    """Processes that are started within know which one started them, see :func:`end_with_parent`."""
+    """Let the processes that are started within know which process started them, see :func:`end_with_parent`."""
     os.environ[_PARENT] = str(os.getpid())
     try:
         yield
@@ -91,38 +97,32 @@ def known_as_parent() -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """If Lightning started this process for a merge, let it end when the process that started it is killed.
+    """If Lightning started this process for a merge, have it end when the process that started it is killed.
 
-    It would else wait for that one until the strategy's timeout: to be let in, or for a GPU.
+    Otherwise it would wait for that process until the strategy's timeout, which is half an hour. Linux ends it; on
+    other systems it waits.
+
+    Raises:
+        PeerError: if the process that started this one has ended already.
     """
     parent = int(os.environ.pop(_PARENT, 0))
-    if not parent or sys.platform == "win32":  # where a process keeps its parent's number
+    if not parent or sys.platform != "linux":
         return
-    direct = os.getppid() == parent  # or else the interpreter was started by a launcher of its own
-
-    def watch() -> None:
-        while os.getppid() == parent if direct else _exists(parent):
-            time.sleep(0.5)
-        print("com-lightning: the process that started this one has ended", file=sys.stderr, flush=True)
-        os._exit(1)
-
-    Thread(target=watch, name="watch-parent", daemon=True).start()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # other signals wait for the call that blocks to return
+    if not _is_running(parent):
+        raise PeerError(f"the process that started this one {ENDED}")
 
 
-def _exists(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-        # One that was killed stays until whoever started it has taken note.
+def _is_running(process: int) -> bool:
+    try:  # a process that was killed stays as a zombie until its own parent has taken note
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except ProcessLookupError:
+    except OSError:
         return False
-    except OSError:  # not ours, or not Linux
-        return True
 
 
 @contextmanager
 def together(peers: Peers) -> Iterator[None]:
-    """Where one process fails, all do, instead of waiting for it."""
+    """If one process fails here, all do, instead of waiting for it."""
     with peers.told():
         yield
         peers.exchange(None)  # nobody goes on before all have come this far

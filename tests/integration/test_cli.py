@@ -13,6 +13,7 @@ import torch
 import yaml
 
 from com_lightning.cli import main
+from com_lightning.compat import RENAMED_OPTIONS
 from tests.helpers import Classifier, make_experts
 from tests.helpers.commands import DATA, MODEL, QUIET
 from tests.helpers.running import save_lightning
@@ -62,6 +63,23 @@ def test_the_resolved_config_runs_again_and_gives_the_same(experts: list[str], t
     one, two = (json.loads((tmp_path / name / "report.json").read_text()) for name in ("one", "two"))
     assert one["metrics"] == two["metrics"]
     assert two["method"]["class"] == "RegMean"
+
+
+def test_old_names_of_options_work_with_a_warning(experts: list[str], tmp_path: Path) -> None:
+    rule = "{class_path: com_lightning.ChainOfMerges, init_args: {balance: worst, refit_private: true}}"
+    (tmp_path / "rule.yaml").write_text(f"metric: val_loss\nexperts_device: cpu\nmethod: {rule}\n")
+    (tmp_path / "outer.yaml").write_text("merge: {grow_vocabulary: true}\n")
+    data = [*DATA[:1], "--data.samples", "24", "--data.init_args.source=val", *DATA[2:]]
+    arguments = [*MODEL, *data, *QUIET, *experts, "--no_resume", f"--config={tmp_path / 'rule.yaml'}"]
+    with pytest.warns(FutureWarning) as caught:
+        main([f"--config={tmp_path / 'outer.yaml'}", "merge", *arguments, f"--output_dir={tmp_path / 'out'}"])
+    old = {str(warning.message).split()[2].partition("=")[0] for warning in caught if "is now" in str(warning.message)}
+    assert old == set(RENAMED_OPTIONS)
+    config = yaml.safe_load((tmp_path / "out" / "config.yaml").read_text())
+    assert (config["monitor"], config["resume"], config["offload_experts"]) == ("val_loss", False, True)
+    assert config["resize_embeddings"] is True
+    assert (config["data"]["init_args"]["num_samples"], config["data"]["init_args"]["split"]) == (24, "val")
+    assert config["method"]["init_args"]["refit_heads"] is config["method"]["init_args"]["balance"] is True
 
 
 def test_print_config_gives_a_file_that_runs(

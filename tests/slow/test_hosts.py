@@ -231,7 +231,6 @@ def test_a_process_does_not_wait_for_the_one_that_started_it(
     out = parent.communicate(timeout=60)[0]
     print(f"parent killed while the other starts: all ended after {time.time() - at:.1f} s\n{out[-1500:]}")
     assert not running(project)
-    assert "com-lightning: the process that started this one has ended" in out
 
 
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="asks Linux which processes run")

@@ -24,6 +24,12 @@ PATIENCE = 10.0
 ROLL_CALL = 2.0
 """Seconds for those that are left to say so, once a connection is lost."""
 
+ENDED = (
+    "has ended without a word: it was killed, most often because memory ran out (then lower data.num_samples, or use "
+    "fewer processes on each machine), or it crashed; see its own output, and the system's log"
+)
+"""What is said of a process that is gone."""
+
 
 class PeerError(RuntimeError):
     """Another process has failed, with this message."""
@@ -154,11 +160,7 @@ class ProcessGroup(Peers):
                 f"{who} did not come within the time that processes wait for each other; if it is not stuck but slow, "
                 "give more: strategy=DDPStrategy(timeout=timedelta(hours=2))"
             )
-        return (
-            f"{who} has ended without a word: it was killed, most often because memory ran out (then lower "
-            "data.num_samples, or use fewer processes on each machine), or it crashed; see its own output, and the "
-            "system's log"
-        )
+        return f"{who} {ENDED}"
 
     def _roll_call(self, others: list[int]) -> tuple[list[int], dict[int, str]]:
         """Who does not answer, the one that has gone among them; and what those that gave up have left to say."""
