@@ -268,7 +268,7 @@ def _timed(
     peak = f"{torch.cuda.max_memory_allocated(device) / 2**30:.2f}" if cuda else "not measured"
     row = [name, f"{parameters / 1e6:,.1f} M", str(len(solved)), str(samples), f"{seconds:.1f}"]
     row += [f"{seconds / len(solved):.3f}", f"{slowest.name} ({slowest.seconds:.2f} s)", *shares, peak]
-    each = [{"layer": r.name, "kind": r.kind, "seconds": r.seconds, "solving": r.solving} for r in solved]
+    each = [{"layer": r.name, "kind": r.layer_type, "seconds": r.seconds, "solving": r.solving} for r in solved]
     return row, each
 
 

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from com_lightning.results.report import MergeReport
     from com_lightning.trainer import MergeTrainer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AdaMerging",
     "Average",

@@ -110,7 +110,9 @@ class MergeTrainer(Trainer):
         data = as_tasks(datamodule)
         settings = compared(methods, method)
         sources: dict[str, Any] = dict(experts or {})
-        merger = ChainOfMergesCallback(sources, SeveralRules(settings), verbose=False, baselines=False, base=base, **options)
+        merger = ChainOfMergesCallback(
+            sources, SeveralRules(settings), verbose=False, baselines=False, base=base, **options
+        )
         overwrite = merger.options.overwrite
         with borrowed(self):
             with set_up(self, data, output_dir, dry_run):

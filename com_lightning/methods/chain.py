@@ -28,7 +28,7 @@ class ClosedForm(MergingMethod):
             head_records, heads = refit(job.tasks, job.merged, job.own, self.options, job.run)
             job.refitted.update(heads)
             records += head_records
-        if self.options.sensitivity and all(record.steps is None for record in records):
+        if self.options.sensitivity and all(record.cg_steps is None for record in records):
             job.warnings.append(
                 "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
                 "all errors count alike; a calibration_step of the module's own would be run in its place"

@@ -42,7 +42,7 @@ def summarize_parameters(
     expert = next(iter(experts.values()))
     ties, shared = tied_names(expert), set(parameters.shared)
     solved, notes = _solved_values(records, ties)
-    rules = {ties[record.name]: record.kind for record in records if isinstance(record, ParameterRecord)}
+    rules = {ties[record.name]: record.layer_type for record in records if isinstance(record, ParameterRecord)}
     estimated = {name for record in records for name in record.buffers}
     outcomes: dict[str, ParameterOutcome] = {}
     sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
@@ -89,7 +89,7 @@ def _solved_values(records: Sequence[LayerRecord], ties: Mapping[str, str]) -> t
         if record.task is not None or isinstance(record, ParameterRecord):
             continue
         for name, count in record.parameters.items():
-            reached = count - count * record.idle // max(record.groups, 1)
+            reached = count - count * record.groups_without_data // max(record.groups, 1)
             solved[ties[name]] = solved.get(ties[name], 0) + reached
             if not reached:
                 notes.setdefault(ties[name], "no calibration data reached it")

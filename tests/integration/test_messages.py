@@ -311,9 +311,9 @@ def test_adapters_in_modules_beside_a_plain_model_are_one_problem() -> None:
 def test_rows_without_data_count_as_averaged() -> None:
     module = nn.ModuleDict({"table": nn.Embedding(10, 2), "head": nn.Linear(2, 3), "late": nn.Linear(2, 1)})
     records = [
-        LayerRecord("table", "embedding", {"table.weight": 20}, groups=10, idle=7),
+        LayerRecord("table", "embedding", {"table.weight": 20}, groups=10, groups_without_data=7),
         LayerRecord("head", "linear", {"head.weight": 6, "head.bias": 3}, groups=1),
-        LayerRecord("late", "linear", {"late.weight": 2, "late.bias": 1}, groups=1, idle=1),
+        LayerRecord("late", "linear", {"late.weight": 2, "late.bias": 1}, groups=1, groups_without_data=1),
     ]
     shared = Parameters([name for name, _ in module.named_parameters()], {"a": []}, {"adapter.weight"})
     outcomes, sizes = summarize_parameters({"a": module}, shared, records, True)
@@ -333,7 +333,7 @@ def test_rows_without_data_count_as_averaged() -> None:
     ],
 )
 def test_notes_on_missing_data(kind: str, groups: int, idle: int, note: str) -> None:
-    assert note in MergeReport(layers=[LayerRecord("x", kind, groups=groups, idle=idle)]).layer_table()
+    assert note in MergeReport(layers=[LayerRecord("x", kind, groups=groups, groups_without_data=idle)]).layer_table()
 
 
 def test_the_summary_is_a_sentence() -> None:

@@ -213,8 +213,12 @@ class LayerSolver(Visitor):
 
     def _describe(self, record: LayerRecord, layer: Layer, inputs: LayerInputs, result: Fit) -> None:
         """Record how a layer was solved."""
-        record.groups, record.idle = len(result.reached), int((result.reached == 0).sum())
-        record.kept, record.steps, record.residual = result.groups_kept_average, result.cg_steps, result.residual
+        record.groups, record.groups_without_data = len(result.reached), int((result.reached == 0).sum())
+        record.groups_kept_average, record.cg_steps, record.residual = (
+            result.groups_kept_average,
+            result.cg_steps,
+            result.residual,
+        )
         record.ridge = self.options.ridge
         if inputs.factor is not None:
             record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter

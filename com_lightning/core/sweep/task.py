@@ -86,38 +86,39 @@ def batch_ids(tasks: Sequence[Task]) -> Iterator[BatchId]:
 
 @dataclass
 class LayerRecord:
-    """What happened at one layer; sums and ratios are over the calibration rows.
+    """What happened at one layer. Sums and ratios are over the calibration rows.
 
     Attributes:
-        name, kind: the layer and its type.
-        task: the one that it belongs to, where it is private.
+        name, layer_type: of the layer.
+        task: the task that it belongs to, if it is private.
         parameters: full name of each parameter that was solved -> how many of its values were.
         buffers: full names of the buffers that were re-estimated (running statistics).
-        distance, cosine: per task, relative distance and mean cosine between the merged model's and the expert's input.
-        importance: per task, what it counted, where that differs between layers.
-        residual: relative squared error of the layer's output after the merge (against the expert's output on its own
-            input if the rule is two-sided, on the merged model's input otherwise). Where the layer is corrected for
-            other tensors, it is that of the sum of its output and these, because that is what was solved for.
-        ridge: what it was solved with.
+        distance, cosine: for each task, relative distance and mean cosine between the merged model's and the expert's
+            input: the drift on arrival.
+        importance: of each task, where it differs between layers.
+        residual: relative squared error of the layer's output after the merge. A two-sided merge compares it with the
+            expert's output on the expert's input, a one-sided merge on the merged model's input. Where the layer
+            repairs a residual stream, it is the error of the sum of output and stream.
+        ridge: with which it was solved.
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solve.ridge.Factor`.
-        rows: number of rows per task.
-        masked: tasks whose padding masks fit the layer's inputs, and were applied to them.
-        groups, idle: independent regressions (rows of a table, experts of a mixture, channels), and how many of them no
-            data reached, which keep the average.
-        kept: those of them that keep the average because what they were solved for is no better, which only rounding
-            brings about.
-        steps: of conjugate gradients, where errors in the outputs count by direction; ``None``: they count alike.
-        unpaired: calls whose expert rows could not be matched, and which were merged one-sided.
-        corrected_for: the tensors whose drift the layer makes up for as well, because its output is added to them.
-        uncorrected: calls where that was not possible: these tensors were gone, changed, or of other shapes.
+        rows: number of rows of each task.
+        masked: tasks whose padding masks apply to the layer's inputs.
+        groups: number of independent regressions (rows of a table, experts of a mixture, channels).
+        groups_without_data: how many of them no data reached. They keep the average.
+        groups_kept_average: how many others keep the average because their solution is no better. Only rounding causes
+            this.
+        cg_steps: of conjugate gradients, where errors count by their effect on predictions.
+        unpaired: calls whose rows could not be matched with those of the expert. They were merged one-sided.
+        corrected_for: the tensors that the output is added to, and whose drift the layer repairs.
+        uncorrected: calls where that drift was not known, because these tensors were gone, changed, or of other shapes.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
         seconds: for gathering and solving.
-        solving: seconds of these that went into the closed form.
+        solving: how many of these seconds were for solving.
         note: why it was not solved, if it was not.
     """
 
     name: str
-    kind: str
+    layer_type: str
     parameters: dict[str, int] = field(default_factory=dict)
     buffers: list[str] = field(default_factory=list)
     distance: dict[str, float] = field(default_factory=dict)
@@ -130,9 +131,9 @@ class LayerRecord:
     rows: dict[str, int] = field(default_factory=dict)
     masked: list[str] = field(default_factory=list)
     groups: int = 0
-    idle: int = 0
-    kept: int = 0
-    steps: int | None = None
+    groups_without_data: int = 0
+    groups_kept_average: int = 0
+    cg_steps: int | None = None
     unpaired: int = 0
     corrected_for: list[str] = field(default_factory=list)
     uncorrected: int = 0

@@ -91,7 +91,9 @@ def test_heads_with_other_classes_are_no_vocabulary() -> None:
 def test_common_rows_are_merged_and_the_others_kept(tied: bool) -> None:
     a, b, c = words(12, 15, 15, tied=tied)
     model = Words(tied=tied)
-    callback = run({"a": a, "b": b, "c": c}, model, {"a": 12, "b": 15, "c": 15}, private=["head"], resize_embeddings=True)
+    callback = run(
+        {"a": a, "b": b, "c": c}, model, {"a": 12, "b": 15, "c": 15}, private=["head"], resize_embeddings=True
+    )
     merged = callback.modules["a"]
     assert isinstance(merged, Words)
     table = merged.table.weight

@@ -181,7 +181,7 @@ def test_each_parameter_is_told_of_once(rule: MergingMethod) -> None:
     assert {record.name for record in told} == expected
     assert all(isinstance(record, ParameterRecord) for record in told)
     if isinstance(rule, ParameterRule):
-        assert {record.kind for record in told} == {type(rule).__name__}
+        assert {record.layer_type for record in told} == {type(rule).__name__}
 
 
 def test_processes_share_the_parameters_out() -> None:

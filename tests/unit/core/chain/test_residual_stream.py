@@ -136,7 +136,7 @@ def test_running_statistics_do_not_stand_in_the_way() -> None:
     plain = merge_layers(tasks, averages(experts), [0.5, 0.5], ChainOptions())
     corrected = [(one, other) for one, other in zip(records, plain) if one.corrected_for]
     assert len(corrected) == 8
-    assert {one.kind for one, _ in corrected} == {"batch normalisation"}
+    assert {one.layer_type for one, _ in corrected} == {"batch normalisation"}
     assert not any(one.uncorrected for one, _ in corrected)
     twins = [Task(str(n), experts[0], batches[0], run) for n in range(2)]
     same = averages([experts[0], experts[0]])

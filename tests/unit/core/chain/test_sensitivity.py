@@ -144,7 +144,7 @@ def test_equal_metrics_change_nothing() -> None:
 def test_identical_experts_come_back(rule: str) -> None:
     expert = built(network)[0]
     merged, records = merged_by(SENSITIVE[rule], tasks_of([expert, expert], points()))
-    assert any(record.steps is not None for record in records)
+    assert any(record.cg_steps is not None for record in records)
     for name, tensor, _ in named_tensors(expert):
         torch.testing.assert_close(merged[name], tensor, rtol=1e-6, atol=1e-7)
 
@@ -155,7 +155,7 @@ def test_it_changes_what_is_merged_and_leaves_the_experts_alone(rule: str) -> No
     before = [copy.deepcopy(expert.state_dict()) for expert in experts]
     merged, records = merged_by(SENSITIVE[rule], tasks_of(experts, points()))
     plain, _ = merged_by(ChainOptions(target=SENSITIVE[rule].target), tasks_of(experts, points()))
-    assert [record.name for record in records if record.steps is not None] == ["0", "2", "4"]
+    assert [record.name for record in records if record.cg_steps is not None] == ["0", "2", "4"]
     assert relative(merged["2.weight"], plain["2.weight"]) > 1e-3
     for expert, state in zip(experts, before):
         assert all(torch.equal(value, state[name]) for name, value in expert.state_dict().items())
@@ -197,7 +197,7 @@ def test_functions_are_layers_too() -> None:
             return self.head(self.raw(x))  # type: ignore[no-any-return]
 
     _, records = merged_by(SENSITIVE["numbers"], tasks_of(built(Wrapped), points()))
-    assert {r.name for r in records if r.steps is not None} == {"raw.one", "raw.other", "head"}
+    assert {r.name for r in records if r.cg_steps is not None} == {"raw.one", "raw.other", "head"}
 
 
 def test_images_and_their_channels() -> None:
@@ -208,7 +208,7 @@ def test_images_and_their_channels() -> None:
 
     data = [[torch.randn(4, 1, 8, 8)] for _ in range(2)]
     _, records = merged_by(SENSITIVE["numbers"], tasks_of(built(network), data))
-    assert {r.name for r in records if r.steps is not None} == {"0", "4"}  # groups are solved on their own
+    assert {r.name for r in records if r.cg_steps is not None} == {"0", "4"}  # groups are solved on their own
 
 
 def test_padding_tells_nothing() -> None:
@@ -269,7 +269,7 @@ def test_in_a_trainer_it_uses_what_the_user_validates() -> None:
     quiet_trainer(callbacks=[merger]).validate(
         copy.deepcopy(experts["task0"]), datamodule=MergeDataModule(data, num_samples=20), verbose=False
     )
-    assert [layer.name for layer in merger.report.layers if layer.steps is not None] == ["body.0", "body.3"]
+    assert [layer.name for layer in merger.report.layers if layer.cg_steps is not None] == ["body.0", "body.3"]
     assert not [warning for warning in merger.report.warnings if "sensitivity" in warning]
 
 

@@ -126,8 +126,8 @@ def test_a_sum_takes_up_the_mean_of_what_is_missing(case: str) -> None:
             shift = fold(gap)
         expected += 0.5 * (expert.get_parameter("p").double() + shift)
     assert relative(merged["p"], expected) < 1e-4
-    assert records[-1].kind == "sum"
-    assert records[-1].idle == (24 if case == "a longer table" else 0)
+    assert records[-1].layer_type == "sum"
+    assert records[-1].groups_without_data == (24 if case == "a longer table" else 0)
 
 
 def test_a_product_is_a_regression_per_element() -> None:
@@ -138,7 +138,7 @@ def test_a_product_is_a_regression_per_element() -> None:
         above = above + (ours * theirs).sum((0, 1)) * expert.get_parameter("p").double()
         below = below + ours.square().sum((0, 1))
     assert relative(merged["p"], above / below) < 1e-4
-    assert records[-1].kind == "product"
+    assert records[-1].layer_type == "product"
 
 
 def test_stacked_weights_are_merged_one_by_one() -> None:
@@ -204,7 +204,7 @@ def test_experts_in_one_tensor_are_regressions_of_their_own_and_the_idle_ones_av
         assert relative(merged["w"][number][:, :6], expected) < 1e-4
         assert relative(merged["w"][number], start[number]) > 0.05
     assert torch.equal(merged["w"][3], start[3])
-    assert (records[-1].groups, records[-1].idle) == (4, 1)
+    assert (records[-1].groups, records[-1].groups_without_data) == (4, 1)
 
 
 def test_what_is_solved_of_a_stack_is_counted() -> None:
@@ -220,7 +220,7 @@ def test_a_batched_product_has_a_group_per_weight() -> None:
 
     experts = experts_of(lambda: Before(heads, w=(2, 3, 4)))
     merged, records = merge(experts, data(4, 5, 6))
-    assert (records[-1].kind, records[-1].groups, records[-1].note) == ("contraction", 2, None)
+    assert (records[-1].layer_type, records[-1].groups, records[-1].note) == ("contraction", 2, None)
     assert relative(merged["w"], average([expert.get_parameter("w") for expert in experts])) > 1e-2
 
 
@@ -260,7 +260,7 @@ def test_masked_scores_do_not_count() -> None:
     experts, batches = experts_of(lambda: Before(scores, p=(5, 5))), data(4, 5, 6)
     merged, records = merge(experts, batches)
     assert bool(torch.isfinite(merged["p"]).all())
-    assert records[-1].idle == 10  # above the diagonal nothing is learned
+    assert records[-1].groups_without_data == 10  # above the diagonal nothing is learned
 
 
 def test_attention_biases_given_as_a_mask_are_added_to_the_scores() -> None:
@@ -272,7 +272,7 @@ def test_attention_biases_given_as_a_mask_are_added_to_the_scores() -> None:
 
     results = [merge(experts_of(lambda f=f: Before(f, p=(5, 5))), data(4, 5, 6)) for f in (masked, added)]  # type: ignore[misc]
     assert relative(results[0][0]["p"], results[1][0]["p"]) < 1e-5
-    assert [record.kind for record in results[0][1]] == ["linear", "sum"]
+    assert [record.layer_type for record in results[0][1]] == ["linear", "sum"]
 
 
 class TiedHead(nn.Module):
@@ -304,7 +304,7 @@ def test_the_bias_of_a_tied_head_makes_up_for_the_weight() -> None:
 
 def test_a_table_that_is_a_weight_first_is_merged_as_a_weight() -> None:
     _, records = merge(experts_of(lambda: TiedHead(early=True)), tokens())
-    assert [(r.name, r.kind) for r in records if r.parameters] == [("embed.weight", "linear"), ("body", "linear")]
+    assert [(r.name, r.layer_type) for r in records if r.parameters] == [("embed.weight", "linear"), ("body", "linear")]
 
 
 def test_padding_does_not_count_in_sums_and_products() -> None:

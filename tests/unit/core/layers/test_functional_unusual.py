@@ -105,7 +105,7 @@ def test_vectors_stacked_in_one_parameter_are_solved_one_by_one() -> None:
     experts, batches = experts_of(lambda: Before(scaled, s=(4, 6))), data(6, 5, 6)
     merged, records = merge(experts, batches)
     start = average([expert.get_parameter("s") for expert in experts])
-    assert [(r.name, r.kind, r.parameters) for r in records[1:]] == [
+    assert [(r.name, r.layer_type, r.parameters) for r in records[1:]] == [
         *((f"s[{n}]", "product", {"s": 6}) for n in (0, 1, 3)),
         ("s[2]", "sum", {"s": 6}),
     ]
@@ -246,7 +246,7 @@ def test_masks_of_any_size_are_masks() -> None:
         function = masked(value)
         results.append(merge(experts_of(lambda f=function: Before(f, p=(5, 5))), data(4, 5, 6)))  # type: ignore[misc]
     for merged, records in results:
-        assert records[-1].idle == 10
+        assert records[-1].groups_without_data == 10
         assert relative(merged["p"], results[0][0]["p"]) < 1e-3
 
 
