@@ -87,7 +87,7 @@ class Workplace:
             shutil.rmtree(leftover, ignore_errors=True)
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file so that it exists completely or not at all, even after a power cut.
 
     Args:
@@ -106,17 +106,8 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file with :func:`write_whole`.
-
-    Args:
-        path: Where the file will be.
-        text: Its content.
-    """
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(text, encoding="utf-8")
-
-    write_whole(path, write)
+    """Write a text file with :func:`write_whole`."""
+    write_whole(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
 
 
 def _sync(path: Path) -> None:

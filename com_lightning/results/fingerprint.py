@@ -22,38 +22,17 @@ from com_lightning.core.tensors.modules import named_tensors
 
 
 def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
-    """Hash the class, parameters and buffers of each expert.
-
-    Args:
-        tasks: The tasks of the merge.
-
-    Returns:
-        One entry per task.
-    """
+    """One hash per task, of the class, parameters and buffers of its expert."""
     return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert)) for task in tasks}
 
 
 def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """Hash the shared tensors of the base model.
-
-    Args:
-        base: Name -> tensor; ``None`` if the method needs no base.
-
-    Returns:
-        One entry, or none.
-    """
+    """One hash of the shared tensors of the base; none if the method needs no base."""
     return {} if base is None else {"base": digest(sorted(base.items()))}
 
 
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
-    """Hash each calibration batch of this process.
-
-    Args:
-        tasks: The tasks with this process's batches.
-
-    Returns:
-        For each task: number of the batch -> hash.
-    """
+    """For each task: number of each calibration batch of this process -> its hash."""
     return [dict(zip(task.batch_numbers, map(digest, task.batches))) for task in tasks]
 
 
@@ -75,14 +54,7 @@ def combined(tasks: Sequence[Task], parts: Sequence[Sequence[Mapping[int, str]]]
 
 
 def readable(settings: Mapping[str, Any]) -> dict[str, str]:
-    """Write settings as text instead of hashing them, so that an error message can show what changed.
-
-    Args:
-        settings: Name -> value.
-
-    Returns:
-        Name -> the value as text.
-    """
+    """Settings as text rather than as a hash, so that an error message can show what changed."""
     return {n: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for n, v in settings.items()}
 
 

@@ -35,14 +35,7 @@ _GROUPS = {
 
 
 def task_rows(report: MergeReport) -> list[list[str]]:
-    """The monitored metric of each model, and its share of the expert's.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        A head, a row per task, and a row of means.
-    """
+    """A head, a row per task with the metric of each model and its share of the expert's, and a row of means."""
     models = [model for model in MODELS if model in report.metrics]
     compared = [model for model in models if model != "expert" and "expert" in models]
     values = [report.values(model) for model in models]
@@ -55,14 +48,7 @@ def task_rows(report: MergeReport) -> list[list[str]]:
 
 
 def layer_rows(report: MergeReport) -> list[list[str]]:
-    """What happened at each layer; :data:`LAYER_COLUMNS` explains the columns.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        A head, and a row per layer in the order of merging.
-    """
+    """A head, and a row per layer in the order of merging; :data:`LAYER_COLUMNS` explains the columns."""
     rows = [["layer", "type", "drift", "cosine", "residual", "condition", "seconds", "note"]]
     for layer in report.layers:
         means = [mean(list(values.values())) for values in (layer.distance, layer.cosine)]
@@ -96,27 +82,13 @@ def _notes(layer: LayerRecord) -> list[str]:
 
 
 def averaged_rows(report: MergeReport) -> list[list[str]]:
-    """The parameters that were averaged, and why.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        A head and a row per parameter; an empty list if none was averaged.
-    """
+    """A head, and a row per parameter that was averaged, with the reason; an empty list if none was."""
     averaged = [[n, outcome.detail or ""] for n, outcome in report.parameters.items() if outcome.status == "averaged"]
     return [["parameter", "why"], *averaged] if averaged else []
 
 
 def summary(report: MergeReport) -> str:
-    """Data and cost in two lines, then one line for each skipped batch.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        The text, without a newline at its end.
-    """
+    """Data and cost in two lines, then one line for each skipped batch."""
     resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
     cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
     phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}
@@ -167,14 +139,7 @@ def versions(report: MergeReport) -> str:
 
 
 def markdown_report(report: MergeReport) -> str:
-    """The whole report as Markdown.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        The text.
-    """
+    """The whole report as Markdown."""
     options, averaged = settings(report), averaged_rows(report)
     parts = [
         f"# {title(report)}",

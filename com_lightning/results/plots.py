@@ -17,15 +17,7 @@ _COLORS = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
 
 
 def save_figure(report: MergeReport, path: Path) -> bool:
-    """Draw a report and save the picture.
-
-    Args:
-        report: Report of a merge.
-        path: Where the PNG will be.
-
-    Returns:
-        Whether a picture was drawn: not without matplotlib, and not if there is nothing to draw.
-    """
+    """Draw a report and save the picture. Returns whether :func:`draw` has drawn one."""
     figure = draw(report)
     if figure is not None:
         figure.savefig(path, dpi=130)
@@ -33,14 +25,7 @@ def save_figure(report: MergeReport, path: Path) -> bool:
 
 
 def draw(report: MergeReport) -> Any:
-    """Draw a report.
-
-    Args:
-        report: Report of a merge.
-
-    Returns:
-        A ``matplotlib.figure.Figure``, or ``None`` without matplotlib or if there is nothing to draw.
-    """
+    """The picture as a ``matplotlib.figure.Figure``; ``None`` without matplotlib, or if there is nothing to draw."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure

@@ -1,4 +1,4 @@
-"""Text tables of numbers, as Markdown: what every report of this package is printed with."""
+"""Text tables in Markdown and formats of numbers, for all reports of the package."""
 
 from __future__ import annotations
 
