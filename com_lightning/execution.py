@@ -98,9 +98,7 @@ def execute(
     run: Run,
     offload_experts: bool = False,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
-    """Merge. Returns task -> merged module (the shared tensors are the same in all), and the report without metrics.
-
-    Must not run in inference mode: the tensors made here are to be trained again.
+    """Merge, outside of inference mode, so that the merged tensors can be trained.
 
     Args:
         plan: what to merge.
@@ -108,6 +106,12 @@ def execute(
         data: the tasks' data; ``None`` where the method needs none.
         run: how it is carried out.
         offload_experts: whether each of the experts' weights is brought to the device only while it is used.
+
+    Returns:
+        Task -> merged module (the shared tensors are the same in all), and the report without metrics.
+
+    Raises:
+        OutOfMemoryError: with advice on how to take less memory.
     """
     peers = run.peers
     device = trainer.strategy.root_device
@@ -171,11 +175,12 @@ def calibration_tasks(
     offload_experts: bool = False,
     batches: int | None = None,
 ) -> tuple[list[Task], dict[str, CalibrationSample]]:
-    """The tasks with the calibration batches of one process, or only the first few, all on the trainer's device.
+    """Load the calibration batches of one process to the trainer's device, or only the first few of them.
 
     Perturbed copies of the batches come after them, unless only the first few batches are wanted.
 
-    Also returns the samples that the batches were taken from, where the method needs any.
+    Returns:
+        The tasks with their batches, and the samples that the batches were taken from, if the method needs any.
     """
 
     def move(module: nn.Module) -> nn.Module:
@@ -213,8 +218,10 @@ def average_shared(
     device: torch.device | str = "cpu",
     parameters_too: bool = True,
 ) -> dict[str, Tensor]:
-    """The average of each shared parameter and floating-point buffer, in the precision that it is stored in; one tensor
-    for all names of a tied one. Without ``parameters_too`` those are there, with any values."""
+    """Return the average of each shared parameter and floating-point buffer, in the precision that it is stored in.
+
+    All names of a tied parameter have one tensor. Without ``parameters_too``, parameters have undefined values.
+    """
     precision = plan.precision(next(iter(plan.experts)))
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
     ties = tied_names(next(iter(plan.experts.values())))
@@ -239,8 +246,11 @@ def with_shared(
     own: Mapping[str, Sequence[Tensor]] | None = None,
     refitted: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> dict[str, LightningModule]:
-    """Task -> a copy of its expert that holds the given shared tensors, in the experts' precision, or, where there are
-    any of that name, its ``own``; the private ones are those of the expert, unless they were ``refitted``."""
+    """Return task -> a copy of its expert that holds the shared tensors, in the experts' precision.
+
+    A tensor in ``own`` replaces the shared one of that name. Private tensors are the expert's, unless they were
+    ``refitted``.
+    """
     converted: dict[int, Tensor] = {}
     modules = {}
     for number, (task, expert) in enumerate(plan.experts.items()):

@@ -22,7 +22,7 @@ from com_lightning.strategies import alone
 
 
 def default_trainer(accelerator: str = "auto") -> Trainer:
-    """A trainer with one device, that logs and saves nothing.
+    """Return a trainer with one device that logs and saves nothing.
 
     Args:
         accelerator: as for ``Trainer``. ``"auto"`` is the CPU where the accelerator cannot merge (MPS has no float64).
@@ -36,7 +36,7 @@ def default_trainer(accelerator: str = "auto") -> Trainer:
 
 
 def single_device_trainer(trainer: Trainer) -> Trainer:
-    """A trainer with the accelerator, precision and limits of another, on its device alone, that logs nowhere.
+    """Return a trainer with the accelerator, precision and limits of another, on its device alone, that logs nowhere.
 
     Metrics of one device are exact: nothing is padded or averaged over ranks.
     """

@@ -24,7 +24,8 @@ WORTHWHILE = 2**25
 def exact_products() -> Iterator[None]:
     """Products in this context are in full float32. TF32 or bfloat16 are too inexact for sums of squares.
 
-    Users often allow them: Lightning advises ``torch.set_float32_matmul_precision("medium")`` on GPUs with tensor cores.
+    Users often allow them: on GPUs with tensor cores, Lightning advises
+    ``torch.set_float32_matmul_precision("medium")``.
     """
     if not hasattr(torch.backends.cuda.matmul, "fp32_precision"):  # torch before 2.9
         precision = torch.get_float32_matmul_precision()
@@ -46,7 +47,7 @@ def exact_products() -> Iterator[None]:
 
 
 def linear(rows: Tensor, weight: Tensor) -> Tensor:
-    """``rows @ weight.T``, by oneDNN where that is faster. The results differ by rounding alone.
+    """Return ``rows @ weight.T``, by oneDNN where that is faster. The results differ by rounding alone.
 
     It is for the products of a merge: autocast is off, and nothing is differentiated. Forwards of the user's module
     stay with PyTorch.
