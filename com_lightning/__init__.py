@@ -75,19 +75,7 @@ __all__ = [
 ]
 # Imported when first asked for, so that `com_lightning.core` needs nothing but torch.
 _HOMES = {
-    "AdaMerging": "methods",
-    "Average": "methods",
-    "Breadcrumbs": "methods",
-    "ChainOfMerges": "methods",
     "ChainOfMergesCallback": "callback",
-    "Combined": "methods",
-    "DARE": "methods",
-    "DELLA": "methods",
-    "Fisher": "methods",
-    "IsoC": "methods",
-    "IsoCTS": "methods",
-    "KarcherMean": "methods",
-    "LOT": "methods",
     "MergeCLI": "cli",
     "MergeDataModule": "data.datamodule",
     "MergeError": "errors",
@@ -95,25 +83,16 @@ _HOMES = {
     "MergeReport": "results.report",
     "MergeResult": "execution",
     "MergeTrainer": "trainer",
-    "MergingMethod": "methods",
-    "RegMean": "methods",
-    "RegMeanPlusPlus": "methods",
-    "Refitted": "methods",
-    "SLERP": "methods",
-    "TaskArithmetic": "methods",
     "TaskLoaders": "data.datamodule",
-    "TIES": "methods",
-    "TSVM": "methods",
-    "WUDI": "methods",
     "merge": "merging",
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'com_lightning' has no attribute '{name}'")
-    return getattr(import_module(f"com_lightning.{_HOMES[name]}"), name)
+    if name in _HOMES or name[:1].isupper():  # all other classes are rules
+        return getattr(import_module(f"com_lightning.{_HOMES.get(name, 'methods')}"), name)
+    raise AttributeError(f"module 'com_lightning' has no attribute '{name}'")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])
+    return sorted({*globals(), *__all__})

@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
-from com_lightning.analysis.compare import Compare, SeveralRules, checked, compared
+from com_lightning.analysis.compare import Compare, SeveralRules, plan_comparison, rules_to_compare
 from com_lightning.analysis.comparison import Comparison
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.data.datamodule import MergeDataModule
@@ -72,7 +72,7 @@ class MergeTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         experts: dict[str, str] | None = None,
-        methods: str | list[Any] = "regmean,chain",
+        methods: list[MergingMethod] | None = None,
         seeds: list[int] | None = None,
         method: MergingMethod | None = None,
         base: str | None = None,
@@ -82,17 +82,17 @@ class MergeTrainer(Trainer):
     ) -> Comparison:
         """Merge the same experts by several rules, and write tables and pictures of what each is worth.
 
-        The samples that are calibrated on are held out of those that are reported. Where a rule has several settings,
-        the best one on a half of the other samples is reported on the other half. No weights are written: merge by the
-        rule of your choice.
+        The samples that are calibrated on are held out of those that are reported. Where a rule is listed with
+        several settings, they are a grid: the best one on a half of the other samples is reported on the other half. No
+        weights are written: merge by the rule of your choice.
 
         Args:
             model: a module of the experts' class; it is not changed.
             datamodule: a MergeDataModule, the data of all tasks.
             experts: as for merge.
-            methods: rules by name, with their settings: "task_arithmetic(scale=[0.2,0.3]),regmean,chain". A list of
-                values where a rule takes one is a grid. Or a list of such texts, and of class_path with init_args. The
-                plain average is always among them.
+            methods: the rules, such as [TIES, RegMean]; by default RegMean and ChainOfMerges. A rule with settings has
+                class_path and init_args. The same class with different settings is one grid, of which the best setting
+                is reported. The plain average is always among the rules.
             seeds: seeds of the calibration samples; rules that need data merge once for each. By default that of the
                 datamodule.
             method: one more rule, as for merge, so that the configuration of a merge can be used.
@@ -108,23 +108,21 @@ class MergeTrainer(Trainer):
             MergeError: with all problems at once, before any calibration batch is read.
         """
         data = as_tasks(datamodule)
-        settings = compared(methods, method)
+        rules = rules_to_compare(methods, method)
         sources: dict[str, Any] = dict(experts or {})
-        merger = ChainOfMergesCallback(
-            sources, SeveralRules(settings), verbose=False, baselines=False, base=base, **options
-        )
+        merger = ChainOfMergesCallback(sources, SeveralRules(rules), baselines=False, base=base, **options)
         overwrite = merger.options.overwrite
         with borrowed(self):
             with set_up(self, data, output_dir, dry_run):
                 problems = output_problems(Path(output_dir), overwrite) if self.is_global_zero else []
-                plan, splits = checked(merger, model, data, settings, seeds, problems)
+                plan, splits = plan_comparison(merger, model, data, rules, seeds, problems)
             if dry_run:
-                rules = "".join(f"\n- {setting.label}" for setting in settings)
-                self._print(f"{plan}\n\n{splits}\n\nTo be compared:{rules}")
+                labels = "".join(f"\n- {rule}" for rule in rules)
+                self._print(f"{plan}\n\n{splits}\n\nTo be compared:{labels}")
                 return Comparison(list(plan.experts))
             for warning in plan.parameters.warnings:
                 rank_zero_warn(warning)
-            compare = Compare(plan, settings, splits, output_dir, merger.options)
+            compare = Compare(plan, rules, splits, output_dir, merger.options)
             self.callbacks.append(compare)  # type: ignore[attr-defined]
             with known_as_parent():
                 first = copy.deepcopy(next(iter(plan.experts.values())))

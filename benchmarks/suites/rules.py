@@ -1,13 +1,42 @@
-"""The rules that a suite is measured with by default."""
+"""The rules that a suite is measured with, and the names that results know them by."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any
 
+import com_lightning as com
 from benchmarks.suites.suite import Suite
-from com_lightning.errors import MergeError
-from com_lightning.methods.registry import Setting, read_methods
+from com_lightning import MergeError, MergingMethod
 
+NAMES: dict[str, Callable[..., MergingMethod]] = {
+    "ada_merging": com.AdaMerging,
+    "average": com.Average,
+    "breadcrumbs": com.Breadcrumbs,
+    "chain": com.ChainOfMerges,
+    "combined": com.Combined,
+    "dare": com.DARE,
+    "della": com.DELLA,
+    "fisher": com.Fisher,
+    "iso_c": com.IsoC,
+    "iso_cts": com.IsoCTS,
+    "karcher_mean": com.KarcherMean,
+    "lot": com.LOT,
+    "one_sided": partial(com.ChainOfMerges, target="merged"),
+    "refitted": com.Refitted,
+    "regmean": com.RegMean,
+    "regmean_plus_plus": com.RegMeanPlusPlus,
+    "slerp": com.SLERP,
+    "task_arithmetic": com.TaskArithmetic,
+    "ties": com.TIES,
+    "tsvm": com.TSVM,
+    "wudi": com.WUDI,
+}
+"""Name -> rule."""
 RULES = (
     "average",
     "task_arithmetic",
@@ -44,13 +73,73 @@ RULES = (
 """Each rule with its paper's defaults, and with a tuned strength or ridge if its paper tunes one or it matters."""
 
 
+@dataclass(frozen=True)
+class Setting:
+    """A rule with all its settings.
+
+    Attributes:
+        name: the rule as it was listed. All settings of one grid share it.
+        label: the rule and its settings.
+        method: the rule.
+    """
+
+    name: str
+    label: str
+    method: MergingMethod
+
+
+def read_settings(listed: str) -> list[Setting]:
+    """Read a rule with its settings: Python code, but text needs no quotes, and a list of values makes a grid.
+
+    Args:
+        listed: a name, or a name called with settings. A rule within a rule is named alone.
+
+    Returns:
+        All settings of the grid.
+
+    Raises:
+        MergeError: if there is no such rule, or it does not take these settings.
+
+    Example::
+
+        >>> [setting.label for setting in read_settings("ties(density=[0.1,0.2])")]
+        ['ties(density=0.1)', 'ties(density=0.2)']
+    """
+    name, bracket, arguments = listed.partition("(")
+    if name not in NAMES:
+        near = difflib.get_close_matches(name, NAMES, 1)
+        raise MergeError([f"there is no rule '{name}'{f'; did you mean {near[0]}?' if near else ''}"])
+    try:
+        options: dict[str, Any] = eval(f"dict{bracket}{arguments}", {}, _Words(dict=dict)) if bracket else {}
+        grid = [value if isinstance(value, list) else [value] for value in options.values()]
+        points = [dict(zip(options, values)) for values in product(*grid)]
+        return [Setting(_label(name, options), _label(name, point), _make(name, point)) for point in points]
+    except (SyntaxError, TypeError) as error:
+        raise MergeError([f"{listed}: {error}"]) from error
+
+
+class _Words(dict[str, Any]):
+    """A name stands for itself."""
+
+    def __missing__(self, name: str) -> str:
+        return name
+
+
+def _make(name: str, options: dict[str, Any]) -> MergingMethod:
+    inner = {option: NAMES[value]() for option, value in options.items() if option in ("method", "matrices", "rest")}
+    return NAMES[name](**{**options, **inner})
+
+
+def _label(name: str, options: dict[str, Any]) -> str:
+    return f"{name}({', '.join(f'{option}={value}' for option, value in options.items())})" if options else name
+
+
 def settings_for(suite: Suite, methods: Sequence[str] | None = None) -> list[Setting]:
     """The settings to measure on a suite.
 
     Args:
         suite: the suite.
-        methods: as for :func:`~com_lightning.methods.registry.read_methods`; by default all of :data:`RULES` that apply
-            to the suite.
+        methods: as for :func:`read_settings`; by default all of :data:`RULES` that apply to the suite.
 
     Returns:
         The settings, in order.
@@ -60,10 +149,16 @@ def settings_for(suite: Suite, methods: Sequence[str] | None = None) -> list[Set
     """
     if methods is None:
         methods = [rule for rule in RULES if _plain(rule) not in suite.not_applicable]
-    settings = read_methods(methods)
+    settings, problems = list[Setting](), list[str]()
+    for listed in methods:
+        try:
+            settings += read_settings(listed)
+        except MergeError as error:
+            problems += error.problems
     named = dict.fromkeys(_plain(setting.name) for setting in settings)
-    if wrong := [f"{n} is not for {suite.name}: {suite.not_applicable[n]}" for n in named if n in suite.not_applicable]:
-        raise MergeError(wrong)
+    problems += [f"{n} is not for {suite.name}: {suite.not_applicable[n]}" for n in named if n in suite.not_applicable]
+    if problems:
+        raise MergeError(problems)
     return settings
 
 

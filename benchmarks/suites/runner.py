@@ -17,12 +17,12 @@ from tqdm.auto import tqdm
 
 from benchmarks.suites.oracle import JOINT, train_jointly
 from benchmarks.suites.results import EXPERT, Entry, Results, versions
+from benchmarks.suites.rules import Setting
 from benchmarks.suites.suite import Experts, Suite
 from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
 from com_lightning.analysis.compare import reseeded
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.methods.registry import Setting
 from com_lightning.validation import quiet_lightning
 
 CALIBRATION_BATCH = 32  # decides how much memory paused forwards need; AdaMerging takes one step per batch

@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
-from com_lightning.analysis.comparison import Comparison, Outcome, TaskMetrics
+from com_lightning.analysis.comparison import Comparison, Drift, Outcome, TaskMetrics
 from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
@@ -25,9 +25,8 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
 from com_lightning.execution import _versions, average_shared, calibration_tasks, execute
-from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod
+from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
-from com_lightning.methods.registry import Setting, read_methods
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace
@@ -40,38 +39,59 @@ from com_lightning.validation import borrowed, single_device_trainer, validate_t
 
 
 class SeveralRules(MergingMethod):
-    """What several rules need, so that one plan serves them all."""
+    """What several rules need, so that one plan serves all of them.
 
-    def __init__(self, settings: Sequence[Setting]) -> None:
+    Args:
+        rules: the rules.
+    """
+
+    def __init__(self, rules: Sequence[MergingMethod]) -> None:
         super().__init__()
-        self.settings = settings
-        self.needs = frozenset[Need]().union(*(setting.method.needs for setting in settings))
-        self.options = next((setting.method.options for setting in settings if setting.method.options), None)
+        self.rules = rules
+        self.needs = frozenset[Need]().union(*(rule.needs for rule in rules))
+        self.options = next((rule.options for rule in rules if rule.options), None)
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         raise NotImplementedError
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        return [f"{setting.label}: {told}" for setting in self.settings for told in setting.method.problems(tasks)]
+        return [f"{rule}: {problem}" for rule in self.rules for problem in rule.problems(tasks)]
 
 
-def compared(methods: str | Sequence[Any], method: MergingMethod | None = None) -> list[Setting]:
-    """The rules of a list, one more, and the plain average, which is always there to compare with.
+def rules_to_compare(
+    methods: Sequence[MergingMethod] | None = None, method: MergingMethod | None = None
+) -> list[MergingMethod]:
+    """All rules of a comparison: the listed ones, one more, and the plain average if no average is listed.
+
+    Args:
+        methods: the listed rules. ``None``: RegMean and ChainOfMerges.
+        method: one more rule, unless it is listed.
+
+    Returns:
+        The rules; those that were not listed come first.
 
     Raises:
-        MergeError: with all that is wrong with the list.
+        MergeError: if something else than rules is listed, or a rule is listed twice.
     """
-    settings = read_methods(methods)
-    known = [setting.method.describe() for setting in settings]
-    for extra in [Average()] if method is None else [Average(), method]:
-        if extra.describe() not in known:
-            settings[:0] = read_methods([extra])
-            known.append(extra.describe())
-    return settings
+    rules: list[MergingMethod] = [RegMean(), ChainOfMerges()] if methods is None else [*methods]
+    if not rules or not all(isinstance(rule, MergingMethod) for rule in rules):
+        raise MergeError([f"methods: must be a list of rules, such as [TIES(), RegMean()], got {methods!r}"])
+    labels = [str(rule) for rule in rules]
+    if twice := dict.fromkeys(label for label in labels if labels.count(label) > 1):
+        raise MergeError([f"methods: {label} is listed twice" for label in twice])
+    more = [] if method is None or str(method) in labels else [method]
+    return [Average()] * all(type(rule) is not Average for rule in more + rules) + more + rules
 
 
 def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
-    """A copy of a method that draws at random by its own seed and that of a run, and so do the rules that it takes.
+    """A copy of a rule with ``seed`` added to its own seed, if it has one, and to those of the rules within it.
+
+    Args:
+        method: the rule.
+        seed: the seed of a run.
+
+    Returns:
+        The copy.
 
     Example::
 
@@ -88,40 +108,46 @@ def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
     return copied
 
 
-def _differs(method: MergingMethod) -> bool:
-    """Whether runs with different seeds may give different merges."""
-    return "data" in method.needs or reseeded(method, 1).describe() != method.describe()
-
-
-def checked(
+def plan_comparison(
     merger: ChainOfMergesCallback,
     model: LightningModule,
     data: MergeDataModule,
-    settings: Sequence[Setting],
+    rules: Sequence[MergingMethod],
     seeds: Sequence[int] | None,
-    problems: Sequence[str] = (),
+    problems: list[str],
 ) -> tuple[MergePlan, Splits]:
-    """One plan for all rules, and the parts of the data.
+    """Check everything, and split the data.
+
+    Args:
+        merger: experts and options, with :class:`SeveralRules` for its method.
+        model: a module of the experts' class.
+        data: the tasks' data, set up.
+        rules: the rules.
+        seeds: of the calibration samples. ``None``: that of ``data``.
+        problems: found elsewhere, to be reported with the others.
+
+    Returns:
+        One plan for all rules, and the splits.
 
     Raises:
-        MergeError: with all problems at once, those that are given among them.
+        MergeError: with all problems at once.
     """
-    found, plan, splits = list(problems), None, None
+    problems, plan, splits = [*problems], None, None
     seeds = [data.seed] if seeds is None else list(seeds)
     if not seeds or len(set(seeds)) < len(seeds):
-        found.append(f"seeds: must be one or more, each of them once, got {seeds}")
+        problems.append(f"seeds: must be one or more, each of them once, got {seeds}")
     try:
         plan = merger.plan(model, data, becomes_first=False, writes=False)
     except MergeError as error:
-        found += error.problems
+        problems += error.problems
     if not data.problems() and seeds:
-        choice = len({setting.name for setting in settings}) < len(settings)
+        has_grid = len(set(map(type, rules))) < len(rules)
         try:
-            splits = split(data, seeds, any("data" in setting.method.needs for setting in settings), choice)
+            splits = split(data, seeds, any("data" in rule.needs for rule in rules), has_grid)
         except MergeError as error:
-            found += error.problems
-    if found or plan is None or splits is None:
-        raise MergeError(found)
+            problems += error.problems
+    if problems or plan is None or splits is None:
+        raise MergeError(problems)
     return plan, splits
 
 
@@ -129,19 +155,18 @@ def checked(
 class Compare(Callback):
     """Merges by every rule at the start of ``trainer.validate``, on the device and with the processes of that trainer.
 
-    Each merge is validated and written down as it is done; experts are loaded once, and a merge leaves them as they
-    are.
+    Each merge is validated and written down as it is done. Experts are loaded once, and no merge changes them.
 
     Args:
-        plan: experts and what is shared.
-        settings: the rules.
-        splits: of the data.
+        plan: the experts, and what they share.
+        rules: the rules. Those of one class are one grid: the best of them on the selection split is reported.
+        splits: the data.
         output_dir: folder for the result.
         options: as for a merge.
     """
 
     plan: MergePlan
-    settings: Sequence[Setting]
+    rules: Sequence[MergingMethod]
     splits: Splits
     output_dir: str
     options: MergeOptions
@@ -173,61 +198,52 @@ class Compare(Callback):
         evaluator = single_device_trainer(trainer)
         names = ["report"] + ["selection"] * (self.splits.selection is not None)
         folder, context = (workplace.journal, self._fingerprint(trainer)) if workplace else (Path(), {})
-        known = ResultStore(folder, peers, context)
+        store = ResultStore(folder, peers, context)
         result = Comparison(list(plan.experts), splits=str(self.splits), counts=self.splits.counts)
-        result.warnings = list(plan.parameters.warnings)
 
-        def validated(modules: Mapping[str, LightningModule], part: str, label: str) -> TaskMetrics:
-            return validate_tasks(evaluator, modules, self.splits.part(part), label, quiet, prepared=True, peers=peers)
+        def validated(modules: Mapping[str, LightningModule], part: str, label: object) -> TaskMetrics:
+            data = self.splits.part(part)
+            return validate_tasks(evaluator, modules, data, str(label), quiet, prepared=True, peers=peers)
 
         key: dict[str, Any]
         for name in names:
             key = {"experts": name, "of": self._samples(name)}
-            result.experts[name] = known.get(key) or known.add(key, validated(plan.experts, name, "experts"))
+            result.experts[name] = store.get(key) or store.add(key, validated(plan.experts, name, "experts"))
         report = MergeReport(metrics={"expert": result.experts["report"]})
         report.choose_monitor(self.options.monitor, self.options.mode)
-        result.metric, result.warnings = report.monitor, result.warnings + report.warnings
-        merges = [
-            (setting, seed)
-            for setting in self.settings
-            for seed in (self.splits.seeds if _differs(setting.method) else [None])
-        ]
+        result.monitor, result.mode = report.monitor, report.mode
+        result.warnings = plan.parameters.warnings + report.warnings
+        merges = [(rule, seed) for rule in self.rules for seed in (self.splits.seeds if _varies(rule) else [None])]
         with tqdm(merges, desc="comparing", disable=quiet) as bar:
-            for setting, seed in bar:
-                bar.set_postfix_str(setting.label if seed is None else f"{setting.label}, seed {seed}")
-                # What is validated depends on all seeds, and on whether settings are chosen.
-                parts = [part for part in names if part == "report" or self._has_choice(setting)]
-                own = replace(setting, method=reseeded(setting.method, seed or 0))
-                key = {"method": own.method.describe(), "seed": seed, "of": [self._samples(p) for p in parts]}
-                if (found := known.get(key)) is None:
-                    outcome, modules = self._merge(trainer, peers, own, seed, quiet)
-                    outcome.metrics = {part: validated(modules, part, setting.label) for part in parts}
+            for rule, seed in bar:
+                bar.set_postfix_str(str(rule) if seed is None else f"{rule}, seed {seed}")
+                # What is validated depends on all seeds, and on whether the rule is one of a grid.
+                parts = names if [type(other) for other in self.rules].count(type(rule)) > 1 else ["report"]
+                method = reseeded(rule, seed or 0)
+                key = {"method": method.describe(), "seed": seed, "of": [self._samples(part) for part in parts]}
+                if (outcome := store.get(key)) is None:
+                    merged, modules = self._merge(trainer, method, str(rule), seed, quiet)
+                    merged.metrics = {part: validated(modules, part, rule) for part in parts}
                     del modules
-                    found = known.add(key, asdict(outcome))
-                result.outcomes.append(Outcome(**{**found, "name": setting.name, "label": setting.label}))
-        chains = [outcome for outcome in result.outcomes if outcome.shift]
-        if chains:
-            key = {"shift of": "average", "seed": chains[0].seed}
-            result.average_shift = known.get(key) or known.add(key, self._average_shift(trainer, peers, chains[0].seed))
+                    outcome = store.add(key, asdict(merged))
+                result.outcomes.append(Outcome(**{**outcome, "label": str(rule)}))
+        if chains := [outcome for outcome in result.outcomes if outcome.drift]:
+            seed = chains[0].seed
+            key = {"drift of": "average", "seed": seed}
+            result.average_drift = store.get(key) or store.add(key, self._average_drift(trainer, seed))
         result.memory_is_of_each = _forget_peak(trainer.strategy.root_device)
         return result
-
-    def _has_choice(self, setting: Setting) -> bool:
-        return sum(other.name == setting.name for other in self.settings) > 1
 
     def _samples(self, part: str) -> str:
         kept = self.splits.part(part).kept
         return digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
 
-    def _run(self, peers: Peers, on_layer: Any = None) -> Run:
-        run = Run(peers=peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
-        run.on_layer = on_layer or run.on_layer
-        return run
+    def _run(self) -> Run:
+        return Run(peers=self._peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
 
     def _merge(
-        self, trainer: Trainer, peers: Peers, setting: Setting, seed: int | None, quiet: bool
+        self, trainer: Trainer, method: MergingMethod, label: str, seed: int | None, quiet: bool
     ) -> tuple[Outcome, dict[str, LightningModule]]:
-        method = setting.method
         plan = replace(
             self.plan,
             method=method,
@@ -236,42 +252,42 @@ class Compare(Callback):
         )
         _forget_peak(trainer.strategy.root_device)
         with tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet, leave=False) as bar:
+            run = self._run()
+            run.on_layer = lambda record: bar.update()
             try:
-                run = self._run(peers, lambda record: bar.update())
-                modules, report = execute(
-                    plan, trainer, self.splits.part("report", seed), run, self.options.offload_experts
-                )
+                data = self.splits.part("report", seed)
+                modules, report = execute(plan, trainer, data, run, self.options.offload_experts)
             except Exception as error:
-                error.add_note(f"This was {setting.label}; what had been merged before is kept.")
+                error.add_note(f"This was {label}; what had been merged before is kept.")
                 raise
-        own = [warning for warning in report.warnings if warning not in self.plan.parameters.warnings]
-        own += [f"skipped: {batch}" for batch in report.skipped]
-        shift = _shift(report.layers)
-        outcome = Outcome(setting.name, setting.label, report.method, seed, {}, report.seconds, report.peak_memory)
-        outcome.shift, outcome.warnings = shift, own
+        warnings = [warning for warning in report.warnings if warning not in self.plan.parameters.warnings]
+        warnings += [f"skipped: {batch}" for batch in report.skipped]
+        outcome = Outcome(type(method).__name__, label, report.method, seed, {}, report.seconds, report.peak_memory)
+        outcome.drift, outcome.warnings = _drift(report.layers), warnings
         return outcome, modules
 
-    def _average_shift(self, trainer: Trainer, peers: Peers, seed: int | None) -> list[tuple[str, dict[str, float]]]:
+    def _average_drift(self, trainer: Trainer, seed: int | None) -> Drift:
         plan = replace(self.plan, method=ChainOfMerges())
-        data = self.splits.part("report", seed)
+        data, peers = self.splits.part("report", seed), self._peers
         tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.options.offload_experts)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
-            return _shift(measure_drift(tasks, merged, self._run(peers)))
+            return _drift(measure_drift(tasks, merged, self._run()))
 
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:
         """What every merge depends on, beside its rule and seed."""
         data = copy.copy(self.splits.data)
         limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
-        if "data" not in self.plan.method.needs:  # a few samples tell whether it is the same data
+        reads_data = "data" in self.plan.method.needs
+        if not reads_data:  # a few samples show whether it is the same data
             data.split, data.num_samples = "val", 8
         tasks = []
         for name, expert in self.plan.experts.items():
-            read = "data" in self.plan.method.needs or self.splits.counts[name]["report"] is not None
-            batches = data.calibration(name, limit).batches if read else []
+            sized = self.splits.counts[name]["report"] is not None
+            batches = data.calibration(name, limit).batches if reads_data or sized else []
             tasks.append(Task(name, expert, [batch for batch, _ in batches]))
         data = self.splits.data
-        told = {
+        settings = {
             "shared parameters": self.plan.parameters.shared,
             "samples": [data.num_samples, data.split, data.batch_size, data.augmented_copies],
             "limits": [trainer.limit_val_batches, trainer.limit_train_batches],
@@ -282,7 +298,7 @@ class Compare(Callback):
             "base": digest(dict(self.plan.base or {})),
             "versions": _versions(),
         }
-        return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(told)}
+        return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(settings)}
 
     def _write(self, workplace: Workplace, comparison: Comparison) -> None:
         if problems := output_problems(Path(self.output_dir), self.options.overwrite):
@@ -301,12 +317,17 @@ class Compare(Callback):
         shutil.rmtree(workplace.journal, ignore_errors=True)
 
 
-def _shift(records: Sequence[LayerRecord]) -> list[tuple[str, dict[str, float]]]:
+def _varies(method: MergingMethod) -> bool:
+    """Whether runs with different seeds may give different merges."""
+    return "data" in method.needs or reseeded(method, 1).describe() != method.describe()
+
+
+def _drift(records: Sequence[LayerRecord]) -> Drift:
     return [(record.name, dict(record.distance)) for record in records if record.distance and record.task is None]
 
 
 def _forget_peak(device: torch.device) -> bool:
-    """Let the most memory that was ever held count from now on. Returns whether that can be done (not on macOS)."""
+    """Start the measurement of peak memory anew, and return whether this system can do that (macOS cannot)."""
     if device.type == "cuda":  # a merge does so itself
         return True
     try:

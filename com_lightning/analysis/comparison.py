@@ -1,4 +1,4 @@
-"""What a comparison of merging rules found, for people (tables) and for programs (JSON)."""
+"""The result of a comparison of merging rules: tables for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from com_lightning.results.report import MergeReport
 from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
 
 TaskMetrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
+Drift = list[tuple[str, dict[str, float]]]
+"""Name of each layer, in the order of merging, and task -> relative drift of its input: the distance between its values
+in the merged model and in the expert, divided by the norm of the latter."""
 
 
 @dataclass
 class Outcome:
-    """One merge, and what it was worth.
+    """One merge, and how good it was.
 
     Attributes:
-        name: the rule as it was listed; all settings of one grid share it.
+        name: class of the rule. All settings of one grid share it.
         label: the rule and its settings.
         method: class and settings, in full.
-        seed: of the calibration sample; ``None`` where the rule reads no data.
+        seed: of the calibration sample. ``None`` if neither data nor chance have a part in the rule.
         metrics: ``"report"``, and ``"selection"`` if settings are chosen -> what was logged.
         seconds, peak_memory: as in :class:`~com_lightning.results.report.MergeReport`.
-        shift: for each layer, in the order of merging, its name and task -> relative distance between its input in the
-            merged model and in the expert. Of chains alone, which run both.
+        drift: measured by two-sided chains only, which run both models.
         warnings: of this merge alone.
     """
 
@@ -40,7 +42,7 @@ class Outcome:
     metrics: dict[str, TaskMetrics]
     seconds: float = 0.0
     peak_memory: int = 0
-    shift: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+    drift: Drift = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
 
@@ -50,9 +52,9 @@ class Row:
 
     Attributes:
         outcomes: one for each seed.
-        tried: how many settings it was chosen from.
+        tried: number of settings that it was chosen from.
         absolute, normalized: task -> mean over seeds of the metric, and of the metric divided by the expert's.
-        mean_normalized: of the normalised metric, over tasks and seeds; ``None`` where an expert's metric is 0.
+        mean_normalized: of the normalised metric, over tasks and seeds. ``None`` if an expert's metric is 0.
         means: of each seed, what rules are ranked by, see :attr:`Comparison.by_share`.
     """
 
@@ -69,7 +71,7 @@ class Row:
 
     @property
     def mean(self) -> float | None:
-        """Of the metric, over tasks and seeds."""
+        """Mean of the metric over tasks and seeds."""
         return mean(list(self.absolute.values()))
 
     @property
@@ -79,13 +81,13 @@ class Row:
 
     @property
     def spread(self) -> float | None:
-        """Standard deviation of that between seeds; ``None`` for one seed."""
-        known = [mean for mean in self.means if mean is not None]
-        return statistics.stdev(known) if len(known) == len(self.means) > 1 else None
+        """Standard deviation of the score between seeds; ``None`` for one seed."""
+        means = [value for value in self.means if value is not None]
+        return statistics.stdev(means) if len(means) == len(self.means) > 1 else None
 
     @property
     def seconds(self) -> float:
-        """Of one merge, the mean over seeds."""
+        """Seconds of one merge, the mean over seeds."""
         return statistics.fmean(outcome.seconds for outcome in self.outcomes)
 
     @property
@@ -95,33 +97,37 @@ class Row:
 
 @dataclass
 class Comparison:
-    """All that a comparison found.
+    """Everything that a comparison measured.
 
     Attributes:
         tasks: their names, in order.
-        metric: the metric that tables show, and that settings are chosen by.
-        splits: which samples were for what, in words.
+        monitor: the metric that tables show and that settings are chosen by.
+        splits: which samples were used for what, in words.
         counts: task -> the same in numbers, see :class:`~com_lightning.analysis.splits.Splits`.
         experts: split -> metrics of the experts.
         outcomes: all merges, in the order in which they are listed.
-        average_shift: as :attr:`Outcome.shift`, with the plain average in place of a chain, on the first seed.
-        warnings: what was odd.
-        memory_is_of_each: whether ``peak_memory`` is that of one merge, or else the most since the process started.
+        average_drift: the drift with the plain average in place of a chain, on the first seed.
+        warnings: about experts and metrics.
+        memory_is_of_each: whether ``peak_memory`` is that of one merge. If not, it is the most since the process
+            started.
+        mode: ``"min"`` if lower values of the metric are better, else ``"max"``; ``None``: guessed from its name.
     """
 
     tasks: list[str]
-    metric: str | None = None
+    monitor: str | None = None
     splits: str = ""
     counts: dict[str, dict[str, int | None]] = field(default_factory=dict)
     experts: dict[str, TaskMetrics] = field(default_factory=dict)
     outcomes: list[Outcome] = field(default_factory=list)
-    average_shift: list[tuple[str, dict[str, float]]] = field(default_factory=list)
+    average_drift: Drift = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     memory_is_of_each: bool = True
+    mode: Literal["min", "max"] | None = None
 
     @property
     def lower_is_better(self) -> bool:
-        return lower_is_better(self.metric or "")
+        """Whether lower values of the metric are better."""
+        return lower_is_better(self.monitor or "") if self.mode is None else self.mode == "min"
 
     @cached_property
     def rows(self) -> list[Row]:
@@ -131,105 +137,112 @@ class Comparison:
             settings = self._settings(name)
             chosen = settings[0]
             if len(settings) > 1:
-                chosen = min(settings, key=lambda setting: self._place(self._row(setting, "selection")))
+                chosen = min(settings, key=lambda setting: self._sort_key(self._row(setting, "selection")))
             rows.append(self._row(chosen, "report", len(settings)))
-        return sorted(rows, key=self._place)
+        return sorted(rows, key=self._sort_key)
 
     def _settings(self, name: str) -> list[list[Outcome]]:
-        own = [outcome for outcome in self.outcomes if outcome.name == name]
-        return [[o for o in own if o.label == label] for label in dict.fromkeys(o.label for o in own)]
+        """The outcomes of each setting of a rule."""
+        settings: dict[str, list[Outcome]] = {}
+        for outcome in self.outcomes:
+            if outcome.name == name:
+                settings.setdefault(outcome.label, []).append(outcome)
+        return list(settings.values())
 
     def _row(self, outcomes: Sequence[Outcome], split: str, tried: int = 1) -> Row:
-        metric = self.metric or ""
+        experts = self.experts[split]
         reports = [
-            MergeReport(tasks=self.tasks, monitor=metric, metrics={"expert": self.experts[split], "merged": o})
-            for o in (outcome.metrics[split] for outcome in outcomes)
+            MergeReport(tasks=self.tasks, monitor=self.monitor, metrics={"expert": experts, "merged": merged})
+            for merged in (outcome.metrics[split] for outcome in outcomes)
         ]
-        absolute = {t: mean([r.metrics["merged"].get(t, {}).get(metric) for r in reports]) for t in self.tasks}
-        normalized = {t: mean([r.normalized("merged", t) for r in reports]) for t in self.tasks}
-        shares = [r.mean_normalized("merged") for r in reports]
-        means = [mean([r.metrics["merged"].get(t, {}).get(metric) for t in self.tasks]) for r in reports]
+        values = [report.values("merged") for report in reports]
+        absolute = {task: mean(column) for task, column in zip(self.tasks, zip(*values))}
+        normalized = {task: mean([report.normalized("merged", task) for report in reports]) for task in self.tasks}
+        shares = [report.mean_normalized("merged") for report in reports]
         whole = None if None in shares else mean(shares)
-        return Row(list(outcomes), tried, absolute, normalized, whole, shares if self.by_share else means)
+        means = shares if self.by_share else [mean(row) for row in values]
+        return Row(list(outcomes), tried, absolute, normalized, whole, means)
 
-    def _told(self, score: float | None) -> str:
+    def _format(self, score: float | None) -> str:
         return percent(score) if self.by_share else number(score)
 
     @cached_property
     def by_share(self) -> bool:
-        """Whether rules are ranked by the mean normalised metric: where all experts have one above 0. Else by its
-        mean."""
-        values = [t.get(self.metric or "") for metrics in self.experts.values() for t in metrics.values()]
+        """Whether rules are ranked by the mean normalised metric.
+
+        This is so if the metric of all experts is above 0. If not, rules are ranked by the mean of the metric.
+        """
+        values = [t.get(self.monitor or "") for metrics in self.experts.values() for t in metrics.values()]
         return all(value is not None and value > 0 for value in values)
 
-    def _place(self, row: Row) -> tuple[bool, float]:
-        """What is sorted by: the smaller, the better."""
+    def _sort_key(self, row: Row) -> tuple[bool, float]:
+        """The smaller, the better."""
         value = row.score
         if value is None or not math.isfinite(value):
             return True, 0.0
         return False, value if self.lower_is_better else -value
 
     def table(self) -> str:
-        """The rules, best first: of each task the metric, and in brackets its share of the expert's."""
+        """The rules, best first. Each task has the metric and, in brackets, its share of the expert's."""
         grids = any(row.tried > 1 for row in self.rows)
         head = ["method", *self.tasks, "mean", "mean / expert", "± between seeds", "seconds", "GiB"]
-        experts = [self.experts["report"].get(task, {}).get(self.metric or "") for task in self.tasks]
+        experts = [self.experts["report"].get(task, {}).get(self.monitor or "") for task in self.tasks]
         rows = [head + ["best of"] * grids]
         rows.append(["(experts)", *map(number, experts), number(mean(experts)), *["-"] * 4] + [""] * grids)
         for row in self.rows:
             cells = [f"{number(row.absolute[t])} ({percent(row.normalized[t])})" for t in self.tasks]
-            cells += [number(row.mean), percent(row.mean_normalized), self._told(row.spread)]
+            cells += [number(row.mean), percent(row.mean_normalized), self._format(row.spread)]
             cells += [f"{row.seconds:.1f}", f"{row.peak_memory / 2**30:.2f}"]
             rows.append([row.label, *cells] + [str(row.tried) if row.tried > 1 else ""] * grids)
         return table(rows)
 
     def settings_table(self) -> str:
-        """All settings of rules that have several, with what they were chosen by."""
+        """All settings of each grid, with the score that they were chosen by. Empty without a grid."""
         share = "mean / expert" if self.by_share else "mean"
         rows = [["setting", f"{share}, selection split", "± between seeds", "chosen"]]
         chosen = {row.label for row in self.rows}
         for name in dict.fromkeys(outcome.name for outcome in self.outcomes):
             settings = self._settings(name)
-            found = [self._row(own, "selection") for own in settings] if len(settings) > 1 else []
-            for row in sorted(found, key=self._place):
-                told = "yes" if row.label in chosen else ""
-                rows.append([row.label, self._told(row.score), self._told(row.spread), told])
+            grid = [self._row(outcomes, "selection") for outcomes in settings] if len(settings) > 1 else []
+            for row in sorted(grid, key=self._sort_key):
+                mark = "yes" if row.label in chosen else ""
+                rows.append([row.label, self._format(row.score), self._format(row.spread), mark])
         return table(rows) if len(rows) > 1 else ""
 
     def edges(self) -> list[str]:
-        """Which of the settings chosen are the smallest or largest of their grid, so that others may be better."""
-        found = []
+        """The chosen settings that are the smallest or largest of their grid, because others may be better."""
+        messages = []
         for row in self.rows:
             settings = self._settings(row.outcomes[0].name)
             for name, value in row.outcomes[0].method.items():
-                tried = [own[0].method.get(name) for own in settings]
-                known = [other for other in tried if isinstance(other, float)]
-                if not isinstance(value, float) or len(set(known)) < 2 or min(known) < value < max(known):
+                tried = [outcomes[0].method.get(name) for outcomes in settings]
+                numbers = [other for other in tried if isinstance(other, float)]
+                if not isinstance(value, float) or len(set(numbers)) < 2 or min(numbers) < value < max(numbers):
                     continue
-                end = "largest" if value == max(known) else "smallest"
-                found.append(f"{row.label}: no {name} beyond the {end} of the grid was tried")
-        return found
+                end = "largest" if value == max(numbers) else "smallest"
+                messages.append(f"{row.label}: no {name} beyond the {end} of the grid was tried")
+        return messages
 
     def __str__(self) -> str:
         if not self.outcomes:
             return "Nothing has been compared yet."
         better = ", lower is better" if self.lower_is_better else ""
-        settings = self.settings_table()
         notes = [f"Warning: {warning}" for warning in (*self.warnings, *self.edges())]
         if not self.memory_is_of_each:
             notes.insert(0, "GiB: the most that the process has held so far, in the order listed, not of each merge.")
-        parts = [f"{self.metric}{better}", self.table(), settings, self.splits, "\n".join(notes)]
+        parts = [f"{self.monitor}{better}", self.table(), self.settings_table(), self.splits, "\n".join(notes)]
         return "\n\n".join(part for part in parts if part)
 
     def to_markdown(self) -> str:
-        """The whole as Markdown."""
-        own = {f"{o.label}, seed {o.seed}: {warning}" for o in self.outcomes for warning in o.warnings}
-        extra = "\n".join(f"- {line}" for line in sorted(own))
+        """Everything as Markdown."""
+        warnings = {f"{o.label}, seed {o.seed}: {warning}" for o in self.outcomes for warning in o.warnings}
         parts = [f"# {len(self.rows)} ways to merge {', '.join(self.tasks)}", str(self)]
-        return "\n\n".join([*parts, *([f"## Warnings of single merges\n\n{extra}"] if extra else [])]) + "\n"
+        if warnings:
+            parts += ["## Warnings of single merges", "\n".join(f"- {warning}" for warning in sorted(warnings))]
+        return "\n\n".join(parts) + "\n"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, in plain values; NaN and infinity become ``None``."""
+        """Everything in plain values. NaN and infinity become ``None``."""
         methods = [
             {
                 "label": row.label,
@@ -245,9 +258,7 @@ class Comparison:
             }
             for row in self.rows
         ]
-        plain: dict[str, Any] = finite(
-            {"metric": self.metric, "lower_is_better": self.lower_is_better, "methods": methods, **asdict(self)}
-        )
+        plain: dict[str, Any] = finite({"lower_is_better": self.lower_is_better, "methods": methods, **asdict(self)})
         return plain
 
     def to_json(self) -> str:

@@ -11,7 +11,7 @@ from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
-    """Draw ``methods.png``, ``tasks.png`` and, if chains were compared, ``shift.png``.
+    """Draw ``methods.png``, ``tasks.png`` and, if chains were compared, ``drift.png``.
 
     Args:
         comparison: What to draw.
@@ -27,8 +27,8 @@ def save_pictures(comparison: Comparison, folder: Path) -> bool:
     _save(folder / "methods.png", (8, 1.2 + 0.35 * len(comparison.rows)), lambda axes: _bars(axes, comparison))
     wide, high = 3.5 + 0.9 * len(comparison.tasks), 1.4 + 0.35 * len(comparison.rows)
     _save(folder / "tasks.png", (max(wide, 5.5), high), lambda axes: _heat_map(axes, comparison))
-    if comparison.average_shift:
-        _save(folder / "shift.png", (9, 4.2), lambda axes: _shift(axes, comparison))
+    if comparison.average_drift:
+        _save(folder / "drift.png", (9, 4.2), lambda axes: _drift(axes, comparison))
     return True
 
 
@@ -44,12 +44,12 @@ def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) ->
 
 def _bars(axes: Any, comparison: Comparison) -> None:
     rows, factor = comparison.rows, 100 if comparison.by_share else 1
-    name = f"mean {comparison.metric}{' / expert (%)' if comparison.by_share else ''}"
+    name = f"mean {comparison.monitor}{' / expert (%)' if comparison.by_share else ''}"
     values = [factor * (row.score or 0.0) for row in rows]
     spreads = [float("nan") if row.spread is None else factor * row.spread for row in rows]
     spread = any(value == value for value in spreads)
     places = range(len(values))
-    colors = ["#2a6f97" if row.outcomes[0].shift else "#e0a458" for row in comparison.rows]
+    colors = ["#2a6f97" if row.outcomes[0].drift else "#e0a458" for row in comparison.rows]
     axes.barh(places, values, xerr=spreads if spread else None, color=colors, capsize=3)
     axes.set_yticks(places, [row.label for row in comparison.rows], fontsize=8)
     axes.invert_yaxis()
@@ -64,7 +64,7 @@ def _heat_map(axes: Any, comparison: Comparison) -> None:
     values = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
     cells = [[float("nan") if value is None else factor * value for value in row] for row in values]
     image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_is_better else "viridis")
-    axes.figure.colorbar(image, ax=axes, label=f"{comparison.metric}{' / expert (%)' if comparison.by_share else ''}")
+    axes.figure.colorbar(image, ax=axes, label=f"{comparison.monitor}{' / expert (%)' if comparison.by_share else ''}")
     middle = sum(image.get_clim()) / 2
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
@@ -75,12 +75,12 @@ def _heat_map(axes: Any, comparison: Comparison) -> None:
     axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
 
 
-def _shift(axes: Any, comparison: Comparison) -> None:
+def _drift(axes: Any, comparison: Comparison) -> None:
     """Curves of the mean over tasks, with the range between tasks, for each chain and for the average."""
-    curves = {"average (no chain)": comparison.average_shift}
-    curves.update({row.label: row.outcomes[0].shift for row in comparison.rows if row.outcomes[0].shift})
+    curves = {"average (no chain)": comparison.average_drift}
+    curves.update({row.label: row.outcomes[0].drift for row in comparison.rows if row.outcomes[0].drift})
     places: dict[str, int] = {}
-    for curve in [*list(curves.values())[1:], comparison.average_shift]:
+    for curve in [*list(curves.values())[1:], comparison.average_drift]:
         for layer, _ in curve:
             places.setdefault(layer, len(places))
     colors = ["#9aa5b1", "#2a6f97", "#c1553b", "#6a994e", "#7b5ea7", "#b08900"]

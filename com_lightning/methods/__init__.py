@@ -1,4 +1,7 @@
-"""Merging rules, one class each, all with one interface."""
+"""Merging rules, one class each, all with one interface. A new rule is a new file here, and nothing else."""
+
+from importlib import import_module
+from pkgutil import iter_modules
 
 from com_lightning.methods.adamerging import AdaMerging
 from com_lightning.methods.averaging import Average
@@ -38,3 +41,10 @@ __all__ = [
     "TSVM",
     "WUDI",
 ]
+
+# The names above are for type checkers. All files here are imported, so that rules that are not named above are found
+# as well: by `com_lightning.<name>`, and by the command line.
+for _file in iter_modules(__path__):
+    for _name, _class in vars(import_module(f"{__name__}.{_file.name}")).items():
+        if isinstance(_class, type) and issubclass(_class, MergingMethod):
+            globals()[_name] = _class

@@ -22,11 +22,10 @@ from benchmarks.suites import SUITES, images, lm4, make_suite, packages, texts, 
 from benchmarks.suites.__main__ import main
 from benchmarks.suites.oracle import train_jointly
 from benchmarks.suites.packages import FetchError, Package, sha256
-from benchmarks.suites.rules import settings_for
+from benchmarks.suites.rules import NAMES, settings_for
 from benchmarks.suites.suite import Recipe, Suite, trained_or_kept
 from com_lightning import MergeError
 from com_lightning.core.tensors.modules import matches_any
-from com_lightning.methods.registry import NAMES
 
 WORDS = ["good", "bad", "film", "price", "law", "the", "of", "a", "is", "not", "very", "it"]
 SOURCES = {"mnist": 1, "fashion": 2}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,22 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import com_lightning.analysis.compare
 import com_lightning.execution
-from com_lightning import MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning import (
+    DARE,
+    DELLA,
+    TIES,
+    Average,
+    ChainOfMerges,
+    Combined,
+    MergeDataModule,
+    MergeError,
+    MergeTrainer,
+    MergingMethod,
+    RegMean,
+    RegMeanPlusPlus,
+    TaskArithmetic,
+    TaskLoaders,
+)
 from com_lightning.analysis.comparison import Comparison, Outcome
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.cli import main
@@ -40,7 +56,9 @@ COMMON = [
     "--trainer.enable_progress_bar=false",
     "--trainer.accelerator=cpu",
 ]
-GRID = "task_arithmetic(scale=[0.2,0.5]),regmean,chain"
+GRID = "[{class_path: TaskArithmetic, init_args: {scale: 0.2}}, {class_path: TaskArithmetic, init_args: {scale: 0.5}},\
+ RegMean, ChainOfMerges]"
+RULES = [TaskArithmetic(0.2), TaskArithmetic(0.5), RegMean(), ChainOfMerges()]
 
 
 @pytest.fixture
@@ -52,13 +70,13 @@ def files(tmp_path: Path) -> list[str]:
     return [*[f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"], f"--base={tmp_path / 'base.pt'}"]
 
 
-def compare(folder: Path, methods: Any = GRID, **kwargs: Any) -> Comparison:
+def compare(folder: Path, methods: Sequence[MergingMethod] | None = RULES, **kwargs: Any) -> Comparison:
     """From Python, with experts on disk beside the result."""
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     data = kwargs.pop("data", None) or MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=12)
     experts = {task: str(folder.parent / f"{task}.ckpt") for task in "ab"}
     settings = {"base": str(folder.parent / "base.pt"), "output_dir": str(folder), **kwargs}
-    return trainer.compare(Classifier(), data, experts, methods, **settings)
+    return trainer.compare(Classifier(), data, experts, None if methods is None else [*methods], **settings)
 
 
 def untimed(comparison: Comparison) -> dict[str, Any]:
@@ -78,9 +96,9 @@ def test_a_comparison(files: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     means = [method["mean_normalized"] for method in found["methods"]]
     assert means == sorted(means, reverse=True)
     labels = {method["label"].partition("(")[0] for method in found["methods"]}
-    assert labels == {"average", "task_arithmetic", "regmean", "chain"}
+    assert labels == {"Average", "TaskArithmetic", "RegMean", "ChainOfMerges"}
     seeds = {method["label"]: method["seeds"] for method in found["methods"]}
-    assert (seeds["chain"], seeds["average"]) == ([0, 1], [None])
+    assert (seeds["ChainOfMerges()"], seeds["Average()"]) == ([0, 1], [None])
     table = (folder / "report.md").read_text()
     assert table.split("\n\n", 1)[1].rstrip() in capsys.readouterr().out
     order = [
@@ -89,7 +107,7 @@ def test_a_comparison(files: list[str], tmp_path: Path, capsys: pytest.CaptureFi
     assert order[: len(means)] == [method["label"].partition("(")[0] for method in found["methods"]]
     assert "nothing was calibrated or chosen on" in table
     pictures = {path.name for path in folder.glob("*.png")}
-    expected = {"methods.png", "tasks.png", "shift.png"} if importlib.util.find_spec("matplotlib") else set()
+    expected = {"methods.png", "tasks.png", "drift.png"} if importlib.util.find_spec("matplotlib") else set()
     assert pictures == expected
     assert not (tmp_path / ".out.partial").exists()
     main(["compare", f"--config={folder / 'config.yaml'}", f"--output_dir={tmp_path / 'again'}"])
@@ -100,27 +118,38 @@ def test_a_comparison(files: list[str], tmp_path: Path, capsys: pytest.CaptureFi
 def test_the_configuration_of_a_merge_will_do(files: list[str], tmp_path: Path) -> None:
     config = tmp_path / "merge.yaml"
     config.write_text("method: {class_path: com_lightning.ChainOfMerges, init_args: {ridge: 0.5}}\nprivate: [head]\n")
-    rest = [f"--output_dir={tmp_path / 'out'}", "--methods=[ties, {class_path: com_lightning.RegMean}]"]
+    rest = [f"--output_dir={tmp_path / 'out'}", "--methods=[TIES, {class_path: com_lightning.RegMean}]"]
     main(["compare", *COMMON, *files, f"--config={config}", *rest])
     found = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert {method["label"] for method in found["methods"]} == {"average", "chain(ridge=0.5)", "ties", "regmean"}
+    assert {method["label"] for method in found["methods"]} == {
+        "Average()",
+        "ChainOfMerges(ridge=0.5)",
+        "TIES()",
+        "RegMean()",
+    }
 
 
 def test_all_problems_at_once(files: list[str], tmp_path: Path) -> None:
     tmp_path.joinpath("out").mkdir()
     arguments = [*COMMON, *files, "--experts.a=nowhere.ckpt", f"--output_dir={tmp_path / 'out'}", "--seeds=[1,1]"]
     with pytest.raises(SystemExit) as caught:
-        main(["compare", *arguments, "--methods=ties(density=0),slerp(t=2)"])
+        main(
+            [
+                "compare",
+                *arguments,
+                "--methods=[{class_path: TIES, init_args: {density: 0}}, {class_path: SLERP, init_args: {t: 2}}]",
+            ]
+        )
     for part in (
         "nowhere.ckpt): no such file",
-        "ties(density=0): density",
-        "slerp(t=2): t:",
+        "TIES(density=0.0): density",
+        "SLERP(t=2.0): t:",
         "seeds: ",
         "exists already",
     ):
         assert part in str(caught.value)
-    with pytest.raises(SystemExit, match="did you mean ties"):
-        main(["compare", *COMMON, *files, "--methods=tie,chain"])
+    with pytest.raises(SystemExit, match="is listed twice"):
+        main(["compare", *COMMON, *files, "--methods=[TIES, TIES]"])
     with pytest.raises(SystemExit, match="data: must be a com_lightning"):
         main(["compare", COMMON[0], *files, f"--output_dir={tmp_path / 'new'}"])
 
@@ -128,7 +157,7 @@ def test_all_problems_at_once(files: list[str], tmp_path: Path) -> None:
 def test_a_dry_run_merges_nothing(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     main(["compare", *COMMON, *files, f"--methods={GRID}", f"--output_dir={tmp_path / 'out'}", "--dry_run"])
     out = capsys.readouterr().out
-    assert "- task_arithmetic(scale=0.2)\n- task_arithmetic(scale=0.5)\n" in out
+    assert "- TaskArithmetic(scale=0.2)\n- TaskArithmetic(scale=0.5)\n" in out
     assert "Selection of settings: 24 samples" in out
     assert not (tmp_path / "out").exists()
 
@@ -231,43 +260,40 @@ def test_what_cannot_be_split() -> None:
 # -- what is found -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", ["chain", "regmean", "ties"])
-def test_one_seed_is_a_merge_with_that_rule(method: str, files: list[str], tmp_path: Path) -> None:
-    main(["compare", *COMMON, *files, f"--methods=wudi,{method}", f"--output_dir={tmp_path / 'out'}"])
-    kind = {"chain": "ChainOfMerges", "regmean": "RegMean", "ties": "TIES"}[method]
-    holdout = str(method != "ties").lower()  # where no rule reads data, there is nothing to hold out
+@pytest.mark.parametrize("kind", ["ChainOfMerges", "RegMean", "TIES"])
+def test_one_seed_is_a_merge_with_that_rule(kind: str, files: list[str], tmp_path: Path) -> None:
+    main(["compare", *COMMON, *files, f"--methods=[WUDI, {kind}]", f"--output_dir={tmp_path / 'out'}"])
+    holdout = str(kind != "TIES").lower()  # where no rule reads data, there is nothing to hold out
     rule = [f"--method={kind}", f"--data.holdout={holdout}", f"--output_dir={tmp_path / 'merged'}"]
     main(["merge", *COMMON, *files, *rule])
     # Merged last, so that whatever came before it would show.
-    (found,) = [
-        o for o in json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] if o["name"] == method
-    ]
+    (found,) = [o for o in json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] if o["name"] == kind]
     merged = json.loads((tmp_path / "merged" / "report.json").read_text())["metrics"]["merged"]
-    if method != "ties":  # what a rule that reads no data is worth, is told on the samples that the others left
+    if kind != "TIES":  # what a rule that reads no data is worth, is told on the samples that the others left
         assert found["metrics"] == {"report": merged}
     assert found["method"]["class"] == kind
 
 
 def test_seeds_are_those_of_the_calibration_sample(files: list[str], tmp_path: Path) -> None:
-    both = compare(tmp_path / "both", "chain", seeds=[0, 1])
-    losses = [[o.metrics["report"][t]["val_loss"] for t in "ab"] for o in both.outcomes if o.name == "chain"]
+    both = compare(tmp_path / "both", [ChainOfMerges()], seeds=[0, 1])
+    losses = [[o.metrics["report"][t]["val_loss"] for t in "ab"] for o in both.outcomes if o.name == "ChainOfMerges"]
     assert losses[0] != losses[1]
-    (row,) = [row for row in both.rows if row.label == "chain"]
+    (row,) = [row for row in both.rows if row.label == "ChainOfMerges()"]
     assert row.absolute["a"] == pytest.approx(sum(o.metrics["report"]["a"]["val_acc"] for o in row.outcomes) / 2)
-    one = compare(tmp_path / "one", "chain", seeds=[1])
+    one = compare(tmp_path / "one", [ChainOfMerges()], seeds=[1])
     assert one.rows[0].spread is None
     assert [o.seed for o in one.outcomes] == [None, 1]
 
 
 def test_rules_that_draw_at_random_draw_anew_for_each_seed(files: list[str], tmp_path: Path) -> None:
-    listed = "dare(seed=5),combined(matrices=della,rest=average),ties"
+    listed = [DARE(seed=5), Combined(DELLA(), Average()), TIES()]
     comparison = compare(tmp_path / "out", listed, seeds=[0, 2])
     found = {row.label.partition("(")[0]: row.outcomes for row in comparison.rows}
-    assert [(one.seed, one.method["seed"]) for one in found["dare"]] == [(0, 5), (2, 7)]
-    assert [one.method["matrices"]["seed"] for one in found["combined"]] == [0, 2]
-    losses = [[one.metrics["report"][task]["val_loss"] for task in "ab"] for one in found["dare"]]
+    assert [(one.seed, one.method["seed"]) for one in found["DARE"]] == [(0, 5), (2, 7)]
+    assert [one.method["matrices"]["seed"] for one in found["Combined"]] == [0, 2]
+    losses = [[one.metrics["report"][task]["val_loss"] for task in "ab"] for one in found["DARE"]]
     assert losses[0] != losses[1]
-    assert [one.seed for one in found["ties"]] == [None]
+    assert [one.seed for one in found["TIES"]] == [None]
 
 
 @pytest.mark.parametrize("after", [0, 1, 3])
@@ -309,10 +335,10 @@ def test_what_belongs_to_another_comparison_is_not_taken(
     with monkeypatch.context() as patch:  # all is merged, nothing written
         patch.setattr(com_lightning.analysis.compare, "save_pictures", full)
         with pytest.raises((KeyboardInterrupt, SystemExit)):
-            compare(tmp_path / "out", "regmean")
+            compare(tmp_path / "out", [RegMean()])
     assert len(list((tmp_path / ".out.partial" / "journal").iterdir())) == 3  # the experts, the average, regmean
-    found = compare(tmp_path / "out", "regmean", **change)
-    assert untimed(found) == untimed(compare(tmp_path / "other", "regmean", **change))
+    found = compare(tmp_path / "out", [RegMean()], **change)
+    assert untimed(found) == untimed(compare(tmp_path / "other", [RegMean()], **change))
     assert sorted(path.name for path in tmp_path.iterdir() if "out" in path.name) == ["out"]
 
 
@@ -384,8 +410,8 @@ def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
 
 
 def test_a_metric_that_is_not_logged_is_told(files: list[str], tmp_path: Path) -> None:
-    told = compare(tmp_path / "out", "average", monitor="f1")
-    assert told.metric == "val_acc"
+    told = compare(tmp_path / "out", [Average()], monitor="f1")
+    assert told.monitor == "val_acc"
     assert any("'f1' was not logged" in warning for warning in told.warnings)
 
 
@@ -415,13 +441,13 @@ def test_the_shift_of_the_average() -> None:
 
 
 def test_a_chain_shifts_less_than_the_average(files: list[str], tmp_path: Path) -> None:
-    comparison = compare(tmp_path / "out", "chain,one_sided,regmean")
-    (chain,) = [o for o in comparison.outcomes if o.shift]
-    assert chain.label == "chain"
-    assert [name for name, _ in chain.shift] == [name for name, _ in comparison.average_shift]
-    last, plain = chain.shift[-1][1], comparison.average_shift[-1][1]
+    comparison = compare(tmp_path / "out", [ChainOfMerges(), RegMeanPlusPlus(), RegMean()])
+    (chain,) = [o for o in comparison.outcomes if o.drift]
+    assert chain.label == "ChainOfMerges()"
+    assert [name for name, _ in chain.drift] == [name for name, _ in comparison.average_drift]
+    last, plain = chain.drift[-1][1], comparison.average_drift[-1][1]
     assert all(last[task] < plain[task] for task in "ab")
-    assert compare(tmp_path / "other", "regmean").average_shift == []
+    assert compare(tmp_path / "other", [RegMean()]).average_drift == []
 
 
 # -- several processes -------------------------------------------------------------------------------------------------
