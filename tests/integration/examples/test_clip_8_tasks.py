@@ -171,7 +171,7 @@ def test_each_size_has_its_experts_and_settings_may_be_chosen_on_train_images(
     CLIPModel.from_pretrained(base).vision_model.save_pretrained(tmp_path / "tower")
     given = [config("tasks.yaml"), config("vit-b-32.yaml"), config("on_val.yaml"), *data_options(images), *QUIET]
     options = [*given, f"--model.base={base}", *experts, f"--output_dir={tmp_path / 'rules'}"]
-    main(["compare", *options, f"--methods={shown_methods()}", "--dry_run"])
+    main(["compare", *options, config("rules.yaml"), "--dry_run"])
     shown = capsys.readouterr().out
     assert "To be compared:" in shown
     assert "256 samples of each task's train data" in shown
