@@ -18,6 +18,7 @@ from tests.helpers import relative
 from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
 from tests.helpers.running import ROOT
 
+GRID = "{class_path: TaskArithmetic, init_args: {scale: 0.2}}"
 PROCESSES = {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]}
 
 
@@ -41,11 +42,11 @@ def test_merge(method: str, tmp_path: Path) -> None:
 
 
 def test_compare(tmp_path: Path) -> None:
-    one, two = reports(tmp_path, "compare", "--methods=task_arithmetic(scale=[0.2,0.5]),regmean,chain")
+    one, two = reports(tmp_path, "compare", f"--methods=[{GRID}, TaskArithmetic, RegMean, ChainOfMerges]")
     for mine, theirs in zip(one["outcomes"], two["outcomes"], strict=True):
         assert mine["label"] == theirs["label"]
         for task in "ab":
             assert mine["metrics"]["report"][task] == pytest.approx(theirs["metrics"]["report"][task], rel=1e-9)
-    for (layer, mine), (other, theirs) in zip(one["average_shift"], two["average_shift"], strict=True):
+    for (layer, mine), (other, theirs) in zip(one["average_drift"], two["average_drift"], strict=True):
         assert layer == other
         assert mine == pytest.approx(theirs, rel=1e-6, abs=1e-9)

@@ -448,6 +448,3 @@ def test_a_chain_shifts_less_than_the_average(files: list[str], tmp_path: Path) 
     last, plain = chain.drift[-1][1], comparison.average_drift[-1][1]
     assert all(last[task] < plain[task] for task in "ab")
     assert compare(tmp_path / "other", [RegMean()]).average_drift == []
-
-
-# -- several processes -------------------------------------------------------------------------------------------------
