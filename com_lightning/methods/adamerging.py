@@ -1,4 +1,4 @@
-"""AdaMerging: coefficients of task vectors, learned without labels."""
+"""AdaMerging: coefficients of task vectors that are learned without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from com_lightning.methods.task_vectors import TIES, trimmed
 
 @dataclass
 class CoefficientRecord(ParameterRecord):
-    """A parameter that AdaMerging has merged; ``coefficients``: task -> that of its task vector."""
+    """A parameter that AdaMerging has merged. ``coefficients``: task -> coefficient of its task vector."""
 
     coefficients: dict[str, float] | None = None
 
@@ -31,34 +31,34 @@ class AdaMerging(MergingMethod):
     """AdaMerging, layer-wise: task arithmetic with a coefficient for each parameter and task, learned without labels.
 
     Yang et al., "AdaMerging: Adaptive Model Merging for Multi-Task Learning", arXiv 2310.02575, section 3.2:
-    ``W_l = W_l,base + Σ_i λ_l,i τ_l,i``, where the ``λ``, all 0.3 at first, are trained by Adam to lower the sum over
-    tasks of the mean entropy of the merged model's predictions, each task with its own private parameters. As in the
-    authors' code a "layer" ``l`` is one parameter, and coefficients are kept between 0 and 1.
+    ``W_l = W_l,base + Σ_i λ_l,i τ_l,i``. The ``λ`` are 0.3 at first. Adam trains them to lower the mean entropy of the
+    merged model's predictions, summed over tasks. Each task has its own private parameters. As in the authors' code, a
+    "layer" ``l`` is one parameter, and coefficients stay between 0 and 1.
 
-    Predictions are the logits, ``(n, classes)``, that the module's ``predict_step`` returns, if it overrides that, or
-    else its ``forward`` for the first element of the batch (the batch itself, if it is a tensor). Entropy is that of a
-    classifier: AdaMerging does not suit other modules.
+    Predictions are logits, ``(n, classes)``. They come from the module's ``predict_step`` if it overrides that, else
+    from its ``forward`` for the first element of the batch (or for the batch, if it is a tensor). Entropy is that of a
+    classifier, so AdaMerging does not suit other modules.
 
-    We go through the calibration data in random order, one batch of each task a step, of the loader's batch size or
-    that of the MergeDataModule; the authors take two batches of 16 of the shuffled test data. Labels are not read. The
-    default runs ``500 × tasks`` batches forward and backward, and holds all task vectors on the device: about as many
-    models as there are tasks, and four. Importance weighs a task's entropy. Buffers are averaged. Several processes
-    share the batches out, and take the same steps as one. A batch that holds NaN or infinity is an error, whatever
-    ``on_bad_batch`` says.
+    We take the calibration data in random order, one batch of each task for a step. The batch size is that of the
+    MergeDataModule or of the loader. The authors take two batches of 16 from the shuffled test data. Labels are not
+    read. The default runs ``500 × tasks`` batches forward and backward, and holds all task vectors on the device. This
+    takes the memory of about ``tasks + 4`` models. Importance weights a task's entropy. Buffers are averaged. Several
+    processes share the batches, and take the same steps as one process. A batch that holds NaN or infinity is an error,
+    also if ``on_bad_batch`` is ``"skip"``.
 
     Args:
-        steps: of Adam, 500 in the authors' code; 0 gives task arithmetic with the scale ``start``.
-        learning_rate: of Adam.
+        steps: number of Adam's steps, 500 in the authors' code. 0 gives task arithmetic with the scale ``start``.
+        learning_rate: Adam's learning rate.
         start: the coefficients at first.
-        plus_plus: AdaMerging++: what TIES leaves of each task vector, trimmed and where it agrees with the elected
-            sign.
+        plus_plus: AdaMerging++: keep of each task vector what TIES keeps, the largest values that agree with the
+            elected sign.
         density: share of each task vector that ``plus_plus`` keeps.
-        seed: of the order of batches.
-        importance: task -> its weight, relative to the others; uniform by default.
+        seed: seed of the order of batches.
+        importance: task -> its weight, relative to the others. The default is uniform.
 
     Raises:
-        MergeError: during the merge, if predictions are no logits that the shared parameters have a part in.
-        NonFiniteError: for NaN or infinity in a task's entropy, naming task and batch.
+        MergeError: during the merge, if predictions are not logits, or do not depend on the shared parameters.
+        NonFiniteError: for NaN or infinity in a task's entropy. The message names task and batch.
     """
 
     needs = frozenset({"data", "base"})
@@ -100,9 +100,9 @@ class AdaMerging(MergingMethod):
             value = finite(_merged(parameter, vector, coefficients), parameter)
             assert value is not None
             parameter.target.copy_(value)
-            told = {task.name: float(c) for (_, task), c in zip(tasks, coefficients)}
+            by_task = {task.name: float(c) for (_, task), c in zip(tasks, coefficients)}
             name, count = parameter.name, {parameter.name: parameter.target.numel()}
-            record = CoefficientRecord(name, type(self).__name__, count, coefficients=told)
+            record = CoefficientRecord(name, type(self).__name__, count, coefficients=by_task)
             record.seconds, start = time.perf_counter() - start, time.perf_counter()
             job.run.on_layer(record)
             records.append(record)
@@ -124,19 +124,19 @@ class AdaMerging(MergingMethod):
         adam = torch.optim.Adam([raw], lr=self.learning_rate)
         for step in tqdm(range(self.steps), type(self).__name__, disable=job.run.quiet or peers.rank > 0, leave=False):
             coefficients = raw.clamp(0, 1)
-            merged = [_merged(p, vector, own) for p, vector, own in zip(parameters, vectors, coefficients)]
+            merged = [_merged(p, vector, row) for p, vector, row in zip(parameters, vectors, coefficients)]
             gradient = torch.zeros_like(raw)
             for (number, task), model, order in zip(tasks, models, orders):
                 index = order(step)
-                own = list(task.batch_numbers)
-                if index in own:
+                mine = list(task.batch_numbers)
+                if index in mine:
                     share = weights[task.name] * len(tasks)
-                    slopes = model.slopes(merged, task.batches[own.index(index)], index, 100_003 * number + step)
+                    slopes = model.slopes(merged, task.batches[mine.index(index)], index, 100_003 * number + step)
                     for place, (slope, vector) in enumerate(zip(slopes, vectors)):
                         if slope is not None:
                             dot = vector.reshape(len(vector), -1) @ slope.to(vector).flatten()
                             gradient[place] += share * dot.cpu()
-            # Where a coefficient has been cut off, it has no slope.
+            # A coefficient that has been cut off has no slope.
             total = torch.stack(peers.exchange(gradient)).sum(0)
             raw.grad = total.mul_((raw >= 0) & (raw <= 1))
             adam.step()
@@ -149,22 +149,22 @@ class AdaMerging(MergingMethod):
         vectors = []
         for parameter in parameters:
             least = limits(parameter)
-            own = torch.stack([trimmed(parameter.vector(task), least[task]) for task in parameter.tasks])
-            sign = sum(own[n] * parameter.share(task) for n, task in enumerate(parameter.tasks))
+            largest = torch.stack([trimmed(parameter.vector(task), least[task]) for task in parameter.tasks])
+            sign = sum(largest[n] * parameter.share(task) for n, task in enumerate(parameter.tasks))
             assert isinstance(sign, Tensor)
-            vectors.append(own.mul_(own.sign() * sign.sign() > 0))
+            vectors.append(largest.mul_(largest.sign() * sign.sign() > 0))
         return vectors
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if self.steps < 0:
-            found.append(f"steps: must be 0 or more, got {self.steps}")
+            problems.append(f"steps: must be 0 or more, got {self.steps}")
         for name, value in {"learning_rate": self.learning_rate, "density": self.density}.items():
             if not 0 < value <= 1:
-                found.append(f"{name}: must be above 0 and at most 1, got {value}")
+                problems.append(f"{name}: must be above 0 and at most 1, got {value}")
         if not 0 <= self.start <= 1:
-            found.append(f"start: must be between 0 and 1, got {self.start}")
-        return found
+            problems.append(f"start: must be between 0 and 1, got {self.start}")
+        return problems
 
 
 def _merged(parameter: SharedParameter, vectors: Tensor, coefficients: Tensor) -> Tensor:
@@ -174,10 +174,10 @@ def _merged(parameter: SharedParameter, vectors: Tensor, coefficients: Tensor) -
 
 
 class _Model:
-    """A task's model with merged parameters, which are its own to differentiate by; buffers are the average."""
+    """A task's model with merged parameters to differentiate by. Buffers are the average."""
 
     def __init__(self, job: MergeJob, task: Task, parameters: Sequence[SharedParameter]) -> None:
-        assert task.predict is not None, "a job for a rule that looks at predictions says how to get them"
+        assert task.predict is not None, "a job for a rule that reads predictions says how to get them"
         self.task, self.predict = task, task.predict
         placement = Placement(task.expert, task.move)
         shared = {name: tensor for name, tensor in job.merged.items() if name in placement.stored}
@@ -185,7 +185,7 @@ class _Model:
         for parameter in parameters:
             device, dtype = placement.target(parameter.name)
             leaves[id(parameter.target)] = nn.Parameter(torch.empty(parameter.target.shape, dtype=dtype, device=device))
-        # Under every name of a tied one.
+        # A tied parameter is here under all of its names.
         tensors = {n: leaves[id(t)] if id(t) in leaves else placement.place(n, t) for n, t in shared.items()}
         self.module = placement.module(tensors)
         self.leaves = [leaves[id(parameter.target)] for parameter in parameters]
@@ -215,9 +215,8 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def _order(job: MergeJob, task: Task, seed: int) -> Callable[[int], int]:
-    """Step -> number of the batch, among those of all processes, each once a round, in random order."""
-    own = list(task.batch_numbers)
-    numbers = sorted(number for part in job.run.peers.exchange(own) for number in part)
+    """Step -> number of the batch among those of all processes. Each round takes each batch once, in random order."""
+    numbers = sorted(number for share in job.run.peers.exchange(list(task.batch_numbers)) for number in share)
     if not numbers:
         raise ValueError(f"task '{task.name}': there is no calibration batch")
     rounds: dict[int, list[int]] = {}

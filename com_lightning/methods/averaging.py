@@ -1,4 +1,4 @@
-"""Rules that need no data."""
+"""The plain average."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Average(MergingMethod):
     """The (weighted) average of the experts' parameters: model soups without selection (arXiv 2203.05482, section 2).
 
     Args:
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     needs = frozenset()

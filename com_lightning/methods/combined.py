@@ -16,14 +16,14 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 class Combined(MergingMethod):
     """One rule for the weight matrices, another for the rest: biases, normalisations, embedding tables.
 
-    Matrices are parameters of two dimensions or more, convolutions among them, that are not an embedding's table. Where
-    ``matrices`` merges layers rather than parameters (ChainOfMerges, RegMean, LOT), it takes all that it solves, biases
-    and normalisations included, and what it has no closed form for is left to ``rest``. AdaMerging merges all or
-    nothing, and is no part of another rule. Importance is that of each rule; buffers are averaged by that of ``rest``.
+    Matrices are parameters of two or more dimensions, such as convolutions, but not an embedding's table. If
+    ``matrices`` merges layer by layer (ChainOfMerges, RegMean, LOT), it merges everything that it can solve, including
+    biases and normalisations. ``rest`` then merges what has no closed form. AdaMerging merges a model as a whole, and
+    cannot be part of another rule. Each rule has its own importance; buffers are averaged with that of ``rest``.
 
     Args:
         matrices: the rule for the weight matrices.
-        rest: the rule for the rest; one that merges each parameter on its own, or Average.
+        rest: the rule for the rest. It must merge each parameter on its own, or be Average.
 
     Example::
 
@@ -37,33 +37,33 @@ class Combined(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         if self.options:
-            started = self.rest.merge(job)
-            return self.matrices.merge(job) + started
+            records = self.rest.merge(job)
+            return self.matrices.merge(job) + records
         tables = _tables(job)
-        parts: list[dict[str, Tensor]] = [{}, {}]
+        matrices, rest = dict[str, Tensor](), dict[str, Tensor]()
         for name, tensor in job.merged.items():
-            parts[tensor.dim() < 2 or not isinstance(tensor, nn.Parameter) or id(tensor) in tables][name] = tensor
+            is_matrix = tensor.dim() >= 2 and isinstance(tensor, nn.Parameter) and id(tensor) not in tables
+            (matrices if is_matrix else rest)[name] = tensor
         if self.matrices.importance != self.importance:
-            _average(job, parts[0], self.matrices)
-        records = [rule.merge(replace(job, merged=part)) for rule, part in zip((self.matrices, self.rest), parts)]
-        return records[0] + records[1]
+            _average(job, matrices, self.matrices)
+        return self.matrices.merge(replace(job, merged=matrices)) + self.rest.merge(replace(job, merged=rest))
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = [f"matrices: {problem}" for problem in self.matrices.problems(tasks)]
-        found += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
+        problems = [f"matrices: {problem}" for problem in self.matrices.problems(tasks)]
+        problems += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
         for name, rule in {"matrices": self.matrices, "rest": self.rest}.items():
             if not rule.separable:
-                found.append(f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part")
+                problems.append(f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part")
         if self.rest.options:
-            found.append(
+            problems.append(
                 f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "
                 "a rule that needs no data"
             )
-        return found
+        return problems
 
 
 def _tables(job: MergeJob) -> set[int]:
-    """``id`` of each merged tensor that is an embedding's table under one of its names."""
+    """The ``id`` of each merged tensor that is an embedding's table under one of its names."""
     expert = job.tasks[0].expert
     tables = {id(part.weight) for part in expert.modules() if isinstance(part, (nn.Embedding, nn.EmbeddingBag))}
     return {id(job.merged[n]) for n, tensor, _ in named_tensors(expert) if n in job.merged and id(tensor) in tables}

@@ -1,4 +1,4 @@
-"""Fisher merging: an average in which each value counts by how much the loss of its task depends on it."""
+"""Fisher merging: an average that weights each value by how much the loss of its task depends on it."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ class Fisher(MergingMethod):
     """Fisher merging: the average of the experts, weighted by the diagonals of their Fisher information.
 
     Matena and Raffel, "Merging Models with Fisher-Weighted Averaging", arXiv 2111.09832, section 3.2:
-    ``W = Σ_i a_i F_i W_i / Σ_i a_i F_i``, element by element, where ``a_i`` is the importance of task i and
-    ``F_i = 1/N Σ_n g_n²`` is made of the gradients ``g_n`` of the samples' losses at expert i; ``F_i`` has the shape of
-    ``W_i``. A common factor of all losses cancels.
+    ``W = Σ_i a_i F_i W_i / Σ_i a_i F_i``, element by element. ``a_i`` is the importance of task i, and
+    ``F_i = 1/N Σ_n g_n²``, of the shape of ``W_i``, comes from the gradients ``g_n`` of the samples' losses at expert
+    i. A common factor of all losses cancels.
 
-    The loss is what the module's own ``training_step`` returns (a tensor, or a dictionary with ``"loss"``), with
-    ``log`` muted, in eval mode, on the calibration batches with their labels. So it is the *empirical* Fisher; the
-    paper takes the expectation over labels that the model predicts itself, for which there is no hook in a
-    LightningModule. Where an expert fits its calibration data, its gradients vanish, and with them its say: calibrate
-    on data that it was not trained on, or set ``normalize``.
+    The loss is what the module's ``training_step`` returns (a tensor, or a dictionary with ``"loss"``). It runs in eval
+    mode on the calibration batches with their labels, and ``log`` is muted. So this is the *empirical* Fisher
+    information. The paper takes the expectation over labels that the model predicts, for which a LightningModule has no
+    hook. If an expert fits its calibration data, its gradients vanish, and so does its influence. Calibrate on data
+    that it was not trained on, or set ``normalize``.
 
-    Squares are those of single samples: give ``MergeDataModule(batch_size=1)``. A batch of ``B`` samples, whose loss is
-    taken for their mean, counts as ``B`` samples of ``B ḡ²``, with ``ḡ`` the mean gradient: without bias where the
-    gradients' mean is zero, as at the optimum, but with few batches noisy. Pre-flight warns of it.
+    The gradients of single samples are squared: use ``MergeDataModule(batch_size=1)``. A batch of ``B`` samples, whose
+    loss should be their mean, counts as ``B`` samples of ``B ḡ²`` with the mean gradient ``ḡ``. This has no bias if the
+    gradients' mean is zero, as at the optimum, but few batches make it noisy. The checks before the merge warn of it.
 
-    Where all ``F_i`` are zero, it is the average. The authors replace values below a floor of 1e-6 by it; we add to
-    the sum of the ``F_i`` a floor relative to its mean, which pulls what hardly matters to anyone towards the average,
-    and does not depend on the scale of the loss. Buffers are averaged.
+    Where all ``F_i`` are zero, the result is the average. The authors replace values below a floor of 1e-6 by this
+    floor. We add a floor to the sum of the ``F_i``, relative to the mean of that sum. It pulls values that hardly
+    matter to any task towards the average, and does not depend on the scale of the loss. Buffers are averaged.
 
-    One expert at a time is on the device, with its gradients and their squares; beside it, numerator and denominator:
-    about six models. Several processes add their squares up, and hold those two in parts.
+    One expert at a time is on the device, with its gradients and their squares, beside numerator and denominator: about
+    six models. Several processes add up their squares, and each holds a share of numerator and denominator.
 
     Args:
-        importance: task -> its weight ``a_i``, relative to the others; uniform by default.
+        importance: task -> its weight ``a_i``, relative to the others. The default is uniform.
         normalize: divide each ``F_i`` by its norm over all parameters, as the authors' code does.
         floor: weight of the average, relative to the mean of ``Σ a_i F_i``.
 
     Raises:
-        MergeError: in pre-flight if a module has no ``training_step``; during the merge if that returns no loss.
-        NonFiniteError: for NaN or infinity in a loss or a gradient, naming task and batch, unless such batches are to
-            be skipped.
+        MergeError: before the merge, if a module has no ``training_step``; during the merge, if that returns no loss.
+        NonFiniteError: for NaN or infinity in a loss or a gradient, unless such batches are to be skipped. The message
+            names task and batch.
     """
 
     needs = frozenset({"data", "loss"})
@@ -76,15 +76,15 @@ class Fisher(MergingMethod):
         for number, task in enumerate(job.tasks):
             if weights[task.name] > 0:
                 self._add(sums, job, number, task, parameters, weights[task.name])
-        told = peers.exchange((sums.total(), sum(parameter.target.numel() for parameter in parameters)))
-        floor = self.floor * sum(total for total, _ in told) / max(told[0][1], 1)
+        totals = peers.exchange((sums.total(), sum(parameter.target.numel() for parameter in parameters)))
+        floor = self.floor * sum(total for total, _ in totals) / max(totals[0][1], 1)
         records: list[LayerRecord] = []
         for number, parameter in enumerate(parameters):
             owner, value = number % peers.size, None
             if owner == peers.rank:
                 change = sums.change(parameter.name, floor)
                 value = finite(change.add_(parameter.average()), parameter)
-            peers.exchange(value is not None)  # where nobody has failed
+            peers.exchange(value is not None)  # returns if no process has failed
             value = torch.empty_like(parameter.target) if value is None else value.to(parameter.target.device)
             peers.broadcast(value, owner)
             parameter.target.copy_(value)
@@ -103,48 +103,50 @@ class Fisher(MergingMethod):
         parameters: Sequence[SharedParameter],
         weight: float,
     ) -> None:
-        """Add what an expert has to say; of each parameter at the process that it belongs to."""
+        """Add an expert's part. Each parameter is added in the process that it belongs to."""
         peers = job.run.peers
         squares, samples, skipped = squared_gradients(job, number, task, parameters)
-        met = peers.exchange((samples, skipped))
-        job.run.skipped += [batch for _, batches in met for batch in batches]
-        total = sum(count for count, _ in met)
+        everyone = peers.exchange((samples, skipped))
+        job.run.skipped += [batch for _, batches in everyone for batch in batches]
+        total = sum(count for count, _ in everyone)
         if not total:
             raise NonFiniteError(f"task '{task.name}': no calibration batch is left")
-        own = []
+        mine = []
         for place, parameter in enumerate(parameters):
             peers.add(squares[parameter.name], place % peers.size)
             if place % peers.size == peers.rank:
-                own.append(parameter)
+                mine.append(parameter)
                 squares[parameter.name] /= total
             else:
                 del squares[parameter.name]
         if self.normalize:
-            mine = sum(float(square.double().square().sum()) for square in squares.values())
-            norm = math.sqrt(sum(peers.exchange(mine)))
+            energy = sum(float(square.double().square().sum()) for square in squares.values())
+            norm = math.sqrt(sum(peers.exchange(energy)))
             weight /= norm or 1.0
-        for parameter in own:
+        for parameter in mine:
             sums.add(parameter, task.name, squares.pop(parameter.name), weight)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if not 0 <= self.floor < math.inf:
-            found.append(f"floor: must be 0 or more, and finite, got {self.floor}")
-        return found
+            problems.append(f"floor: must be 0 or more, and finite, got {self.floor}")
+        return problems
 
 
 @dataclass
 class _Sums:
-    """Of each parameter ``Σ a_i F_i (W_i − W̄)`` and ``Σ a_i F_i``, with ``W̄`` the average: a difference to it loses no
-    digits where experts are close, and gives identical ones back."""
+    """``Σ a_i F_i (W_i − W̄)`` and ``Σ a_i F_i`` of each parameter, with the average ``W̄``.
+
+    Differences from the average lose no digits if experts are close, and give identical experts back.
+    """
 
     above: dict[str, Tensor] = field(default_factory=dict)
     below: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, parameter: SharedParameter, task: str, square: Tensor, weight: float) -> None:
         name, square = parameter.name, square.mul_(weight)
-        gap = parameter.expert(task) - parameter.average()
-        self.above[name] = gap.mul_(square) if name not in self.above else self.above[name].addcmul_(gap, square)
+        change = parameter.expert(task) - parameter.average()
+        self.above[name] = change.mul_(square) if name not in self.above else self.above[name].addcmul_(change, square)
         self.below[name] = square if name not in self.below else self.below[name].add_(square)
 
     def total(self) -> float:
@@ -182,14 +184,14 @@ def squared_gradients(
     for place, batch in enumerate(bar):
         index = task.batch_numbers[place]
         with differentiated(module), seeded(100_003 * number + index, leaves):
-            # A copy for each batch: what a module takes down (losses, for instance) is not to keep its graph.
+            # A copy for each batch: what a module stores (losses, for instance) would keep the graph in memory.
             loss = task.loss(copy_module(module), batch, index)
             gradients = gradients_of(loss, leaves)
         if not all(bool(g.isfinite().all()) for g in (loss.detach(), *gradients) if g is not None):
-            why = "hold or give NaN or infinity: its loss, or the gradients of that"
+            reason = "hold or give NaN or infinity: its loss, or the gradients of that"
             if job.run.on_bad_batch == "raise":
                 raise NonFiniteError(f"task '{task.name}', batch {index}: NaN or infinity in the loss or its gradients")
-            skipped.append(SkippedBatch(task.name, index, "training_step", why))
+            skipped.append(SkippedBatch(task.name, index, "training_step", reason))
             continue
         size = task.size(batch)
         samples += size

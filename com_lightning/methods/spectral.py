@@ -51,7 +51,7 @@ class TSVM(_Spectral):
 
     Args:
         scale: ``α``, of the averaged parameters too; 1 in the paper.
-        importance: task -> its weight, relative to the others; uniform by default. It multiplies singular values.
+        importance: task -> its weight, relative to the others. The default is uniform. It multiplies singular values.
     """
 
     def __init__(self, scale: float = 1.0, importance: dict[str, float] | None = None) -> None:
@@ -83,7 +83,7 @@ class IsoC(_Spectral):
 
     Args:
         scale: ``α``, of the averaged parameters too.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(self, scale: float = 1.0, importance: dict[str, float] | None = None) -> None:
@@ -106,7 +106,7 @@ class IsoCTS(_Spectral):
     Args:
         scale: ``α``, of the averaged parameters too. The paper chooses it on held-out data.
         common: ``k / r``, of which ``k`` is as near as the equal parts let it be.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(self, scale: float = 1.0, common: float = 0.8, importance: dict[str, float] | None = None) -> None:

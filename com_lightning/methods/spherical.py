@@ -65,7 +65,7 @@ class KarcherMean(ParameterRule):
     Args:
         steps: at most.
         tolerance: change of the experts' coefficients at which to stop.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(self, steps: int = 100, tolerance: float = 1e-10, importance: dict[str, float] | None = None) -> None:

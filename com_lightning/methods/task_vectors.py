@@ -20,7 +20,7 @@ class TaskVectorRule(ParameterRule):
 
     Args:
         scale: factor of what is added to the base; 0 gives the base.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     needs = frozenset({"base"})
@@ -55,7 +55,7 @@ class TaskArithmetic(TaskVectorRule):
 
     Args:
         scale: ``λ``.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(self, scale: float = 0.3, importance: dict[str, float] | None = None) -> None:
@@ -78,7 +78,7 @@ class TIES(TaskVectorRule):
         scale: ``λ``.
         trim: ``"model"``: the largest values among all of an expert's shared parameters, as the paper has it;
             ``"parameter"``: among those of each parameter, as mergekit has it.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     elects = True
@@ -128,7 +128,7 @@ class DARE(TaskVectorRule):
         ties: average the values that agree on the elected sign, in place of the sum.
         rescale: make up for what is dropped. Without it, DARE is plain dropping, which the paper advises against.
         seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class Breadcrumbs(TaskVectorRule):
         density: share of the values that is kept, above 0: the largest after the outliers.
         outliers: share of the values, the largest, that is dropped.
         scale: ``α``.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     def __init__(
@@ -208,7 +208,7 @@ class DELLA(TaskVectorRule):
         window: ``ε``, the probability of the smallest value less that of the largest.
         scale: ``λ``.
         seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
-        importance: task -> its weight, relative to the others; uniform by default.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     elects = True

@@ -1,4 +1,4 @@
-"""Magnitudes of many tensors ranked together, without holding them together."""
+"""Ranking the magnitudes of many tensors together, without holding them in memory together."""
 
 from __future__ import annotations
 
@@ -13,14 +13,16 @@ _HALF = 16
 def kth_largest(tensors: Callable[[], Iterable[Tensor]], k: int) -> float:
     """Return the ``k``-th largest magnitude among all elements, in float32, exactly.
 
-    The bits of non-negative floats rank like the floats themselves, so two histograms find it: one of their upper
-    halves, then one of the lower halves of those that share the upper half sought.
+    The bits of non-negative floats rank like the floats themselves. So two histograms find the value: one of the upper
+    halves of all bits, and one of the lower halves of those values that have the right upper half. This takes two
+    passes, and 2¹⁶ counters.
 
     Args:
-        tensors: gives the tensors; called twice.
+        tensors: returns the tensors; called twice.
         k: 1 for the largest.
 
-    Complexity: two passes, and 2¹⁶ counters.
+    Returns:
+        The magnitude.
 
     Example::
 
@@ -45,7 +47,7 @@ def _histogram(parts: Iterable[Tensor]) -> Tensor:
 
 
 def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
-    """The bucket that holds the ``k``-th largest, and its place within it."""
+    """The bucket that holds the ``k``-th largest value, and the place of the value within it."""
     above = counts.flip(0).cumsum(0)
     place = int(torch.searchsorted(above, k))
     bucket = len(counts) - 1 - place

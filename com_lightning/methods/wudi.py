@@ -1,4 +1,4 @@
-"""WUDI-Merging: task matrices stand in for the inputs that the tasks were trained on."""
+"""WUDI-Merging: task matrices in place of the inputs that the tasks were trained on."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 
 
 class WUDI(ParameterRule):
-    """WUDI-Merging: the sum of the task matrices, moved so as to disturb no task's inputs.
+    """WUDI-Merging: the sum of the task matrices, moved so that it disturbs no task's inputs.
 
     Cheng et al., "Whoever Started the Interference Should End It: Guiding Data-Free Model Merging via Task Vectors",
-    arXiv 2503.08099, algorithm 1. The rows of a task matrix ``τ_i`` are sums of that task's inputs, and stand in for
-    them: ``τ`` starts at ``Σ_i τ_i``, and some steps of Adam lower ``Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖²``. Parameters that
-    are no matrices are averaged. We take the gradient from ``Σ_i τ_iᵀτ_i / ‖τ_i‖²``, which is summed once, so that a
-    step costs the same whatever the number of tasks.
+    arXiv 2503.08099, algorithm 1. The rows of a task matrix ``τ_i`` are sums of that task's inputs, so they are used in
+    place of these inputs. ``τ`` starts at ``Σ_i τ_i``, and some steps of Adam lower
+    ``Σ_i ‖(τ − τ_i) τ_iᵀ‖² / ‖τ_i‖²``. Parameters that are not matrices are averaged. We compute the gradient from
+    ``Σ_i τ_iᵀτ_i / ‖τ_i‖²``. This matrix is summed once, so a step costs the same for any number of tasks.
 
-    Adam's steps have the size of the learning rate whatever the size of the weights: a value moves by at most
-    ``steps × learning_rate`` or so. Identical experts start at ``T`` times their task vector, so few steps leave them
-    there.
+    The size of Adam's steps is the learning rate, and does not depend on the size of the weights. A value moves by at
+    most about ``steps × learning_rate``. ``T`` identical experts start at ``T`` times their task vector, and few steps
+    leave them there.
 
     Args:
-        steps: of Adam.
-        learning_rate: of Adam. The default suits CLIP's weights; raise it where task vectors are larger, as those of
-            small models mostly are.
-        importance: task -> its weight, relative to the others; uniform by default.
+        steps: number of Adam's steps.
+        learning_rate: Adam's learning rate. The default suits CLIP's weights. Task vectors of small models are mostly
+            larger; raise it for these.
+        importance: task -> its weight, relative to the others. The default is uniform.
     """
 
     needs = frozenset({"base"})
@@ -47,9 +47,9 @@ class WUDI(ParameterRule):
             vector = parameter.vector(task)
             size = vector.square().sum()
             if size > 0:
-                own = vector.T @ vector * (parameter.share(task) / size)
-                gram += own
-                target += vector @ own
+                task_gram = vector.T @ vector * (parameter.share(task) / size)
+                gram += task_gram
+                target += vector @ task_gram
         merged.requires_grad_(True)
         adam = torch.optim.Adam([merged], lr=self.learning_rate)
         for _ in range(self.steps):
@@ -58,7 +58,7 @@ class WUDI(ParameterRule):
         return merged.detach().add_(parameter.base())
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks) + self._out_of(0, 1, learning_rate=self.learning_rate)
+        problems = super().problems(tasks) + self._out_of(0, 1, learning_rate=self.learning_rate)
         if self.steps < 1:
-            found.append(f"steps: must be 1 or more, got {self.steps}")
-        return found
+            problems.append(f"steps: must be 1 or more, got {self.steps}")
+        return problems
