@@ -174,7 +174,7 @@ def merge(
 ) -> ChainOfMergesCallback:
     """Merge the experts, during the shortest possible validation."""
     seed_everything(seed, verbose=False)
-    merger = _Merger({**loaded.experts}, method, list(suite.private), baselines=False, base=loaded.base)
+    merger = _Merger({**loaded.experts}, method, private=list(suite.private), baselines=False, base=loaded.base)
     # The limit applies to calibration too, so that it must leave room for all calibration batches.
     limit = math.ceil(data.num_samples / (data.batch_size or 1)) if "data" in method.needs else 1
     with quiet_lightning():

@@ -252,8 +252,11 @@ class Compare(Callback):
         )
         _forget_peak(trainer.strategy.root_device)
         with tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet, leave=False) as bar:
-            run = self._run()
-            run.on_layer = lambda record: bar.update()
+
+            def on_layer(record: LayerRecord) -> None:
+                bar.update()
+
+            run = replace(self._run(), on_layer=on_layer)
             try:
                 data = self.splits.part("report", seed)
                 modules, report = execute(plan, trainer, data, run, self.options.offload_experts)

@@ -53,7 +53,9 @@ class Combined(MergingMethod):
         problems += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
         for name, rule in {"matrices": self.matrices, "rest": self.rest}.items():
             if not rule.separable:
-                problems.append(f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part")
+                problems.append(
+                    f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part"
+                )
         if self.rest.options:
             problems.append(
                 f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "

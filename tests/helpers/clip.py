@@ -90,10 +90,3 @@ def make_hub(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
         put(cache, source.removeprefix("hf://"), tmp_path / "tower")
         shutil.rmtree(tmp_path / "tower")
     return cache
-
-
-def shown_methods() -> str:
-    """The rules that the README compares."""
-    shown = re.search(r'--methods "(.*?)"', (FOLDER / "README.md").read_text(), re.DOTALL)
-    assert shown
-    return shown[1].replace("\\\n", "")

@@ -31,7 +31,6 @@ from tests.helpers.clip import (
     data_options,
     make_hub,
     make_images,
-    shown_methods,
     tiny_clip,
 )
 
