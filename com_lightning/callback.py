@@ -221,7 +221,7 @@ class ChainOfMergesCallback(Callback):
             self._lend = plan is not None
             self._begin(pl_module, plan or self.plan(pl_module, data, writes=trainer.is_global_zero))
             if self.options.output_dir and self._peers.rank == 0:
-                self._workplace = Workplace(Path(self.options.output_dir), afresh=not self.options.resume)
+                self._workplace = Workplace(Path(self.options.output_dir), discard_journal=not self.options.resume)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merged or self._plan is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:

@@ -182,7 +182,7 @@ class Compare(Callback):
             # Calibration forwards log nowhere.
             with torch.inference_mode(False), together(peers), borrowed(trainer, loggers=[DummyLogger()]):
                 if peers.rank == 0:
-                    workplace = Workplace(Path(self.output_dir), afresh=not self.options.resume)
+                    workplace = Workplace(Path(self.output_dir), discard_journal=not self.options.resume)
                 self.comparison = self._compare(trainer, peers, workplace)
                 if workplace:
                     self._write(workplace, self.comparison)

@@ -25,13 +25,13 @@ class Workplace:
 
     Args:
         folder: The result folder. If it is a link, its target counts.
-        afresh: Whether to drop the journal of an unfinished merge.
+        discard_journal: Whether to drop the journal of an unfinished merge.
 
     Raises:
         MergeError: If another process uses it, or it cannot be written.
     """
 
-    def __init__(self, folder: Path, afresh: bool = False) -> None:
+    def __init__(self, folder: Path, discard_journal: bool = False) -> None:
         self.folder = folder = Path(os.path.realpath(folder))
         self.path = folder.parent / f".{folder.name}.partial"
         self.journal = self.path / "journal"
@@ -42,7 +42,7 @@ class Workplace:
             with suppress(NotImplementedError):  # this file system has no locks
                 self._lock.acquire()
             self._recover()
-            if afresh:
+            if discard_journal:
                 shutil.rmtree(self.journal, ignore_errors=True)
         except Timeout as error:
             problem = f"output_dir: another merge is writing {folder}; wait for it, or name another"

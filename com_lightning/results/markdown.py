@@ -53,9 +53,8 @@ def layer_rows(report: MergeReport) -> list[list[str]]:
     for layer in report.layers:
         means = [mean(list(values.values())) for values in (layer.distance, layer.cosine)]
         numbers = [number(value) for value in (*means, layer.residual, layer.condition)]
-        rows.append(
-            [layer.name or "(root)", layer.layer_type, *numbers, f"{layer.seconds:.2f}", "; ".join(_notes(layer))]
-        )
+        name, notes = layer.name or "(root)", "; ".join(_notes(layer))
+        rows.append([name, layer.layer_type, *numbers, f"{layer.seconds:.2f}", notes])
     return rows
 
 
@@ -69,13 +68,9 @@ def _notes(layer: LayerRecord) -> list[str]:
         notes.append(f"makes up for the drift of {' and '.join(layer.corrected_for)}")
     if layer.uncorrected:
         notes.append(f"{layer.uncorrected} calls could not make up for drift")
-    if layer.groups_without_data:
-        groups = (
-            f"{layer.groups_without_data:,} of {layer.groups:,} {_GROUPS.get(layer.layer_type, 'groups')} "
-            if layer.groups > 1
-            else ""
-        )
-        notes.append(f"{groups}saw no data")
+    if missed := layer.groups_without_data:
+        groups = f"{missed:,} of {layer.groups:,} {_GROUPS.get(layer.layer_type, 'groups')} "
+        notes.append(f"{groups if layer.groups > 1 else ''}saw no data")
     if layer.groups_kept_average:
         notes.append(f"{layer.groups_kept_average:,} of {layer.groups:,} keep the average because it is better")
     return notes

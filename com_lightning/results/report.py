@@ -123,8 +123,6 @@ class MergeReport:
         if self.monitor is not None:
             self.mode = "min" if self.lower_is_better else "max"
 
-    choose_metric = choose_monitor
-
     def values(self, model: str) -> list[float | None]:
         """The monitored metric of each task.
 
