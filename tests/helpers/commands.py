@@ -22,9 +22,12 @@ QUIET = ["--trainer.logger=false", "--trainer.enable_progress_bar=false", "--tra
 
 
 def expert_files(folder: Path) -> list[str]:
-    """Checkpoints of two experts and of their base."""
-    for task, expert in zip("ab", make_experts()):
-        save_lightning(expert, folder / f"{task}.ckpt")
-    torch.manual_seed(0)  # what make_experts starts from
-    torch.save(Classifier().state_dict(), folder / "base.pt")
-    return [*[f"--experts.{task}={folder / task}.ckpt" for task in "ab"], f"--base={folder / 'base.pt'}"]
+    """Options that name checkpoints of two experts."""
+    files = [save_lightning(expert, folder / f"{task}.ckpt") for task, expert in zip("ab", make_experts())]
+    return [f"--experts.{task}={file}" for task, file in zip("ab", files)]
+
+
+def base_file(folder: Path) -> str:
+    """The option that names what these experts were made from."""
+    torch.manual_seed(0)
+    return f"--base={save_lightning(Classifier(), folder / 'base.ckpt')}"

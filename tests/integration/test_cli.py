@@ -14,18 +14,15 @@ import yaml
 
 from com_lightning.cli import main
 from com_lightning.compat import RENAMED_OPTIONS
-from tests.helpers import Classifier, make_experts
-from tests.helpers.commands import DATA, MODEL, QUIET
-from tests.helpers.running import save_lightning
+from tests.helpers import Classifier
+from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
 
 ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def experts(tmp_path: Path) -> list[str]:
-    for task, expert in zip("ab", make_experts()):
-        save_lightning(expert, tmp_path / f"{task}.ckpt")
-    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
+    return expert_files(tmp_path)
 
 
 def test_merge_then_validate_and_test(experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

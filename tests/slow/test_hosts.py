@@ -181,17 +181,17 @@ def test_what_one_of_the_processes_on_a_machine_lacks_ends_all(
     project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     """Lightning ends the first process, which waits for the other to join, without a word: the other has told."""
-    command = [
-        sys.executable,
-        "-m",
-        "com_lightning",
-        *options(project, "--trainer.strategy=ddp", "--trainer.devices=2"),
-    ]
-    parent = start(started, command, project, environment(project, LACKS=1))
+    parent = start(started, two_processes(project), project, environment(project, LACKS=1))
     out = parent.communicate(timeout=180)[0]
     assert parent.returncode
     assert "FileNotFoundError: points.csv" in out
     assert not running(project)
+
+
+def two_processes(project: Path) -> list[str]:
+    """The command for two processes, which Lightning starts."""
+    several = ["--trainer.strategy=ddp", "--trainer.devices=2"]
+    return [sys.executable, "-m", "com_lightning", *options(project, *several)]
 
 
 def running(project: Path) -> list[int]:
@@ -213,13 +213,7 @@ def test_a_process_does_not_wait_for_the_one_that_started_it(
     project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     """That one is killed before the processes have met: the other would knock for half an hour."""
-    command = [
-        sys.executable,
-        "-m",
-        "com_lightning",
-        *options(project, "--trainer.strategy=ddp", "--trainer.devices=2"),
-    ]
-    parent = start(started, command, project, environment(project))
+    parent = start(started, two_processes(project), project, environment(project))
     limit = time.time() + 180
     while len(running(project)) < 2:
         assert time.time() < limit
@@ -248,9 +242,7 @@ def test_nothing_is_left_running(
     waits: int, killed: str, sign: signal.Signals, project: Path, started: list[subprocess.Popen[str]]
 ) -> None:
     """Of two processes that Lightning starts, one is in a forward and the other waits for it, or for a layer."""
-    several = ["--trainer.strategy=ddp", "--trainer.devices=2"]
-    command = [sys.executable, "-m", "com_lightning", *options(project, *several)]
-    parent = start(started, command, project, environment(project, WAITS=waits))
+    parent = start(started, two_processes(project), project, environment(project, WAITS=waits))
     marks = [project / "marks" / str(rank) for rank in range(2)]
     limit = time.time() + 180
     while not all(mark.exists() and mark.read_text() for mark in marks):

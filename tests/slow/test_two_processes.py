@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.helpers import relative
-from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
+from tests.helpers.commands import DATA, MODEL, QUIET, base_file, expert_files
 from tests.helpers.running import ROOT
 
 GRID = "{class_path: TaskArithmetic, init_args: {scale: 0.2}}"
@@ -24,7 +24,7 @@ PROCESSES = {"one": [], "two": ["--trainer.devices=2", "--trainer.strategy=ddp"]
 
 def reports(folder: Path, command: str, *options: str) -> list[dict[str, Any]]:
     """The reports of one process and of two."""
-    common = [*MODEL, *DATA, *QUIET, *expert_files(folder), "--trainer.precision=64", *options]
+    common = [*MODEL, *DATA, *QUIET, *expert_files(folder), base_file(folder), "--trainer.precision=64", *options]
     for name, several in PROCESSES.items():
         run = [sys.executable, "-m", "com_lightning", command, *common, *several, f"--output_dir={folder / name}"]
         subprocess.run(run, check=True, timeout=300, cwd=ROOT)

@@ -41,7 +41,7 @@ from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, make_data, make_experts
-from tests.helpers.running import save_lightning
+from tests.helpers.commands import base_file, expert_files
 
 ROOT = Path(__file__).parents[3]
 TASKS = [f"--data.tasks.{task}=tests.helpers.PointsData" for task in "ab"]
@@ -63,11 +63,7 @@ RULES = [TaskArithmetic(0.2), TaskArithmetic(0.5), RegMean(), ChainOfMerges()]
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    for task, expert in zip("ab", make_experts()):
-        save_lightning(expert, tmp_path / f"{task}.ckpt")
-    torch.manual_seed(0)  # what make_experts starts from
-    torch.save(Classifier().state_dict(), tmp_path / "base.pt")
-    return [*[f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"], f"--base={tmp_path / 'base.pt'}"]
+    return [*expert_files(tmp_path), base_file(tmp_path)]
 
 
 def compare(folder: Path, methods: Sequence[MergingMethod] | None = RULES, **kwargs: Any) -> Comparison:
@@ -75,7 +71,7 @@ def compare(folder: Path, methods: Sequence[MergingMethod] | None = RULES, **kwa
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     data = kwargs.pop("data", None) or MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=12)
     experts = {task: str(folder.parent / f"{task}.ckpt") for task in "ab"}
-    settings = {"base": str(folder.parent / "base.pt"), "output_dir": str(folder), **kwargs}
+    settings = {"base": str(folder.parent / "base.ckpt"), "output_dir": str(folder), **kwargs}
     return trainer.compare(Classifier(), data, experts, None if methods is None else [*methods], **settings)
 
 

@@ -17,9 +17,8 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import Task
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
-from tests.helpers.commands import DATA, MODEL, QUIET
+from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
 from tests.helpers.pagers import recorded_pagers
-from tests.helpers.running import save_lightning
 from tests.helpers.zoo import averages, run
 from tests.helpers.zoo import make_experts as zoo_experts
 
@@ -62,10 +61,7 @@ def test_a_budget_that_is_none_is_a_problem(budget: float) -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> list[str]:
-    """Options that name experts in files."""
-    for task, expert in zip("ab", make_experts()):
-        save_lightning(expert, tmp_path / f"{task}.ckpt")
-    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"]
+    return expert_files(tmp_path)
 
 
 def test_dry_run_tells_what_a_budget_does(saved: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -33,6 +33,7 @@ from com_lightning.cli import main
 from com_lightning.experts.load import load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.helpers.adapters import adapted, trained
+from tests.helpers.commands import base_file, expert_files
 from tests.helpers.running import save_lightning
 from tests.helpers.texts import TextModule
 
@@ -64,17 +65,12 @@ def check(module: nn.Module, scale: float = 0.3) -> None:
         assert relative(state[name], value) < 1e-5, name
 
 
-def save(module: LightningModule, path: Path) -> Path:
-    save_lightning(module, path)
-    return path
-
-
 @pytest.mark.parametrize("how", ["checkpoint", "state dict", "module", "part"])
 def test_a_base_is_given_as_an_expert_is(how: str, tmp_path: Path) -> None:
     base = make_base()
     torch.save(base.state_dict(), tmp_path / "base.pt")
     sources: dict[str, Any] = {
-        "checkpoint": save(base, tmp_path / "base.ckpt"),
+        "checkpoint": save_lightning(base, tmp_path / "base.ckpt"),
         "state dict": tmp_path / "base.pt",
         "module": base,
         "part": base.body.state_dict(),
@@ -224,7 +220,7 @@ def test_half_precision_experts_without_data() -> None:
 
 
 def test_the_trainer_merges_without_data_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    sources = {task: str(save(e, tmp_path / f"{task}.ckpt")) for task, e in zip("ab", make_experts())}
+    sources = {task: str(save_lightning(e, tmp_path / f"{task}.ckpt")) for task, e in zip("ab", make_experts())}
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.merge(make_base(), experts=sources, method=TaskArithmetic(), output_dir=str(tmp_path / "m"))
     check(Classifier.load_from_checkpoint(tmp_path / "m" / "a.ckpt", weights_only=True))
@@ -237,10 +233,7 @@ def test_the_trainer_merges_without_data_too(tmp_path: Path, capsys: pytest.Capt
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[str]:
-    for task, expert in zip("ab", make_experts()):
-        save(expert, tmp_path / f"{task}.ckpt")
-    save(make_base(), tmp_path / "base.ckpt")
-    return [f"--experts.{task}={tmp_path / task}.ckpt" for task in "ab"] + [f"--base={tmp_path / 'base.ckpt'}"]
+    return [*expert_files(tmp_path), base_file(tmp_path)]
 
 
 def test_without_data_on_the_command_line(files: list[str], tmp_path: Path) -> None:
