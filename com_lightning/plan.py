@@ -20,9 +20,10 @@ from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.base_model import load_base
 from com_lightning.experts.hub import local_folders
-from com_lightning.experts.load import ExpertSource, Parameters, load_expert, sort_parameters, take_precision
+from com_lightning.experts.load import ExpertSource, load_expert, take_precision
+from com_lightning.experts.parameters import Parameters, sort_parameters
 from com_lightning.experts.similarity import non_finite_weights
-from com_lightning.experts.state_dicts import some, told_once
+from com_lightning.experts.state_dicts import group_warnings, some
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.results.tables import table
@@ -197,7 +198,7 @@ def make_plan(
             found += error.problems
         if becomes_first:
             found += _unlike(model, *next(iter(experts.items())))
-    parameters.warnings[:0] = told_once(warnings, local)
+    parameters.warnings[:0] = group_warnings(warnings, local)
     origin: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
         try:

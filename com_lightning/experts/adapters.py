@@ -1,4 +1,4 @@
-"""PEFT adapters as experts: folded into the weights that they adapt."""
+"""PEFT adapters as experts: merged into the weights that they adapt."""
 
 from __future__ import annotations
 
@@ -16,16 +16,23 @@ from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.state_dicts import plain, shape_of, some, submodule
 
-CONFIG = "adapter_config.json"
+ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
 
 
-def unloaded(part: nn.Module, label: str) -> nn.Module:
-    """A copy of a module without its adapters, which are folded into the weights; a plain copy where it has none.
+def merge_and_unload(part: nn.Module, label: str) -> nn.Module:
+    """Copy a module, and merge its adapters into the weights.
+
+    Args:
+        part: the module.
+        label: names it in messages.
+
+    Returns:
+        A copy without adapters.
 
     Raises:
-        MergeError: if the adapter cannot be folded.
+        MergeError: if an adapter cannot be merged.
     """
     part = copy.deepcopy(part)
     if not _layers(part):
@@ -43,17 +50,21 @@ def unloaded(part: nn.Module, label: str) -> nn.Module:
                     part.set_submodule(name, layer.get_base_layer())
             return part
     except Exception as error:
-        raise MergeError([f"{label}: its adapter cannot be folded into the weights ({reason(error)})"]) from error
+        raise MergeError([f"{label}: its adapter cannot be merged into the weights ({reason(error)})"]) from error
 
 
-def fold(module: nn.Module, label: str) -> None:
-    """Fold LoRA adapters into the weights in place, and leave the layers as they are.
+def merge_adapter(module: nn.Module, label: str) -> None:
+    """Merge LoRA adapters into the weights in place, and leave the adapters' layers where they are.
 
-    The second factor of each adapter becomes zero, so that names and shapes stay those of the module's class: a
-    checkpoint of the folded module, loaded by its class, computes what the module computed with its adapters.
+    The second factor of each adapter becomes zero, and names and shapes stay as they are. So a checkpoint of the module
+    can still be loaded by its class, and then computes the same as the module did with its adapters.
+
+    Args:
+        module: changed in place; nothing happens to a module without adapters.
+        label: names it in messages.
 
     Raises:
-        MergeError: for adapters that have no such fold (DoRA, IA³, ...).
+        MergeError: for adapters of other kinds (DoRA, IA³, ...), which cannot be merged in place.
     """
     layers = _layers(module)
     if not layers:
@@ -63,18 +74,18 @@ def fold(module: nn.Module, label: str) -> None:
     def active(layer: Any) -> list[str]:
         return [] if layer.disable_adapters else [a for a in layer.active_adapters if a in layer.scaling]
 
-    plainly = {n: p for n, p in layers.items() if isinstance(p, LoraLayer) and not set(active(p)) & {*p.lora_variant}}
-    if others := {name: layer for name, layer in layers.items() if name not in plainly}:
-        kinds = sorted({_kind(layer) for layer in others.values()})
+    plain_lora = {n: p for n, p in layers.items() if isinstance(p, LoraLayer) and not {*active(p)} & {*p.lora_variant}}
+    if others := {name: layer for name, layer in layers.items() if name not in plain_lora}:
+        types = sorted({_adapter_type(layer) for layer in others.values()})
         raise MergeError(
             [
-                f"{label}: adapters other than plain LoRA cannot be folded in place: {', '.join(kinds)} at "
+                f"{label}: adapters other than plain LoRA cannot be merged in place: {', '.join(types)} at "
                 f"{some(list(others), most=2)}. Call merge_and_unload() on the PeftModel of every expert and of the "
                 "model, and give the modules"
             ]
         )
     with torch.no_grad():
-        for layer in plainly.values():
+        for layer in plain_lora.values():
             names = active(layer)
             if unmerged := [name for name in names if name not in layer.merged_adapters]:
                 layer.merge(adapter_names=unmerged)
@@ -85,49 +96,52 @@ def fold(module: nn.Module, label: str) -> None:
 
 
 def adapter_problems(modules: Mapping[str, nn.Module]) -> list[str]:
-    """What is wrong with adapters that are left in place: their layers' names are others than those of plain layers.
+    """Say which modules have adapters where others have none: the names of their parameters then differ.
 
     Args:
         modules: name for messages -> module.
+
+    Returns:
+        One sentence for each such difference.
     """
-    layers = {who: set(_layers(module)) for who, module in modules.items()}
+    adapted = {label: set(_layers(module)) for label, module in modules.items()}
     lacking: dict[tuple[str, frozenset[str]], list[str]] = {}
-    for who, own in layers.items():
-        for other, names in layers.items():
-            if own - names:
-                lacking.setdefault((other, frozenset(own - names)), []).append(who)
+    for label, layers in adapted.items():
+        for other, others in adapted.items():
+            if layers - others:
+                lacking.setdefault((other, frozenset(layers - others)), []).append(label)
                 break
     return [
-        f"{' and '.join(several)} {'has an adapter' if len(several) == 1 else 'have adapters'} at {len(names)} layers "
-        f"({some(sorted({name.rpartition('.')[2] for name in names}))}), {other} has none there. Call "
-        "merge_and_unload() on all PeftModels, that of the model too, and give the modules; or take a model without "
+        f"{' and '.join(labels)} {'has an adapter' if len(labels) == 1 else 'have adapters'} at {len(layers)} layers "
+        f"({some(sorted({name.rpartition('.')[2] for name in layers}))}), {other} has none there. Call "
+        "merge_and_unload() on all PeftModels, including the model's, and give the modules; or take a model without "
         "adapter and give the adapters' folders"
-        for (other, names), several in lacking.items()
+        for (other, layers), labels in lacking.items()
     ]
 
 
 def adapter_parameters(module: nn.Module) -> set[str]:
-    """Names of the parameters and buffers of adapters; what they adapt is not among them."""
-    found = set()
-    for name, layer in _layers(module).items():
-        for kind in (*layer.adapter_layer_names, *layer.other_param_names):
-            prefix = f"{name}.{kind}" if name else kind
-            value = getattr(layer, kind, None)
+    """Names of the parameters and buffers of adapters, without those of the layers that they adapt."""
+    names = set()
+    for layer_name, layer in _layers(module).items():
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            prefix = f"{layer_name}.{attribute}" if layer_name else attribute
+            value = getattr(layer, attribute, None)
             if isinstance(value, nn.Module):
-                found |= {f"{prefix}.{own}" for own in (*_names(value),)}
-    return found
+                names |= {f"{prefix}.{name}" for name, _ in (*value.named_parameters(), *value.named_buffers())}
+    return names
 
 
 def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
-    """Fold an adapter's folder, as PEFT's ``save_pretrained`` writes it, into the part of ``module`` it was trained on.
+    """Merge an adapter into the part of ``module`` that it was trained on.
 
     Args:
-        folder: with an ``adapter_config.json`` and the adapter's weights.
+        folder: as PEFT's ``save_pretrained`` writes it: an ``adapter_config.json``, and the adapter's weights.
         module: changed in place; it holds the weights that the adapter was trained on.
         label: names the source in messages.
 
     Raises:
-        MergeError: if peft is missing, the adapter fits no part or several parts of ``module``, or cannot be folded.
+        MergeError: if peft is missing, the adapter fits no part or several parts of ``module``, or cannot be merged.
     """
     try:
         from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -142,31 +156,33 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except Exception as error:
-        raise MergeError([f"{label}: {CONFIG} cannot be read ({reason(error)})"]) from error
-    kind = str(getattr(config.peft_type, "value", config.peft_type))
-    if kind == "XLORA" or getattr(config, "megatron_config", None):  # files and modules that the configuration names
-        raise MergeError([f"{label}: {CONFIG} makes PEFT load what is not in the folder, which is not done"])
+        raise MergeError([f"{label}: {ADAPTER_CONFIG} cannot be read ({reason(error)})"]) from error
+    peft_type = str(getattr(config.peft_type, "value", config.peft_type))
+    # Such configurations name further files and modules.
+    if peft_type == "XLORA" or getattr(config, "megatron_config", None):
+        raise MergeError([f"{label}: {ADAPTER_CONFIG} makes PEFT load what is not in the folder, which is not done"])
     if config.is_prompt_learning:
-        raise MergeError([f"{label}: {kind} changes what a model is given, not its weights: there is nothing to merge"])
+        raise MergeError([f"{label}: {peft_type} changes a model's inputs, not its weights: there is nothing to merge"])
     if wrapped := [part for part in module.modules() if isinstance(part, PeftModel)]:
         _check_same(config, state, wrapped[0].active_peft_config, get_peft_model_state_dict(wrapped[0]), label)
         set_peft_model_state_dict(wrapped[0], state)
-        return  # to be folded in place
-    place, target = _target(state, module, kind, label, _trained_on(config))
+        return  # merge_adapter merges it in place
+    place, target = _target(state, module, peft_type, label, _trained_on(config))
     _check_base(config, target, label)
     _match_heads(state, target, label)
     try:
         with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             adapted = PeftModel.from_pretrained(target, str(folder), torch_device="cpu")
-            folded = adapted.merge_and_unload()
+            merged = adapted.merge_and_unload()
     except Exception as error:
+        where = place or "the model"
         raise MergeError(
-            [f"{label}: {kind} cannot be folded into {place or 'the model'} ({reason(error)}).{_trained_on(config)}"]
+            [f"{label}: {peft_type} cannot be merged into {where} ({reason(error)}).{_trained_on(config)}"]
         ) from error
     if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
         raise MergeError([f"{label}: {missing[0]}"])
-    assert folded is target
+    assert merged is target
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:
@@ -177,78 +193,74 @@ def _layers(module: nn.Module) -> dict[str, Any]:
     return {name: part for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)}
 
 
-def _names(module: nn.Module) -> list[str]:
-    return [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-
-
-def _kind(layer: Any) -> str:
+def _adapter_type(layer: Any) -> str:
     variants = [type(v).__name__ for v in getattr(layer, "lora_variant", {}).values()]
     return ", ".join(variants) or f"{type(layer).__module__.split('.')[-2]} {type(layer).__name__}"
 
 
 def _trained_on(config: Any) -> str:
-    """The base that an adapter names, for where it does not fit the model."""
+    """A hint at the base model that an adapter names, for messages on adapters that do not fit."""
     base = config.base_model_name_or_path
     return f" It was trained on '{base}': load the model from there" if base else ""
 
 
-def _target(state: dict[str, Any], module: nn.Module, kind: str, label: str, hint: str) -> tuple[str, nn.Module]:
-    """The part of a module that has all the layers which an adapter's weights name."""
+def _target(state: dict[str, Any], module: nn.Module, peft_type: str, label: str, hint: str) -> tuple[str, nn.Module]:
+    """The one part of a module that has all layers that an adapter's weights name, and its name."""
     names = [name.removeprefix(_PREFIX) for name in state]
     modules = [plain(name) for name, _ in module.named_modules()]
-    known = set(modules)
+    existing = set(modules)
 
     def layer_of(name: str, place: str) -> str | None:
         parts = name.split(".")
         paths = (".".join(parts[:cut]) for cut in range(len(parts) - 1, 0, -1))
-        return next((path for path in paths if (f"{place}.{path}" if place else path) in known), None)
+        return next((path for path in paths if (f"{place}.{path}" if place else path) in existing), None)
 
-    # A layer is followed by the adapter's own parameter, as in `encoder.query.lora_A.weight`: at most two segments.
+    # The name of a layer is followed by that of the adapter's parameter, at most two segments: `query.lora_A.weight`.
     def lacking(place: str) -> list[str]:
         return [n for n in names if (layer := layer_of(n, place)) is None or n.count(".") - layer.count(".") > 2]
 
     fitting = [place for place in modules if not lacking(place)]
-    # A wrapper and what it wraps have one plain name.
-    fitting = list(dict.fromkeys(fitting))
+    fitting = list(dict.fromkeys(fitting))  # a wrapper and the module in it have one plain name
     if len(fitting) != 1:
-        whom = type(module).__name__
+        model = type(module).__name__
         if fitting:
-            raise MergeError([f"{label}: the {kind} adapter fits {some(fitting)} of {whom} equally well"])
+            raise MergeError([f"{label}: the {peft_type} adapter fits {some(fitting)} of {model} equally well"])
         closest = min(modules, key=lambda place: len(lacking(place)))
         raise MergeError(
             [
-                f"{label}: the {kind} adapter was trained on another architecture: no part of {whom} has all its "
-                f"layers; {closest or whom} comes closest and lacks {some(lacking(closest), most=3)}.{hint}"
+                f"{label}: the {peft_type} adapter was trained on another architecture: no part of {model} has all its "
+                f"layers; {closest or model} comes closest and lacks {some(lacking(closest), most=3)}.{hint}"
             ]
         )
     target = submodule(module, fitting[0])[1]
     return fitting[0], getattr(target, "_orig_mod", target)
 
 
-def _check_same(config: Any, state: dict[str, Any], ours: Any, own: dict[str, Any], label: str) -> None:
-    """An adapter takes the place of the one in the user's module, so that its class fits: it must be alike."""
-    shapes = [{name: shape_of(tensor) for name, tensor in each.items()} for each in (state, own)]
-    differing = sorted(name for name in {*state, *own} if shapes[0].get(name) != shapes[1].get(name))
-    told = [f"{n} is {shapes[0].get(n, 'missing')}, in the model {shapes[1].get(n, 'missing')}" for n in differing]
+def _check_same(config: Any, state: dict[str, Any], our_config: Any, our_state: dict[str, Any], label: str) -> None:
+    """Refuse an adapter that differs in shape or settings from the one in the model, whose place it takes."""
+    theirs, ours = ({name: shape_of(tensor) for name, tensor in each.items()} for each in (state, our_state))
+    names = sorted(name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name))
+    problems = [f"{n} is {theirs.get(n, 'missing')}, in the model {ours.get(n, 'missing')}" for n in names]
     settings = ("peft_type", "lora_alpha", "alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     for name in settings:
-        theirs, mine = getattr(config, name, None), getattr(ours, name, None)
-        if theirs != mine:
-            told.append(f"{name} is {theirs}, in the model {mine}")
-    if told:
+        value, our_value = getattr(config, name, None), getattr(our_config, name, None)
+        if value != our_value:
+            problems.append(f"{name} is {value}, in the model {our_value}")
+    if problems:
         raise MergeError(
             [
-                f"{label}: the adapter differs from the one in your model: {some(told, '; ', 3)}. Give a model without "
-                "adapter, into which adapters of any kind are folded, or a Lightning checkpoint"
+                f"{label}: the adapter differs from the one in your model: {some(problems, '; ', 3)}. Give a model "
+                "without adapter, into which adapters of any kind are merged, or a Lightning checkpoint"
             ]
         )
 
 
 def _check_base(config: Any, target: nn.Module, label: str) -> None:
+    """Warn of an adapter that was trained on a base model of another name."""
     trained_on, ours = config.base_model_name_or_path, getattr(getattr(target, "config", None), "_name_or_path", None)
     if trained_on and ours and Path(trained_on).name != Path(ours).name:
         warnings.warn(
-            f"{label}: the adapter was trained on '{trained_on}', and is folded into your model's '{ours}'; if these "
+            f"{label}: the adapter was trained on '{trained_on}', and is merged into your model's '{ours}'; if these "
             f"are not the same weights, the expert is wrong: load the model from '{trained_on}'",
             MergeWarning,
             stacklevel=4,
@@ -256,18 +268,18 @@ def _check_base(config: Any, target: nn.Module, label: str) -> None:
 
 
 def _match_heads(state: dict[str, Any], target: nn.Module, label: str) -> None:
-    """Give layers that the adapter brings whole (`modules_to_save`, heads mostly) the size that they have there."""
-    own = target.state_dict()
+    """Resize layers that the adapter replaces as a whole (`modules_to_save`, mostly heads) to the size that it has."""
+    ours = target.state_dict()
     whole = {name.removeprefix(_PREFIX): tensor for name, tensor in state.items()}
     for name, tensor in whole.items():
-        if name in own and shape_of(tensor) != shape_of(own[name]):
+        if name in ours and shape_of(tensor) != shape_of(ours[name]):
             layer = target.get_submodule(name.rpartition(".")[0])
             if not isinstance(layer, nn.Linear):
-                told = f"{name} is {shape_of(tensor)}, in the model {shape_of(own[name])}"
-                raise MergeError([f"{label}: {told}; give the module itself"])
-            value = nn.Parameter(torch.empty_like(tensor, dtype=own[name].dtype))
+                shapes = f"{name} is {shape_of(tensor)}, in the model {shape_of(ours[name])}"
+                raise MergeError([f"{label}: {shapes}; give the module itself"])
+            value = nn.Parameter(torch.empty_like(tensor, dtype=ours[name].dtype))
             setattr(layer, name.rpartition(".")[2], value)
             if tensor.dim() == 2:
                 layer.out_features, layer.in_features = tensor.shape
-                if hasattr(target, "num_labels") and own[name].shape[0] == target.num_labels:
+                if hasattr(target, "num_labels") and ours[name].shape[0] == target.num_labels:
                     target.num_labels = target.config.num_labels = tensor.shape[0]  # type: ignore[union-attr]

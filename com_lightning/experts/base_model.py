@@ -24,16 +24,19 @@ def load_base(
     shared: Collection[str],
     resize_embeddings: bool = False,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Name of each shared floating-point parameter or buffer -> its value in the base; and what is odd about it.
+    """Load the base.
 
     Args:
-        source: as that of an expert, see :func:`~com_lightning.experts.load.load_expert`; ``None``: the weights of
-            ``model``, the very tensors.
+        source: as for an expert, see :func:`~com_lightning.experts.load.load_expert`. ``None``: the tensors of
+            ``model``, without a copy.
         model: a module of the experts' class.
         experts: task -> its module.
         shared: names of what is merged.
-        resize_embeddings: whether rows that a table of the base lacks are the average of the experts', so that no expert
-            has learned anything there but its difference from the others.
+        resize_embeddings: fill rows that an embedding table of the base lacks with the average of the experts' rows.
+            The task vector of an expert is then its difference from this average.
+
+    Returns:
+        Name of each shared floating-point parameter or buffer -> its value in the base; and warnings.
 
     Raises:
         MergeError: if the base cannot be read, lacks what is shared, or if the experts seem not to descend from
@@ -41,8 +44,8 @@ def load_base(
     """
     label = f"base ({source})" if isinstance(source, (str, Path)) else "base"
     with collected_warnings() as warnings:
-        own = source is None and not adapter_parameters(model)  # adapters are folded, in a copy
-        module = model if own else load_expert("base", model if source is None else source, model, label)
+        as_it_is = source is None and not adapter_parameters(model)  # adapters are merged, in a copy
+        module = model if as_it_is else load_expert("base", model if source is None else source, model, label)
     state = {name: tensor for name, tensor, _ in named_tensors(module)}
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts.values()]
     base, unfit = {}, []
@@ -54,22 +57,22 @@ def load_base(
             rows = average([expert[name].detach()[len(value) :] for expert in states])
             value = torch.cat([value.detach(), rows.to(value)]) if len(rows) else value
         if value is None or value.shape != shape:
-            told = "missing" if value is None else f"{tuple(value.shape)}"
-            unfit.append(f"{name} is {told}, in the experts {tuple(shape)}")
+            base_shape = "missing" if value is None else tuple(value.shape)
+            unfit.append(f"{name} is {base_shape}, in the experts {tuple(shape)}")
         else:
             base[name] = value
     if unfit:
         raise MergeError([f"{label}: it does not fit the experts: {some(unfit, '; ', 2)}"])
-    if odd := unrelated_base(base, experts, shared):
+    if doubt := unrelated_base(base, experts, shared):
         if source is None:
             raise MergeError(
                 [
                     f"base: the rule needs the weights that the experts were fine-tuned from, and takes those of your "
-                    f"model, but {odd}. Give them as `base`: a checkpoint, or a module"
+                    f"model, but {doubt}. Give them as `base`: a checkpoint, or a module"
                 ]
             )
-        warnings.append(f"{label}: {odd}")
+        warnings.append(f"{label}: {doubt}")
     for task, expert in zip(experts, states):
         if all(torch.equal(value.to(expert[name]), expert[name]) for name, value in base.items()):
-            warnings.append(f"{label} has the very weights of expert '{task}', which then has learned nothing")
+            warnings.append(f"{label} has the weights of expert '{task}', which has then learned nothing")
     return base, list(warnings)

@@ -1,4 +1,4 @@
-"""Reading checkpoints safely: nothing in a file is executed."""
+"""Read checkpoints safely: nothing in a file is executed."""
 
 from __future__ import annotations
 
@@ -17,18 +17,21 @@ from torch import Tensor
 
 from com_lightning.errors import MergeError
 
-_ANY_SIZE = 2**24
-"""Bytes that nobody minds."""
-_LONGEST = 2**26
+_SMALL = 2**24
+"""Bytes that are never too many."""
+_LONGEST_JSON = 2**26
 """Bytes that a JSON file may have."""
 
 
 def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
-    """A checkpoint's content, memory-mapped where its format allows; a safetensors file as ``{"state_dict": ...}``.
+    """The content of a checkpoint, memory-mapped if its format allows it.
 
     Args:
         path: of the file.
-        label: names it in messages; its path by default.
+        label: names the file in messages; its path by default.
+
+    Returns:
+        A dictionary with a ``"state_dict"``. A file that holds nothing else (safetensors) becomes one.
 
     Raises:
         MergeError: if the file is missing, is not a checkpoint, or holds more than tensors and plain values.
@@ -36,7 +39,7 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     label = label or str(path)
     if path.is_dir():
         raise MergeError([f"{label}: {_folder(path)}"])
-    if path.exists() and not path.is_file():  # a pipe, say, that one would wait at
+    if path.exists() and not path.is_file():  # reading a pipe, for example, would wait
         raise MergeError([f"{label}: neither a file nor a folder"])
     if not path.is_file():
         raise MergeError([f"{label}: no such file{_nearby(path)}"])
@@ -60,34 +63,40 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     state = content.get("state_dict", content) if isinstance(content, dict) else content
     if not isinstance(state, dict):
         raise MergeError([f"{label}: holds a {type(state).__name__}, not a checkpoint or state dict"])
-    if problems := state_problems(state, max(path.stat().st_size, _ANY_SIZE)):
+    if problems := state_problems(state, max(path.stat().st_size, _SMALL)):
         raise MergeError([f"{label}: {problem}" for problem in problems])
     return content if "state_dict" in content else {"state_dict": content}
 
 
 def archive_problem(path: Path) -> str | None:
-    """What is wrong with an archive that unpacks to more than it is. PyTorch stores tensors without compression."""
+    """Returns what is wrong with an archive that unpacks to more bytes than it has; ``None`` if it does not.
+
+    PyTorch stores tensors without compression.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
-    except Exception:  # no archive, or a broken one: whoever reads it says so
+    except Exception:  # no archive, or a broken one: the function that reads it reports that
         return None
-    if size <= path.stat().st_size + _ANY_SIZE:
+    if size <= path.stat().st_size + _SMALL:
         return None
     return f"an archive that unpacks to {size:,} bytes, but has {path.stat().st_size:,}: no checkpoint of PyTorch"
 
 
 def folder_problems(folder: Path) -> list[str]:
-    """What in a folder is not to be read by anybody: pipes, archives that explode, texts of absurd size, and lists of
-    files that lead elsewhere."""
+    """Returns what in a folder must not be read.
+
+    These are pipes, archives that unpack to far more than they have, huge JSON files, and lists of files that lead out
+    of the folder.
+    """
     problems = []
     for path in sorted(folder.iterdir()):
         if path.exists() and not (path.is_file() or path.is_dir()):
             problems.append(f"{path.name} is neither a file nor a folder")
         elif path.suffix == ".bin" and (problem := archive_problem(path)):
             problems.append(f"{path.name}: {problem}")
-        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > _LONGEST:
-            problems.append(f"{path.name} has {path.stat().st_size:,} bytes; at most {_LONGEST:,} are read")
+        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > _LONGEST_JSON:
+            problems.append(f"{path.name} has {path.stat().st_size:,} bytes; at most {_LONGEST_JSON:,} are read")
     for path in () if problems else sorted(folder.glob("*.index.json")):
         try:
             files = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
@@ -100,28 +109,28 @@ def folder_problems(folder: Path) -> list[str]:
 
 
 def state_problems(state: Mapping[Any, Any], limit: float = math.inf) -> list[str]:
-    """What in a state dict is of no use to anybody.
+    """Returns what in a state dict cannot be used.
 
     Args:
         state: names and tensors.
-        limit: bytes that a tensor may have; more are claimed than are there.
+        limit: number of bytes that a tensor may have; a file may claim more than it holds.
     """
-    if strange := [name for name in state if not isinstance(name, str)]:
-        return [f"names are text, but {strange[0]!r} is {type(strange[0]).__name__}"]
+    if wrong := [name for name in state if not isinstance(name, str)]:
+        return [f"names are text, but {wrong[0]!r} is {type(wrong[0]).__name__}"]
     problems = []
     for name, value in state.items():
         if isinstance(value, Tensor):
             if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
-                kind = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
-                told = "complex" if value.is_complex() else kind.removeprefix("torch.")
-                problems.append(f"{name} is {told}; give plain tensors")
+                layout = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+                layout = "complex" if value.is_complex() else layout.removeprefix("torch.")
+                problems.append(f"{name} is {layout}; give plain tensors")
             elif value.numel() * value.element_size() > limit:
                 problems.append(f"{name} claims {value.numel():,} values, more than the file has room for")
     return problems[:5]
 
 
 def _folder(path: Path) -> str:
-    """Why a folder is no expert."""
+    """Why a folder cannot be read as an expert."""
     if (path / ".metadata").is_file():  # written by FSDP and tensor parallelism
         return (
             "a sharded checkpoint; make it one file with "
@@ -148,7 +157,7 @@ def _folder(path: Path) -> str:
 
 
 def _nearby(path: Path) -> str:
-    """Where a path that does not exist may have been meant to lead."""
+    """A hint to which path may have been meant instead of one that does not exist."""
     hint = "" if path.is_absolute() else f" in the working directory, {Path.cwd()}"
     if not path.parent.is_dir():
         return f"{hint}; nor is there a folder {path.parent}"
@@ -162,75 +171,11 @@ def _first_line(error: Exception) -> str:
 
 def _unsafe(path: Path, error: Exception) -> str:
     try:
-        culprits = [f"{key} ({kind})" for key, kind in _unsafe_keys(path).items()]
-    except Exception:  # not a file of today's format
-        culprits = []
-    told = culprits or re.findall(r"GLOBAL (\S+)", str(error))[:1]
+        refused = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # an older format, or a broken file: the error names the first class
+        refused = re.findall(r"GLOBAL (\S+)", str(error))[:1]
     return (
-        f"holds objects that safe loading refuses: {', '.join(told)}; save hyperparameters as plain values, "
-        "or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the module "
-        "yourself and pass it in place of the path"
+        f"safe loading refuses objects that it holds: {', '.join(sorted(refused))}; save hyperparameters as plain "
+        "values, or, if you trust the file, allow the class with torch.serialization.add_safe_globals or load the "
+        "module yourself and pass it in place of the path"
     )
-
-
-def _unsafe_keys(path: Path) -> dict[str, str]:
-    """Where a checkpoint holds objects of classes that safe loading refuses. No class in it is looked up or called."""
-    refused = set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-
-    class Inert:
-        kind = ""
-
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            pass
-
-        def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-            return super().__new__(cls)
-
-        def __setstate__(self, state: Any) -> None:
-            pass
-
-        def __setitem__(self, key: Any, value: Any) -> None:
-            pass
-
-        def append(self, value: Any) -> None:
-            pass
-
-        def extend(self, values: Any) -> None:
-            pass
-
-    class Plain(dict[Any, Any]):  # unlike a dict it takes attributes, such as a state dict's metadata
-        pass
-
-    class Reader(pickle._Unpickler):  # the one in C makes room for whatever number a file gives to an object
-        def find_class(self, module: str, name: str) -> Any:
-            full = f"{module}.{name}"
-            if full == "collections.OrderedDict":
-                return Plain
-            return type("Inert", (Inert,), {"kind": full if full in refused else ""})
-
-        def persistent_load(self, pid: Any) -> Any:
-            return None
-
-    with zipfile.ZipFile(path) as archive:
-        entry = next(n for n in archive.namelist() if n.endswith("/data.pkl"))
-        with archive.open(entry) as stream:
-            content = Reader(stream).load()
-    found: dict[str, str] = {}
-
-    seen: dict[int, Any] = {}
-
-    def walk(value: Any, key: str) -> None:
-        if isinstance(value, (dict, list, tuple)) and id(value) in seen:  # or else it may take forever
-            return
-        seen[id(value)] = value
-        if kind := getattr(value, "kind", ""):
-            found[key] = kind
-        elif isinstance(value, dict):
-            for name, part in value.items():
-                walk(part, f"{key}.{name}" if key else str(name))
-        elif isinstance(value, (list, tuple)):
-            for position, part in enumerate(value):
-                walk(part, f"{key}[{position}]")
-
-    walk(content, "")
-    return found

@@ -13,7 +13,7 @@ _SCHEME = "hf://"
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _CONFIGS = ("config.json", "adapter_config.json")
 _SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")
-"""Of what is downloaded: weights, configurations and tokenizers. No code, and nothing that is unpickled."""
+"""Suffixes of files that are downloaded: weights, configurations and tokenizers. No code, and no pickles."""
 
 
 def is_hub_name(source: Any) -> bool:
@@ -24,35 +24,35 @@ def is_hub_name(source: Any) -> bool:
 def local_folders(sources: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """Sources with a local folder in place of each name on the Hub.
 
-    All names are looked up before the first is downloaded, and nothing is downloaded where one of them is amiss. A
-    model is a folder that ``save_pretrained`` of transformers or PEFT has written, in safetensors. Downloads go to the
-    cache of ``huggingface_hub``, and what it has is used without a network, too.
+    All names are looked up before the first is downloaded. Nothing is downloaded if there is a problem with one of
+    them. A model is a folder that ``save_pretrained`` of transformers or PEFT has written, in safetensors. Downloads go
+    to the cache of ``huggingface_hub``, and models in this cache are used without a network.
 
     Args:
-        sources: what messages call it -> a name on the Hub, or any other source, which stays as it is.
+        sources: label for messages -> a name on the Hub, or any other source, which stays as it is.
 
     Returns:
-        The sources without those that cannot be had, and what is wrong with these, each as one sentence.
+        The sources, without those that cannot be downloaded; and the problems with those, each as one sentence.
     """
-    found: dict[str, Any] = {label: source for label, source in sources.items() if not is_hub_name(source)}
+    local: dict[str, Any] = {label: source for label, source in sources.items() if not is_hub_name(source)}
     models: dict[str, _Model] = {}
     problems = []
     for label, source in sources.items():
-        if label not in found:
+        if label not in local:
             try:
-                models[label] = _looked_up(source)
+                models[label] = _look_up(source)
             except Exception as error:
-                problems.append(f"{label} ({source}): {_told(error)}")
+                problems.append(f"{label} ({source}): {_message(error)}")
     for label, model in {} if problems else models.items():
         try:
-            found[label] = model.folder()
+            local[label] = model.folder()
         except Exception as error:  # the network, or the disk
-            problems.append(f"{label} ({sources[label]}): {_told(error)}")
-    return {label: found[label] for label in sources if label in found}, problems
+            problems.append(f"{label} ({sources[label]}): {_message(error)}")
+    return {label: local[label] for label in sources if label in local}, problems
 
 
 class _Model:
-    """A model on the Hub, or in the cache: its name, the commit, and the files that are wanted of it."""
+    """A model on the Hub or in the cache: its name, its commit, and those of its files that are downloaded."""
 
     def __init__(self, name: str, commit: str | None, files: Sequence[str], cached: Path | None = None) -> None:
         self.name, self.commit, self.cached = name, commit, cached
@@ -68,7 +68,7 @@ class _Model:
         return self.cached or Path(snapshot_download(self.name, revision=self.commit, allow_patterns=self.files))
 
 
-def _looked_up(source: str) -> _Model:
+def _look_up(source: str) -> _Model:
     try:
         from huggingface_hub import HfApi, snapshot_download
         from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -82,7 +82,7 @@ def _looked_up(source: str) -> _Model:
         info = HfApi().model_info(name, revision=revision)
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise
-    except Exception:  # there is no network, or it is not to be used
+    except Exception:  # there is no network, or it must not be used
         try:
             cached = Path(snapshot_download(name, revision=revision, local_files_only=True))
         except FileNotFoundError:
@@ -93,15 +93,15 @@ def _looked_up(source: str) -> _Model:
     return _Model(name, info.sha, [file.rfilename for file in info.siblings or ()])
 
 
-def _told(error: Exception) -> str:
-    """What went wrong, without the Hub's advice on how its own functions are called."""
+def _message(error: Exception) -> str:
+    """What went wrong, without the Hub's advice on calling its functions."""
     if isinstance(error, MergeError):
         return error.problems[0]
-    kinds = {kind.__name__ for kind in type(error).__mro__}
-    if "GatedRepoError" in kinds:
+    types = {base.__name__ for base in type(error).__mro__}
+    if "GatedRepoError" in types:
         return "is gated: ask for access on its page, and log in with `hf auth login`"
-    if "RepositoryNotFoundError" in kinds:
+    if "RepositoryNotFoundError" in types:
         return "there is no such model on the Hub; if it is private, log in with `hf auth login`"
-    if "RevisionNotFoundError" in kinds:
+    if "RevisionNotFoundError" in types:
         return "the model has no such revision"
-    return f"cannot be had from the Hub, nor is it in the cache ({reason(error)})"
+    return f"cannot be downloaded from the Hub, and is not in the cache ({reason(error)})"

@@ -1,4 +1,4 @@
-"""Whether experts descend from one base, and have one architecture."""
+"""Check that experts come from one base, and have one architecture."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from com_lightning.experts.state_dicts import some
 
 _PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _FOREIGN = 0.2
-"""Share of values without a counterpart above which modules are taken for different architectures."""
+"""Share of values without a counterpart above which two modules seem to have different architectures."""
 _UNRELATED = 0.2
-"""Cosine between weights below which experts are taken for trainings of their own."""
-_LOOKED_AT = 2**16
-"""Values of a matrix that such a cosine is made of: it is then known to about 0.01."""
+"""Cosine between weights below which experts seem to be trained from different bases."""
+_SAMPLED = 2**16
+"""Number of values of a matrix that such a cosine is computed from, which gives it to about 0.01."""
 
 
 def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
-    """Experts whose parameters hold NaN or infinity, shared or private. (Buffers may: masks of minus infinity.)"""
+    """Experts with NaN or infinity in their parameters. Buffers may have it, as masks of minus infinity do."""
     problems = []
     for task, expert in experts.items():
         broken = [name for name, tensor, is_parameter in named_tensors(expert) if is_parameter and not _finite(tensor)]
@@ -37,89 +37,102 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def foreign_values(modules: Mapping[str, nn.Module], expected: Collection[str] = ()) -> list[str]:
-    """Warn of modules that have much which others lack, so that it is not merged.
+    """Warn of modules that have many values that others lack, so that these are not merged.
 
-    Parameters that differ in their first dimension only, heads and embedding tables mostly, count as counterparts.
+    Parameters that differ only in their first dimension (mostly heads and embedding tables) count as counterparts.
 
     Args:
         modules: name for messages -> module.
         expected: names of parameters that need no counterpart.
+
+    Returns:
+        The warnings.
     """
     shapes = {
-        who: {n: t.shape for n, t, is_parameter in named_tensors(module) if is_parameter and n not in expected}
-        for who, module in modules.items()
+        label: {n: t.shape for n, t, is_parameter in named_tensors(module) if is_parameter and n not in expected}
+        for label, module in modules.items()
     }
-    told: dict[str, tuple[float, list[str], list[str]]] = {}
-    for who, own in shapes.items():
-        total = sum(shape.numel() for shape in own.values())
+    foreign: dict[str, tuple[float, list[str], list[str]]] = {}
+    for label, ours in shapes.items():
+        total = sum(shape.numel() for shape in ours.values())
         for other, theirs in shapes.items():
-            alone = [n for n, shape in own.items() if n not in theirs or theirs[n][1:] != shape[1:]]
-            share = sum(own[n].numel() for n in alone) / max(total, 1)
+            alone = [n for n, shape in ours.items() if n not in theirs or theirs[n][1:] != shape[1:]]
+            share = sum(ours[n].numel() for n in alone) / max(total, 1)
             if share > _FOREIGN:
-                most, names, others = told.get(who, (0.0, alone, []))
-                told[who] = (max(most, share), names, [*others, other])
+                largest, names, others = foreign.get(label, (0.0, alone, []))
+                foreign[label] = (max(largest, share), names, [*others, other])
     warnings, pairs = list[str](), set[frozenset[str]]()
-    for who, (share, names, others) in sorted(told.items(), key=lambda item: -len(item[1][2])):
-        if all(frozenset({who, other}) in pairs for other in others):
-            continue  # it has been said of the other one
-        pairs |= {frozenset({who, other}) for other in others}
+    for label, (share, names, others) in sorted(foreign.items(), key=lambda item: -len(item[1][2])):
+        if all(frozenset({label, other}) in pairs for other in others):
+            continue  # a warning names this pair already
+        pairs |= {frozenset({label, other}) for other in others}
         warnings.append(
-            f"{100 * share:.0f} % of the values of {who} have no counterpart in {some(others)}, and are not merged: "
+            f"{100 * share:.0f} % of the values of {label} have no counterpart in {some(others)}, and are not merged: "
             f"{some(names, most=2)}. Is it the same architecture?"
         )
     return warnings
 
 
 def unrelated_weights(experts: Mapping[str, nn.Module], shared: Collection[str]) -> list[str]:
-    """Warn of experts that seem not to descend from one base: fine-tuning hardly turns a weight matrix, and two
-    trainings from scratch end at right angles. Judged by the cosine between each expert and the mean of the others."""
+    """Warn of experts that seem not to come from one base.
+
+    Fine-tuning hardly turns a weight matrix, and two trainings from scratch end at right angles. What counts is the
+    cosine between the weight matrices of each expert and the mean of the others.
+
+    Args:
+        experts: task -> its module.
+        shared: names of what is merged.
+
+    Returns:
+        The warnings.
+    """
     states = {task: {n: t for n, t, _ in named_tensors(expert)} for task, expert in experts.items()}
     first = next(iter(experts.values()))
     matrices = [n for n, t, is_parameter in named_tensors(first) if n in shared and is_parameter and t.dim() > 1]
     products = {task: torch.zeros(3, dtype=torch.float64) for task in experts}
     for name in matrices:
-        values = {task: _some_of(state[name]) for task, state in states.items()}
+        values = {task: _sample(state[name]) for task, state in states.items()}
         total = torch.stack(list(values.values())).sum(0)
         share = states[next(iter(states))][name].numel() / max(len(total), 1)
-        for task, own in values.items():
-            others = total - own
-            products[task] += share * torch.stack([own @ others, own @ own, others @ others]).double()
-    cosines = {
-        t: float(across / (own * others).sqrt().clamp_min(1e-30)) for t, (across, own, others) in products.items()
-    }
-    odd = {task: cosine for task, cosine in cosines.items() if cosine < _UNRELATED}
-    if len(experts) < 2 or not matrices or not odd:
+        for task, value in values.items():
+            others = total - value
+            products[task] += share * torch.stack([value @ others, value @ value, others @ others]).double()
+    cosines = {task: _cosine(product) for task, product in products.items()}
+    unrelated = {task: cosine for task, cosine in cosines.items() if cosine < _UNRELATED}
+    if len(experts) < 2 or not matrices or not unrelated:
         return []
-    judged = "fine-tuned siblings are mostly above 0.9"
-    if len(odd) == len(experts):
-        return [f"{_whose(list(odd))} share a base: the cosine between {_pairs(odd)}; {judged}"]
+    usual = "fine-tuned siblings are mostly above 0.9"
+    if len(unrelated) == len(experts):
+        return [f"{_subject(list(unrelated))} share a base: the cosine between {_largest(unrelated)}; {usual}"]
     return [
         f"expert '{task}' seems not to be fine-tuned from the same base as the others: the cosine between its weight "
-        f"matrices and the mean of the others' is {cosine:.2f}; {judged}"
-        for task, cosine in odd.items()
+        f"matrices and the mean of the others' is {cosine:.2f}; {usual}"
+        for task, cosine in unrelated.items()
     ]
 
 
 def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module], shared: Collection[str]) -> str | None:
-    """Why experts seem not to be fine-tuned from a base: the cosine between it and their mean, over weight matrices.
+    """Say why experts seem not to be fine-tuned from a base: the cosine between its weight matrices and their mean.
 
     Args:
         base: name of each shared parameter -> its value.
         experts: task -> its module.
         shared: names of what is merged.
+
+    Returns:
+        The reason in words; ``None`` if they seem to be fine-tuned from it.
     """
     states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts.values()]
     products = torch.zeros(3, dtype=torch.float64)
     for name, origin in base.items():
         if name in shared and isinstance(states[0][name], nn.Parameter) and origin.dim() > 1:
-            own = _some_of(origin)
-            mean = torch.zeros_like(own)
+            value = _sample(origin)
+            mean = torch.zeros_like(value)
             for state in states:
-                mean += _some_of(state[name]).to(own)
-            share = origin.numel() / max(len(own), 1)
-            products += share * torch.stack([own @ mean, own @ own, mean @ mean]).double().cpu()
-    across, own, mean = products
-    if mean == 0 or (cosine := float(across / (own * mean).sqrt().clamp_min(1e-30))) >= _UNRELATED:
+                mean += _sample(state[name]).to(value)
+            share = origin.numel() / max(len(value), 1)
+            products += share * torch.stack([value @ mean, value @ value, mean @ mean]).double().cpu()
+    if products[2] == 0 or (cosine := _cosine(products)) >= _UNRELATED:
         return None
     return (
         f"the experts seem not to be fine-tuned from it: the cosine between its weight matrices and their mean is "
@@ -127,18 +140,24 @@ def unrelated_base(base: Mapping[str, Tensor], experts: Mapping[str, nn.Module],
     )
 
 
-def _some_of(matrix: Tensor) -> Tensor:
-    """Values from all over a matrix, always the same ones, in float32."""
-    step = max(matrix.numel() // _LOOKED_AT, 1) | 1  # an odd one does not stay in one column
+def _cosine(products: Tensor) -> float:
+    """From the inner product of two vectors and that of each with itself."""
+    across, one, other = products
+    return float(across / (one * other).sqrt().clamp_min(1e-30))
+
+
+def _sample(matrix: Tensor) -> Tensor:
+    """Values from all over a matrix in float32. Two matrices of one shape give values of the same places."""
+    step = max(matrix.numel() // _SAMPLED, 1) | 1  # an odd one does not stay in one column
     return matrix.detach().flatten()[::step].float()
 
 
-def _whose(tasks: Sequence[str]) -> str:
+def _subject(tasks: Sequence[str]) -> str:
     names = some([f"'{task}'" for task in tasks])
     return f"the two experts {names} seem not to" if len(tasks) == 2 else f"no two of the experts {names} seem to"
 
 
-def _pairs(cosines: Mapping[str, float]) -> str:
+def _largest(cosines: Mapping[str, float]) -> str:
     if len(cosines) == 2:
         return f"their weight matrices is {max(cosines.values()):.2f}"
     return f"each one's weight matrices and the mean of the others' is {max(cosines.values()):.2f} at most"

@@ -1,4 +1,4 @@
-"""Embedding tables of different length, and the tokens that their rows stand for."""
+"""Resize embedding tables of different length, and check that their rows stand for the same tokens."""
 
 from __future__ import annotations
 
@@ -16,49 +16,56 @@ _SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size")  # as tran
 
 
 def match_vocabularies(
-    model: nn.Module, experts: Mapping[str, nn.Module], private: Sequence[str] | None, grow: bool
+    model: nn.Module, experts: Mapping[str, nn.Module], private: Sequence[str] | None, resize: bool
 ) -> list[str]:
-    """What stands in the way of merging embedding tables row by row.
+    """Prepare embedding tables to be merged row by row.
 
     Args:
         model: the base.
         experts: task -> its module.
         private: patterns of parameters that stay with their task; their tables may differ.
-        grow: give all tables the rows of the longest one, in ``model`` and the experts, in place. Rows that a table
-            lacks become the average of the experts that have them, which is what a merge then makes of them.
+        resize: give all tables the rows of the longest one, in ``model`` and the experts, in place. Rows that a table
+            lacks become the average of the experts that have them, so that a merge leaves them at this average.
 
     Returns:
-        Tables that differ in length (unless they grow), and tokenizers that number tokens differently.
+        The problems: tables that differ in length (unless they are resized), and tokenizers that number tokens
+        differently.
     """
     if not experts:
         return []
-    everyone = {"model": model, **experts}
-    tables = {name: rows for name, rows in _lengths(everyone).items() if not matches_any(name, private or ())}
+    modules = {"model": model, **experts}
+    tables = {name: rows for name, rows in _lengths(modules).items() if not matches_any(name, private or ())}
     differing = {name: rows for name, rows in tables.items() if len(set(rows.values())) > 1}
     problems = _token_problems(experts, tables)
-    if differing and not grow:
-        told = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
+    if differing and not resize:
+        lengths = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
         problems.append(
-            f"embedding tables have different numbers of rows: {some(told, '; ')}. To merge the rows that all have and "
-            "keep the others, set resize_embeddings; to leave each task its own table, name it in `private`, with "
+            f"embedding tables have different numbers of rows: {some(lengths, '; ')}. To merge the rows that all have "
+            "and keep the others, set resize_embeddings; to leave each task its own table, name it in `private`, with "
             "whatever else differs"
         )
     elif not problems:
         for name, rows in differing.items():
-            for each in [name, *_outputs(everyone, rows)]:
-                _grow(model, experts, each, max(rows.values()))
+            for parameter in [name, *_outputs(modules, rows)]:
+                _resize(model, experts, parameter, max(rows.values()))
     return problems
 
 
-def grow_to(module: nn.Module, state: Mapping[str, Any]) -> None:
-    """Give the embedding tables of a module, and the heads over the same vocabulary, the length that they have in a
-    state dict, if that is longer. The rows themselves are not taken over."""
-    own = {plain(name): name for name, _ in module.named_parameters()}
-    saved = {own[name]: len(t) for name, t in state.items() if name in own and isinstance(t, Tensor) and t.dim()}
+def resize_to(module: nn.Module, state: Mapping[str, Any]) -> None:
+    """Lengthen the embedding tables of a module, and the heads over the same vocabulary, to fit a state dict.
+
+    The new rows are zero. Nothing is made shorter.
+
+    Args:
+        module: changed in place.
+        state: plain name -> tensor.
+    """
+    names = {plain(name): name for name, _ in module.named_parameters()}
+    saved = {names[name]: len(t) for name, t in state.items() if name in names and isinstance(t, Tensor) and t.dim()}
     lengths = {name: (len(module.get_parameter(name)), length) for name, length in saved.items()}
-    grown = {lengths[name] for name in _tables(module) if name in lengths and lengths[name][0] < lengths[name][1]}
+    longer = {lengths[name] for name in _tables(module) if name in lengths and lengths[name][0] < lengths[name][1]}
     for name, (old, new) in lengths.items():
-        if (old, new) in grown:
+        if (old, new) in longer:
             parameter = module.get_parameter(name)
             _lengthen(module, name, parameter.new_zeros(new - old, *parameter.shape[1:]))
 
@@ -71,28 +78,29 @@ def _tables(module: nn.Module) -> dict[str, nn.Embedding]:
     }
 
 
-def _lengths(everyone: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
-    """Name of each table that all have, with rows of one width -> who -> number of rows."""
-    tables = {who: _tables(module) for who, module in everyone.items()}
+def _lengths(modules: Mapping[str, nn.Module]) -> dict[str, dict[str, int]]:
+    """Name of each table that all modules have, with rows of one width -> module -> number of rows."""
+    tables = {key: _tables(module) for key, module in modules.items()}
     return {
-        name: {who: own[name].num_embeddings for who, own in tables.items()}
+        name: {key: entry[name].num_embeddings for key, entry in tables.items()}
         for name in tables["model"]
-        if len({own[name].embedding_dim if name in own else None for own in tables.values()}) == 1
+        if len({entry[name].embedding_dim if name in entry else None for entry in tables.values()}) == 1
     }
 
 
-def _outputs(everyone: Mapping[str, nn.Module], rows: Mapping[str, int]) -> list[str]:
+def _outputs(modules: Mapping[str, nn.Module], rows: Mapping[str, int]) -> list[str]:
     """Other parameters that have one row per token in every module: heads over the vocabulary, tied or not."""
-    named = {who: dict(module.named_parameters(remove_duplicate=False)) for who, module in everyone.items()}
+    named = {key: dict(module.named_parameters(remove_duplicate=False)) for key, module in modules.items()}
     return [
         name
-        for name in named["model"].keys() - _tables(everyone["model"]).keys()
-        if all(name in own and own[name].dim() and len(own[name]) == rows[who] for who, own in named.items())
-        and len({own[name].shape[1:] for own in named.values()}) == 1
+        for name in named["model"].keys() - _tables(modules["model"]).keys()
+        if all(name in entry and entry[name].dim() and len(entry[name]) == rows[key] for key, entry in named.items())
+        and len({entry[name].shape[1:] for entry in named.values()}) == 1
     ]
 
 
-def _grow(model: nn.Module, experts: Mapping[str, nn.Module], name: str, length: int) -> None:
+def _resize(model: nn.Module, experts: Mapping[str, nn.Module], name: str, length: int) -> None:
+    """Give one parameter the same length everywhere, with the average of the experts that have a row in new rows."""
     base, *values = (m.get_parameter(name).detach() for m in (model, *experts.values()))
     lengths = sorted({len(value) for value in (base, *values)})
     longest = [
@@ -105,7 +113,7 @@ def _grow(model: nn.Module, experts: Mapping[str, nn.Module], name: str, length:
 
 
 def _lengthen(module: nn.Module, name: str, rows: Tensor) -> None:
-    """Append rows to a parameter; it stays the same object, so that ties hold."""
+    """Append rows to a parameter. It stays the same object, so that tied parameters stay tied."""
     parameter = module.get_parameter(name)
     old = len(parameter)
     parameter.data = torch.cat([parameter.data, rows.to(parameter)])
@@ -124,16 +132,16 @@ def _lengthen(module: nn.Module, name: str, rows: Tensor) -> None:
 
 
 def _token_problems(experts: Mapping[str, nn.Module], tables: Collection[str]) -> list[str]:
-    """Tokenizers that know a table's row by different tokens."""
-    known: dict[str, tuple[str, dict[int, str]]] = {}
+    """Tokenizers that give the number of a row to different tokens."""
+    first_of: dict[str, tuple[str, dict[int, str]]] = {}
     problems = []
     for task, expert in experts.items():
         for place, part in pretrained_parts(expert).items():
             table, tokenizer = input_table(part), tokenizer_of(expert, part)
-            if tokenizer is None or not any(own is table for name, own in _tables(expert).items() if name in tables):
+            if tokenizer is None or not any(t is table for name, t in _tables(expert).items() if name in tables):
                 continue
             tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-            first, others = known.setdefault(place, (task, tokens))
+            first, others = first_of.setdefault(place, (task, tokens))
             if different := [n for n in sorted(tokens.keys() & others.keys()) if tokens[n] != others[n]]:
                 n, more = different[0], f" ({len(different)} numbers in all)" if len(different) > 1 else ""
                 problems.append(

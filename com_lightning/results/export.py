@@ -22,8 +22,8 @@ from com_lightning.core.tensors.modules import tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.state_dicts import fill, is_peft, plain_state, some
-from com_lightning.experts.transformers_models import CONFIG, load_pretrained, save_tokenizer
-from com_lightning.experts.vocabulary import grow_to
+from com_lightning.experts.transformers_models import MODEL_CONFIG, load_pretrained, save_tokenizer
+from com_lightning.experts.vocabulary import resize_to
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import PRETRAINED
 from com_lightning.results.model_card import pretrained_card
@@ -76,7 +76,7 @@ def export(
         else:
             (model.to(dtype) if dtype else model).save_pretrained(made)
             save_tokenizer(model, model, made)
-        classes = json.loads((made / CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+        classes = json.loads((made / MODEL_CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
         card = pretrained_card(classes[0], source.name, merge_card)
         (made / "README.md").write_text(card, encoding="utf-8")
 
@@ -93,16 +93,16 @@ def export(
 def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Path | None]:
     """The folder of a transformers model, and the checkpoint with its weights if they are not in that folder."""
     if source.is_dir():
-        if (source / CONFIG).is_file():
+        if (source / MODEL_CONFIG).is_file():
             return source, None
-        models = sorted(path.parent for path in (source / PRETRAINED).rglob(CONFIG))
+        models = sorted(path.parent for path in (source / PRETRAINED).rglob(MODEL_CONFIG))
         of_task = [model for model in models if task in model.relative_to(source).parts] if len(models) > 1 else models
         if len(of_task) == 1:
             return of_task[0], None
         if models:
             raise MergeError([f"task: {source} has {some(list(map(str, models)))}; name a task, or give one of them"])
         raise MergeError([f"{source}: no transformers model is in it; give a checkpoint, and the folder of its base"])
-    if base is None or not (base / CONFIG).is_file():
+    if base is None or not (base / MODEL_CONFIG).is_file():
         reason = f"{base} has no {CONFIG}" if base else f"{source} holds only weights"
         raise MergeError([f"base: {reason}; name the folder of a transformers model of the same class"])
     return base, source
@@ -130,7 +130,7 @@ def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
             shutil.copymode(path, made / path.name)  # safetensors makes its files private to their owner
         else:
             content = json.loads(path.read_text(encoding="utf-8"))
-            if path.name == CONFIG:
+            if path.name == MODEL_CONFIG:
                 content["torch_dtype" if "torch_dtype" in content else "dtype"] = str(dtype).removeprefix("torch.")
             elif "weight_map" in content:  # the index of a model in several files
                 content.get("metadata", {}).pop("total_size", None)
@@ -149,7 +149,7 @@ def _load(folder: Path, checkpoint: Path) -> nn.Module:
         raise MergeError([problem])
     prefix = _prefix(model, state, folder, checkpoint)
     weights = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
-    grow_to(model, weights)
+    resize_to(model, weights)
     fill(model, weights, str(checkpoint))
     return model
 

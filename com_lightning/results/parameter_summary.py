@@ -13,7 +13,7 @@ from torch import nn
 
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import named_tensors, tied_names
-from com_lightning.experts.load import Parameters
+from com_lightning.experts.parameters import Parameters
 from com_lightning.methods import ParameterRecord
 from com_lightning.results.report import ParameterOutcome
 
@@ -77,7 +77,7 @@ def summarize_parameters(
         outcomes.update(dict.fromkeys(names, ParameterOutcome("private")))
         solved_heads = (refitted or {}).get(task, ())
         outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
-    outcomes.update(dict.fromkeys(parameters.folded, ParameterOutcome("folded")))
+    outcomes.update(dict.fromkeys(parameters.merged_adapters, ParameterOutcome("folded")))
     return outcomes, sizes
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import save
 
 from com_lightning import MergeError
 from com_lightning.cli import main
-from com_lightning.experts.load import load_expert, sort_parameters
+from com_lightning.experts.load import load_expert
+from com_lightning.experts.parameters import sort_parameters
 from tests.helpers import Classifier, make_experts, quiet_trainer
 
 FEW: dict[str, Any] = {"derandomize": True, "deadline": None, "database": None}

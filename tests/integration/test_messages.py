@@ -16,7 +16,8 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Me
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.errors import reason
 from com_lightning.experts.adapters import adapter_problems
-from com_lightning.experts.load import Parameters, load_expert, sort_parameters
+from com_lightning.experts.load import load_expert
+from com_lightning.experts.parameters import Parameters, sort_parameters
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.plots import _spikes
 from com_lightning.results.report import ParameterOutcome

@@ -150,7 +150,7 @@ def broken(folder: Path) -> None:
         (of_other_layers, r"no part of TextModule has all its layers; net comes closest and lacks bert.*layer.7"),
         (
             of_other_sizes,
-            "LORA cannot be folded into net .*lora_A.default.weight is .2, 8., in the model .2, 16. and 1 more",
+            "LORA cannot be merged into net .*lora_A.default.weight is .2, 8., in the model .2, 16. and 1 more",
         ),
         (lacking_some, "missing adapter keys.*layer.1"),
         (broken, "adapter_config.json cannot be read"),
@@ -166,7 +166,7 @@ def test_adapters_that_do_not_fit(change: Any, told: str, tmp_path: Path) -> Non
 def test_adapters_that_change_no_weights(tmp_path: Path) -> None:
     config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
     get_peft_model(make_bert(), config).save_pretrained(str(tmp_path))
-    with pytest.raises(MergeError, match="PREFIX_TUNING changes what a model is given, not its weights"):
+    with pytest.raises(MergeError, match="PREFIX_TUNING changes a model.s inputs, not its weights"):
         load_expert("a", tmp_path, TextModule())
 
 
@@ -176,7 +176,7 @@ def test_another_base_is_warned_of(tmp_path: Path) -> None:
     get_peft_model(model, LoraConfig(r=2, task_type="SEQ_CLS")).save_pretrained(str(tmp_path / "adapter"))
     ours = TextModule()
     ours.net.config._name_or_path = "hub/bert-b"
-    with pytest.warns(UserWarning, match=r"trained on '.*bert-a', and is folded into your model's 'hub/bert-b'"):
+    with pytest.warns(UserWarning, match=r"trained on '.*bert-a', and is merged into your model's 'hub/bert-b'"):
         load_expert("a", tmp_path / "adapter", ours)
 
 

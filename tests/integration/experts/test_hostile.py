@@ -97,8 +97,8 @@ def test_all_refused_objects_of_a_file_are_named(payload: Payload, tmp_path: Pat
     content["hyper_parameters"].update(data=Path("x"), activation=nn.ReLU())
     torch.save(content, tmp_path / "expert.ckpt")
     message = refused(tmp_path / "expert.ckpt")
-    for key in ("hyper_parameters.data (pathlib", "hyper_parameters.activation (torch.nn", "extra[0] ("):
-        assert key in message
+    for name in ("pathlib.", "torch.nn.modules.activation.ReLU", "posix.mkdir"):
+        assert name in message
     assert "classes" not in message
 
 

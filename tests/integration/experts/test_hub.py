@@ -112,7 +112,7 @@ def test_without_a_network_what_was_never_downloaded_is_told(cache: Path) -> Non
     assert huggingface_hub.constants.HF_HUB_OFFLINE
     found, problems = local_folders({"expert 'a'": "hf://me/a"})
     assert not found
-    assert problems[0].startswith("expert 'a' (hf://me/a): cannot be had from the Hub, nor is it in the cache")
+    assert problems[0].startswith("expert 'a' (hf://me/a): cannot be downloaded from the Hub, and is not in the cache")
 
 
 @pytest.mark.skipif(not NAMES_OF_5, reason="these are the names of transformers 4")

@@ -12,7 +12,8 @@ from torch import nn
 
 from com_lightning import ChainOfMerges, MergeDataModule, MergeError
 from com_lightning.core.tensors.modules import named_tensors
-from com_lightning.experts.load import load_expert, sort_parameters
+from com_lightning.experts.load import load_expert
+from com_lightning.experts.parameters import sort_parameters
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 from tests.helpers.sources import TASKS, TiedClassifier, merge, only, problems, state_of, unread_data
 
