@@ -78,7 +78,7 @@ def test_tables_that_the_user_names_stay_private() -> None:
     a, b = words(12, 15)
     callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 15}, private=["table", "words", "head"])
     torch.testing.assert_close(callback.modules["b"].get_parameter("table.weight"), b.table.weight)
-    assert callback.report.parameters["layer.weight"] == "solved"
+    assert callback.report.parameters["layer.weight"].status == "solved"
 
 
 def test_heads_with_other_classes_are_no_vocabulary() -> None:
