@@ -84,7 +84,7 @@ def test_tables_that_the_user_names_stay_private() -> None:
 def test_heads_with_other_classes_are_no_vocabulary() -> None:
     a, b = words(12)[0], Words(12, classes=5)
     callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 12})
-    assert callback.report.parameters["head.weight"] == "private"
+    assert callback.report.parameters["head.weight"].status == "private"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -106,7 +106,7 @@ def test_common_rows_are_merged_and_the_others_kept(tied: bool) -> None:
         assert bool((table[row] <= own.amax(0) + 1e-6).all())
         assert bool((table[row] >= own.amin(0) - 1e-6).all())
     assert a.table.weight.shape == (12, 4)  # the user's
-    assert callback.report.parameters["words.weight"] == "solved"
+    assert callback.report.parameters["words.weight"].status == "solved"
 
 
 def test_rows_of_one_expert_alone_are_its_own() -> None:
@@ -178,7 +178,7 @@ def test_tokens_that_differ(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=told):
         merge({"a": a, "b": b}, private=[])
     table = "net.bert.embeddings.word_embeddings"
-    assert merge({"a": a, "b": b}, private=[table]).report.parameters[f"{table}.weight"] == "private"
+    assert merge({"a": a, "b": b}, private=[table]).report.parameters[f"{table}.weight"].status == "private"
 
 
 def test_longer_vocabularies_with_the_same_beginning(tmp_path: Path) -> None:
