@@ -16,7 +16,7 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep import sweep
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place, lockstep
+from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, WaitingLayer, lockstep
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 
@@ -30,11 +30,11 @@ def naive_chain(
 
 def rerun(
     forwards: Sequence[Forward],
-    layers: Mapping[str, Place],
+    layers: Mapping[str, Position],
     served: Collection[str] = (),
-    choose_next: Callable[[Candidacy | None], object] = lambda mine: mine,
+    choose_next: Callable[[WaitingLayer | None], object] = lambda mine: mine,
     pager: None = None,
-) -> Generator[tuple[str, list[Arrival]], None, None]:
+) -> Generator[tuple[str, list[PausedCall]], None, None]:
     """What ``lockstep`` yields, by running the merged model's forwards (or all, where there are none) for every layer.
 
     The layers' outputs are not reported (``Forward.on_output``): the weights do not depend on them, the residual in the
@@ -43,20 +43,20 @@ def rerun(
     again = [f for f in forwards if not isinstance(f, CalibrationForward) or f.id.stream == "merged"] or list(forwards)
     paused = lockstep([forward for forward in forwards if forward not in again], layers, served)
     waiting, done = next(paused, None), set(served)
-    while arrivals := [*filter(None, (_next_arrival(forward, layers, done) for forward in again))]:
-        first = min(arrivals, key=lambda arrival: arrival.place)
+    while calls := [*filter(None, (_next_call(forward, layers, done) for forward in again))]:
+        first = min(calls, key=lambda call: call.place)
         layer = first.layer
         choose_next((first.place, layer))
         done.add(layer)
-        arrivals = [arrival for arrival in arrivals if arrival.layer == layer]
+        calls = [call for call in calls if call.layer == layer]
         if waiting is not None and waiting[0] == layer:
-            yield layer, [*arrivals, *waiting[1]]
+            yield layer, [*calls, *waiting[1]]
             waiting = next(paused, None)
         else:
-            yield layer, arrivals
+            yield layer, calls
 
 
-def _next_arrival(forward: Forward, layers: Mapping[str, Place], done: Collection[str]) -> Arrival | None:
+def _next_call(forward: Forward, layers: Mapping[str, Position], done: Collection[str]) -> PausedCall | None:
     """Run ``forward`` from its start until it enters a layer that is not done."""
     steps = lockstep([forward], layers, done)
     try:

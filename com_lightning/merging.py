@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.tensors.modules import renewed
+from com_lightning.core.tensors.modules import copy_on_same_storage
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
 from com_lightning.execution import MergeResult
@@ -94,7 +94,7 @@ def run(
             if data is not None:
                 plan.need = needed(plan, trainer, data, options.memory_budget)
         elif data is not None:
-            first = renewed(next(iter(plan.experts.values())))
+            first = copy_on_same_storage(next(iter(plan.experts.values())))
             assert isinstance(first, LightningModule)
             merger.use(plan, first)
             trainer.callbacks.append(merger)  # type: ignore[attr-defined]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import own_parameters
 from com_lightning.core.layers.candidates import Candidate, candidates
-from com_lightning.core.tensors.modules import named_tensors, size_of, tied_names
+from com_lightning.core.tensors.modules import named_tensors, num_bytes, tied_names
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
@@ -82,7 +82,7 @@ class MergePlan:
 
     def memory(self) -> dict[str, int]:
         """Bytes needed at least: the experts, the merged model, the statistics and solution of the largest layer."""
-        sizes = [size_of(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
+        sizes = [num_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
         largest = 0
         for layer in self.layers.values():
             groups, outputs, inputs = layer.layer_type.to_matrix(layer.module, layer.module).shape

@@ -123,7 +123,7 @@ def _is_running(process: int) -> bool:
 @contextmanager
 def together(peers: Peers) -> Iterator[None]:
     """If one process fails here, all do, instead of waiting for it."""
-    with peers.told():
+    with peers.shares_failures():
         yield
         peers.exchange(None)  # nobody goes on before all have come this far
 

@@ -16,7 +16,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.tensors.modules import renewed
+from com_lightning.core.tensors.modules import copy_on_same_storage
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.strategies import alone
 
@@ -90,7 +90,7 @@ def validate_tasks(
     # Modules moved or converted under the inference mode of an outer trainer could never be trained again.
     with torch.inference_mode(False), quiet_lightning():
         for task, module in tqdm(mine.items(), desc=f"validating {label}", leave=False, disable=quiet):
-            copied = renewed(module)  # Lightning moves and converts it
+            copied = copy_on_same_storage(module)  # Lightning moves and converts it
             assert isinstance(copied, LightningModule)
             with alone(copied):
                 logged = evaluate(copied, datamodule=tasks.task(task, prepared), verbose=False)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 
 from benchmarks.speed.tower import Tower
-from com_lightning.core.tensors.matmul import aligned
+from com_lightning.core.tensors.matmul import aligned_length
 
 
 def inputs(tower: Tower) -> Iterator[tuple[int, int, list[int]]]:
@@ -43,7 +43,7 @@ def products(tower: Tower) -> float:
     """Seconds of the matrix products for the Gram matrices."""
     seconds = 0.0
     for numbers, rows, _ in inputs(tower):
-        length = aligned(numbers)  # products of odd sizes take half as long again
+        length = aligned_length(numbers)  # products of odd sizes take half as long again
         batch = torch.randn(tower.batch_size * rows, length)[:, :numbers]
         gram = torch.zeros(numbers, length)[:, :numbers]
         start = time.perf_counter()

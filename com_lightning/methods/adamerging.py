@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
-from com_lightning.core.tensors.gradients import differentiated, gradients_of, seeded
+from com_lightning.core.tensors.gradients import gradients_enabled, gradients_of, seeded
 from com_lightning.core.tensors.modules import copy_module
 from com_lightning.core.tensors.placement import Placement
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
@@ -80,7 +80,7 @@ class AdaMerging(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        with job.run.peers.told():
+        with job.run.peers.shares_failures():
             return self._merge(job, weights)
 
     @torch.no_grad()
@@ -194,7 +194,7 @@ class _Model:
         """Gradients of the mean entropy on a batch by the merged parameters."""
         for leaf, value in zip(self.leaves, merged):
             leaf.copy_(value)
-        with differentiated(self.module), seeded(seed, self.leaves):
+        with gradients_enabled(self.module), seeded(seed, self.leaves):
             logits = self.predict(copy_module(self.module), batch, index)
             loss = entropy(logits)
             if not bool(loss.isfinite()):

@@ -12,8 +12,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
-from com_lightning.core.tensors.gradients import differentiated, gradients_of, seeded
-from com_lightning.core.tensors.modules import copy_module, renewed
+from com_lightning.core.tensors.gradients import gradients_enabled, gradients_of, seeded
+from com_lightning.core.tensors.modules import copy_module, copy_on_same_storage
 from com_lightning.core.tensors.placement import Placement
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.methods.parameterwise import SharedParameter, finite, shared_parameters
@@ -65,7 +65,7 @@ class Fisher(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        with job.run.peers.told():
+        with job.run.peers.shares_failures():
             return self._merge(job, weights)
 
     @torch.no_grad()
@@ -175,7 +175,7 @@ def squared_gradients(
         NonFiniteError: if the loss or a gradient is NaN or infinite, and such batches are not skipped.
     """
     assert task.loss is not None, "a rule that asks for the loss says so in `needs`"
-    module = renewed(Placement(task.expert, task.move).module())
+    module = copy_on_same_storage(Placement(task.expert, task.move).module())
     named = dict(module.named_parameters(remove_duplicate=False))
     leaves = [named[parameter.name].requires_grad_(True) for parameter in parameters]
     squares = {p.name: torch.zeros(p.target.shape, dtype=p.dtype, device=p.device) for p in parameters}
@@ -183,7 +183,7 @@ def squared_gradients(
     bar = tqdm(task.batches, f"Fisher: {task.name}", disable=job.run.quiet or job.run.peers.rank > 0, leave=False)
     for place, batch in enumerate(bar):
         index = task.batch_numbers[place]
-        with differentiated(module), seeded(100_003 * number + index, leaves):
+        with gradients_enabled(module), seeded(100_003 * number + index, leaves):
             # A copy for each batch: what a module stores (losses, for instance) would keep the graph in memory.
             loss = task.loss(copy_module(module), batch, index)
             gradients = gradients_of(loss, leaves)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError
 from com_lightning.core.tensors.matmul import exact_products
-from com_lightning.core.tensors.modules import all_finite, average, named_tensors, slices
+from com_lightning.core.tensors.modules import all_finite, average, named_tensors, row_slices
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
 
@@ -56,7 +56,7 @@ class SharedParameter:
 
     def parts(self) -> Iterator[tuple[slice | EllipsisType, SharedParameter]]:
         """A few rows at a time, and where they are, for what is done with each element on its own."""
-        for place in slices(self.target) if self.device.type == "cpu" else [...]:
+        for place in row_slices(self.target) if self.device.type == "cpu" else [...]:
             values = {task: value.detach()[place] for task, value in self.values.items()}
             origin = None if self.origin is None else self.origin.detach()[place]
             part = replace(self, values=values, origin=origin, target=self.target.detach()[place], _base=None)
@@ -154,7 +154,7 @@ class ParameterRule(MergingMethod):
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
         device = job.device or torch.device("cpu")
         # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
-        with job.run.peers.told(), torch.autocast(device.type, enabled=False), exact_products():
+        with job.run.peers.shares_failures(), torch.autocast(device.type, enabled=False), exact_products():
             return self._merge(job, list(shared_parameters(job, weights)))
 
     @torch.no_grad()

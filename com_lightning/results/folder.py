@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, size_of, tied_names
+from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, num_bytes, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.load import load_expert, take_precision
@@ -79,7 +79,7 @@ def space_problems(folder: Path, modules: Mapping[str, LightningModule], journal
     Returns:
         One problem, or none.
     """
-    sizes = [size_of(t for _, t, _ in named_tensors(module)) for module in modules.values()]
+    sizes = [num_bytes(t for _, t, _ in named_tensors(module)) for module in modules.values()]
     copies = 2 if any(map(pretrained_parts, modules.values())) else 1  # checkpoint and folder for from_pretrained
     needed = copies * sum(sizes) + max(sizes) * (2 if journal else 1)
     parent = Path(os.path.realpath(folder)).parent

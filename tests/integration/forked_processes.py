@@ -276,7 +276,7 @@ def test_a_process_that_is_killed_ends_all(place: str, size: int, culprit: int, 
 
 def _fails_early(peers: Peers) -> None:
     if peers.rank == 1:
-        peers.fail(ValueError("told in the store"))
+        peers.report_failure(ValueError("told in the store"))
         dist.destroy_process_group()
         os._exit(1)
     peers.broadcast(torch.zeros(3), 1)  # while the other is in an exchange

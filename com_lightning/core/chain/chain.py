@@ -20,7 +20,7 @@ from com_lightning.core.chain.soundness import check_solution
 from com_lightning.core.solve.statistics import InputMeans
 from com_lightning.core.sweep.context import Run, Solved
 from com_lightning.core.sweep.layer import CalibrationForward, Layer, forward_id
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.sweep import Extent, Sweep, Visitor
@@ -63,7 +63,7 @@ def merge_layers(
         its first call.
     """
     run = run or Run()
-    with run.peers.told():
+    with run.peers.shares_failures():
         streams = ResidualStreams(find_residuals(tasks, merged, run) if rule.residual and rule.two_sided else {})
         metrics = roots(tasks, merged, rule.sensitivity, run.peers, run.quiet) if rule.sensitivity else {}
         models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None, task_tensors, fixed)
@@ -99,14 +99,14 @@ class LayerSolver(Visitor):
         self.watches_outputs = options.two_sided
         self._output_error = OutputError()
 
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         start = time.perf_counter()
-        layer = sweep.layer(name) if arrivals else None
-        self.streams.enter(name, {forward_id(arrival): arrival.input for arrival in arrivals})
+        layer = sweep.layer(name) if calls else None
+        self.streams.enter(name, {forward_id(call): call.input for call in calls})
         if layer:
             layer.repairs_stream = name in self.streams.writers
         earlier = self.context.journal.get(name)
-        gathered = self.gatherer.gather(sweep, layer, name, arrivals, earlier is not None)
+        gathered = self.gatherer.gather(sweep, layer, name, calls, earlier is not None)
         if gathered.refusal:
             return LayerRecord(name, layer.layer_type.name if layer else "", note=gathered.refusal)
         record, written = self._solve_or_restore(sweep, name, layer, earlier)
@@ -148,7 +148,7 @@ class LayerSolver(Visitor):
             mine = (*self._solve(sweep, layer, self.gatherer.inputs), [])
         solution = self.context.peers.exchange(mine)[self.gatherer.owner]
         record, written, skipped = solution or (LayerRecord(name, ""), [], [])
-        skipped_here = sweep.bad_batches.recall(skipped)
+        skipped_here = sweep.bad_batches.skip_again(skipped)
         if self.gatherer.seen:
             self.gatherer.seen.forget(skipped_here)
         return record, written

@@ -12,7 +12,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.layer import Layer
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import LayerRecord, Task
@@ -30,7 +30,7 @@ def measure_drift(
     The arguments are those of :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
     options = ChainOptions("merged", "expert")
-    with run.peers.told():
+    with run.peers.shares_failures():
         models = Models(tasks, merged, options.streams, task_tensors=task_tensors)
         return Sweep(tasks, models, DriftMeter(tasks, options, run), run).run()
 
@@ -48,9 +48,9 @@ class DriftMeter(Visitor):
         self.tasks, self.context = tasks, context
         self.gatherer = Gatherer(options, ResidualStreams({}))
 
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
-        layer = sweep.layer(name) if arrivals else None
-        gathered = self.gatherer.gather(sweep, layer, name, arrivals)
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
+        layer = sweep.layer(name) if calls else None
+        gathered = self.gatherer.gather(sweep, layer, name, calls)
         if gathered.refusal:
             return LayerRecord(name, layer.layer_type.name if layer else "", note=gathered.refusal)
         mine = None

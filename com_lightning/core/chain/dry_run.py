@@ -10,7 +10,7 @@ from torch import Tensor
 from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.chain.sensitivity import gather_gradients
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.sweep import Sweep, Visitor
@@ -28,7 +28,7 @@ def held_by_forwards(tasks: Sequence[Task], merged: Mapping[str, Tensor], rule: 
     pager = Pager(None, models.device)
     Sweep(tasks, models, PassBy(), pager=pager).run()
     held = [0] * len(tasks)
-    for forward, most in pager.most().items():
+    for forward, most in pager.peak_by_forward().items():
         assert isinstance(forward, CalibrationForward)
         held[forward.id.batch.task] += most
     return held
@@ -61,5 +61,5 @@ def held_by_gradients(tasks: Sequence[Task], merged: Mapping[str, Tensor], dista
 class PassBy(Visitor):
     """Does nothing at any layer."""
 
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         return LayerRecord(name, "", note="not solved in a dry run")

@@ -21,12 +21,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from com_lightning.core.chain.residual_stream import Source
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import LayerRecord, Task, batch_ids
 from com_lightning.core.tensors import private_torch
-from com_lightning.core.tensors.tracked import Watched, name_of, plain
+from com_lightning.core.tensors.tracked import Tracked, name_of, untracked
 
 Term = tuple[Literal["input", "output"], str]
 Terms = Mapping[Term, bool]
@@ -106,11 +106,11 @@ class ResidualSearch(Visitor):
 
         forward.call = watched
 
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         layer = sweep.layer(name)
-        if refusal := sweep.refusal(layer, arrivals):
+        if refusal := sweep.refusal(layer, calls):
             return LayerRecord(name, layer.layer_type.name, note=refusal)
-        self.additions.enter(name, arrivals[0].input, layer.layer_type.corrects)
+        self.additions.enter(name, calls[0].input, layer.layer_type.corrects)
         sweep.mark_solved(sweep.extents(layer))  # so that the same layers are met as in a merge
         return LayerRecord(name, layer.layer_type.name)
 
@@ -151,7 +151,7 @@ class _Additions(TorchFunctionMode):
     def leave(self, layer: str, value: Any) -> None:
         """What it gives."""
         if isinstance(value, Tensor):
-            self._name(("output", layer), plain(value))
+            self._name(("output", layer), untracked(value))
             self._order["output", layer] = len(self._order)
 
     def writers(self) -> dict[str, list[Source]]:
@@ -186,7 +186,7 @@ class _Additions(TorchFunctionMode):
     def _added(self, addends: Sequence[tuple[Tensor, Terms]], result: Tensor) -> Terms:
         total: dict[Term, bool] = {}
         for tensor, terms in addends:
-            if tensor.shape != result.shape or isinstance(tensor, (Watched, torch.nn.Parameter)):
+            if tensor.shape != result.shape or isinstance(tensor, (Tracked, torch.nn.Parameter)):
                 continue
             if total.keys() & terms:  # twice the same is no sum of different things
                 return {}

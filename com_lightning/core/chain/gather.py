@@ -15,13 +15,13 @@ from com_lightning.core.chain.soundness import describe_bad_inputs, is_sound
 from com_lightning.core.layers import Arguments, LayerCall, rows_with_data
 from com_lightning.core.solve.statistics import InputSums, Scratch
 from com_lightning.core.sweep.layer import Layer, forward_id
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.sweep import Sweep
 from com_lightning.core.sweep.task import ForwardId, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import all_finite
 
-Pair = tuple[Arrival, Arrival | None]
+Pair = tuple[PausedCall, PausedCall | None]
 """A forward whose input is regressed on, and the expert's forward on the same batch, if its input is used."""
 
 
@@ -63,7 +63,7 @@ class Gatherer:
         """Whether the statistics of these inputs are summed up at the owner."""
 
     def gather(
-        self, sweep: Sweep, layer: Layer | None, name: str, arrivals: Sequence[Arrival], solved_before: bool = False
+        self, sweep: Sweep, layer: Layer | None, name: str, calls: Sequence[PausedCall], solved_before: bool = False
     ) -> Gathered:
         """Gather the statistics of a layer in all processes, and add them up at the owner.
 
@@ -71,15 +71,15 @@ class Gatherer:
             sweep: the sweep.
             layer: the layer, as for :meth:`~com_lightning.core.sweep.sweep.Visitor.on_layer`.
             name: its name.
-            arrivals: the forwards of this process that wait there.
+            calls: the calls of the layer at which forwards of this process are paused.
             solved_before: whether this process knows the solution from an earlier run.
 
         Returns:
             The statistics, at the owner, and what was left out.
         """
         peers = sweep.context.peers
-        refusal = sweep.refusal(layer, arrivals) if layer else None
-        same = layer is None or bool(not refusal and self.seen and self.seen.are_seen_again(layer, arrivals))
+        refusal = sweep.refusal(layer, calls) if layer else None
+        same = layer is None or bool(not refusal and self.seen and self.seen.are_seen_again(layer, calls))
         everyone = peers.exchange((layer is not None, refusal, same, solved_before))
         for _, why, _, _ in everyone:
             if why:
@@ -91,33 +91,33 @@ class Gatherer:
         if owners := [rank for rank, (_, _, _, knows) in enumerate(everyone) if knows]:
             self.owner = owners[0]
             if not repeated:
-                self._start(layer, arrivals)
+                self._start(layer, calls)
             return Gathered(solved_before=True)
         skipped: list[SkippedBatch] = []
         if not (repeated and self._complete):
             before = self.seen if repeated else None
-            self._start(layer, arrivals)
+            self._start(layer, calls)
             if before and self.seen:
                 self.seen.layer, self.seen.exact = before.layer, before.exact
             if layer and self.seen:
                 exact = self.seen.exact
-                self.inputs = gather(layer, arrivals, sweep.tasks, self.options, sweep.pager, exact, self.streams)
+                self.inputs = gather(layer, calls, sweep.tasks, self.options, sweep.pager, exact, self.streams)
                 self.seen.forget({batch.id for batch in self.inputs.bad})
-            skipped = sweep.bad_batches.leave_out(self.inputs.bad if self.inputs else [], name)
+            skipped = sweep.bad_batches.skip(self.inputs.bad if self.inputs else [], name)
             self.owner = reached[len(sweep.function_calls.solved) % len(reached)]  # solving goes round
             self._complete = True
             reduce_sums(self.inputs, peers, self.owner, sweep.models.device)
         return Gathered(skipped=skipped)
 
-    def _start(self, layer: Layer | None, arrivals: Sequence[Arrival]) -> None:
+    def _start(self, layer: Layer | None, calls: Sequence[PausedCall]) -> None:
         """Other inputs from here on. The last statistics go first: those of two layers need not fit in memory."""
         self.inputs, self._complete = None, False
-        self.seen = SeenInputs.of(layer, arrivals) if layer else None
+        self.seen = SeenInputs.of(layer, calls) if layer else None
 
 
 def gather(
     layer: Layer,
-    arrivals: Sequence[Arrival],
+    calls: Sequence[PausedCall],
     tasks: Sequence[Task],
     options: ChainOptions,
     pager: Pager | None = None,
@@ -131,7 +131,7 @@ def gather(
 
     Args:
         layer: its weights in all experts.
-        arrivals: the forwards that wait there.
+        calls: the calls of the layer at which forwards are paused.
         tasks: the experts and their data.
         options: what is solved.
         pager: fetches inputs that were paged out.
@@ -148,7 +148,7 @@ def gather(
         if not all_finite(weight):
             raise NonFiniteError(f"layer '{layer.name}' of expert '{task.name}' holds NaN or infinity")
     scratch = Scratch()
-    pairs = list(_pairs(arrivals, options))
+    pairs = list(_pairs(calls, options))
     inputs = LayerInputs([_empty(layer, options, scratch) for _ in tasks])
     for pair in () if exact else _fetched(pairs, pager):
         _add(inputs, inputs.sums[forward_id(pair[0]).batch.task], layer, pair, tasks, streams)
@@ -206,20 +206,20 @@ def _empty(layer: Layer, options: ChainOptions, scratch: Scratch) -> InputSums:
     return InputSums(has_bias, options.normalize, layer.multiplies_drift, scratch=scratch)
 
 
-def _pairs(arrivals: Sequence[Arrival], options: ChainOptions) -> Iterator[Pair]:
-    """Each arrival whose input is regressed on, with the expert's on the same batch if the merge is two-sided."""
-    by_id = {forward_id(arrival): arrival for arrival in arrivals}
-    for (batch, stream), arrival in by_id.items():
+def _pairs(calls: Sequence[PausedCall], options: ChainOptions) -> Iterator[Pair]:
+    """Each paused call whose input is regressed on, with the expert's on the same batch if the merge is two-sided."""
+    by_id = {forward_id(call): call for call in calls}
+    for (batch, stream), call in by_id.items():
         if stream == options.streams[0]:
-            yield arrival, by_id.get(ForwardId(batch, "expert")) if options.two_sided else None
+            yield call, by_id.get(ForwardId(batch, "expert")) if options.two_sided else None
 
 
 def _fetched(pairs: Sequence[Pair], pager: Pager | None) -> Iterator[Pair]:
     """Each pair while it is in memory, if others were paged out."""
     for pair in pairs:
         if pager is not None:  # the last pair is done with
-            pager.settle()
+            pager.enforce_budget()
             pager.fetch(*((a.args, a.kwargs) for a in pair if a is not None))
         yield pair
     if pager is not None:
-        pager.settle()
+        pager.enforce_budget()

@@ -20,7 +20,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.task import LayerRecord, Task
-from com_lightning.core.tensors.modules import named_tensors, own_copy
+from com_lightning.core.tensors.modules import named_tensors, writable_copy
 
 
 def refit(
@@ -49,7 +49,7 @@ def refit(
     rule = ChainOptions(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):
         fixed = {**merged, **{name: tensors[number] for name, tensors in task_tensors.items()}}
-        private = {name: own_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
+        private = {name: writable_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
         if not private:
             continue
         context = run.alone(task.name)

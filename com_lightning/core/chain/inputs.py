@@ -12,7 +12,7 @@ from com_lightning.core.solve.ridge import Factor
 from com_lightning.core.solve.statistics import InputMeans, InputSums
 from com_lightning.core.sweep.bad_batches import BadBatch
 from com_lightning.core.sweep.layer import Layer, forward_id
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, ForwardId
 from com_lightning.core.tensors import private_torch
 
@@ -66,17 +66,17 @@ class SeenInputs:
     exact: bool = False
 
     @staticmethod
-    def of(layer: Layer, arrivals: Sequence[Arrival]) -> SeenInputs:
+    def of(layer: Layer, calls: Sequence[PausedCall]) -> SeenInputs:
         """The inputs that wait at a layer."""
-        return SeenInputs(layer.name, layer.key, _versions(arrivals))
+        return SeenInputs(layer.name, layer.key, _versions(calls))
 
-    def are_seen_again(self, layer: Layer, arrivals: Sequence[Arrival]) -> bool:
+    def are_seen_again(self, layer: Layer, calls: Sequence[PausedCall]) -> bool:
         """Whether all forwards arrive with the same tensor as before, unchanged, and the layer makes the same rows."""
         if self.key is None or self.key != layer.key:
             return False
-        now = _versions(arrivals)
+        now = _versions(calls)
         return (
-            len(now) == len(arrivals)
+            len(now) == len(calls)
             and now.keys() == self.tensors.keys()
             and all(self.tensors[key][0]() is tensor() for key, (tensor, _) in now.items())
             and all(self.tensors[key][1] == version for key, (_, version) in now.items())
@@ -89,9 +89,9 @@ class SeenInputs:
             self.exact = True
 
 
-def _versions(arrivals: Sequence[Arrival]) -> dict[ForwardId, tuple[weakref.ref[Tensor], int]]:
+def _versions(calls: Sequence[PausedCall]) -> dict[ForwardId, tuple[weakref.ref[Tensor], int]]:
     return {
-        forward_id(arrival): (weakref.ref(arrival.input), private_torch.version(arrival.input))
-        for arrival in arrivals
-        if isinstance(arrival.input, Tensor) and not arrival.input.is_inference()
+        forward_id(call): (weakref.ref(call.input), private_torch.version(call.input))
+        for call in calls
+        if isinstance(call.input, Tensor) and not call.input.is_inference()
     }

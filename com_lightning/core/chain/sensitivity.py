@@ -36,13 +36,13 @@ from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import BatchId, LayerRecord, Task, batch_ids
-from com_lightning.core.tensors.gradients import differentiated
+from com_lightning.core.tensors.gradients import gradients_enabled
 from com_lightning.core.tensors.matmul import exact_products
-from com_lightning.core.tensors.tracked import plain
+from com_lightning.core.tensors.tracked import untracked
 
 RANK = 64
 """A layer's matrix is kept as a sketch of at most this many columns: all of it would be as large as the model."""
@@ -115,7 +115,7 @@ def roots(
     of_tasks: list[dict[str, Sensitivity]] = [{} for _ in tasks]
     batches = list(batch_ids(tasks))
     hidden = quiet or peers.rank > 0
-    with peers.told(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
+    with peers.shares_failures(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
         for batch in bar:
             mask = tasks[batch.task].mask(tasks[batch.task].batches[batch.position])
             gradients = gather_gradients(tasks, models, batch, distance)
@@ -197,7 +197,7 @@ class GradientGatherer(Visitor):
                 part.register_forward_hook(self._remember)
         forward.call = partial(self._differentiate, forward.module, forward.call, forward.seed)
 
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         self._layer_types[name] = sweep.layer_type(name)
         return LayerRecord(name, "", note="not solved while gradients are gathered")
 
@@ -220,10 +220,10 @@ class GradientGatherer(Visitor):
 
     def _remember(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
-            self._last_output = plain(output)
+            self._last_output = untracked(output)
 
     def _differentiate(self, module: nn.Module, call: Callable[[], object], seed: int) -> None:
-        with differentiated(module):
+        with gradients_enabled(module):
             call()
             if self._last_output is not None and self._last_output.requires_grad:
                 torch.autograd.backward(_probe(self._last_output, self.distance, seed), inputs=[self._start])

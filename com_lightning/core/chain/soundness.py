@@ -11,7 +11,7 @@ from torch import Tensor
 from com_lightning.core.solve.statistics import InputSums
 from com_lightning.core.sweep.bad_batches import BadBatch
 from com_lightning.core.sweep.layer import Layer
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, NonFiniteError
 from com_lightning.core.tensors.modules import all_finite
 
@@ -32,7 +32,9 @@ def is_sound(sums: InputSums, smallest: float = 0.0) -> bool:
     return math.isfinite(total) and not 0.0 < small < smallest
 
 
-def describe_bad_inputs(batch: BatchId, pair: tuple[Arrival, Arrival | None], stream_drift: Tensor | None) -> BadBatch:
+def describe_bad_inputs(
+    batch: BatchId, pair: tuple[PausedCall, PausedCall | None], stream_drift: Tensor | None
+) -> BadBatch:
     """Return which model holds NaN or infinity at a layer, or why else the sums of a batch are not finite.
 
     Args:
@@ -40,7 +42,7 @@ def describe_bad_inputs(batch: BatchId, pair: tuple[Arrival, Arrival | None], st
         pair: the merged model's forward, and the expert's if it is used.
         stream_drift: of the residual stream that the layer repairs, if it does.
     """
-    tensors = {arrival.forward.label: _floating(arrival) for arrival in pair if arrival is not None}
+    tensors = {call.forward.label: _floating(call) for call in pair if call is not None}
     broken = [label for label, values in tensors.items() if not all(bool(t.isfinite().all()) for t in values)]
     if broken:
         return BadBatch(batch, broken[0], "hold NaN or infinity")
@@ -72,6 +74,6 @@ def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[s
             )
 
 
-def _floating(arrival: Arrival) -> list[Tensor]:
-    values = (*arrival.args, *arrival.kwargs.values())
+def _floating(call: PausedCall) -> list[Tensor]:
+    values = (*call.args, *call.kwargs.values())
     return [value for value in values if isinstance(value, Tensor) and value.is_floating_point()]

@@ -11,7 +11,7 @@ from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.sweep.task import Task
-from com_lightning.core.tensors.modules import own_copy, tied_names
+from com_lightning.core.tensors.modules import tied_names, writable_copy
 
 
 def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
@@ -36,5 +36,5 @@ def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[st
             names = []
         for name in names:
             if name not in tied:
-                result[name] = [own_copy(merged[name]) for _ in tasks]
+                result[name] = [writable_copy(merged[name]) for _ in tasks]
     return result

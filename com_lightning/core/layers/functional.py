@@ -21,7 +21,7 @@ from com_lightning.core.layers.elementwise import Offset, Scale
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Linear, TransposedLinear
 from com_lightning.core.layers.normalization import PerChannel
-from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of
+from com_lightning.core.tensors.tracked import Part, Tracked, materialized, name_of
 
 
 @dataclass(frozen=True)
@@ -91,14 +91,14 @@ def recognise(
     if call is None or not all(free(part) for part in call.parts.values()):
         return None
     data = call.args[0]
-    return call if isinstance(data, Tensor) and not isinstance(data, Watched) else None
+    return call if isinstance(data, Tensor) and not isinstance(data, Tracked) else None
 
 
 @recognises("linear")
 def _linear(name: str, free: Free, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> FunctionCall | None:
-    if not isinstance(weight, Watched) or not free(weight.part):
-        known = isinstance(bias, Watched) and free(bias.part)
-        return _add("add", free, F.linear(input, brought(weight)), bias) if known else None
+    if not isinstance(weight, Tracked) or not free(weight.part):
+        known = isinstance(bias, Tracked) and free(bias.part)
+        return _add("add", free, F.linear(input, materialized(weight)), bias) if known else None
     if weight.dim() != 2:
         return None
     return _layer(Linear(), lambda: nn.Linear(1, 1, bias is not None, "meta"), (input,), weight, bias)
@@ -111,11 +111,11 @@ def _convolution(
     transposed = "transpose" in name
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     settings = dict(zip(names if transposed else ("stride", "padding", "dilation", "groups"), args)) | kwargs
-    if not isinstance(weight, Watched) or not free(weight.part):
-        if not isinstance(bias, Watched) or not free(bias.part):
+    if not isinstance(weight, Tracked) or not free(weight.part):
+        if not isinstance(bias, Tracked) or not free(bias.part):
             return None
         spread = bias.view(-1, *[1] * (weight.dim() - 2))
-        return _add("add", free, getattr(F, name)(input, brought(weight), None, **settings), spread)
+        return _add("add", free, getattr(F, name)(input, materialized(weight), None, **settings), spread)
     if not isinstance(settings.get("padding", 0), (int, str, tuple, list)):
         return None
     first, second = weight.shape[:2]
@@ -141,7 +141,7 @@ def _embedding(name: str, free: Free, input: Tensor, weight: Tensor, *args: Any,
 def _matmul(name: str, free: Free, left: Tensor, right: Tensor) -> FunctionCall | None:
     if name == "__rmatmul__":
         left, right = right, left
-    weight_first = isinstance(left, Watched)
+    weight_first = isinstance(left, Tracked)
     if (left.dim() < 2 and not weight_first) or right.dim() < 2:
         return None
     batch = "abcdefghijklm"[: max(left.dim(), right.dim()) - 2]
@@ -164,9 +164,9 @@ def _einsum(name: str, free: Free, equation: str, *operands: Any) -> FunctionCal
     if len(operands) != 2:
         return None
     left, right = operands
-    weight, data = (left, right) if isinstance(left, Watched) else (right, left)
+    weight, data = (left, right) if isinstance(left, Tracked) else (right, left)
     contraction = Contraction.parse(equation, left, right, weight is left)
-    if contraction is None or not isinstance(weight, Watched):
+    if contraction is None or not isinstance(weight, Tracked):
         return None
     return _layer(contraction, nn.Module, (data,), weight)
 
@@ -191,7 +191,7 @@ def _attention(
 ) -> FunctionCall | None:
     """Biases of the scores (relative positions) that are given as a mask."""
     scale = settings.get("scale") or query.shape[-1] ** -0.5
-    if not isinstance(attn_mask, Watched) or settings.get("is_causal") or settings.get("enable_gqa"):
+    if not isinstance(attn_mask, Tracked) or settings.get("is_causal") or settings.get("enable_gqa"):
         return None
     return _add("add", free, query @ key.mT * scale, attn_mask)
 
@@ -202,8 +202,8 @@ def _multiply(name: str, free: Free, one: Any, two: Any) -> FunctionCall | None:
 
 
 def _elementwise(kind: LayerType, one: Any, two: Any) -> FunctionCall | None:
-    data, weight = (two, one) if isinstance(one, Watched) else (one, two)
-    if not isinstance(data, Tensor) or not isinstance(weight, Watched):
+    data, weight = (two, one) if isinstance(one, Tracked) else (one, two)
+    if not isinstance(data, Tensor) or not isinstance(weight, Tracked):
         return None
     if not data.is_floating_point() or not data.dim() or not data.numel():
         return None
@@ -238,6 +238,6 @@ def _layer(
 ) -> FunctionCall | None:
     """``None`` if an argument is neither watched nor absent, or holds an element of a parameter more than once."""
     watched = {name: entry for name, entry in (("weight", weight), ("bias", bias)) if entry is not None}
-    if weight is None or not all(isinstance(entry, Watched) and entry.part.once for entry in watched.values()):
+    if weight is None or not all(isinstance(entry, Tracked) and entry.part.selects_once for entry in watched.values()):
         return None
     return FunctionCall(kind, {name: entry.part for name, entry in watched.items()}, stand_in, args)

@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from com_lightning.core.tensors.matmul import add_product, aligned, completed, outputs, turns
+from com_lightning.core.tensors.matmul import (
+    add_product,
+    aligned_length,
+    fill_upper_triangle,
+    is_faster_transposed,
+    outputs,
+)
 
 
 @dataclass
@@ -240,7 +246,7 @@ class InputSums:
 
     def complete(self) -> Tensor | None:
         """The whole of ``gram``: what is above the diagonal is copied from below it. More can be added afterwards."""
-        return None if self.gram is None else completed(self.gram)
+        return None if self.gram is None else fill_upper_triangle(self.gram)
 
     def to_means(self, weight: Tensor) -> InputMeans:
         """Divide the sums by the number of rows, in place: a second Gram matrix of every task may not fit in memory.
@@ -267,14 +273,14 @@ class InputSums:
         """``rows * root``, or with a bias ``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, k)``."""
         n, groups, features = rows.shape
         length = features + int(self.bias)
-        scaled = self.scratch.empty("scaled", rows, n, groups, aligned(length))[..., :length]
+        scaled = self.scratch.empty("scaled", rows, n, groups, aligned_length(length))[..., :length]
         torch.mul(rows, root[:, None, None], out=scaled[..., :features])
         scaled[..., features:] = root[:, None, None]
         return scaled
 
     def _turned(self, name: str, rows: Tensor) -> Tensor:
         """Rows ``(n, g, k)`` as products are fastest with them."""
-        if not turns(rows):
+        if not is_faster_transposed(rows):
             return rows
         n, _, numbers = rows.shape
         return self.scratch.empty(name, rows, numbers, n).copy_(rows[:, 0].T).T[:, None]

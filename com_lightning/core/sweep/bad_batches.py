@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.layer import forward_id
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, NonFiniteError, SkippedBatch, Task
 
 _HINT = "on_bad_batch='skip' leaves such batches out"
@@ -29,7 +29,7 @@ class BadBatch:
     why: str
 
 
-class LeftOut(BaseException):
+class BatchSkipped(BaseException):
     """Ends a calibration forward whose batch was left out. An ``except Exception`` of the model does not catch it."""
 
 
@@ -42,18 +42,18 @@ class BadBatches:
 
     def __init__(self, tasks: Sequence[Task], context: Run) -> None:
         self.tasks, self.context = tasks, context
-        self.left_out: set[BatchId] = set()
+        self.skipped: set[BatchId] = set()
 
     @property
-    def skip(self) -> bool:
+    def is_skipping(self) -> bool:
         """Whether they are left out rather than an error."""
         return self.context.on_bad_batch == "skip"
 
-    def good(self, arrivals: Sequence[Arrival]) -> list[Arrival]:
+    def good(self, calls: Sequence[PausedCall]) -> list[PausedCall]:
         """The arrivals whose batch was not left out."""
-        return [arrival for arrival in arrivals if forward_id(arrival).batch not in self.left_out]
+        return [call for call in calls if forward_id(call).batch not in self.skipped]
 
-    def leave_out(self, bad: Sequence[BadBatch], layer: str) -> list[SkippedBatch]:
+    def skip(self, bad: Sequence[BadBatch], layer: str) -> list[SkippedBatch]:
         """Leave out the bad batches of a layer. All processes meet here, also those without any.
 
         Returns:
@@ -62,13 +62,13 @@ class BadBatches:
         Raises:
             NonFiniteError: if they are not to be left out, or if a task loses its last batch.
         """
-        if not self.skip:
+        if not self.is_skipping:
             for batch in bad[:1]:
                 raise NonFiniteError(f"the inputs of layer '{layer}' {batch.why}: {batch.label}; {_HINT}")
             return []
-        self.left_out |= {batch.id for batch in bad}
+        self.skipped |= {batch.id for batch in bad}
         mine = [SkippedBatch(self.tasks[batch.id.task].name, batch.id.number, layer, batch.why) for batch in bad]
-        lost = Counter(batch.task for batch in self.left_out)
+        lost = Counter(batch.task for batch in self.skipped)
         left = [len(task.batches) - lost[number] for number, task in enumerate(self.tasks)]
         everyone = self.context.peers.exchange((mine, left))
         skipped = sorted((entry for theirs, _ in everyone for entry in theirs), key=lambda e: (e.task, e.batch))
@@ -83,7 +83,7 @@ class BadBatches:
                 )
         return skipped
 
-    def recall(self, skipped: Sequence[SkippedBatch]) -> set[BatchId]:
+    def skip_again(self, skipped: Sequence[SkippedBatch]) -> set[BatchId]:
         """Leave out again what an earlier run left out at a layer. Returns the batches of this process among them."""
         self.context.skipped += skipped
         names = {(entry.task, entry.batch) for entry in skipped}
@@ -93,20 +93,20 @@ class BadBatches:
             for position, batch in enumerate(task.batch_numbers)
             if (task.name, batch) in names
         }
-        self.left_out |= again
+        self.skipped |= again
         return again
 
     def run(self, batch: BatchId, call: Callable[[], object]) -> None:
         """Run a forward. It ends early, without an error, once its batch was left out."""
         try:
             call()
-        except LeftOut:
+        except BatchSkipped:
             pass
         except Exception:  # a model may raise anything when it is given NaN
-            if batch not in self.left_out:
+            if batch not in self.skipped:
                 raise
 
     def check(self, batch: BatchId) -> None:
         """End the forward that is running if its batch was left out."""
-        if batch in self.left_out:
-            raise LeftOut
+        if batch in self.skipped:
+            raise BatchSkipped

@@ -55,19 +55,19 @@ class Peers:
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         """Overwrite everyone's tensor with the owner's."""
 
-    def fail(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         """Tell the others that this process gives up. Returns within seconds, whatever happens."""
 
     def explain(self, error: BaseException) -> None:
         """Note what it means if an error is that of a lost connection, in a call that is not ours."""
 
     @contextmanager
-    def told(self) -> Iterator[None]:
+    def shares_failures(self) -> Iterator[None]:
         """What is raised here is told to the others, which would wait for this process otherwise."""
         try:
             yield
         except BaseException as error:
-            self.fail(error)
+            self.report_failure(error)
             raise
 
 
@@ -99,7 +99,7 @@ class ProcessGroup(Peers):
         if self.rank != owner:
             tensor.copy_(received)  # which counts as a new version of it, unlike what is received in place
 
-    def fail(self, error: BaseException) -> None:
+    def report_failure(self, error: BaseException) -> None:
         if self._over:  # all know
             return
         self._over = True

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from com_lightning.core.layers.functional import FunctionCall, recognise
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Place, pause, running
+from com_lightning.core.sweep.lockstep import Position, pause, running
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.task import LayerRecord
-from com_lightning.core.tensors.tracked import Part, Watched, brought, name_of, plain, tensors_in, watched_in
+from com_lightning.core.tensors.tracked import Part, Tracked, materialized, name_of, tensors_in, tracked_in, untracked
 
 
 class FunctionCalls:
@@ -36,7 +36,7 @@ class FunctionCalls:
         self.solved: dict[str, list[tuple[int, int]]] = {}
         self.notes: dict[str, LayerRecord] = {}
 
-    def watch(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
+    def on_use(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
 
         Returns:
@@ -45,7 +45,7 @@ class FunctionCalls:
         forward = running()
         if not isinstance(forward, CalibrationForward):
             return None
-        watched = list(watched_in(args, kwargs))
+        watched = list(tracked_in(args, kwargs))
         if forward.id.stream == "merged":
             for entry in watched:
                 entry.refresh(self.models.computed[entry.part.name])
@@ -54,7 +54,7 @@ class FunctionCalls:
         if call := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
             label, place = self._placed(call)
             self.layers.setdefault(label, replace(call, args=()))
-            if pause(label, place, tuple(map(brought, call.args)), {}):
+            if pause(label, place, tuple(map(materialized, call.args)), {}):
                 for entry in watched if forward.id.stream == "merged" else ():
                     entry.refresh(self.models.computed[entry.part.name])
                 return lambda result: forward.on_output(label, result) if forward.on_output else None
@@ -85,7 +85,7 @@ class FunctionCalls:
         start, end = part.extent(whole)
         return all(end < a or b < start for a, b in solved)
 
-    def _is_intact(self, forward: CalibrationForward, watched: Sequence[Watched]) -> bool:
+    def _is_intact(self, forward: CalibrationForward, watched: Sequence[Tracked]) -> bool:
         """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
         model = self.models.running[forward.id.batch.task, forward.id.stream]
         for entry in watched:
@@ -93,11 +93,11 @@ class FunctionCalls:
                 name, own = entry.part.name, model.tensors[entry.part.name]
                 if entry.target is None and name in model.targets:  # it was brought there to be cast
                     own = own.to(*model.targets[name])
-                if not torch.equal(plain(entry), entry.part.of(own, casts=True)):
+                if not torch.equal(untracked(entry), entry.part.of(own, casts=True)):
                     return False
         return True
 
-    def _placed(self, call: FunctionCall) -> tuple[str, Place]:
+    def _placed(self, call: FunctionCall) -> tuple[str, Position]:
         """Name of a function call by the parameter that it uses, and its place among all layers."""
         part = next(iter(call.parts.values()))
         name, whole = part.name, self.models.merged[part.name]

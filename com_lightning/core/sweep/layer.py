@@ -9,7 +9,7 @@ from functools import cached_property
 from torch import Tensor, nn
 
 from com_lightning.core.layers import LayerType
-from com_lightning.core.sweep.lockstep import Arrival, Forward
+from com_lightning.core.sweep.lockstep import Forward, PausedCall
 from com_lightning.core.sweep.task import ForwardId
 from com_lightning.core.tensors.tracked import Part
 
@@ -21,10 +21,10 @@ class CalibrationForward(Forward):
     id: ForwardId = field(kw_only=True)
 
 
-def forward_id(arrival: Arrival) -> ForwardId:
+def forward_id(call: PausedCall) -> ForwardId:
     """Which calibration forward has arrived."""
-    assert isinstance(arrival.forward, CalibrationForward)
-    return arrival.forward.id
+    assert isinstance(call.forward, CalibrationForward)
+    return call.forward.id
 
 
 @dataclass

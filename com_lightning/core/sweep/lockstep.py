@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.tensors import private_torch
 
-Place = tuple[int, ...]
+Position = tuple[int, ...]
 """Where a layer stands in the order of layers."""
 
-Candidacy = tuple[Place, str]
+WaitingLayer = tuple[Position, str]
 """Place and name of a layer that forwards wait at."""
 
 
@@ -55,12 +55,12 @@ class Forward:
 
 
 @dataclass(eq=False)
-class Arrival:
+class PausedCall:
     """A forward paused where it enters ``layer``, with the arguments that the layer is about to be called with."""
 
     forward: Forward
     layer: str
-    place: Place
+    place: Position
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -72,11 +72,11 @@ class Arrival:
 
 def lockstep(
     forwards: Sequence[Forward],
-    layers: Sequence[str] | Mapping[str, Place],
+    layers: Sequence[str] | Mapping[str, Position],
     served: Collection[str] = (),
-    choose_next: Callable[[Candidacy | None], Candidacy | None] = lambda mine: mine,
+    choose_next: Callable[[WaitingLayer | None], WaitingLayer | None] = lambda mine: mine,
     pager: Pager | None = None,
-) -> Generator[tuple[str, list[Arrival]], None, None]:
+) -> Generator[tuple[str, list[PausedCall]], None, None]:
     """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
 
     Whatever the consumer does to the layer's parameters before it asks for the next item is what the paused forwards
@@ -116,11 +116,11 @@ def lockstep(
             coroutines.append(_Coroutine(forward, places, served, pager))
         for coroutine in coroutines:
             coroutine.advance()
-        while chosen := choose_next(min((c.candidacy for c in coroutines if c.candidacy), default=None)):
+        while chosen := choose_next(min((c.waiting_layer for c in coroutines if c.waiting_layer), default=None)):
             layer = chosen[1]
-            ready = [c for c in coroutines if c.arrival and c.arrival.layer == layer]
+            ready = [c for c in coroutines if c.paused_call and c.paused_call.layer == layer]
             served.add(layer)
-            yield layer, [c.arrival for c in ready if c.arrival]
+            yield layer, [c.paused_call for c in ready if c.paused_call]
             for coroutine in ready:
                 coroutine.advance()
     finally:
@@ -135,7 +135,7 @@ def running() -> Forward | None:
     return current.forward if isinstance(current, _Coroutine) else None
 
 
-def pause(layer: str, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+def pause(layer: str, place: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     """Pause the forward that is running as where it enters a watched layer. Returns whether it has paused."""
     current = getcurrent()
     return isinstance(current, _Coroutine) and current.pause(layer, place, args, kwargs)
@@ -145,11 +145,11 @@ class _Coroutine(greenlet):
     """A forward as a greenlet that switches back to the scheduler at each watched layer."""
 
     def __init__(
-        self, forward: Forward, places: Mapping[str, Place], served: set[str], pager: Pager | None = None
+        self, forward: Forward, places: Mapping[str, Position], served: set[str], pager: Pager | None = None
     ) -> None:
         super().__init__(self._work)
         self.forward, self._pager = forward, pager
-        self.arrival: Arrival | None = None
+        self.paused_call: PausedCall | None = None
         self._served = served
         self._closing = False
         self._last_layer: str | None = None
@@ -166,12 +166,12 @@ class _Coroutine(greenlet):
                     self._hooks.append(layer.register_forward_hook(self._leaving(name)))
 
     @property
-    def candidacy(self) -> Candidacy | None:
-        return None if self.arrival is None else (self.arrival.place, self.arrival.layer)
+    def waiting_layer(self) -> WaitingLayer | None:
+        return None if self.paused_call is None else (self.paused_call.place, self.paused_call.layer)
 
     def advance(self) -> None:
         """Run to the next watched layer, or to the end. Called by the scheduler."""
-        self.arrival = None
+        self.paused_call = None
         self._outside = _Ambient.now()
         try:
             if self._pager is not None:
@@ -197,7 +197,7 @@ class _Coroutine(greenlet):
             self.throw(GreenletExit)
         for hook in self._hooks:
             hook.remove()
-        self.arrival = None
+        self.paused_call = None
         if self._pager is not None:  # last, for it may fail
             self._pager.finished(self.forward)
 
@@ -208,7 +208,7 @@ class _Coroutine(greenlet):
         finally:
             self._outside.enter()
 
-    def pause(self, layer: str, place: Place, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def pause(self, layer: str, place: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Wait before a layer until the scheduler has served it; run through if it has already."""
         if getcurrent() is not self or layer in self._served:
             return False
@@ -216,7 +216,7 @@ class _Coroutine(greenlet):
             return False
         if self._closing:
             raise GreenletExit
-        self.arrival = Arrival(self.forward, layer, place, args, kwargs)
+        self.paused_call = PausedCall(self.forward, layer, place, args, kwargs)
         inside = _Ambient.now()
         # Inference mode can only be changed by a guard, which on leaving puts back all that it found.
         with torch.inference_mode(self._outside.inference):
@@ -227,7 +227,7 @@ class _Coroutine(greenlet):
         self._last_layer = layer
         return True
 
-    def _entering(self, name: str, place: Place) -> Callable[..., None]:
+    def _entering(self, name: str, place: Position) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if self.pause(name, place, args, kwargs):
                 self._inside_of = name

@@ -14,7 +14,7 @@ from com_lightning.core.sweep.task import Stream, Task
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import split_attention
 from com_lightning.core.tensors.modules import copy_module, named_tensors, tied_names
-from com_lightning.core.tensors.placement import Placement, Running
+from com_lightning.core.tensors.placement import Placement, RunningModel
 from com_lightning.core.tensors.tracked import Part
 
 
@@ -88,12 +88,12 @@ class Models:
         self.reference = copy_module(self.experts[0], shared)
         placements = [Placement(task.expert, task.move) for task in tasks]
         converted: dict[int, Tensor] = {}
-        self.running: dict[tuple[int, Stream], Running] = {}
+        self.running: dict[tuple[int, Stream], RunningModel] = {}
         self.computed: dict[str, Tensor] = {}
         for number, placement in enumerate(placements):
             values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in own.items()}}
             for stream in streams:
-                model = Running.of(placement, stream, values, tasks[number].offload, converted)
+                model = RunningModel.of(placement, stream, values, tasks[number].offload, converted)
                 self.running[number, stream] = model
                 for name, tensor in model.tensors.items() if stream == "merged" else ():
                     self.computed[self.task_tensors[name][number] if name in self.task_tensors else name] = tensor

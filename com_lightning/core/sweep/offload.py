@@ -23,7 +23,7 @@ from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from com_lightning.core.tensors import private_torch
-from com_lightning.core.tensors.allocator import give_back
+from com_lightning.core.tensors.allocator import return_freed_memory
 
 
 class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -89,7 +89,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         book.most = max(book.most, book.held)
         self._paused[book] = None
         self.held += book.held
-        self.settle()
+        self.enforce_budget()
         self._trim()
 
     def finished(self, forward: Hashable) -> None:
@@ -101,7 +101,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._forget(page)
         self._trim()
 
-    def most(self) -> dict[Hashable, int]:
+    def peak_by_forward(self) -> dict[Hashable, int]:
         """Each forward that has run -> the most that it has held at any of its pauses."""
         return {forward: book.most for forward, book in self._books.items()}
 
@@ -111,7 +111,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for tensor in _tensors(values):
                 self._see(tensor, writes=False)
 
-    def settle(self) -> None:
+    def enforce_budget(self) -> None:
         """Page out what exceeds the budget, from the forward that is needed last."""
         for book in reversed(self._paused):
             if self.budget is None or self.held <= self.budget:
@@ -167,7 +167,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Have the C library give freed memory back, which glibc keeps where anything that lies behind it is in use."""
         if self._moved > 2**25 and self.device.type == "cpu":
             self._moved = 0
-            give_back()
+            return_freed_memory()
 
     def _living(self, book: _Book) -> list[tuple[_Page, UntypedStorage]]:
         """The pages of a forward that somebody still refers to, with their storages."""

@@ -21,14 +21,14 @@ from com_lightning.core.sweep.bad_batches import BadBatches
 from com_lightning.core.sweep.context import Run
 from com_lightning.core.sweep.function_calls import FunctionCalls
 from com_lightning.core.sweep.layer import CalibrationForward, Layer
-from com_lightning.core.sweep.lockstep import Arrival, Candidacy, Forward, Place, lockstep
+from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, WaitingLayer, lockstep
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import BatchId, ForwardId, LayerRecord, Stream, Task, batch_ids
 from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import copy_module
-from com_lightning.core.tensors.placement import is_watchable
-from com_lightning.core.tensors.tracked import Part, Watched, Writes, plain
+from com_lightning.core.tensors.placement import is_trackable
+from com_lightning.core.tensors.tracked import Part, Tracked, WriteCount, untracked
 
 Extent = tuple[str, tuple[int, int]]
 """Name of a parameter or buffer, and the first and last of its flattened elements that are meant."""
@@ -44,13 +44,13 @@ class Visitor(ABC):
         """A forward has been prepared. Its module is a copy of its own, and its ``call`` may be replaced."""
 
     @abstractmethod
-    def on_layer(self, sweep: Sweep, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         """All forwards that reach a layer wait at it. With several processes, all of them come here together.
 
         Args:
             sweep: that is under way.
             name: of the layer, see :meth:`Sweep.layer`.
-            arrivals: the forwards of this process that wait; perhaps none.
+            calls: the calls of the layer at which forwards of this process are paused; perhaps none.
 
         Returns:
             A record of the layer. If it has a note, the layer counts as not solved.
@@ -97,7 +97,7 @@ class Sweep:
         self.pager = pager
         self.bad_batches = BadBatches(tasks, self.context)
         self.function_calls = FunctionCalls(models)
-        self._writes = {name: Writes() for name in models.merged}
+        self._writes = {name: WriteCount() for name in models.merged}
         self._record: LayerRecord | None = None
         """Of the layer that forwards are leaving."""
 
@@ -108,12 +108,12 @@ class Sweep:
             Records of the layers that were reached, in order, then of what was used and could not be solved.
         """
         records: list[LayerRecord] = []
-        places: dict[str, Place] = {name: (self.models.places.get(name, 0),) for name in self.models.candidates}
+        places: dict[str, Position] = {name: (self.models.places.get(name, 0),) for name in self.models.candidates}
         layers = lockstep(self._forwards(), places, choose_next=self._choose_next, pager=self.pager)
         # Version counters, by which a changed input is noticed, do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
-            for name, arrivals in layers:
-                record = self._visit(name, self.bad_batches.good(arrivals))
+            for name, calls in layers:
+                record = self._visit(name, self.bad_batches.good(calls))
                 if record.note:  # function calls within the layer may still be solved
                     self.function_calls.notes[name] = record
                 else:
@@ -134,13 +134,13 @@ class Sweep:
         """Its type."""
         return (self.function_calls.layers.get(name) or self.models.candidates[name]).layer_type
 
-    def refusal(self, layer: Layer, arrivals: Sequence[Arrival]) -> str | None:
+    def refusal(self, layer: Layer, calls: Sequence[PausedCall]) -> str | None:
         """Why a layer cannot be solved; ``None`` if it can."""
         if late := [part.name for part in layer.parts.values() if not self.function_calls.is_unsolved(part)]:
             return f"{late[0]} was used before"
-        if not all(isinstance(arrival.input, Tensor) for arrival in arrivals):
+        if not all(isinstance(call.input, Tensor) for call in calls):
             return "it is called without a tensor"
-        return layer.layer_type.refuses(layer.merged, arrivals[0].args, arrivals[0].kwargs)
+        return layer.layer_type.refuses(layer.merged, calls[0].args, calls[0].kwargs)
 
     def extents(self, layer: Layer) -> list[Extent]:
         """All that a layer consists of."""
@@ -156,12 +156,12 @@ class Sweep:
         self.models.refresh(name)
         self._writes[name].count += 1
 
-    def _visit(self, name: str, arrivals: Sequence[Arrival]) -> LayerRecord:
+    def _visit(self, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         # Under autocast, statistics would be gathered in half precision.
         with torch.autocast(self.models.device.type, enabled=False), exact_products():
-            return self.visitor.on_layer(self, name, arrivals)
+            return self.visitor.on_layer(self, name, calls)
 
-    def _choose_next(self, mine: Candidacy | None) -> Candidacy | None:
+    def _choose_next(self, mine: WaitingLayer | None) -> WaitingLayer | None:
         """Which layer is next, among those that any process waits at. All forwards have left the last one by now."""
         everyone = self.context.peers.exchange((mine, self.function_calls.entered, self.visitor.shared_value()))
         for _, entered, _ in everyone:
@@ -171,7 +171,7 @@ class Sweep:
         if self._record is not None:
             self.context.on_layer(self._record)
             self._record = None
-        return min((candidacy for candidacy, _, _ in everyone if candidacy), default=None)
+        return min((waiting_layer for waiting_layer, _, _ in everyone if waiting_layer), default=None)
 
     def _forwards(self) -> list[Forward]:
         tracked: dict[tuple[int, Stream], dict[int, Tensor]] = {}
@@ -192,7 +192,7 @@ class Sweep:
                     seed=100_003 * batch.task + batch.number,
                     id=ForwardId(batch, stream),
                 )
-                if self.visitor.watches_outputs or self.bad_batches.skip:
+                if self.visitor.watches_outputs or self.bad_batches.is_skipping:
                     forward.on_output = partial(self._on_output, forward)
                 self.visitor.on_forward(forward)
                 forwards.append(forward)
@@ -200,7 +200,7 @@ class Sweep:
 
     def _on_output(self, forward: CalibrationForward, layer: str, output: Any) -> Any:
         self.bad_batches.check(forward.id.batch)
-        return self.visitor.on_output(forward, layer, plain(output)) if self.visitor.watches_outputs else None
+        return self.visitor.on_output(forward, layer, untracked(output)) if self.visitor.watches_outputs else None
 
     def _tracked(self, task: int, stream: Stream) -> dict[int, Tensor]:
         """``id`` of a tensor of a model that runs -> the tracked tensor that takes its place in a forward."""
@@ -208,10 +208,10 @@ class Sweep:
         model = models.running[task, stream]
         for name, tensor in model.tensors.items():
             is_first = name in models.merged and name not in models.buffers and models.tied[name] == name
-            if is_first and name not in models.task_tensors and is_watchable(name, tensor):
-                writes = self._writes[name] if stream == "merged" else Writes()
-                tensors[id(tensor)] = Watched.of(
-                    tensor, Part(name), self.function_calls.watch, writes, target=model.targets.get(name)
+            if is_first and name not in models.task_tensors and is_trackable(name, tensor):
+                writes = self._writes[name] if stream == "merged" else WriteCount()
+                tensors[id(tensor)] = Tracked.of(
+                    tensor, Part(name), self.function_calls.on_use, writes, target=model.targets.get(name)
                 )
         return tensors
 

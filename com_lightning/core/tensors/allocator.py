@@ -35,10 +35,10 @@ def keep_freed_memory() -> Iterator[None]:
         yield
     finally:
         _set(DEFAULT, DEFAULT)
-        give_back()
+        return_freed_memory()
 
 
-def give_back() -> None:
+def return_freed_memory() -> None:
     """Give freed memory back to the system, wherever in the heap it is."""
     if library := _glibc():
         library.malloc_trim(0)

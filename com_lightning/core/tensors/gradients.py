@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def differentiated(module: nn.Module) -> Iterator[None]:
+def gradients_enabled(module: nn.Module) -> Iterator[None]:
     """Gradients are on, and cuDNN's recurrent layers, which have none in eval mode, are off."""
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
     without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()

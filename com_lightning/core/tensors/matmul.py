@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
 
-WORTHWHILE = 2**25
+ONEDNN_MIN_SIZE = 2**25
 """Multiply-adds from which on oneDNN pays: it takes a millisecond to prepare for a product of a new shape."""
 
 
@@ -85,7 +85,7 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bo
     If it is ``symmetric``, the part above the blocks on the diagonal is not computed, see :func:`completed`.
     """
     if total is None:
-        length = right.shape[2] if _is_turned(right) else aligned(right.shape[2])
+        length = right.shape[2] if _is_turned(right) else aligned_length(right.shape[2])
         total = left.new_zeros(left.shape[1], left.shape[2], length)[..., : right.shape[2]]
     if left.shape[1] > 1:
         return total.baddbmm_(left.permute(1, 2, 0), right.permute(1, 0, 2))
@@ -99,20 +99,20 @@ def add_product(total: Tensor | None, left: Tensor, right: Tensor, symmetric: bo
     return total
 
 
-def completed(total: Tensor) -> Tensor:
+def fill_upper_triangle(total: Tensor) -> Tensor:
     """Copy the part below the diagonal of symmetric matrices ``(g, k, k)`` to above it, in place."""
     for block in _blocks(total.shape[-1]):
         total[:, block, block.stop :] = total[:, block.stop :, block].mT
     return total
 
 
-def turns(rows: Tensor) -> bool:
+def is_faster_transposed(rows: Tensor) -> bool:
     """Whether :func:`add_product` is faster with rows of one group, ``(n, 1, k)``, that lie in memory as ``(k, n)``."""
     n, groups, numbers = rows.shape
-    return groups == 1 and _is_plain(rows) and n * numbers**2 >= WORTHWHILE and _prefers_onednn()
+    return groups == 1 and _is_plain(rows) and n * numbers**2 >= ONEDNN_MIN_SIZE and _prefers_onednn()
 
 
-def aligned(length: int) -> int:
+def aligned_length(length: int) -> int:
     """Return the distance of rows at which long rows begin at multiples of 64 bytes.
 
     The bias makes rows of 769 or 3073 numbers, with which products take a third longer than with 768 or 3072 (tried).
@@ -138,7 +138,7 @@ def _is_turned(rows: Tensor) -> bool:
 
 def _is_by_onednn(rows: Tensor, weight: Tensor) -> bool:
     return (
-        rows.numel() * len(weight) >= WORTHWHILE
+        rows.numel() * len(weight) >= ONEDNN_MIN_SIZE
         and _is_plain(rows)
         and _is_plain(weight)
         and rows.dim() > 1

@@ -13,7 +13,7 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
-PART_ELEMENTS = 2**17
+SLICE_ELEMENTS = 2**17
 """Numbers that are averaged at a time: 8 MiB in float64."""
 
 # Copied with the module, because a forward may change them; all else (tokenizer, trainer, config, ...) is shared.
@@ -49,7 +49,7 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
     return copy.deepcopy(module, memo)
 
 
-def renewed(module: nn.Module) -> nn.Module:
+def copy_on_same_storage(module: nn.Module) -> nn.Module:
     """Return a copy with its own parameters and buffers on the same storage.
 
     Moving or converting the copy does not change ``module``.
@@ -76,7 +76,7 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         yield name, buffer, False
 
 
-def size_of(tensors: Iterable[Tensor]) -> int:
+def num_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes that tensors take, each counted once."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
@@ -137,7 +137,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     wide = (
         torch.float32 if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) else torch.float64
     )
-    for part in slices(result):  # wide ones of a few rows at a time, not of all
+    for part in row_slices(result):  # wide ones of a few rows at a time, not of all
         total = torch.zeros_like(result[part], dtype=wide)
         for tensor, weight in zip(tensors, weights):
             total.add_(tensor.detach()[part].to(total.device, wide), alpha=weight)
@@ -145,19 +145,19 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     return result
 
 
-def slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
+def row_slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
     """Places of a few rows each, all of a tensor between them: what is made of so little fits a processor's caches."""
     rows = len(tensor) if tensor.dim() else 0
-    size = max(PART_ELEMENTS * rows // max(tensor.numel(), 1), 1)
+    size = max(SLICE_ELEMENTS * rows // max(tensor.numel(), 1), 1)
     yield from (slice(start, start + size) for start in range(0, rows, size)) if tensor.dim() else [...]
 
 
-def own_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
+def writable_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
     """Return a copy that can be written to, on another device if one is given. The copy of a parameter is a parameter.
 
     Example::
 
-        >>> isinstance(own_copy(nn.Parameter(torch.ones(2)), torch.device("meta")), nn.Parameter)
+        >>> isinstance(writable_copy(nn.Parameter(torch.ones(2)), torch.device("meta")), nn.Parameter)
         True
     """
     value = tensor.detach().to(device, copy=True)

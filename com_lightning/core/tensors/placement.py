@@ -71,7 +71,7 @@ def _empty(tensor: Tensor) -> Tensor:
 
 
 @dataclass
-class Running:
+class RunningModel:
     """A model that runs, with attention taken apart.
 
     Attributes:
@@ -87,7 +87,7 @@ class Running:
     @staticmethod
     def of(
         placement: Placement, stream: str, merged: Mapping[str, Tensor], stays: bool, converted: dict[int, Tensor]
-    ) -> Running:
+    ) -> RunningModel:
         """Return the merged model of a task, or its expert.
 
         Args:
@@ -105,15 +105,15 @@ class Running:
             tensors, targets = {name: converted[id(tensor)] for name, tensor in own.items()}, {}
         else:
             stored = {n: placement.stored[n] for n in own if stays and isinstance(placement.stored[n], nn.Parameter)}
-            tensors = {name: tensor for name, tensor in stored.items() if is_watchable(name, tensor)}
+            tensors = {name: tensor for name, tensor in stored.items() if is_trackable(name, tensor)}
             targets = {name: placement.target(name) for name in tensors}
         module = placement.module(tensors)
         for name, (whole, _) in split_attention(module).items():
             if whole in targets:
                 targets[name] = targets[whole]
-        return Running(module, {name: tensor for name, tensor, _ in named_tensors(module)}, targets)
+        return RunningModel(module, {name: tensor for name, tensor, _ in named_tensors(module)}, targets)
 
 
-def is_watchable(name: str, tensor: Tensor) -> bool:
+def is_trackable(name: str, tensor: Tensor) -> bool:
     """What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for."""
     return type(tensor) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".") and tensor.numel() > 0

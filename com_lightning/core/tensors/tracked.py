@@ -2,7 +2,7 @@
 
 A layer that is a module is found by a hook on the module. But a weight may go into a function without its module being
 called (torchvision's Swin, Mamba), or belong to no layer at all (a position table, a layer scale, the stacked experts
-of a mixture). A :class:`Watched` parameter is a tensor subclass on the same storage: PyTorch hands it every function
+of a mixture). A :class:`Tracked` parameter is a tensor subclass on the same storage: PyTorch hands it every function
 that it enters, and so do the views of it that the forward takes (a slice, a transpose).
 """
 
@@ -61,14 +61,14 @@ class Part:
     steps: tuple[Step, ...] = ()
 
     @property
-    def once(self) -> bool:
+    def selects_once(self) -> bool:
         """Whether no element was picked twice, or by data: no repetition, and no lookup by indices."""
         return not any(_repeats(step) for step in self.steps)
 
     def split(self) -> tuple[Part, Part]:
         """A part that is picked by numbers alone (``stack[3]``), and what was then picked of it (``[:length]``)."""
         stem = max((n + 1 for n, step in enumerate(self.steps) if _numbered(step)), default=0)
-        if not Part(self.name, self.steps[:stem]).once:
+        if not Part(self.name, self.steps[:stem]).selects_once:
             stem = 0
         return Part(self.name, self.steps[:stem]), Part(self.name, self.steps[stem:])
 
@@ -117,14 +117,14 @@ class Part:
 
 
 @dataclass(eq=False)
-class Writes:
+class WriteCount:
     """How often a parameter has been written to. (Not ``Tensor._version``, which autograd goes by.)"""
 
     count: int = 0
 
 
-class Watched(Tensor):
-    """A parameter, or a part of one, that calls ``watcher(function, args, kwargs)`` before a function uses its values.
+class Tracked(Tensor):
+    """A parameter, or a part of one, that calls ``on_use(function, args, kwargs)`` before a function uses its values.
 
     Attributes:
         part: what of which parameter it is.
@@ -132,14 +132,14 @@ class Watched(Tensor):
         version: number of writes when this was copied from it; ``None``: it is a view of it.
         target: device and precision that it is brought to whenever a function uses its values, and that it claims to
             be in; ``None``: those that it is in.
-        watcher: called before the function is; it may pause the forward.
+        on_use: called before the function is; it may pause the forward.
     """
 
     part: Part
-    writes: Writes
+    writes: WriteCount
     version: int | None
     target: tuple[torch.device, torch.dtype] | None
-    watcher: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], Any] | None]
+    on_use: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], Any] | None]
     _own: int
 
     @classmethod
@@ -147,14 +147,14 @@ class Watched(Tensor):
         cls,
         tensor: Tensor,
         part: Part,
-        watcher: Any,
-        writes: Writes,
+        on_use: Any,
+        writes: WriteCount,
         version: int | None = None,
         target: tuple[torch.device, torch.dtype] | None = None,
-    ) -> Watched:
+    ) -> Tracked:
         """``tensor`` as a watched one, on the same storage."""
         watched = private_torch.make_subclass(cls, tensor.detach())
-        watched.part, watched.watcher, watched.writes, watched.version = part, watcher, writes, version
+        watched.part, watched.on_use, watched.writes, watched.version = part, on_use, writes, version
         watched.target = target
         watched._own = private_torch.version(tensor)
         watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
@@ -163,16 +163,16 @@ class Watched(Tensor):
     def refresh(self, whole: Tensor) -> None:
         """Copy anew from the parameter, if that has been written to since, and this copy has not."""
         if self.version is not None and self.version != self.writes.count and self._own == private_torch.version(self):
-            plain(self).copy_(self.part.of(whole, casts=True))
+            untracked(self).copy_(self.part.of(whole, casts=True))
             self.version, self._own = self.writes.count, private_torch.version(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
-        copied = plain(self).clone()
+        copied = untracked(self).clone()
         memo[id(self)] = copied = nn.Parameter(copied, requires_grad=False) if self._is_param else copied
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return plain(self).__reduce_ex__(protocol)
+        return untracked(self).__reduce_ex__(protocol)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -181,18 +181,18 @@ class Watched(Tensor):
             args[13] if len(args) > 13 else kwargs.get("training", True)
         ):
             return multi_head_attention_forward(*args, **kwargs)  # made of functions that are layers
-        first = args[0] if args and isinstance(args[0], Watched) else None
-        picks = first is not None and name in _SELECTIONS | _CASTS and next(watched_in(args[1:], kwargs), None) is None
+        first = args[0] if args and isinstance(args[0], Tracked) else None
+        picks = first is not None and name in _SELECTIONS | _CASTS and next(tracked_in(args[1:], kwargs), None) is None
         leaving = None
         if not picks and not name.startswith("__get ") and name not in _INDIFFERENT:
-            watched = next(watched_in(args, kwargs), None)
-            leaving = None if watched is None else watched.watcher(func, args, kwargs)
+            watched = next(tracked_in(args, kwargs), None)
+            leaving = None if watched is None else watched.on_use(func, args, kwargs)
         if first is not None and first.target and name in _PLACES:
             return _PLACES[name](*first.target)
         # What is cast has the precision that it claims to be in: float32 of bfloat16 has its digits.
         casts = picks and name in _CASTS
         if casts or (not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
-            args, kwargs = brought(args), brought(kwargs)
+            args, kwargs = materialized(args), materialized(kwargs)
         with private_torch.no_subclass_torch_function():
             result = func(*args, **kwargs)
         if picks and first is not None:
@@ -210,15 +210,15 @@ _PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
 }
 
 
-def brought(value: Any) -> Any:
+def materialized(value: Any) -> Any:
     """Arguments of a function with watched tensors where they claim to be."""
-    if isinstance(value, Watched):
-        return plain(value) if value.target is None else plain(value).to(*value.target)
-    if isinstance(value, (list, tuple)) and any(True for _ in watched_in(value)):
-        parts = [brought(part) for part in value]
+    if isinstance(value, Tracked):
+        return untracked(value) if value.target is None else untracked(value).to(*value.target)
+    if isinstance(value, (list, tuple)) and any(True for _ in tracked_in(value)):
+        parts = [materialized(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
     if isinstance(value, dict):
-        return {name: brought(part) for name, part in value.items()}
+        return {name: materialized(part) for name, part in value.items()}
     return value
 
 
@@ -231,23 +231,23 @@ def name_of(function: Any) -> str:
     return str(name)
 
 
-def plain(value: Any) -> Any:
+def untracked(value: Any) -> Any:
     """A watched tensor as an ordinary one; anything else as it is."""
-    if not isinstance(value, Watched):
+    if not isinstance(value, Tracked):
         return value
     with private_torch.no_subclass_torch_function():
         return torch.ops.aten.alias.default(value)
 
 
-def watched_in(*values: Any) -> Iterator[Watched]:
+def tracked_in(*values: Any) -> Iterator[Tracked]:
     """All watched tensors among arguments, also within lists, tuples and dictionaries."""
     for value in values:
-        if isinstance(value, Watched):
+        if isinstance(value, Tracked):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from watched_in(*value)
+            yield from tracked_in(*value)
         elif isinstance(value, dict):
-            yield from watched_in(*value.values())
+            yield from tracked_in(*value.values())
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
@@ -260,7 +260,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 def _picked(
-    first: Watched,
+    first: Tracked,
     func: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
@@ -272,12 +272,12 @@ def _picked(
     if name in _LIKE:  # the shape of another tensor, which is not to be kept alive for it
         func, args, kwargs = getattr(Tensor, _LIKE[name]), (tuple(result.shape),), {}
 
-    def watched(tensor: Tensor, pick: int | None) -> Watched:
+    def watched(tensor: Tensor, pick: int | None) -> Tracked:
         part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
         version = first.version
-        if version is None and not _same_storage(tensor, plain(first)):
+        if version is None and not _same_storage(tensor, untracked(first)):
             version = first.writes.count
-        return Watched.of(tensor, part, first.watcher, first.writes, version, target)
+        return Tracked.of(tensor, part, first.on_use, first.writes, version, target)
 
     if isinstance(result, Tensor):
         return watched(result, None)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from benchmarks.naive import naive_chain
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
-from com_lightning.core.tensors.tracked import Part, Watched, Writes, watched_in
+from com_lightning.core.tensors.tracked import Part, Tracked, WriteCount, tracked_in
 from tests.helpers import relative
 from tests.helpers.functions import Before, Function, data, experts_of, merge, solved, tokens
 
@@ -22,10 +22,10 @@ from tests.helpers.functions import Before, Function, data, experts_of, merge, s
 def test_a_watched_tensor_is_a_parameter_and_tells_what_was_picked_of_it() -> None:
     whole, calls = torch.arange(12.0).view(3, 4), list[str]()
 
-    def watcher(function: Any, args: Any, kwargs: Any) -> None:
-        calls.append(f"{function.__name__} {[w.part.positions(whole).flatten().tolist() for w in watched_in(args)]}")
+    def on_use(function: Any, args: Any, kwargs: Any) -> None:
+        calls.append(f"{function.__name__} {[w.part.positions(whole).flatten().tolist() for w in tracked_in(args)]}")
 
-    weight = Watched.of(whole, Part("w"), watcher, Writes())
+    weight = Tracked.of(whole, Part("w"), on_use, WriteCount())
     assert isinstance(weight, nn.Parameter)
     rows, last = weight[1:].chunk(2)[1], weight.T[-1]
     assert calls == []  # nothing has been computed
@@ -34,7 +34,7 @@ def test_a_watched_tensor_is_a_parameter_and_tells_what_was_picked_of_it() -> No
     assert type(picked) is Tensor
     _ = last + 1
     assert calls == ["stack [[8, 9, 10, 11]]", "add [[3, 7, 11]]"]
-    assert isinstance(last, Watched)
+    assert isinstance(last, Tracked)
     part = last.part
     part.write(whole, torch.tensor([-1.0, -2.0, -3.0]))
     assert whole[:, 3].tolist() == [-1.0, -2.0, -3.0]

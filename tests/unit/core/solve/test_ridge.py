@@ -19,7 +19,7 @@ from com_lightning.core.solve import ridge as solver
 from com_lightning.core.solve.ridge import factorize, residual, solve, solve_or_average
 from com_lightning.core.solve.statistics import InputMeans, InputSums, Scratch
 from com_lightning.core.sweep.layer import CalibrationForward, Layer
-from com_lightning.core.sweep.lockstep import Arrival
+from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, ForwardId, Task
 from com_lightning.core.tensors.tracked import Part
 
@@ -334,13 +334,13 @@ def gathered(case: Case) -> list[InputMeans]:
     parts = {name: Part(name) for name in ("weight", "bias")}
     layer = Layer("layer", Rows(), layers[0], list(layers), parts)
     tasks = [Task(f"task{n}", expert, [None]) for n, expert in enumerate(layers)]
-    arrivals = []
+    calls = []
     for n, (x_hat, x) in enumerate(zip(case.merged, case.expert)):
         for stream, rows in {"merged": x_hat, "expert": x}.items():
             forward = CalibrationForward(layers[n], lambda: None, id=ForwardId(BatchId(n, 0, 0), stream))  # type: ignore[arg-type]
-            arrivals.append(Arrival(forward, "layer", (0,), (rows,), {}))
+            calls.append(PausedCall(forward, "layer", (0,), (rows,), {}))
     options = ChainOptions("merged", "expert" if case.two_sided else "merged", case.normalize, case.ridge)
-    inputs = gather(layer, arrivals, tasks, options)
+    inputs = gather(layer, calls, tasks, options)
     assert not inputs.bad
     return inputs.means(layer.weights)
 

@@ -47,7 +47,7 @@ def living() -> int:
 
 
 def test_every_layer_is_yielded_once_with_all_that_arrive() -> None:
-    seen = [(layer, len(arrivals)) for layer, arrivals in lockstep(passes(4), LAYERS)]
+    seen = [(layer, len(calls)) for layer, calls in lockstep(passes(4), LAYERS)]
     assert seen == [("a", 4), ("b", 4), ("c", 4)]
 
 
@@ -67,7 +67,7 @@ def test_forwards_that_wait_at_different_layers_are_served_in_execution_order() 
         def forward(self, x: Tensor) -> Tensor:
             return self.c(self.a(x))  # type: ignore[no-any-return]
 
-    seen = [(layer, len(arrivals)) for layer, arrivals in lockstep([*passes(1, Skipping()), *passes(2)], LAYERS)]
+    seen = [(layer, len(calls)) for layer, calls in lockstep([*passes(1, Skipping()), *passes(2)], LAYERS)]
     assert seen == [("a", 3), ("b", 2), ("c", 3)]
 
 
@@ -82,8 +82,8 @@ def test_a_layer_called_twice_pauses_at_its_first_call_only() -> None:
 def test_arguments_by_position_and_by_keyword() -> None:
     net = nn.ModuleDict({"a": nn.Linear(2, 2)})
     calls: list[Callable[[], Any]] = [lambda: net["a"](torch.ones(2)), lambda: net["a"](input=torch.ones(2))]
-    (_, arrivals) = next(iter(lockstep([Forward(net, call) for call in calls], ["a"])))
-    assert all(torch.equal(arrival.input, torch.ones(2)) for arrival in arrivals)
+    (_, paused) = next(iter(lockstep([Forward(net, call) for call in calls], ["a"])))
+    assert all(torch.equal(call.input, torch.ones(2)) for call in paused)
 
 
 def test_outputs_are_reported_for_the_layers_paused_at() -> None:

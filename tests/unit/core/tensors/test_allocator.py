@@ -49,7 +49,7 @@ def test_memory_that_was_freed_is_not_asked_for_again() -> None:
 @glibc
 def test_memory_is_given_back_even_after_an_error() -> None:
     allocate(16)
-    allocation.give_back()
+    allocation.return_freed_memory()
     before = resident()
     kept = []
 
