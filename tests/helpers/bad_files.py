@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import struct
 import subprocess
@@ -54,6 +55,13 @@ class WithBert(Classifier):
     def __init__(self) -> None:
         super().__init__()
         self.net = bert()
+
+
+def folder_of(model: Any, folder: Path, **config: Any) -> Path:
+    model.save_pretrained(folder)
+    known = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**known, **config}))
+    return folder
 
 
 # In a process that may take 3 GiB beyond what it has when all is imported, and half a minute.

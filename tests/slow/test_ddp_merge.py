@@ -1,4 +1,4 @@
-"""The example of several processes, on two machines."""
+"""The example of several processes, on one machine and on two."""
 
 from __future__ import annotations
 
@@ -13,14 +13,19 @@ wait -n && wait -n
 """
 
 
-def test_torchrun(tmp_path: Path) -> None:
+def test_two_processes_by_torchrun(tmp_path: Path) -> None:
+    project, command = make_project(tmp_path), ("bash", str(EXAMPLE / "torchrun.sh"))
+    assert_all_merge_as_one(project, start(project, "several", *command, GPUS=2, PORT=free_port()))
+
+
+def test_two_machines_by_torchrun(tmp_path: Path) -> None:
     project, command = make_project(tmp_path), ("bash", str(EXAMPLE / "torchrun.sh"))
     common = {"MACHINES": 2, "GPUS": 1, "PORT": free_port()}
     machines = [start(project, "several", *command, MACHINE=machine, **common) for machine in range(2)]
     assert_all_merge_as_one(project, *machines)
 
 
-def test_slurm(tmp_path: Path) -> None:
+def test_two_machines_by_slurm(tmp_path: Path) -> None:
     """`srun` is one that starts both processes here."""
     project = make_project(tmp_path)
     (project / "bin").mkdir()
