@@ -135,20 +135,10 @@ class ChainOfMergesCallback(Callback):
         """
         options = self.options
         folder = Path(options.output_dir) if options.output_dir and writes else None
-        problems = options.problems() + (output_problems(folder, options.overwrite) if folder else [])
+        problems = output_problems(folder, options.overwrite) if folder else []
         if not becomes_first and (options.resize_embeddings or is_overridden("configure_model", model)):
             model = copy.deepcopy(model)
-        plan = make_plan(
-            model,
-            self.experts,
-            data,
-            self.method,
-            options.private,
-            problems,
-            becomes_first,
-            options.resize_embeddings,
-            options.base,
-        )
+        plan = make_plan(model, self.experts, data, self.method, options, problems, becomes_first)
         experts = plan.experts
         if not any(plan.parameters.private.values()):  # one file is written for all
             experts = dict([next(iter(experts.items()))])

@@ -110,7 +110,8 @@ class MergeTrainer(Trainer):
         data = as_tasks(datamodule)
         rules = rules_to_compare(methods, method)
         sources: dict[str, Any] = dict(experts or {})
-        merger = ChainOfMergesCallback(sources, SeveralRules(rules), baselines=False, base=base, **options)
+        joint = SeveralRules(rules)
+        merger = ChainOfMergesCallback(sources, joint, verbose=False, baselines=False, base=base, **options)
         overwrite = merger.options.overwrite
         with borrowed(self):
             with set_up(self, data, output_dir, dry_run):
