@@ -1,4 +1,4 @@
-"""What stands in the way of a merge, and how errors of others are told."""
+"""Errors and warnings of a merge, and how errors of other libraries are put into words."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 
 class MergeError(ValueError):
-    """What stands in the way of a merge, all of it at once."""
+    """Everything that prevents a merge, in one error."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -18,19 +18,19 @@ class MergeError(ValueError):
 
 
 class MergeWarning(UserWarning):
-    """What is odd about an expert, but does not stand in the way of a merge."""
+    """Something is odd about an expert, but does not prevent a merge."""
 
 
 @contextmanager
 def collected_warnings() -> Iterator[list[str]]:
-    """What is told by :class:`MergeWarning` is collected rather than shown; all else is shown as ever."""
-    told: list[str] = []
+    """Collect the texts of each :class:`MergeWarning` instead of showing them. Other warnings are shown as always."""
+    texts: list[str] = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", MergeWarning)
-        yield told
+        yield texts
     for warning in caught:
         if isinstance(warning.message, MergeWarning):
-            told.append(str(warning.message))
+            texts.append(str(warning.message))
         else:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 

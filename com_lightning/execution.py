@@ -206,7 +206,7 @@ def calibration_tasks(
             if batches is None:
                 moved, numbers = data.augmented(name, moved, samples[name])
         step = CalibrationStep(trainer)
-        task = Task(name, expert, moved, step, lambda batch: batch.keep, numbers, move, offload_experts)
+        task = Task(name, expert, moved, step, lambda batch: batch.mask, numbers, move, offload_experts)
         task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
         tasks.append(task)
     return tasks, samples

@@ -1,4 +1,4 @@
-"""Padding masks: which positions of a batch are data, and where that could be told."""
+"""Padding masks: which positions of a batch are data, and which layers a mask fits."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
     It is what the module's ``calibration_mask(batch)`` gives, or else the batch's ``attention_mask``.
 
     Args:
-        batch: of calibration data.
-        expert: the module that it is for.
+        batch: a calibration batch.
+        expert: the module that gets the batch.
         label: names task and batch in messages.
 
     Raises:
-        MergeError: for a mask that is no tensor of booleans or of 0 and 1, or that leaves out every position.
+        MergeError: if the mask is not a tensor of booleans or of 0 and 1, or if it leaves out every position.
     """
-    whose = "its attention_mask"
+    origin = "its attention_mask"
     if callable(calibration_mask := getattr(expert, "calibration_mask", None)):
-        whose, mask = "what calibration_mask returns", calibration_mask(batch)
+        origin, mask = "what calibration_mask returns", calibration_mask(batch)
         if mask is None:
             return None
     elif isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
@@ -39,14 +39,14 @@ def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
     else:
         return None
     if not isinstance(mask, Tensor):
-        raise MergeError([f"{label}: {whose} is a {type(mask).__name__}, not a tensor; {_WHERE}"])
-    told = f"{label}: {whose}, {tuple(mask.shape)} of {mask.dtype},"
+        raise MergeError([f"{label}: {origin} is a {type(mask).__name__}, not a tensor; {_WHERE}"])
+    start = f"{label}: {origin}, {tuple(mask.shape)} of {mask.dtype},"
     if mask.is_floating_point() or mask.is_complex():
-        raise MergeError([f"{told} may be one to be added to scores, in which 0 is data; {_WHERE}"])
+        raise MergeError([f"{start} may be one to be added to scores, in which 0 is data; {_WHERE}"])
     if mask.dtype != torch.bool and mask.numel() and not bool(((mask == 0) | (mask == 1)).all()):
-        raise MergeError([f"{told} holds other numbers than 0 and 1; {_WHERE}"])
+        raise MergeError([f"{start} holds other numbers than 0 and 1; {_WHERE}"])
     if not bool(mask.any()):
-        raise MergeError([f"{told} leaves out every position; {_WHERE}"])
+        raise MergeError([f"{start} leaves out every position; {_WHERE}"])
     return mask.bool()
 
 
@@ -57,19 +57,19 @@ def unmasked(tasks: Sequence[Task], records: Sequence[LayerRecord]) -> list[str]
         masks = [mask for mask in map(task.mask, task.batches) if mask is not None and not mask.all()]
         if not masks or not records:
             continue
-        told = f"task '{task.name}': its padding mask, {tuple(masks[0].shape)}, fits the inputs of"
+        start = f"task '{task.name}': its padding mask, {tuple(masks[0].shape)}, fits the inputs of"
         samples = sum(len(mask) for mask in map(task.mask, task.batches) if mask is not None)
         fitted = [record for record in records if task.name in record.masked]
         over_positions = [r for r in records if r in fitted or r.rows.get(task.name, 0) > samples]
         if not fitted:
             warnings.append(
-                f"{told} no layer, so that padding counts as data; give a mask over positions, (samples, positions), "
+                f"{start} no layer, so that padding counts as data; give a mask over positions, (samples, positions), "
                 "by calibration_mask(batch)"
             )
         elif 2 * len(fitted) < len(over_positions):
             other = next(record.name for record in over_positions if record not in fitted)
             warnings.append(
-                f"{told} {len(fitted)} of {len(over_positions)} layers that take positions, so that padding counts as "
+                f"{start} {len(fitted)} of {len(over_positions)} layers that take positions, so that padding counts as "
                 f"data in the others, {other} first; where the model adds positions (a class token), give a mask with "
                 "them by calibration_mask(batch)"
             )

@@ -1,4 +1,4 @@
-"""A user's own steps, run on calibration batches: what is validated, what is trained, what is predicted."""
+"""Run the steps of a user's module on calibration batches: validation, training and prediction."""
 
 from __future__ import annotations
 
@@ -19,54 +19,60 @@ from com_lightning.errors import MergeError
 
 @dataclass
 class Batch:
-    """A calibration batch on the device."""
+    """A calibration batch on the device.
+
+    Attributes:
+        content: the batch as the module's steps take it.
+        dataloader_idx: the number of its loader.
+        mask: ``True`` at positions that are data; ``None``: at all of them.
+    """
 
     content: Any
     dataloader_idx: int
-    keep: Tensor | None
+    mask: Tensor | None
 
 
 @dataclass
 class CalibrationStep:
-    """Runs a module's own ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
+    """Runs a module's ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
 
     trainer: Trainer
 
     def __call__(self, module: nn.Module, batch: Batch, index: int) -> None:
-        own, content = _prepared(module, batch, self.trainer)
+        model, content = _prepared(module, batch, self.trainer)
         with self.trainer.precision_plugin.forward_context():
-            if callable(calibration_step := getattr(own, "calibration_step", None)):
+            if callable(calibration_step := getattr(model, "calibration_step", None)):
                 calibration_step(content)
                 return
-            own.on_validation_start()
-            own.on_validation_epoch_start()
-            own.on_validation_batch_start(content, index, batch.dataloader_idx)
-            own.validation_step(*_arguments(own.validation_step, content, index, batch.dataloader_idx))
+            model.on_validation_start()
+            model.on_validation_epoch_start()
+            model.on_validation_batch_start(content, index, batch.dataloader_idx)
+            model.validation_step(*_arguments(model.validation_step, content, index, batch.dataloader_idx))
 
 
 @dataclass
 class TrainingLoss:
-    """The loss that a module's own ``training_step`` returns, with ``log`` muted.
+    """Computes the loss that a module's ``training_step`` returns, with ``log`` muted.
 
     Raises:
-        MergeError: if it returns none, or one that has no gradient.
+        MergeError: if it returns no loss, or one without a gradient.
     """
 
     trainer: Trainer
     task: str
 
     def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
-        own, content = _prepared(module, batch, self.trainer)
+        model, content = _prepared(module, batch, self.trainer)
         with self.trainer.precision_plugin.forward_context():
             # Lightning passes no dataloader_idx to a training_step.
-            returned = own.training_step(*_arguments(own.training_step, content, index))
+            returned = model.training_step(*_arguments(model.training_step, content, index))
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
         if isinstance(loss, Tensor) and loss.numel() == 1 and loss.requires_grad:
             return loss.reshape(())
-        told = _told(loss) if loss is returned else f"a dictionary whose 'loss' is {_told(loss)}"
+        result = _described(loss) if loss is returned else f"a dictionary whose 'loss' is {_described(loss)}"
         raise MergeError(
             [
-                f"task '{self.task}', batch {index}: training_step returns {told}; the method needs a loss to "
+                f"task '{self.task}', batch {index}: training_step returns {result}; the method needs a loss to "
                 "differentiate, one number, or a dictionary with it as 'loss' (which manual optimization does not give)"
             ]
         )
@@ -74,30 +80,30 @@ class TrainingLoss:
 
 @dataclass
 class Prediction:
-    """The logits that a module's own ``predict_step`` returns, or else its ``forward``, with ``log`` muted.
+    """Computes the logits that a module's ``predict_step`` returns, or else its ``forward``, with ``log`` muted.
 
     Raises:
-        MergeError: if they are no floating-point tensor ``(n, classes)`` that has a gradient.
+        MergeError: if they are not a floating-point tensor ``(n, classes)`` with a gradient.
     """
 
     trainer: Trainer
     task: str
 
     def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
-        own, content = _prepared(module, batch, self.trainer)
+        model, content = _prepared(module, batch, self.trainer)
         label, advice = f"task '{self.task}', batch {index}", "override predict_step, and return logits, (n, classes)"
         with self.trainer.precision_plugin.forward_context():
-            if is_overridden("predict_step", own):
+            if is_overridden("predict_step", model):
                 source = "predict_step"
-                logits = own.predict_step(*_arguments(own.predict_step, content, index, batch.dataloader_idx))
+                logits = model.predict_step(*_arguments(model.predict_step, content, index, batch.dataloader_idx))
             elif isinstance(content, Tensor) or (isinstance(content, (list, tuple)) and content):
                 source = "forward"
-                logits = own(content if isinstance(content, Tensor) else content[0])
+                logits = model(content if isinstance(content, Tensor) else content[0])
             else:
                 raise MergeError([f"{label}: forward has no first element to be given; {advice}"])
         fits = isinstance(logits, Tensor) and logits.is_floating_point() and logits.dim() == 2
         if not (fits and len(logits) and logits.shape[1] > 1):
-            raise MergeError([f"{label}: {source} returns {_told(logits)}, not logits; {advice}"])
+            raise MergeError([f"{label}: {source} returns {_described(logits)}, not logits; {advice}"])
         if not logits.requires_grad:
             raise MergeError([f"{label}: what {source} returns does not depend on the shared parameters; {advice}"])
         assert isinstance(logits, Tensor)
@@ -116,12 +122,12 @@ def _prepared(module: nn.Module, batch: Batch, trainer: Trainer) -> tuple[Lightn
         if isinstance(part, LightningModule):
             for name in ("log", "log_dict"):
                 object.__setattr__(part, name, lambda *args, **kwargs: None)
-    # Several forwards run on each batch, and a step may take things out of it, or change them in place.
+    # Several forwards run on each batch, and a step may remove things from it, or change them in place.
     return module, apply_to_collection(batch.content, Tensor, torch.clone)
 
 
 def _arguments(step: Callable[..., Any], content: Any, index: int, dataloader_idx: int | None = None) -> list[Any]:
-    """Lightning's own way to tell what a step takes."""
+    """The arguments of a step, chosen by its signature as Lightning does."""
     arguments = [content]
     if is_param_in_hook_signature(step, "batch_idx", min_args=2):
         arguments.append(index)
@@ -130,7 +136,7 @@ def _arguments(step: Callable[..., Any], content: Any, index: int, dataloader_id
     return arguments
 
 
-def _told(value: Any) -> str:
+def _described(value: Any) -> str:
     if not isinstance(value, Tensor):
         return "nothing" if value is None else f"a {type(value).__name__}"
     without = "" if value.requires_grad else ", without a gradient"
