@@ -103,7 +103,7 @@ def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Pa
             raise MergeError([f"task: {source} has {some(list(map(str, models)))}; name a task, or give one of them"])
         raise MergeError([f"{source}: no transformers model is in it; give a checkpoint, and the folder of its base"])
     if base is None or not (base / MODEL_CONFIG).is_file():
-        reason = f"{base} has no {CONFIG}" if base else f"{source} holds only weights"
+        reason = f"{base} has no {MODEL_CONFIG}" if base else f"{source} holds only weights"
         raise MergeError([f"base: {reason}; name the folder of a transformers model of the same class"])
     return base, source
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.helpers import perturb
 from tests.helpers.classifier import Classifier, make_data, make_experts
-from tests.helpers.sources import save_lightning
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import make_bert, save_tokenizer
 
 ROOT = Path(__file__).parents[3]

@@ -166,7 +166,7 @@ def test_adapters_that_do_not_fit(change: Any, told: str, tmp_path: Path) -> Non
 def test_adapters_that_change_no_weights(tmp_path: Path) -> None:
     config = PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=2)
     get_peft_model(make_bert(), config).save_pretrained(str(tmp_path))
-    with pytest.raises(MergeError, match="PREFIX_TUNING changes a model.s inputs, not its weights"):
+    with pytest.raises(MergeError, match=r"PREFIX_TUNING changes a model.s inputs, not its weights"):
         load_expert("a", tmp_path, TextModule())
 
 
