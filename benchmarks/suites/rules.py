@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from itertools import product
 from typing import Any
 
 import com_lightning as com
+from benchmarks.suites.renamed import current_name, is_removed
 from benchmarks.suites.suite import Suite
 from com_lightning import MergeError, MergingMethod
 
@@ -89,10 +91,11 @@ class Setting:
 
 
 def read_settings(listed: str) -> list[Setting]:
-    """Read a rule with its settings: Python code, but text needs no quotes, and a list of values makes a grid.
+    """Read a rule with its settings, like a call in Python; text needs no quotes, and a list of values makes a grid.
 
     Args:
-        listed: a name, or a name called with settings. A rule within a rule is named alone.
+        listed: a name, or a name called with settings. A rule within a rule is named alone. Old names of options are
+            understood. Nothing is executed.
 
     Returns:
         All settings of the grid.
@@ -105,24 +108,34 @@ def read_settings(listed: str) -> list[Setting]:
         >>> [setting.label for setting in read_settings("ties(density=[0.1,0.2])")]
         ['ties(density=0.1)', 'ties(density=0.2)']
     """
-    name, bracket, arguments = listed.partition("(")
+    listed = current_name(listed)
+    name = _plain(listed)
     if name not in NAMES:
         near = difflib.get_close_matches(name, NAMES, 1)
         raise MergeError([f"there is no rule '{name}'{f'; did you mean {near[0]}?' if near else ''}"])
+    if is_removed(listed):
+        raise MergeError([f"{listed}: this option has been removed"])
     try:
-        options: dict[str, Any] = eval(f"dict{bracket}{arguments}", {}, _Words(dict=dict)) if bracket else {}
+        options = _options(ast.parse(listed.strip(), mode="eval").body)
         grid = [value if isinstance(value, list) else [value] for value in options.values()]
         points = [dict(zip(options, values)) for values in product(*grid)]
         return [Setting(_label(name, options), _label(name, point), _make(name, point)) for point in points]
-    except (SyntaxError, TypeError) as error:
+    except (SyntaxError, TypeError, ValueError) as error:
         raise MergeError([f"{listed}: {error}"]) from error
 
 
-class _Words(dict[str, Any]):
-    """A name stands for itself."""
+def _options(call: ast.expr) -> dict[str, Any]:
+    if not isinstance(call, ast.Call):
+        return {}
+    if call.args or any(keyword.arg is None for keyword in call.keywords):
+        raise ValueError("settings are written as name=value")
+    return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
 
-    def __missing__(self, name: str) -> str:
-        return name
+
+def _value(node: ast.expr) -> Any:
+    if isinstance(node, ast.Name):  # text without quotes
+        return node.id
+    return [_value(element) for element in node.elts] if isinstance(node, ast.List) else ast.literal_eval(node)
 
 
 def _make(name: str, options: dict[str, Any]) -> MergingMethod:
