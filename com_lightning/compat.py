@@ -29,7 +29,7 @@ class Renamed(NamedTuple):
     convert: Callable[[Any], Any] = lambda value: value
 
 
-RENAMED_OPTIONS = {
+RENAMED_OPTIONS: dict[str, Renamed] = {
     "metric": Renamed("monitor"),
     "no_resume": Renamed("resume", lambda value: not value),
     "experts_device": Renamed("offload_experts", lambda value: value == "cpu"),
@@ -58,16 +58,16 @@ def with_new_names(options: Mapping[str, Any], known: Container[str], stacklevel
     """
     result: dict[str, Any] = {}
     for name, value in options.items():
-        new, convert = RENAMED_OPTIONS.get(name, Renamed(name))
-        if new not in known or (name != new and name in known):
-            new = name
-        elif (name, value) != (new, convert(value)):
+        renamed = RENAMED_OPTIONS.get(name, Renamed(name))
+        if renamed.new not in known or (name != renamed.new and name in known):
+            renamed = Renamed(name)
+        new, converted = renamed.new, renamed.convert(value)
+        if (name, value) != (new, converted):
             if name != new and new in options:
                 raise TypeError(f"{name} is the old name of {new}; give only one of them")
-            message = f"the option {name}={value!r} is now {new}={convert(value)!r}; the old one will stop working"
+            message = f"the option {name}={value!r} is now {new}={converted!r}; the old one will stop working"
             warnings.warn(message, FutureWarning, stacklevel=stacklevel + 1)
-            value = convert(value)
-        result[new] = value
+        result[new] = converted
     return result
 
 

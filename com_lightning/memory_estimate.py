@@ -40,39 +40,39 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
         merged = average_shared(plan)
         gradients = held_by_gradients(tasks, merged, options.sensitivity) if options.sensitivity else 0
-        held = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, options)]
+        sizes = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, options)]
     counts = [len(samples[task.name].batches) for task in tasks]
-    each: list[float] = [h / _size(samples[task.name].batches[0][0]) for h, task in zip(held, tasks) if task.batches]
-    total = sum(h * count for h, count in zip(held, counts))
+    per_sample = [n / _size(samples[task.name].batches[0][0]) for n, task in zip(sizes, tasks) if task.batches]
+    total = sum(size * count for size, count in zip(sizes, counts))
     device = trainer.strategy.root_device
     free = _free(device)
     models = "merged model and expert" if len(options.streams) > 1 else f"{options.streams[0]} model"
     most = max((sample.samples for sample in samples.values()), default=0)
-    one, processes = float(sum(each)), trainer.world_size
-    apiece = f" in each of {processes} processes" if processes > 1 else ""
-    told = (
-        f"the calibration data's batches come on top.\nPaused forwards: about {_told(total)}{apiece} for {most:,} "
-        f"samples of each task ({_told(one)} for one of each, {models})"
+    one, processes = float(sum(per_sample)), trainer.world_size
+    in_each = f" in each of {processes} processes" if processes > 1 else ""
+    text = (
+        f"the calibration data's batches come on top.\nPaused forwards: about {_readable(total)}{in_each} for {most:,} "
+        f"samples of each task ({_readable(one)} for one of each, {models})"
     )
     if free is not None and one:
         spare = max(free - plan.memory()["largest layer"], 0)
         fit = spare / one * (processes if device.type == "cuda" else 1)
-        told += f"; {_told(spare)} is free besides, enough for {fit:,.0f}"
+        text += f"; {_readable(spare)} is free besides, enough for {fit:,.0f}"
     if gradients:
-        told += f". Before that, the gradients of one batch at a time: about {_told(gradients)}"
+        text += f". Before that, the gradients of one batch at a time: about {_readable(gradients)}"
     if memory_budget is not None and one:
         where = f"files in {tempfile.gettempdir()}" if device.type == "cpu" else "host memory"
         budget = int(memory_budget * 2**30)
         rest = f"the rest is paged to {where}" if total > budget else "which is all"
-        told += f". With memory_budget={memory_budget:g}, {_told(min(total, budget))} of it stays, {rest}"
-    return told + "."
+        text += f". With memory_budget={memory_budget:g}, {_readable(min(total, budget))} of it stays, {rest}"
+    return text + "."
 
 
 def _size(batch: Any) -> int:
     return max(extract_batch_size(batch), 1)
 
 
-def _told(size: float) -> str:
+def _readable(size: float) -> str:
     for unit in ("KiB", "MiB"):
         size /= 1024
         if size < 1000:
@@ -81,7 +81,7 @@ def _told(size: float) -> str:
 
 
 def _free(device: torch.device) -> int | None:
-    """Bytes of memory that nothing uses; ``None`` where that cannot be told."""
+    """Bytes of memory that nothing uses; ``None`` where that cannot be text."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

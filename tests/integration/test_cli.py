@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 
+from com_lightning import MergeOptions
 from com_lightning.cli import main
 from com_lightning.compat import RENAMED_OPTIONS
 from tests.helpers import Classifier
@@ -129,6 +131,18 @@ def test_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert "merge" in out.lower()
     assert "scheduler" not in out.replace("lr_scheduler_step", "")
+
+
+@pytest.mark.parametrize("subcommand", ["merge", "compare"])
+def test_help_explains_every_option(subcommand: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([subcommand, "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    absent = {"files", "baselines"} if subcommand == "compare" else {"files"}
+    for option in fields(MergeOptions):
+        assert (f"--{option.name} " in words) == (option.name not in absent), option.name
+    assert "keep a record of merged layers beside output_dir" in words
+    assert "--verbose" not in words
 
 
 @pytest.mark.parametrize("command", [["-m", "com_lightning"], ["com-lightning"]])
