@@ -170,7 +170,7 @@ class MergeDataModule(LightningDataModule):
             problems.append("data.holdout: there is nothing to hold out of validation when calibrating on train data")
         for name in self.tasks:
             try:
-                loaders = {split: self.loaders(name, split) for split in dict.fromkeys(["val", self.split])}
+                loaders = {split: self.loaders(name, split) for split in dict.fromkeys(("val", str(self.split)))}
             except Exception as error:
                 problems.append(f"task '{name}': its datamodule gives no loader ({type(error).__name__}: {error})")
                 continue

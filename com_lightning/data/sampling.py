@@ -63,7 +63,7 @@ def draw(populations: Sequence[Sequence[int] | None], count: int, generator: tor
     order = torch.randperm(len(pairs), generator=generator)[:count].tolist()
     drawn: list[list[int] | None] = [None if indices is None else [] for indices in populations]
     for number, index in (pairs[position] for position in order):
-        drawn[number].append(index)  # type: ignore[union-attr]
+        drawn[number].append(index)
     return drawn
 
 
