@@ -22,7 +22,7 @@ from com_lightning.validation import borrowed, single_device_trainer, validate_t
 
 
 class MergeTrainer(Trainer):
-    """A ``Trainer`` with :meth:`merge`, for the command line. In Python the callback is all that is needed."""
+    """A ``Trainer`` with :meth:`merge`, for the command line. In Python call :func:`com_lightning.merge`."""
 
     def merge(
         self,
