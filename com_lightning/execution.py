@@ -143,7 +143,7 @@ def execute(
                 "memory_budget (in GiB; what is more goes to host memory), or lower the datamodule's num_samples"
             )
             raise
-    modules = with_shared(plan, merged, job.own, job.refitted)
+    modules = with_shared(plan, merged, job.task_tensors, job.heads)
     report = MergeReport(
         method=plan.method.describe(),
         tasks=list(plan.experts),
@@ -159,7 +159,7 @@ def execute(
         versions=_versions(),
     )
     report.parameters, report.sizes = summarize_parameters(
-        plan.experts, plan.parameters, records, bool(plan.layers), job.own, job.refitted
+        plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
     )
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)

@@ -33,10 +33,10 @@ class MergeJob:
             the base.
         device: where to compute. ``None``: where the merged tensors are. Experts may be elsewhere if the rule needs no
             data, so that they do not have to fit there.
-        own: name of a shared parameter -> its value for each task, where the rule keeps one for each. Filled by the
-            rule.
-        refitted: task -> name of a private parameter -> its value, where the rule solves it for the merged model.
-            Filled by the rule.
+        task_tensors: name of a shared parameter -> its value for each task, if the rule keeps one for each. Filled by
+            the rule.
+        heads: task -> name of a private parameter -> its value, if the rule solves it for the merged model. Filled by
+            the rule.
         warnings: for the report. Filled by the rule.
     """
 
@@ -45,8 +45,8 @@ class MergeJob:
     run: Run = field(default_factory=Run)
     base: Mapping[str, Tensor] | None = None
     device: torch.device | None = None
-    own: dict[str, list[Tensor]] = field(default_factory=dict)
-    refitted: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    task_tensors: dict[str, list[Tensor]] = field(default_factory=dict)
+    heads: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
 

@@ -1,4 +1,4 @@
-"""Rules that merge one parameter at a time, from its values in the experts (and the base) alone."""
+"""Rules that merge one parameter at a time, from its values in the experts and in the base."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 class SharedParameter:
     """One parameter, in all experts and in the base.
 
-    Its values are made when they are asked for, in float32 at least and on the device to compute on, so that a rule
-    holds no more of them there than it works on.
+    Its methods make values when they are called, in at least float32 and on the device to compute on. So a rule holds
+    no more values there than it works on.
 
     Attributes:
-        name: in the experts; of a tied parameter, its first name.
-        values: task -> its value in that expert, in the order of the tasks. Tasks of importance 0 are left out.
+        name: name in the experts. For a tied parameter, its first name.
+        values: task -> value in that expert, in the order of the tasks. Tasks of importance 0 are left out.
         weights: task -> its importance; their sum is one.
-        origin: its value in the base; ``None`` where the rule needs none.
+        origin: value in the base. ``None`` if the rule does not need the base.
         target: the merged parameter.
-        device: to compute on.
+        device: where to compute.
     """
 
     name: str
@@ -47,7 +47,7 @@ class SharedParameter:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """What every task vector is made with is made once within."""
+        """Within, the base is made once for all task vectors."""
         self._holds = True
         try:
             yield
@@ -55,7 +55,7 @@ class SharedParameter:
             self._holds, self._base = False, None
 
     def parts(self) -> Iterator[tuple[slice | EllipsisType, SharedParameter]]:
-        """A few rows at a time, and where they are, for what is done with each element on its own."""
+        """A few rows at a time, with their place, for rules that act on each element alone."""
         for place in row_slices(self.target) if self.device.type == "cpu" else [...]:
             values = {task: value.detach()[place] for task, value in self.values.items()}
             origin = None if self.origin is None else self.origin.detach()[place]
@@ -64,7 +64,7 @@ class SharedParameter:
                 yield place, part
 
     def by_parts(self, combine: Callable[[SharedParameter], Tensor]) -> Tensor:
-        """What a rule makes of the parameter that acts on each element alone, in the precision that it is stored in."""
+        """Apply a rule that acts on each element alone; the result has the precision of the stored parameter."""
         result = torch.empty_like(self.target.detach(), device=self.device)
         for place, part in self.parts():
             result[place] = combine(part)
@@ -77,7 +77,7 @@ class SharedParameter:
 
     @property
     def dtype(self) -> torch.dtype:
-        """What is computed in: float32, or float64 if that is what is merged."""
+        """Precision of computation: float32, or float64 if the parameter has that."""
         return torch.promote_types(self.target.dtype, torch.float32)
 
     def share(self, task: str) -> float:
@@ -100,11 +100,11 @@ class SharedParameter:
         return self._working(average(list(self.values.values()), list(self.weights.values())))
 
     def vector(self, task: str) -> Tensor:
-        """The task vector: the expert less the base. A tensor of its own, which may be written into."""
+        """The task vector: the expert minus the base. It is a new tensor, which you may write into."""
         return self.expert(task) - self.base()
 
     def sum(self, vector: Callable[[str], Tensor] | None = None) -> Tensor:
-        """The sum over tasks of (something made of) the task vectors, each counted by its :meth:`share`."""
+        """The sum over tasks of the task vectors, or of ``vector(task)``, each times its :meth:`share`."""
         vector = vector or self.vector
         total = self.zeros()
         for task in self.tasks:
@@ -112,7 +112,7 @@ class SharedParameter:
         return total
 
     def zeros(self) -> Tensor:
-        """Zeros of its shape, to sum up in."""
+        """Zeros of its shape."""
         return torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)
 
     def uniform(self, task: str, seed: int) -> Tensor:
@@ -135,8 +135,8 @@ Combine = Callable[[SharedParameter], "Tensor | None"]
 class ParameterRule(MergingMethod):
     """A rule that needs no data, and merges each parameter on its own.
 
-    Every shared floating-point parameter is given to :meth:`combine` once (tied ones under their first name); buffers,
-    running statistics for instance, are averaged. With several processes the parameters are shared out among them.
+    :meth:`combine` gets every shared floating-point parameter once, tied ones under their first name. Buffers, such as
+    running statistics, are averaged. Several processes divide the parameters among them.
     """
 
     needs = frozenset()
@@ -144,10 +144,10 @@ class ParameterRule(MergingMethod):
 
     @abstractmethod
     def combine(self, parameter: SharedParameter) -> Tensor | None:
-        """The merged value; ``None``: the average."""
+        """The merged value; ``None`` for the average."""
 
     def combiner(self, parameters: Sequence[SharedParameter]) -> Combine:
-        """:meth:`combine`, with whatever has to be known of all parameters beforehand."""
+        """:meth:`combine`, or a function like it that makes use of all parameters."""
         return self.combine
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
@@ -168,7 +168,7 @@ class ParameterRule(MergingMethod):
             if owner == peers.rank:
                 with parameter.held():
                     value = finite(combine(parameter), parameter)
-            if peers.exchange(value is not None)[owner]:  # where nobody has failed
+            if peers.exchange(value is not None)[owner]:  # returns if no process has failed
                 if value is None:
                     value = torch.empty_like(parameter.target, device=parameter.device)
                 peers.broadcast(value, owner)
@@ -183,7 +183,7 @@ class ParameterRule(MergingMethod):
         return records
 
     def _out_of(self, low: float, high: float, **settings: float) -> list[str]:
-        """What is wrong with settings that are to lie above ``low``, and at ``high`` or below."""
+        """Problems of settings that must be above ``low``, and at most ``high``."""
         return [
             f"{name}: must be above {low:g} and at most {high:g}, got {value}"
             for name, value in settings.items()
@@ -192,7 +192,7 @@ class ParameterRule(MergingMethod):
 
 
 def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[SharedParameter]:
-    """The parameters of a job, each once, whatever its names."""
+    """The parameters of a job. A tied parameter is there once."""
     counted = [task for task in job.tasks if weights[task.name] > 0]
     states = {task.name: {name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in counted}
     seen: set[int] = set()
@@ -206,7 +206,7 @@ def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[S
 
 
 def scale_problems(scale: float) -> list[str]:
-    """What is wrong with a factor of task vectors."""
+    """Problems of a factor of task vectors."""
     return [] if math.isfinite(scale) else [f"scale: must be a finite number, got {scale}"]
 
 
@@ -214,17 +214,17 @@ def finite(value: Tensor | None, parameter: SharedParameter) -> Tensor | None:
     """Return a merged value in the precision that it is stored in.
 
     Raises:
-        NonFiniteError: if it holds NaN or infinity there, naming whose fault that is.
+        NonFiniteError: if it holds NaN or infinity. The message names the cause.
     """
     rounded = value.to(parameter.target.dtype) if value is not None else None
     if rounded is None or all_finite(rounded):
         return rounded
-    for task, own in parameter.values.items():
-        if not all_finite(own):
+    for task, expert in parameter.values.items():
+        if not all_finite(expert):
             raise NonFiniteError(f"{parameter.name} of expert '{task}' holds NaN or infinity")
     if parameter.origin is not None and not all_finite(parameter.origin):
         raise NonFiniteError(f"{parameter.name} of the base holds NaN or infinity")
-    told = str(parameter.target.dtype).removeprefix("torch.")
+    dtype = str(parameter.target.dtype).removeprefix("torch.")
     raise NonFiniteError(
-        f"the merged value of {parameter.name} is too large for {told}; lower the rule's scale, or merge in float32"
+        f"the merged value of {parameter.name} is too large for {dtype}; lower the rule's scale, or merge in float32"
     )

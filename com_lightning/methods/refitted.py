@@ -1,4 +1,4 @@
-"""Any rule for what tasks share, and their private layers solved for what it gives."""
+"""Any rule for what tasks share, and their private layers solved for the result."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 class Refitted(MergingMethod):
     """A rule for the shared parameters, then each task's private layers, heads say, solved for the merged features.
 
-    What ``ChainOfMerges(refit_heads=True)`` does, for any other rule: a head was trained on the features of its
-    expert, and meets those of the merged model, however that was merged. The equation is in
-    :mod:`com_lightning.core.chain.heads`; the rules' papers leave private layers as they are. It reads calibration
-    data, also where the rule itself needs none, but no labels, and adds no parameters. Where nothing is private, it
-    changes nothing.
+    This is what ``ChainOfMerges(refit_heads=True)`` does, for any other rule. A head was trained on the features of its
+    expert, but gets those of the merged model. The equation is in :mod:`com_lightning.core.chain.heads`. The rules'
+    papers leave private layers as they are. Refitting reads calibration data, also if the rule needs none, but no
+    labels. It adds no parameters. If nothing is private, it changes nothing.
 
     Args:
-        method: the rule for what is shared. Importance is that of this rule.
-        normalize: count each row by its direction rather than its size, as :class:`ChainOfMerges` does.
+        method: the rule for what is shared. Its importance counts.
+        normalize: count each row by its direction, not by its size, as :class:`ChainOfMerges` does.
         ridge: pull towards the expert's own layer, relative to the mean of the diagonal of the Gram matrix.
 
     Example::
@@ -41,14 +40,14 @@ class Refitted(MergingMethod):
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
         rule = ChainOptions(normalize=self.normalize, ridge=self.ridge, residual=True)
-        refitted, found = refit(job.tasks, job.merged, job.own, rule, job.run)
-        job.refitted.update(found)
-        return records + refitted
+        head_records, heads = refit(job.tasks, job.merged, job.task_tensors, rule, job.run)
+        job.heads.update(heads)
+        return records + head_records
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = [f"method: {problem}" for problem in self.method.problems(tasks)]
+        problems = [f"method: {problem}" for problem in self.method.problems(tasks)]
         if not 0 <= self.ridge < math.inf:
-            found.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
+            problems.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
         if (self.method.options and self.method.options.refit_heads) or isinstance(self.method, Refitted):
-            found.append("method: it solves private layers by itself already")
-        return found
+            problems.append("method: it solves private layers already")
+        return problems

@@ -1,7 +1,7 @@
-"""Rules on the singular vectors of task matrices.
+"""Rules on the singular vectors of task matrices, that is, of task vectors that are matrices.
 
-A task vector that is a matrix is merged as one. All others (biases, normalisations, convolutions) are averaged, as in
-the papers. Matrices are ``(m, n)``; ``r = min(m, n)``, and ``T`` is the number of tasks.
+All other task vectors (biases, normalisations, convolutions) are averaged, as in the papers. Matrices are ``(m, n)``;
+``r = min(m, n)``, and ``T`` is the number of tasks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class _Spectral(ParameterRule):
 
     @abstractmethod
     def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
-        """The merged task matrix; ``None`` where the rule has no say."""
+        """The merged task matrix; ``None`` if the rule does not apply."""
 
     def combine(self, parameter: SharedParameter) -> Tensor | None:
         vector = self.merged_vector(parameter) if len(parameter.target.shape) == 2 else None
@@ -42,15 +42,15 @@ class TSVM(_Spectral):
     """TSV-M: the leading singular vectors of each task matrix, made orthogonal to those of the other tasks, summed.
 
     Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081,
-    algorithm 1. Of each task matrix the ``r / T`` largest singular values stay. With all left and all right singular
-    vectors side by side in ``U`` and ``V``, the merged task matrix is ``U' S V'ᵀ``, where ``U'`` is the matrix with
-    orthonormal columns nearest to ``U`` (the solution of the orthogonal Procrustes problem), and ``V'`` that to ``V``.
-    One expert is given back; identical ones are, with ``r / T`` of their singular values. Where there are more tasks
-    than ``r``, no singular value would stay, and the average does. Directions that a task matrix does not have (LoRA)
-    are left out, where the authors' code fills in arbitrary ones, to which the others are made orthogonal.
+    algorithm 1. Each task matrix keeps its ``r / T`` largest singular values. Let ``U`` and ``V`` hold all left and all
+    right singular vectors side by side. The merged task matrix is ``U' S V'ᵀ``, where ``U'`` and ``V'`` are the nearest
+    matrices with orthonormal columns (the solution of the orthogonal Procrustes problem). A single expert comes back
+    unchanged; identical experts come back with ``r / T`` of their singular values. With more tasks than ``r`` no
+    singular value would be kept, so the matrix is averaged. We leave out directions that a task matrix does not have
+    (LoRA). The authors' code fills them in arbitrarily, and makes the others orthogonal to them.
 
     Args:
-        scale: ``α``, of the averaged parameters too; 1 in the paper.
+        scale: ``α``, also for the averaged parameters; 1 in the paper.
         importance: task -> its weight, relative to the others. The default is uniform. It multiplies singular values.
     """
 
@@ -65,10 +65,10 @@ class TSVM(_Spectral):
         lefts, values, rights = [], [], []
         for task in tasks:
             left, value, right = torch.linalg.svd(parameter.vector(task), full_matrices=False)
-            own = min(rank, _rank(value, parameter.target))
-            lefts.append(left[:, :own].clone())  # not a view of all of it
-            values.append(value[:own] * parameter.share(task))
-            rights.append(right[:own].clone())
+            count = min(rank, _rank(value, parameter.target))
+            lefts.append(left[:, :count].clone())  # a view would keep the whole matrix in memory
+            values.append(value[:count] * parameter.share(task))
+            rights.append(right[:count].clone())
         left, right = orthogonal(torch.cat(lefts, 1)), orthogonal(torch.cat(rights))
         merged: Tensor = (left * torch.cat(values)) @ right
         return merged
@@ -96,16 +96,16 @@ class IsoC(_Spectral):
 
 
 class IsoCTS(_Spectral):
-    """Iso-CTS: as Iso-C, with the least singular directions of the sum replaced by those of each task alone.
+    """Iso-CTS: like Iso-C, but directions of each task replace the smallest singular directions of the sum.
 
-    Marczak et al., arXiv 2502.04959, section 4. The leading ``k`` singular vectors of the sum are the common subspace.
-    The other ``r − k`` places go to the tasks in equal parts, each to the leading singular vectors of its task matrix
-    less that matrix's part in the common left subspace. All left and all right vectors are made orthogonal as in TSV-M,
-    and all singular values replaced by their mean.
+    Marczak et al., arXiv 2502.04959, section 4. The leading ``k`` singular vectors of the sum span the common subspace.
+    The other ``r − k`` directions are shared equally among the tasks. Each task matrix is projected out of the common
+    left subspace, and its leading singular vectors are taken. All left and all right vectors are made orthogonal as in
+    TSV-M, and all singular values are replaced by their mean.
 
     Args:
-        scale: ``α``, of the averaged parameters too. The paper chooses it on held-out data.
-        common: ``k / r``, of which ``k`` is as near as the equal parts let it be.
+        scale: ``α``, also for the averaged parameters. The paper chooses it on held-out data.
+        common: ``k / r``. ``k`` is rounded so that the tasks get equal numbers of directions.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 
@@ -115,25 +115,25 @@ class IsoCTS(_Spectral):
 
     def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
         tasks, rank = parameter.tasks, min(parameter.target.shape)
-        each = min(round((rank - int(rank * self.common)) / len(tasks)), rank // len(tasks))
+        per_task = min(round((rank - int(rank * self.common)) / len(tasks)), rank // len(tasks))
         left, value, right = torch.linalg.svd(parameter.sum(), full_matrices=False)
-        count = rank - each * len(tasks)
+        count = rank - per_task * len(tasks)
         left, value, right = left[:, :count], value[:count], right[:count]
         lefts, values, rights = [left], [value], [right]
-        for task in tasks if each else ():
+        for task in tasks if per_task else ():
             vector = parameter.vector(task).mul_(parameter.share(task))
-            own, own_value, own_right = torch.linalg.svd(vector - left @ (left.T @ vector), full_matrices=False)
-            lefts.append(own[:, :each].clone())
-            values.append(own_value[:each])
-            rights.append(own_right[:each].clone())
+            task_left, task_value, task_right = torch.linalg.svd(vector - left @ (left.T @ vector), full_matrices=False)
+            lefts.append(task_left[:, :per_task].clone())
+            values.append(task_value[:per_task])
+            rights.append(task_right[:per_task].clone())
         merged = orthogonal(torch.cat(lefts, 1)) @ orthogonal(torch.cat(rights))
         return merged.mul_(torch.cat(values).mean())
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if not 0 <= self.common <= 1:
-            found.append(f"common: must be between 0 and 1, got {self.common}")
-        return found
+            problems.append(f"common: must be between 0 and 1, got {self.common}")
+        return problems
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
@@ -154,6 +154,6 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def _rank(values: Tensor, matrix: Tensor) -> int:
-    """How many singular values, largest first, are more than rounding."""
+    """How many of the singular values, largest first, exceed rounding errors."""
     bound = torch.finfo(values.dtype).eps * max(matrix.shape) * values[:1]
     return int((values > bound).sum())

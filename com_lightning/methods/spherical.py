@@ -1,7 +1,7 @@
-"""Rules on the sphere: directions are interpolated along great circles, lengths apart from them.
+"""Rules on the sphere: directions are interpolated along great circles, and lengths separately.
 
-What they make is a weighted sum of the experts, whose coefficients depend on the angles between them alone. So one
-pass takes the inner products, and one the sum.
+The result is a weighted sum of the experts. Its coefficients depend only on lengths and angles. So one pass computes
+the inner products, and another one the sum.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor
 from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 
 _TINY = 1e-7
-"""Sine below which two directions count as one, or as opposite."""
+"""Two directions count as equal or opposite if their sine is below this."""
 
 
 class SLERP(ParameterRule):
     """Spherical linear interpolation of two experts: ``(sin((1−t)φ) θ_1 + sin(tφ) θ_2) / sin φ``.
 
-    Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985, section 3.3; each parameter is one vector, and
-    ``φ`` the angle between the experts'. Where that is 0 or 180°, or one expert is 0, it is ``(1−t) θ_1 + t θ_2``.
-    mergekit does the latter from a cosine of 0.9995 on, where the two hardly differ; we need not.
+    Shoemake, "Animating Rotation with Quaternion Curves", SIGGRAPH 1985, section 3.3. Each parameter is one vector, and
+    ``φ`` is the angle between the two experts'. If it is 0 or 180°, or one expert is 0, the result is
+    ``(1−t) θ_1 + t θ_2``. mergekit uses this formula from a cosine of 0.9995 on, where the two hardly differ.
 
     Args:
         t: 0 gives the first task's expert, 1 the second one's.
@@ -45,26 +45,26 @@ class SLERP(ParameterRule):
         return weighted(parameter, {one: first, two: second})
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if len(tasks) != 2:
-            found.append(f"method: SLERP is between two experts, got {len(tasks)}; KarcherMean takes any number")
+            problems.append(f"method: SLERP is between two experts, got {len(tasks)}; KarcherMean takes any number")
         if not 0 <= self.t <= 1:
-            found.append(f"t: must be between 0 and 1, got {self.t}")
-        return found
+            problems.append(f"t: must be between 0 and 1, got {self.t}")
+        return problems
 
 
 class KarcherMean(ParameterRule):
-    """The Karcher mean of the experts' directions, times the mean of their lengths; SLERP for any number of experts.
+    """The Karcher mean of the experts' directions, times the mean of their lengths: SLERP for any number of experts.
 
-    The direction ``u`` is where the tangent vectors towards the experts' directions ``u_i`` cancel out:
-    ``Σ_i a_i log_u(u_i) = 0``, with ``log_u(v) = φ/sin φ (v − cos φ u)`` for an angle ``φ`` between them (Karcher,
-    "Riemannian Center of Mass and Mollifier Smoothing", Comm. Pure Appl. Math. 30, 1977, section 1). It is found by
-    following the mean tangent, from the direction of the mean of the ``u_i``. Each parameter is one vector; experts
-    that are 0 have no direction, but count in the length.
+    At the direction ``u``, the tangent vectors towards the experts' directions ``u_i`` cancel out:
+    ``Σ_i a_i log_u(u_i) = 0``, with ``log_u(v) = φ/sin φ (v − cos φ u)`` for the angle ``φ`` between ``u`` and ``v``
+    (Karcher, "Riemannian Center of Mass and Mollifier Smoothing", Comm. Pure Appl. Math. 30, 1977, section 1). The
+    iteration starts at the direction of the mean of the ``u_i``, and follows the mean tangent. Each parameter is one
+    vector. Experts that are 0 have no direction, but count in the mean length.
 
     Args:
-        steps: at most.
-        tolerance: change of the experts' coefficients at which to stop.
+        steps: the most steps to take.
+        tolerance: stop when the experts' coefficients change by less than this.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 
@@ -76,11 +76,11 @@ class KarcherMean(ParameterRule):
         products = inner_products(parameter)
         lengths = products.diagonal().sqrt()
         weights = torch.tensor([parameter.weights[task] for task in parameter.tasks], dtype=torch.float64)
-        known = lengths > 0
-        if not bool(known.any()):
+        nonzero = lengths > 0
+        if not bool(nonzero.any()):
             return None
-        pointing = weights * known
-        units = lengths.where(known, 1)
+        pointing = weights * nonzero
+        units = lengths.where(nonzero, 1)
         direction = self._direction(products / units.outer(units), pointing / pointing.sum())
         coefficients = direction * (weights @ lengths) / units
         return weighted(parameter, dict(zip(parameter.tasks, coefficients.tolist())))
@@ -88,7 +88,7 @@ class KarcherMean(ParameterRule):
     def _direction(self, cosines: Tensor, weights: Tensor) -> Tensor:
         """Coefficients of the unit vectors in the mean direction."""
         direction = weights
-        if _length(weights, cosines) < _TINY:  # they cancel out: any great circle is as good
+        if _length(weights, cosines) < _TINY:  # they cancel out, and any great circle is as good
             direction = torch.zeros_like(weights)
             direction[int(weights.argmax())] = 1
         direction = direction / _length(direction, cosines)
@@ -102,20 +102,20 @@ class KarcherMean(ParameterRule):
             before = direction
             direction = math.cos(length) * before + (math.sin(length) / length if length else 1.0) * tangent
             direction = direction / _length(direction, cosines)
-            # Not the length of the tangent, which is rounded at the square root of what its coefficients are.
+            # The length of the tangent would not do: its rounding error is the square root of theirs.
             if float((direction - before).abs().max()) < self.tolerance:
                 break
         return direction
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if self.steps < 1:
-            found.append(f"steps: must be 1 or more, got {self.steps}")
-        return found + self._out_of(0, 1, tolerance=self.tolerance)
+            problems.append(f"steps: must be 1 or more, got {self.steps}")
+        return problems + self._out_of(0, 1, tolerance=self.tolerance)
 
 
 def inner_products(parameter: SharedParameter) -> Tensor:
-    """Between the experts, each as one vector; ``(T, T)`` float64, on the CPU. Holds two experts at a time."""
+    """Inner products of the experts as vectors: ``(T, T)``, float64, on the CPU. Holds two experts at a time."""
     tasks = parameter.tasks
     products = torch.zeros(len(tasks), len(tasks), dtype=torch.float64)
     for i, one in enumerate(tasks):

@@ -1,4 +1,4 @@
-"""Rules that add the experts' task vectors to the base: what each expert has learned, ``τ_i = θ_i − θ_base``."""
+"""Rules that add the experts' task vectors ``τ_i = θ_i − θ_base`` to the base: what each expert has learned."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from com_lightning.methods.trimming import kth_largest
 class TaskVectorRule(ParameterRule):
     """``θ_base + scale Σ_i sparse(τ_i)``, or the elected mean (see :func:`elected_mean`) in place of the sum.
 
-    A task vector's importance is relative to the mean importance, so that equal ones change nothing.
+    A task vector's importance is relative to the mean importance, so equal importances change nothing.
 
     Args:
         scale: factor of what is added to the base; 0 gives the base.
@@ -31,14 +31,14 @@ class TaskVectorRule(ParameterRule):
         self.scale = scale
 
     def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
-        """What is kept of a task vector; the same each time it is asked for."""
+        """The part of a task vector that is kept; each call returns the same."""
         return parameter.vector(task)
 
     def combine(self, parameter: SharedParameter) -> Tensor:
         return self.added(parameter, lambda task: self.sparse(parameter, task))
 
     def added(self, parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
-        """The base, and what these task vectors make."""
+        """The base plus the scaled sum, or elected mean, of these task vectors."""
         merged = elected_mean(parameter, vector) if self.elects else parameter.sum(vector)
         return merged.mul_(self.scale).add_(parameter.base())
 
@@ -50,8 +50,7 @@ class TaskArithmetic(TaskVectorRule):
     """Task arithmetic: the sum of the task vectors, scaled, on top of the base: ``θ_base + λ Σ_i τ_i``.
 
     Ilharco et al., "Editing Models with Task Arithmetic", arXiv 2212.04089, sections 2 and 4. The paper chooses the
-    scale on held-out data; 0.3 is what comparisons on eight tasks mostly take. One over the number of tasks is the
-    average.
+    scale on held-out data; comparisons on eight tasks mostly use 0.3. One over the number of tasks gives the average.
 
     Args:
         scale: ``λ``.
@@ -69,15 +68,15 @@ class TIES(TaskVectorRule):
     """TIES: task vectors are trimmed to their largest values, and averaged where they agree on the sign.
 
     Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", arXiv 2306.01708, algorithm 1, with the
-    values that the paper recommends where there is no validation data. Values that equal the smallest one kept are kept
-    too. Where signs weigh the same against each other, none is elected and the base stays, as in the algorithm; the
-    authors' code takes the sign of the majority of all parameters.
+    settings that the paper recommends without validation data. Values equal to the smallest kept value are kept, too.
+    If both signs weigh the same, none is elected and the base stays, as in the algorithm. The authors' code then takes
+    the majority sign of all parameters.
 
     Args:
         density: share of each task vector that is kept, above 0.
         scale: ``λ``.
-        trim: ``"model"``: the largest values among all of an expert's shared parameters, as the paper has it;
-            ``"parameter"``: among those of each parameter, as mergekit has it.
+        trim: ``"model"``: keep the largest values of all shared parameters of an expert, as in the paper;
+            ``"parameter"``: keep the largest values of each parameter, as in mergekit.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 
@@ -105,29 +104,29 @@ class TIES(TaskVectorRule):
         return combine
 
     def limits(self, parameters: Sequence[SharedParameter]) -> Callable[[SharedParameter], Mapping[str, float]]:
-        """Of each parameter: task -> the smallest magnitude in its task vector that is kept."""
+        """For each parameter: task -> the smallest magnitude in its task vector that is kept."""
         if self.trim == "parameter":
             return lambda parameter: _limits([parameter], self.density)
-        of_all = _limits(parameters, self.density)
-        return lambda parameter: of_all
+        limits = _limits(parameters, self.density)
+        return lambda parameter: limits
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         return super().problems(tasks) + self._out_of(0, 1, density=self.density)
 
 
 class DARE(TaskVectorRule):
-    """DARE: most of each task vector is dropped at random, and the rest scaled up to make up for it.
+    """DARE: most of each task vector is dropped at random, and the rest is scaled up to compensate.
 
     Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous Models as a Free Lunch", arXiv
     2311.03099, section 3: each value is kept with probability ``1 − p``, and divided by it. The paper merges the result
-    by other rules; here by task arithmetic, or with ``ties`` by the elected mean of TIES, without trimming once more.
+    by other rules. Here it is merged by task arithmetic, or with ``ties`` by the elected mean of TIES without trimming.
 
     Args:
-        drop_rate: ``p``, below 1. The paper goes up to 0.99; 0.9 is what it shows most.
-        scale: factor of what is added to the base; by default that of the rule that merges: 0.3, with ``ties`` 1.
-        ties: average the values that agree on the elected sign, in place of the sum.
-        rescale: make up for what is dropped. Without it, DARE is plain dropping, which the paper advises against.
-        seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
+        drop_rate: ``p``, below 1. The paper goes up to 0.99, and shows 0.9 most.
+        scale: factor of what is added to the base. The default is 0.3, and 1 with ``ties``.
+        ties: average the values that agree with the elected sign, in place of the sum.
+        rescale: divide by the probability of being kept. The paper advises against leaving this out.
+        seed: seed of the random choice. The choice does not depend on the order of tasks or on the device.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 
@@ -150,20 +149,22 @@ class DARE(TaskVectorRule):
         return kept.div_(keep) if self.rescale else kept
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = [] if 0 <= self.drop_rate < 1 else [f"drop_rate: must be 0 or more and below 1, got {self.drop_rate}"]
-        return super().problems(tasks) + found
+        problems = (
+            [] if 0 <= self.drop_rate < 1 else [f"drop_rate: must be 0 or more and below 1, got {self.drop_rate}"]
+        )
+        return super().problems(tasks) + problems
 
 
 class Breadcrumbs(TaskVectorRule):
     """Model Breadcrumbs: task vectors without their smallest values and without their few largest ones, summed.
 
     Davari and Belilovsky, "Model Breadcrumbs: Scaling Multi-Task Model Merging with Sparse Masks", arXiv 2312.06795,
-    section 3, whose ``β`` is ``1 − outliers − density`` and whose ``γ`` is ``1 − outliers``; masks are per parameter.
-    The paper searches for the settings; the defaults are where the search in the authors' code starts.
+    section 3. The paper's ``β`` is ``1 − outliers − density``, and its ``γ`` is ``1 − outliers``. Masks are per
+    parameter. The paper searches for the settings; the defaults are the start of the search in the authors' code.
 
     Args:
-        density: share of the values that is kept, above 0: the largest after the outliers.
-        outliers: share of the values, the largest, that is dropped.
+        density: share of the values that is kept, above 0: the largest values after the outliers.
+        outliers: share of the values that is dropped because they are the largest.
         scale: ``α``.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
@@ -189,25 +190,25 @@ class Breadcrumbs(TaskVectorRule):
         return result.view_as(vector)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks) + self._out_of(0, 1, density=self.density)
+        problems = super().problems(tasks) + self._out_of(0, 1, density=self.density)
         if not 0 <= self.outliers < 1:
-            found.append(f"outliers: must be 0 or more and below 1, got {self.outliers}")
-        return found
+            problems.append(f"outliers: must be 0 or more and below 1, got {self.outliers}")
+        return problems
 
 
 class DELLA(TaskVectorRule):
-    """DELLA: as DARE, but the smaller a value, the likelier it is dropped; signs are elected as in TIES.
+    """DELLA: like DARE, but smaller values are dropped more often, and signs are elected as in TIES.
 
     Deep et al., "DELLA-Merging: Reducing Interference in Model Merging through Magnitude-Based Sampling", arXiv
-    2406.11617, section 3. In each row, the value of rank ``r`` of ``n``, smallest first, is kept with probability
-    ``1 − drop_rate − window / 2 + window (r − 1) / (n − 1)``, and divided by it. A row is what belongs
-    to one index of the first dimension; a vector is one row. The defaults are those of the authors' example.
+    2406.11617, section 3. The values of a row are ranked, smallest first. The value of rank ``r`` of ``n`` is kept with
+    probability ``1 − drop_rate − window / 2 + window (r − 1) / (n − 1)``, and divided by it. A row is what belongs to
+    one index of the first dimension; a vector is one row. The defaults are those of the authors' example.
 
     Args:
-        drop_rate: ``p``, the mean probability.
-        window: ``ε``, the probability of the smallest value less that of the largest.
+        drop_rate: ``p``, the mean probability of being dropped.
+        window: ``ε``, the probability of the smallest value minus that of the largest.
         scale: ``λ``.
-        seed: of what is dropped. The same is dropped whatever the order of tasks and the device.
+        seed: seed of the random choice. The choice does not depend on the order of tasks or on the device.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 
@@ -230,7 +231,7 @@ class DELLA(TaskVectorRule):
         return vector.mul_(parameter.uniform(task, self.seed) < keep).div_(keep)
 
     def kept_with(self, vector: Tensor) -> Tensor:
-        """The probability with which each value is kept; of the shape of ``vector``."""
+        """The probability with which each value is kept, in the shape of ``vector``."""
         rows = vector.reshape(len(vector), -1) if vector.dim() > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
         ranks = torch.empty_like(rows)
@@ -240,17 +241,17 @@ class DELLA(TaskVectorRule):
         return (place - 0.5).mul_(self.window).add_(1 - self.drop_rate).view_as(vector)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
-        found = super().problems(tasks)
+        problems = super().problems(tasks)
         if not (self.window >= 0 and self.window / 2 <= self.drop_rate < 1 - self.window / 2):
-            found.append(
+            problems.append(
                 f"drop_rate, window: drop_rate - window / 2 must be 0 or more, and drop_rate + window / 2 below 1; got "
                 f"{self.drop_rate} and {self.window}"
             )
-        return found
+        return problems
 
 
 _LEAST = torch.finfo(torch.float32).tiny
-"""What nothing is divided by."""
+"""Lower bound of divisors."""
 
 
 def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) -> Tensor:
@@ -263,7 +264,7 @@ def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) ->
         >>> elected_mean(shared, shared.vector)
         tensor([2., 2., 3.])
     """
-    # Both signs are summed and counted, as each vector, which is costly to make, is then made once.
+    # Sum and count both signs in one pass, because a task vector is costly to make.
     above, below, up, down = (parameter.zeros() for _ in range(4))
     for task in parameter.tasks:
         value, share = vector(task), parameter.share(task)
@@ -277,7 +278,7 @@ def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) ->
 
 
 def trimmed(vector: Tensor, least: float) -> Tensor:
-    """A task vector, in place, without what is smaller than a magnitude."""
+    """Remove from a task vector, in place, what is smaller than a magnitude."""
     return vector.mul_(vector.abs().to(torch.float32) >= least)
 
 
