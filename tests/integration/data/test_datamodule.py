@@ -298,7 +298,7 @@ def test_the_limit_bounds_the_calibration_batches(limit: int | float) -> None:
 
 
 def test_old_names_of_options_work_with_a_warning() -> None:
+    old: Any = {"samples": 3, "source": "train"}
     with pytest.warns(FutureWarning, match=r"samples=3 is now num_samples=3|source='train' is now split='train'"):
-        old: Any = {"samples": 3, "source": "train"}
         tasks = MergeDataModule({"a": TaskLoaders(val=loader())}, **old)
     assert (tasks.num_samples, tasks.split) == (3, "train")

@@ -17,7 +17,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, Me
 from com_lightning.core.tensors.modules import tied_names
 from com_lightning.experts.load import load_expert
 from tests.helpers import perturb, quiet_trainer
-from tests.helpers.sources import save_lightning
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import WORDS, TextModule, expert_folder, make_bert, make_texts, merge, save_tokenizer
 
 
