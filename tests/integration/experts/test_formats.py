@@ -327,6 +327,7 @@ def test_compiled_experts_come_from_checkpoints(tmp_path: Path) -> None:
 
 def test_calibration_of_a_compiled_module_is_eager() -> None:
     """Without the stance a compiled forward would run through the layers, or be compiled again and again."""
+    torch.compiler.reset()  # after many compilations of one code object, PyTorch compiles it no more
     compiled = []
 
     def backend(graph: Any, inputs: Any) -> Any:
