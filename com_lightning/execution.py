@@ -127,7 +127,7 @@ def execute(
             "precision": trainer.precision,
             "device": device.type,
             "processes": peers.size,
-            **{f"version of {package}": version for package, version in _versions().items()},
+            **{f"version of {package}": version for package, version in package_versions().items()},
         }
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
@@ -156,7 +156,7 @@ def execute(
         peak_memory=_peak_memory(device),
         seed=data.seed if data is not None else None,
         resumed=run.journal.resumed,
-        versions=_versions(),
+        versions=package_versions(),
     )
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
@@ -300,7 +300,7 @@ def _peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _versions() -> dict[str, str]:
+def package_versions() -> dict[str, str]:
     found = {"python": sys.version.split()[0]}
     for package in ("com_lightning", "torch", "lightning", "torchmetrics", "transformers"):
         try:

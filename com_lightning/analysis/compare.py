@@ -24,7 +24,7 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
-from com_lightning.execution import _versions, average_shared, calibration_tasks, execute
+from com_lightning.execution import package_versions, average_shared, calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
 from com_lightning.options import MergeOptions
@@ -299,7 +299,7 @@ class Compare(Callback):
             "device": trainer.strategy.root_device.type,
             "processes": trainer.world_size,
             "base": digest(dict(self.plan.base or {})),
-            "versions": _versions(),
+            "versions": package_versions(),
         }
         return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(settings)}
 

@@ -19,12 +19,12 @@ Kept = Mapping[str, Sequence[set[int] | None]]
 
 
 class PartOfData(MergeDataModule):
-    """The tasks of a MergeDataModule that is set up, with a calibration seed of its own and part of the val data.
+    """The tasks of a MergeDataModule with another calibration seed, and with a part of the val data.
 
     Args:
-        data: what is meant.
+        data: the data, set up.
         seed: of the calibration sample.
-        kept: what is validated.
+        kept: the samples to validate on.
     """
 
     def __init__(self, data: MergeDataModule, seed: int, kept: Kept) -> None:
@@ -45,15 +45,15 @@ class PartOfData(MergeDataModule):
 
 @dataclass
 class Splits:
-    """Which samples of the val loaders are for what.
+    """Which samples of the val loaders are used for what.
 
     Attributes:
-        data: the tasks.
+        data: the data of all tasks.
         seeds: of the calibration samples.
-        report: what is reported. No setting is chosen on it, and no seed calibrates on it.
-        selection: what settings are chosen on; no seed calibrates on it either. ``None``: nothing is to be chosen.
-        counts: task -> ``"calibration"`` (samples of all seeds together, where they come from the val loaders),
-            ``"selection"``, ``"report"`` -> number of samples; ``None`` where that is not known.
+        report: the samples to report on. No setting is chosen on them, and no seed calibrates on them.
+        selection: the samples to choose settings on. No seed calibrates on them. ``None``: there is nothing to choose.
+        counts: task -> ``"calibration"`` (of all seeds together, if they come from the val loaders), ``"selection"``
+            and ``"report"`` -> number of samples. ``None`` if that is not known.
     """
 
     data: MergeDataModule
@@ -76,12 +76,12 @@ class Splits:
             lines.append(
                 f"Calibration: up to {self.data.num_samples} samples of each task's {source} data, seeds {seeds}."
             )
-        chosen, told = [_range([c[split] for c in self.counts.values()]) for split in ("selection", "report")]
+        chosen, reported = [_range([c[split] for c in self.counts.values()]) for split in ("selection", "report")]
         if self.selection is not None:
             lines.append(f"Selection of settings: {chosen} samples of each task's val data.")
         used = ["calibrated"] * (held != "0") + ["chosen"] * (self.selection is not None)
         on = f" that nothing was {' or '.join(used)} on" if used else ""
-        lines.append(f"Reported: {told} samples of each task's val data{on}.")
+        lines.append(f"Reported: {reported} samples of each task's val data{on}.")
         return "\n".join(lines)
 
 
@@ -101,7 +101,7 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
         The samples for each purpose.
 
     Raises:
-        MergeError: with all tasks that have too few samples, or none that can be told apart.
+        MergeError: with all tasks that have too few samples, or samples that cannot be told apart.
     """
     report: dict[str, list[set[int] | None]] = {}
     selection: dict[str, list[set[int] | None]] = {}
@@ -131,18 +131,18 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
             chosen[owner].update(rest[place] for place in order)
         report[name], selection[name] = [], []
         for owner, indices in zip(owners, populations):
-            all_of_it = set(indices or ())
-            selection[name].append(all_of_it & chosen[owner])
-            report[name].append(all_of_it - chosen[owner] - held[owner] if hold or selects else None)
+            samples = set(indices or ())
+            selection[name].append(samples & chosen[owner])
+            report[name].append(samples - chosen[owner] - held[owner] if hold or selects else None)
         total = sum(len(indices or ()) for indices in populations)
         sizes = [sum(len(part or ()) for part in parts[name]) for parts in (selection, report)]
         sizes[1] = sizes[1] if hold or selects else total
-        known = None not in populations
+        is_known = None not in populations
         taken = sum(map(len, held.values())) if hold else data.num_samples if calibrates else 0
-        told = zip(("calibration", "selection", "report"), (taken, sizes[0], sizes[1] if known else None))
-        result.counts[name] = dict(told)
+        reported = sizes[1] if is_known else None
+        result.counts[name] = {"calibration": taken, "selection": sizes[0], "report": reported}
         gone = sum(map(len, held.values()))
-        if known and (not sizes[1] or (selects and not sizes[0])):
+        if is_known and (not sizes[1] or (selects and not sizes[0])):
             problems.append(
                 f"task '{name}': {len(seeds)} seeds calibrate on {gone} of its {total} val samples, and too few are "
                 f"left to {'choose settings on and ' if selects else ''}report; lower data.num_samples, give fewer "
@@ -155,7 +155,7 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
 
 
 def _range(counts: Sequence[int | None]) -> str:
-    known = sorted({count for count in counts if count is not None})
-    if not known or None in counts:
+    numbers = sorted({count for count in counts if count is not None})
+    if not numbers or None in counts:
         return "all"
-    return str(known[0]) if len(known) == 1 else f"{known[0]} to {known[-1]}"
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
