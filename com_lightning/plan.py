@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from com_lightning.core.layers import own_parameters
+from com_lightning.core.layers import stored_parameters
 from com_lightning.core.layers.candidates import Candidate, candidates
 from com_lightning.core.tensors.modules import named_tensors, num_bytes, tied_names
 from com_lightning.data.datamodule import MergeDataModule
@@ -113,7 +113,7 @@ class MergePlan:
         values = next(iter(states.values()))
         solved: dict[str, list[int]] = {}
         for layer in self.layers.values():
-            count = sum(parameter.numel() for parameter in own_parameters(layer.module).values())
+            count = sum(parameter.numel() for parameter in stored_parameters(layer.module).values())
             solved.setdefault(f"solved: {layer.layer_type.name}", []).append(count)
         verb = "to be seen" if self.layers else "averaged" if isinstance(self.method, Average) else "merged"
         outside: dict[str, list[int]] = {}

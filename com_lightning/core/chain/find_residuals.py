@@ -110,7 +110,7 @@ class ResidualSearch(Visitor):
         layer = sweep.layer(name)
         if refusal := sweep.refusal(layer, calls):
             return LayerRecord(name, layer.layer_type.name, note=refusal)
-        self.additions.enter(name, calls[0].input, layer.layer_type.corrects)
+        self.additions.enter(name, calls[0].input, layer.layer_type.can_repair_stream)
         sweep.mark_solved(sweep.extents(layer))  # so that the same layers are met as in a merge
         return LayerRecord(name, layer.layer_type.name)
 

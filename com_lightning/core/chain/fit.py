@@ -158,7 +158,7 @@ def fit_by_ridge(regression: Regression, factor: Factor, measure: bool = False) 
         regression.anchor,
         measure and not bool(factor.failed.any()),
     )
-    return Fit(solution.weight, solution.kept, solution.residual)
+    return Fit(solution.weight, solution.groups_kept_average, solution.residual)
 
 
 def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[Tensor]) -> Fit:

@@ -1,11 +1,12 @@
 """Every layer as a linear regression.
 
-A layer type says how its input becomes rows ``(n, g, f)`` (``g`` independent groups of ``f`` inputs) and how its
-parameters become a weight ``(g, o, k)``, ``k = f + 1`` with a bias. Statistics and solver know nothing else about it.
+A layer type turns the input of a layer into rows ``(n, g, f)``: ``g`` independent groups of ``f`` inputs. It turns the
+parameters into a weight ``(g, o, k)``, where ``k`` is ``f + 1`` with a bias, else ``f``. Statistics and solver know
+nothing else about a layer.
 
-A new layer type is one file in this folder: a class with the decorator :func:`register_layer_type`, or, if it is a
-function rather than a module, a description with the decorator
-:func:`~com_lightning.core.layers.functional.recognises`. All files here are imported with the package.
+A new layer type is one file in this folder. It holds a class with the decorator :func:`register_layer_type`. If the
+layer is a function and not a module, it holds a description with the decorator
+:func:`~com_lightning.core.layers.functional.recognises`. The package imports all files here.
 """
 
 from __future__ import annotations
@@ -13,17 +14,17 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, own_parameters, rows_with_data
-from com_lightning.core.layers.registry import layer_type, register_layer_type
+from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, rows_with_data, stored_parameters
+from com_lightning.core.layers.registry import layer_type_of, register_layer_type
 
 __all__ = [
     "Arguments",
     "LayerCall",
     "LayerType",
-    "layer_type",
-    "own_parameters",
+    "layer_type_of",
     "register_layer_type",
     "rows_with_data",
+    "stored_parameters",
 ]
 
 for _module in iter_modules(__path__):

@@ -1,4 +1,4 @@
-"""What a layer type is, and what all of them use."""
+"""The base class of layer types, and functions that they share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from com_lightning.core.solve.statistics import InputMeans, InputSums
 
 @dataclass(frozen=True)
 class Arguments:
-    """What a layer was called with."""
+    """The arguments of one call of a layer."""
 
     args: tuple[Any, ...] = ()
     kwargs: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Arguments:
         return torch.promote_types(self.input.dtype, torch.float32)
 
     def to(self, dtype: torch.dtype) -> Arguments:
-        """The same arguments, with floating-point tensors in that precision."""
+        """Return the same arguments, with floating-point tensors cast to ``dtype``."""
 
         def cast(value: Any) -> Any:
             return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -43,15 +43,16 @@ class Arguments:
 
 @dataclass(frozen=True)
 class LayerCall:
-    """One call of a layer in the merged model, and the call of the expert on the same batch.
+    """One call of a layer in the merged model, and the call of the expert's layer on the same batch.
 
     Attributes:
-        merged: arguments in the merged model.
-        expert: arguments in the expert, if its inputs are used.
-        weight: of the expert, ``(g, o, k)``.
-        mask: boolean, over positions: ``True`` where data are. ``None``: everywhere.
-        stream_drift: what the output is to have beyond the output of the expert, as :meth:`LayerType.offset` gives it.
-            Only where the expert's input has the same shape and the drift is gathered already multiplied.
+        merged: the arguments in the merged model.
+        expert: the arguments in the expert, if its inputs are used.
+        weight: the expert's weight, ``(g, o, k)``.
+        mask: padding mask over positions: ``True`` at data. ``None``: there is no padding.
+        stream_drift: drift of a residual stream, which is added to the target, in the form that
+            :meth:`LayerType.offset` returns. It needs inputs of the same shape in both models, and sums that multiply
+            the drift by the weight.
     """
 
     merged: Arguments
@@ -62,46 +63,51 @@ class LayerCall:
 
     @property
     def is_paired(self) -> bool:
-        """Whether the expert's input has the shape of the merged model's, so that their rows go together."""
+        """Whether the inputs of both models have the same shape, so that their rows can be compared."""
         return self.expert is not None and self.expert.input.shape == self.merged.input.shape
 
 
 MAX_ROW_ELEMENTS = 2**24
-"""Rows that take more memory than the input they are made of come in pieces of at most this many numbers: 64 MiB in
-float32. While one is added to the statistics, some seven tensors of that size exist (less than half a GiB), whatever
-the sizes of image, kernel and batch."""
+"""Rows can take more memory than the input that they are made of. Such rows come in pieces of at most this many
+numbers, 64 MiB in float32. While a piece is added to the statistics, some seven tensors of that size exist (less than
+half a GiB), whatever the sizes of image, kernel and batch."""
 
 
 class LayerType(ABC):
     """One type of layer as a regression of its output on its input."""
 
     name: str
-    """How the report calls it."""
-    corrects: bool = False
-    """Whether its output can be solved to make up for what something else lacks, see :meth:`offset`."""
+    """The name in the report."""
+    can_repair_stream: bool = False
+    """Whether the layer can repair the drift of a residual stream that its output is added to, see :meth:`offset`."""
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:
-        """Whether ``module`` is of this type, judged before any data is seen."""
+        """Whether ``module`` is a layer of this type. No data has been seen yet."""
 
     @abstractmethod
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
-        """The arguments of one call as regression rows.
+        """Turn the arguments of one call into rows of the regression.
 
         Yields:
-            Rows of shape ``(*lead, g, f)``, and whether their leading dimensions are positions of a padding mask.
+            Rows of shape ``(*lead, g, f)``, and whether a padding mask applies to their leading dimensions.
         """
 
     @abstractmethod
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        """Parameters of an expert's ``layer`` -> weight ``(g, o, k)``, the bias last, for the rows of ``like``.
+        """Turn the parameters of an expert's layer into a weight ``(g, o, k)``, with the bias in the last column.
 
-        ``like`` is the merged model's layer, whose rows may depend on buffers of its own.
+        Args:
+            layer: the expert's layer.
+            like: the merged model's layer. The weight fits the rows of this layer, which may depend on its buffers.
+
+        Returns:
+            The weight.
         """
 
     @abstractmethod
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
-        """The inverse of :meth:`to_matrix`."""
+        """Turn a weight into parameters, by name: the inverse of :meth:`to_matrix`."""
 
     def finish(
         self,
@@ -111,7 +117,7 @@ class LayerType(ABC):
         means: Sequence[InputMeans] | None,
         importance: Sequence[float],
     ) -> dict[str, Tensor] | str:
-        """What to write into the merged model's layer, by names of :func:`own_parameters` and :meth:`buffers`.
+        """Return the tensors to write into the merged model's layer.
 
         Args:
             module: the merged model's layer, as it was while the statistics were gathered.
@@ -121,12 +127,13 @@ class LayerType(ABC):
             importance: one weight per task, summing to one.
 
         Returns:
-            The values, or why the layer cannot hold them.
+            The values, by names of :func:`stored_parameters` and :meth:`buffers`. If the layer cannot hold the
+            solution, the reason.
         """
         return to_originals(module, self.from_matrix(module, weight))
 
     def buffers(self, layer: nn.Module) -> tuple[str, ...]:
-        """Own names of the buffers that :meth:`finish` writes."""
+        """Return the names, in the layer, of the buffers that :meth:`finish` writes."""
         return ()
 
     def has_bias(self, module: nn.Module) -> bool:
@@ -134,15 +141,15 @@ class LayerType(ABC):
         return getattr(module, "bias", None) is not None
 
     def key(self, module: nn.Module) -> Hashable:
-        """Two layers with one key make the same rows of the same input (q, k and v share their statistics)."""
+        """Return a key. Layers with equal keys make the same rows of the same input: q, k and v share statistics."""
         return (type(self), self.has_bias(module))
 
-    def multiply(self, weight: Tensor) -> bool:
+    def multiplies_drift(self, weight: Tensor) -> bool:
         """Whether to multiply the drift by the weight ``(g, o, k)`` while gathering, see :class:`InputSums`."""
         return 2 * weight.shape[1] < weight.shape[2]
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-        """Why this call is no such regression after all; ``None`` if it is."""
+        """Return why this call cannot be solved as a regression; ``None`` if it can."""
         return None
 
     def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
@@ -150,11 +157,12 @@ class LayerType(ABC):
 
         Args:
             module: the merged model's layer. Its parameters are not read.
-            sums: of the task at this layer.
+            sums: the sums of the task at this layer.
             call: the call, in the merged model and in the expert.
 
         Returns:
-            Whether the expert's rows were used. They are not where their shape differs (inputs routed otherwise).
+            Whether the expert's rows were used. They are not used if their shape differs, for instance because the
+            models route inputs differently.
         """
         expert = call.expert if call.is_paired else None
         expert_rows = iter(()) if expert is None else self.rows(module, expert.args, expert.kwargs)
@@ -162,7 +170,7 @@ class LayerType(ABC):
         for rows, are_positions in self.rows(module, call.merged.args, call.merged.kwargs):
             paired_rows = next(expert_rows, (None, are_positions))[0]
             index = rows_with_data(call.mask, rows.shape[:-2]) if are_positions else None
-            end = start + rows.shape[:-2].numel()  # rows that come in pieces come in order
+            end = start + rows.shape[:-2].numel()  # pieces come in the order of the rows
             offset = None if call.stream_drift is None else _flat(call.stream_drift[start:end], index)
             sums.update(
                 _flat(rows, index), None if paired_rows is None else _flat(paired_rows, index), call.weight, offset
@@ -171,61 +179,68 @@ class LayerType(ABC):
         return expert is not None
 
     def offset(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, drift: Tensor
     ) -> Tensor | None:
-        """Numbers that are to be added to the output of a call, as rows ``(n, g, o)`` that go with :meth:`rows`.
+        """Reshape the drift of a residual stream to rows ``(n, g, o)``, in the order of :meth:`rows`.
 
         Args:
             module: the merged model's layer.
             args: arguments of the call.
             kwargs: keyword arguments of the call.
-            weight: ``(g, o, k)``.
-            gap: with its elements in the order of the output's, in any shape.
+            weight: the layer's weight, ``(g, o, k)``.
+            drift: the drift, in any shape, with its elements in the order of the output's elements.
 
         Returns:
-            ``None`` if the output is not of that size, or the type knows no such thing.
+            The rows. ``None`` if the output has another size, or the type cannot repair a stream.
         """
         return None
 
 
 def first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """The input of a layer that was called with these arguments."""
+    """Return the input of a layer that was called with these arguments: the first of them."""
     value = args[0] if args else next(iter(kwargs.values()))
     assert isinstance(value, Tensor)
     return value
 
 
-def own_names(layer: nn.Module) -> set[str]:
-    """What a layer has as parameters, whether or not they are parametrised."""
+def parameter_names(layer: nn.Module) -> set[str]:
+    """Return the names of a layer's parameters, parametrised ones included."""
     return {*layer._parameters, *_parametrised(layer)}
 
 
-def own_parameter(layer: nn.Module, name: str) -> Tensor:
-    """A parameter as the layer uses it, which its parametrisations may compute from others."""
+def parameter_value(layer: nn.Module, name: str) -> Tensor:
+    """Return a parameter as the layer uses it. Its parametrisations may compute it from other tensors."""
     value = getattr(layer, name)
     assert isinstance(value, Tensor)
     return value.detach()
 
 
-def own_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
-    """Return name -> parameter, for what is stored in the layer itself: the originals, if it is parametrised.
+def stored_parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return name -> parameter for the tensors that the layer stores: the originals, if a parameter is parametrised.
 
     Example::
 
-        >>> list(own_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
+        >>> list(stored_parameters(nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))))
         ['bias', 'parametrizations.weight.original0', 'parametrizations.weight.original1']
     """
     stored = dict(layer._parameters)
     for name, originals in _parametrised(layer).items():
-        stored.update({f"parametrizations.{name}.{own}": p for own, p in originals._parameters.items()})
+        stored.update({f"parametrizations.{name}.{original}": p for original, p in originals._parameters.items()})
     return {name: parameter for name, parameter in stored.items() if parameter is not None}
 
 
 def to_originals(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tensor] | str:
-    """Return values of a layer's parameters as values of its :func:`own_parameters`, or why that is not possible.
+    """Turn values of a layer's parameters into values of its :func:`stored_parameters`.
 
-    A parametrised value goes through the ``right_inverse`` of its parametrisations. They must give the value back
-    (relative error 1e-4, or the precision it is stored in).
+    A parametrised value goes through the ``right_inverse`` of its parametrisations. They must then reproduce the value,
+    up to a relative error of 1e-4 or of the precision that it is stored in.
+
+    Args:
+        layer: the layer.
+        values: name of a parameter -> value.
+
+    Returns:
+        Name of a stored parameter -> value. If the parametrisations cannot express a value, the reason.
     """
     stored = {}
     for name, value in values.items():
@@ -233,32 +248,32 @@ def to_originals(layer: nn.Module, values: dict[str, Tensor]) -> dict[str, Tenso
         if originals is None:
             stored[name] = value
             continue
-        now = own_parameter(layer, name)
-        value = value.to(now.dtype)
-        if _same(now, value, 1e-5):  # many originals may make one value: these are as good as any
+        present = parameter_value(layer, name)
+        value = value.to(present.dtype)
+        if _same(present, value, 1e-5):  # different originals may give the same value: keep these
             continue
-        kinds = ", ".join(type(parametrisation).__name__.strip("_") for parametrisation in originals)
+        classes = ", ".join(type(parametrisation).__name__.strip("_") for parametrisation in originals)
         inverse, checked = copy.deepcopy(originals), copy.deepcopy(originals)
         try:
             inverse.right_inverse(value)
         except (RuntimeError, ValueError) as error:
-            return f"its {name} cannot be written through {kinds}: {error}"
-        # In another copy, because an inverse may change buffers too, which would not be merged.
-        written = {own: p.detach() for own, p in inverse._parameters.items() if p is not None}
+            return f"its {name} cannot be written through {classes}: {error}"
+        # An inverse may also change buffers, which are not merged. So the check uses a copy with the old buffers.
+        written = {original: p.detach() for original, p in inverse._parameters.items() if p is not None}
         checked.load_state_dict(written, strict=False)
         if not _same(checked(), value, 1e-4):
-            return f"its {name} is parametrised ({kinds}), and the solved one is none that this can express"
-        stored.update({f"parametrizations.{name}.{own}": value for own, value in written.items()})
+            return f"its {name} is parametrised ({classes}), and the parametrisation cannot express the solved value"
+        stored.update({f"parametrizations.{name}.{original}": p for original, p in written.items()})
     return stored
 
 
 def _parametrised(layer: nn.Module) -> dict[str, parametrize.ParametrizationList]:
-    """Names of parameters that ``torch.nn.utils.parametrize`` computes -> their parametrisations and originals."""
+    """Name of each parameter that ``torch.nn.utils.parametrize`` computes -> its parametrisations and originals."""
     if not parametrize.is_parametrized(layer):
         return {}
     lists = layer.parametrizations
     assert isinstance(lists, nn.ModuleDict)
-    return {name: part for name, part in lists.items() if isinstance(part, parametrize.ParametrizationList)}
+    return {name: entry for name, entry in lists.items() if isinstance(entry, parametrize.ParametrizationList)}
 
 
 def _same(actual: Tensor, expected: Tensor, tolerance: float) -> bool:
@@ -281,29 +296,29 @@ def pieces(rows: Tensor, lead: int) -> Iterator[Tensor]:
     if rows.numel() <= MAX_ROW_ELEMENTS or dim is None:
         yield rows
         return
-    each = rows.numel() // rows.shape[dim]
-    for part in torch.split(rows, max(MAX_ROW_ELEMENTS // each, 1), dim):
-        yield from pieces(part, lead)
+    slice_size = rows.numel() // rows.shape[dim]
+    for piece in torch.split(rows, max(MAX_ROW_ELEMENTS // slice_size, 1), dim):
+        yield from pieces(piece, lead)
 
 
 def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``(g, o, f)`` and ``(g * o,)`` -> ``(g, o, f + 1)``."""
+    """Append a bias ``(g * o,)``, if there is one, to a weight ``(g, o, f)`` as its last column."""
     if bias is None:
         return weight
     return torch.cat([weight, bias.detach().reshape(*weight.shape[:2], 1)], dim=2)
 
 
 def rows_with_data(mask: Tensor | None, lead: Size) -> Tensor | None:
-    """Index of the rows that hold data, where a padding mask applies to the leading dimensions of a layer's input.
+    """Return an index of the rows that hold data and not padding.
 
     Args:
-        mask: ``(samples, positions)`` or ``(positions,)``, ``True`` where data are. ``None``: everywhere.
-        lead: leading dimensions of the input. The mask applies if it has this shape, flattened or not, or transposed
-            (positions first). If there are as many positions as samples, samples are taken to come first. A single row
-            of positions (position ids) counts as often as samples have data there.
+        mask: ``(samples, positions)`` or ``(positions,)``, ``True`` at data. ``None``: there is no padding.
+        lead: leading dimensions of the layer's input. The mask applies if it has this shape, flattened or not, or
+            transposed (positions first). With as many positions as samples, samples are taken to come first. In a
+            single row of positions (position ids), each position counts once for each sample that has data there.
 
     Returns:
-        An index of flattened rows. ``None`` if the mask does not apply, and all rows are used.
+        An index of flattened rows. ``None`` if the mask does not apply; then all rows are used.
 
     Example::
 

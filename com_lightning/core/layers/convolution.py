@@ -1,4 +1,4 @@
-"""Convolutions: rows are unfolded patches."""
+"""Convolutions: each row is an unfolded patch."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerType, first, own_names, own_parameter, pieces, with_bias
+from com_lightning.core.layers.base import LayerType, first, parameter_names, parameter_value, pieces, with_bias
 from com_lightning.core.layers.registry import register_layer_type
 
 
 @register_layer_type
 class Convolution(LayerType):
-    """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: rows are the unfolded patches.
+    """``nn.Conv1d/2d/3d``, with groups, stride, padding of any mode and dilation: each row is an unfolded patch.
 
-    They are unfolded a piece at a time, see :data:`~com_lightning.core.layers.base.MAX_ROW_ELEMENTS`: all patches of an
-    image take as many times its memory as a kernel has positions.
+    All patches of an image take as many times its memory as a kernel has positions. So they are unfolded piece by
+    piece, see :data:`~com_lightning.core.layers.base.MAX_ROW_ELEMENTS`.
     """
 
     name = "convolution"
-    corrects = True
+    can_repair_stream = True
     types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
     def matches(self, module: nn.Module) -> bool:
-        known = isinstance(module, self.types) and type(module).forward in [kind.forward for kind in self.types]
-        return known and own_names(module) == {"weight", "bias"}
+        is_convolution = isinstance(module, self.types)
+        has_same_forward = type(module).forward in [cls.forward for cls in self.types]
+        return is_convolution and has_same_forward and parameter_names(module) == {"weight", "bias"}
 
     def key(self, module: nn.Module) -> Hashable:
         assert isinstance(module, nn.modules.conv._ConvNd)
@@ -38,22 +39,22 @@ class Convolution(LayerType):
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         assert isinstance(module, nn.modules.conv._ConvNd)
         patches, dims = self._patches(module, first(args, kwargs)), len(module.kernel_size)
-        for part in pieces(patches, lead=1 + dims):
-            yield part.reshape(*part.shape[: 1 + dims], module.groups, -1), False
+        for piece in pieces(patches, lead=1 + dims):
+            yield piece.reshape(*piece.shape[: 1 + dims], module.groups, -1), False
 
     def offset(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, drift: Tensor
     ) -> Tensor | None:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        image = torch.empty_like(first(args, kwargs), device="meta")  # only the shape is asked for
+        image = torch.empty_like(first(args, kwargs), device="meta")  # only the shape is needed
         samples, *positions = self._patches(module, image).shape[: 1 + len(module.kernel_size)]
         groups, outputs, _ = weight.shape
-        if gap.numel() != samples * math.prod(positions) * groups * outputs:
+        if drift.numel() != samples * math.prod(positions) * groups * outputs:
             return None
-        return gap.reshape(samples, groups, outputs, -1).movedim(-1, 1).reshape(-1, groups, outputs)
+        return drift.reshape(samples, groups, outputs, -1).movedim(-1, 1).reshape(-1, groups, outputs)
 
     def _patches(self, module: nn.modules.conv._ConvNd, image: Tensor) -> Tensor:
-        """All that the kernel is laid on, ``(batch, *positions, channels, *kernel)``, as a view."""
+        """All patches that the kernel is multiplied with, ``(batch, *positions, channels, *kernel)``, as a view."""
         dims = len(module.kernel_size)
         if image.dim() == dims + 1:  # without a batch dimension
             image = image[None]
@@ -65,16 +66,14 @@ class Convolution(LayerType):
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
         assert isinstance(layer, nn.modules.conv._ConvNd)
-        weight = own_parameter(layer, "weight").reshape(layer.groups, layer.out_channels // layer.groups, -1)
+        weight = parameter_value(layer, "weight").reshape(layer.groups, layer.out_channels // layer.groups, -1)
         return with_bias(weight, layer.bias)
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         assert isinstance(module, nn.modules.conv._ConvNd)
-        solved = {}
-        if self.has_bias(module):
-            weight, bias = weight[..., :-1], weight[..., -1]
-            solved["bias"] = bias.reshape(-1)
-        return {"weight": weight.reshape(module.weight.shape), **solved}
+        if not self.has_bias(module):
+            return {"weight": weight.reshape(module.weight.shape)}
+        return {"weight": weight[..., :-1].reshape(module.weight.shape), "bias": weight[..., -1].reshape(-1)}
 
     def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
         """The image that the kernel slides over, and its stride."""
@@ -84,7 +83,7 @@ class Convolution(LayerType):
 
 @register_layer_type
 class TransposedConvolution(Convolution):
-    """``nn.ConvTranspose1d/2d/3d``: a convolution with stride one over the image with zeros between its pixels."""
+    """``nn.ConvTranspose1d/2d/3d``: a convolution with stride one, over the image with zeros between its pixels."""
 
     name = "transposed convolution"
     types = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -95,7 +94,7 @@ class TransposedConvolution(Convolution):
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
         assert isinstance(layer, nn.modules.conv._ConvNd)
         kernel = tuple(range(3, 3 + len(layer.kernel_size)))
-        weight = own_parameter(layer, "weight").reshape(
+        weight = parameter_value(layer, "weight").reshape(
             layer.groups, -1, layer.out_channels // layer.groups, *layer.kernel_size
         )
         weight = weight.flip(kernel).transpose(1, 2)
@@ -110,14 +109,14 @@ class TransposedConvolution(Convolution):
         return {"weight": kernel, **({"bias": weight[..., -1].reshape(-1)} if self.has_bias(module) else {})}
 
     def _padded(self, module: nn.modules.conv._ConvNd, image: Tensor) -> tuple[Tensor, tuple[int, ...]]:
-        spread = [(size - 1) * stride + 1 for size, stride in zip(image.shape[2:], module.stride)]
-        stuffed = image.new_zeros(*image.shape[:2], *spread)
-        between = [slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride)]
-        stuffed[tuple(between)] = image
+        sizes = [(size - 1) * stride + 1 for size, stride in zip(image.shape[2:], module.stride)]
+        dilated = image.new_zeros(*image.shape[:2], *sizes)
+        pixels = [slice(None), slice(None), *(slice(None, None, stride) for stride in module.stride)]
+        dilated[tuple(pixels)] = image
         margins: list[int] = []
         shape = zip(module.kernel_size, module.dilation, module.padding, module.output_padding)
         for size, dilation, padding, extra in shape:
             assert isinstance(padding, int)
             margin = dilation * (size - 1) - padding
             margins = [margin, margin + extra, *margins]
-        return F.pad(stuffed, margins), (1,) * len(module.stride)
+        return F.pad(dilated, margins), (1,) * len(module.stride)

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerCall, LayerType, first, own_parameter
+from com_lightning.core.layers.base import LayerCall, LayerType, first, parameter_value
 from com_lightning.core.solve.statistics import InputSums
 
 
 class Contraction(LayerType):
-    """``einsum``, ``matmul`` and their kin of an input and a weight.
+    """``einsum``, ``matmul`` and the like, of an input and a weight.
 
     Args:
         data, weight, output: one letter per dimension of each, as in ``torch.einsum``.
     """
 
     name = "contraction"
-    corrects = True
+    can_repair_stream = True
 
     def __init__(self, data: str, weight: str, output: str) -> None:
         self.groups = [letter for letter in weight if letter in output and letter in data]
@@ -35,8 +35,15 @@ class Contraction(LayerType):
     def parse(cls, equation: str, left: Tensor, right: Tensor, weight_first: bool) -> Contraction | None:
         """Return ``torch.einsum(equation, left, right)`` as a contraction.
 
-        ``None`` if it is more than that: a letter stands twice in a factor, a dimension of the weight alone is summed,
-        or a dimension of size one is spread.
+        Args:
+            equation: as for ``torch.einsum``.
+            left: the first factor.
+            right: the second factor.
+            weight_first: whether the first factor is the weight.
+
+        Returns:
+            The contraction. ``None`` if a letter occurs twice in a factor, if a dimension that only one factor has is
+            summed, or if a dimension of size one is broadcast.
         """
         sides = equation.replace(" ", "").split("->")
         factors = sides[0].split(",")
@@ -64,7 +71,7 @@ class Contraction(LayerType):
         return cls(data, weight, output)
 
     def matches(self, module: nn.Module) -> bool:
-        return False  # no module is one
+        return False  # always a function call, never a module
 
     def key(self, module: nn.Module) -> Hashable:
         return (type(self), self.data, tuple(self.inputs), tuple(self.groups))
@@ -77,26 +84,26 @@ class Contraction(LayerType):
         yield data.reshape(*data.shape[: len(self.lead)], groups, sizes[len(self.groups) :].numel()), True
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        weight = own_parameter(layer, "weight").permute(self._order)
+        weight = parameter_value(layer, "weight").permute(self._order)
         a, b = len(self.groups), len(self.groups) + len(self.outputs)
         return weight.reshape(weight.shape[:a].numel(), weight.shape[a:b].numel(), weight.shape[b:].numel())
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         order = self._order
-        shape = own_parameter(module, "weight").shape
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return {"weight": weight.reshape([shape[dim] for dim in order]).permute(back)}
+        shape = parameter_value(module, "weight").shape
+        inverse = sorted(range(len(order)), key=order.__getitem__)
+        return {"weight": weight.reshape([shape[dim] for dim in order]).permute(inverse)}
 
     def offset(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, drift: Tensor
     ) -> Tensor | None:
-        sizes = dict(zip(self.weight, own_parameter(module, "weight").shape))
+        sizes = dict(zip(self.weight, parameter_value(module, "weight").shape))
         sizes.update(zip(self.data, first(args, kwargs).shape))
         shape = [sizes[letter] for letter in self.output]
-        if gap.numel() != math.prod(shape):
+        if drift.numel() != math.prod(shape):
             return None
         order = [self.output.index(letter) for letter in (*self.lead, *self.groups, *self.outputs)]
-        return gap.reshape(shape).permute(order).reshape(-1, *weight.shape[:2])
+        return drift.reshape(shape).permute(order).reshape(-1, *weight.shape[:2])
 
     def has_bias(self, module: nn.Module) -> bool:
         return False
@@ -107,16 +114,16 @@ class Contraction(LayerType):
 
 
 class GroupedLinear(LayerType):
-    """``torch.nn.functional.grouped_mm``: rows sorted by expert, each multiplied with the weight of its own expert.
+    """``torch.nn.functional.grouped_mm`` in a mixture of experts, whose rows are sorted by (mixture) expert.
 
-    Every expert is a group, with as many rows as were sent to it; one that no row was sent to keeps the average. The
-    teacher's rows are used where both models sent as many rows to every expert.
+    Each expert of the mixture is a group with the rows that were sent to it. If it got none, it keeps the average. Rows
+    of the fine-tuned expert are used only if both models sent equal numbers of rows to each group.
     """
 
     name = "grouped linear"
 
     def matches(self, module: nn.Module) -> bool:
-        return False  # no module is one
+        return False  # always a function call, never a module
 
     def has_bias(self, module: nn.Module) -> bool:
         return False
@@ -128,13 +135,13 @@ class GroupedLinear(LayerType):
             start = end
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return own_parameter(layer, "weight").mT
+        return parameter_value(layer, "weight").mT
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight.mT}
 
     def key(self, module: nn.Module) -> Hashable:
-        return id(module)  # the same rows may be sent elsewhere
+        return id(module)  # another layer may send the same rows to other groups
 
     def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
         merged, expert = call.merged, call.expert
@@ -143,12 +150,12 @@ class GroupedLinear(LayerType):
         expert_rows = iter(()) if expert is None else self.rows(module, expert.args, expert.kwargs)
         groups = []
         for number, (rows, _) in enumerate(self.rows(module, merged.args, merged.kwargs)):
-            group = InputSums(False, sums.normalize, sums.multiply, scratch=sums.scratch)
+            group = InputSums(False, sums.normalize, sums.multiplies_drift, scratch=sums.scratch)
             group.update(rows, next(expert_rows, (None, False))[0], call.weight[number : number + 1])
             groups.append(group)
             sums.drift_norms.add(group.drift_norms)
         grams = [group.gram for group in groups if group.gram is not None]
         drifts = [group.drift for group in groups if group.drift is not None]
-        rows_in_all = sum(group.rows for group in groups)
-        sums.add(torch.cat(grams), None if expert is None else torch.cat(drifts), rows_in_all)
+        total_rows = sum(group.rows for group in groups)
+        sums.add(torch.cat(grams), None if expert is None else torch.cat(drifts), total_rows)
         return expert is not None

@@ -1,4 +1,4 @@
-"""Embeddings: rows are one-hot."""
+"""Embeddings: each row is one-hot."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from com_lightning.core.layers.base import LayerCall, LayerType, first, own_parameter, rows_with_data
+from com_lightning.core.layers.base import LayerCall, LayerType, first, parameter_value, rows_with_data
 from com_lightning.core.layers.registry import register_layer_type
 from com_lightning.core.solve.statistics import InputSums
 
 
 @register_layer_type
 class Embedding(LayerType):
-    """``nn.Embedding``: one-hot rows, so that the Gram matrix is the diagonal of token counts.
+    """``nn.Embedding``: rows are one-hot, so the Gram matrix is the diagonal of token counts.
 
-    Each row of the table is a group with one input. Rows that no task uses keep the average. A subclass with a forward
-    of its own (positions that are offset, words that are scaled) looks its rows up by a function call, which is found.
+    Each row of the table is a group with one input. Rows that no task uses keep the average. A subclass that overrides
+    ``forward`` (positions with an offset, scaled words) calls ``F.embedding``, which is solved as a function call.
     """
 
     name = "embedding"
@@ -37,13 +37,13 @@ class Embedding(LayerType):
         yield one_hot.unsqueeze(-1).to(torch.float32), True
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return own_parameter(layer, "weight")[:, :, None]
+        return parameter_value(layer, "weight")[:, :, None]
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         return {"weight": weight[:, :, 0]}
 
     def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
-        # Counted rather than through `rows`: a one-hot row has as many entries as the vocabulary.
+        # Tokens are counted instead of summed over `rows`: a one-hot row has as many entries as the vocabulary.
         assert isinstance(module, nn.Embedding)
         ids = call.merged.input.long()
         index = rows_with_data(call.mask, ids.shape)

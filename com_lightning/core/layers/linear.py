@@ -1,4 +1,4 @@
-"""Layers whose input, or the product of whose inputs, is the row."""
+"""Linear layers, whose input is the row, and bilinear ones, where the row is the product of two inputs."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from com_lightning.core.layers.base import (
     LayerCall,
     LayerType,
     first,
-    own_names,
-    own_parameter,
+    parameter_names,
+    parameter_value,
     rows_with_data,
     with_bias,
 )
@@ -33,16 +33,16 @@ class Linear(LayerType):
     """``nn.Linear``: the input is the row."""
 
     name = "linear"
-    corrects = True
+    can_repair_stream = True
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).forward is nn.Linear.forward and own_names(module) == {"weight", "bias"}
+        return type(module).forward is nn.Linear.forward and parameter_names(module) == {"weight", "bias"}
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield first(args, kwargs).unsqueeze(-2), True
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight")[None], getattr(layer, "bias", None))
+        return with_bias(parameter_value(layer, "weight")[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         if not self.has_bias(module):
@@ -50,22 +50,22 @@ class Linear(LayerType):
         return {"weight": weight[0, :, :-1], "bias": weight[0, :, -1]}
 
     def offset(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, drift: Tensor
     ) -> Tensor | None:
         shape = (first(args, kwargs).shape[:-1].numel(), 1, weight.shape[1])
-        return gap.reshape(shape) if gap.numel() == math.prod(shape) else None
+        return drift.reshape(shape) if drift.numel() == math.prod(shape) else None
 
 
 class TransposedLinear(Linear):
-    """``torch.addmm``: a linear layer that stores its weight as (in, out), such as GPT-2's."""
+    """``torch.addmm``: a linear layer that stores its weight as (in, out), for instance in GPT-2."""
 
     name = "linear (in, out)"
 
     def matches(self, module: nn.Module) -> bool:
-        return False  # found by the function that it calls
+        return False  # always a function call, never a module
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight").T[None], getattr(layer, "bias", None))
+        return with_bias(parameter_value(layer, "weight").T[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         solved = super().from_matrix(module, weight)
@@ -74,16 +74,16 @@ class TransposedLinear(Linear):
 
 @register_layer_type
 class Bilinear(Linear):
-    """``nn.Bilinear``: the row is the outer product of the two inputs, up to :data:`MAX_PRODUCTS` entries."""
+    """``nn.Bilinear``: the row is the outer product of the two inputs, with up to :data:`MAX_PRODUCTS` entries."""
 
     name = "bilinear"
-    corrects = False
+    can_repair_stream = False
 
     def matches(self, module: nn.Module) -> bool:
-        return type(module).forward is nn.Bilinear.forward and own_names(module) == {"weight", "bias"}
+        return type(module).forward is nn.Bilinear.forward and parameter_names(module) == {"weight", "bias"}
 
     def key(self, module: nn.Module) -> Hashable:
-        return id(module)  # the rows depend on more than the first input
+        return id(module)  # never shared, because the rows depend on the second input too
 
     def refuses(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
         assert isinstance(module, nn.Bilinear)
@@ -102,13 +102,13 @@ class Bilinear(Linear):
 
     def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
         expert = call.expert if call.is_paired else None
-        expert_parts = itertools.repeat(None) if expert is None else _parts(expert, call.mask)
-        for part, expert_part in zip(_parts(call.merged, call.mask), expert_parts):
-            super().gather(module, sums, LayerCall(part, expert_part, call.weight))
+        expert_pieces = itertools.repeat(None) if expert is None else _split(expert, call.mask)
+        for piece, expert_piece in zip(_split(call.merged, call.mask), expert_pieces):
+            super().gather(module, sums, LayerCall(piece, expert_piece, call.weight))
         return expert is not None
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        return with_bias(own_parameter(layer, "weight").flatten(1)[None], getattr(layer, "bias", None))
+        return with_bias(parameter_value(layer, "weight").flatten(1)[None], getattr(layer, "bias", None))
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
         assert isinstance(module, nn.Bilinear)
@@ -120,12 +120,12 @@ def _inputs(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:
     return input1, input2
 
 
-def _parts(call: Arguments, mask: Tensor | None) -> Iterator[Arguments]:
-    """Calls of a bilinear layer with a part of the inputs each, so that not all products exist at once."""
+def _split(call: Arguments, mask: Tensor | None) -> Iterator[Arguments]:
+    """Split a call of a bilinear layer into calls with a few inputs each, so that not all products exist at once."""
     left, right = (value.flatten(0, -2) for value in _inputs(*call.args, **call.kwargs))
     index = rows_with_data(mask, call.input.shape[:-1])
     if index is not None:
         left, right = left[index], right[index]
     size = max(base.MAX_ROW_ELEMENTS // (left.shape[1] * right.shape[1]), 1)
-    for part in zip(torch.split(left, size), torch.split(right, size)):
-        yield Arguments(part)
+    for piece in zip(torch.split(left, size), torch.split(right, size)):
+        yield Arguments(piece)

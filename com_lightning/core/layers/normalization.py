@@ -1,4 +1,4 @@
-"""A scale and an offset per channel: normalisations and their relatives."""
+"""Layers with a scale and an offset per channel: normalisations and the like."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Size, Tensor, nn
 
-from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, first, own_parameter, rows_with_data
+from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, first, parameter_value, rows_with_data
 from com_lightning.core.layers.registry import register_layer_type
 from com_lightning.core.solve.statistics import InputMeans, InputSums
 
 
 @register_layer_type(generic=True)
 class PerChannel(LayerType):
-    """A scale, and perhaps an offset, per channel: LayerNorm, RMSNorm and their many relatives.
+    """A scale, and often an offset, per channel: LayerNorm, RMSNorm and the like.
 
-    Recognised by what it computes, not by its class: a module without children whose one or two parameters are vectors
-    of one length, and whose output is ``scale_c * z_c + offset_c`` where ``z`` does not depend on them. ``z`` is found
-    by running the layer with other parameters; a layer that stores ``scale - 1`` (Gemma's RMSNorm) comes out right.
-    Each channel is a group with one input.
+    A layer is recognised by its function, not by its class. It is a module without children. It has one or two
+    parameters of the same shape, and its output is ``scale_c * z_c + offset_c``, where ``z`` does not depend on them.
+    ``z`` is computed by running the layer with other parameters. Layers that store ``scale - 1`` (Gemma's RMSNorm) are
+    noticed and merged correctly. Each channel is a group with one input.
     """
 
     name = "per channel"
-    corrects = True
+    can_repair_stream = True
 
     def __init__(self) -> None:
-        self._too_small: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
-        """Whether the stored scale is one too small, for each layer of which that is known."""
+        self._minus_one: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
+        """Layer -> whether it stores ``scale - 1``, for layers where the inputs have shown it."""
 
     def matches(self, module: nn.Module) -> bool:
         shapes = {tuple(p.shape) for p in module._parameters.values() if p is not None}
@@ -42,27 +42,27 @@ class PerChannel(LayerType):
         return len(self._present(module)) == 2
 
     def key(self, module: nn.Module) -> Hashable:
-        return id(module)  # the rows depend on more than the input (eps, running statistics, ...): never shared
+        return id(module)  # never shared, because the rows also depend on eps, running statistics, ...
 
-    def multiply(self, weight: Tensor) -> bool:
-        return True  # by the scale itself, which may differ from what the layer stores
+    def multiplies_drift(self, weight: Tensor) -> bool:
+        return True  # by the scale, which differs from the stored tensor if that is `scale - 1`
 
     def rows(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Tensor, bool]]:
         yield self._response(module, args, kwargs).unsqueeze(-1), True
 
     def offset(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, gap: Tensor
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], weight: Tensor, drift: Tensor
     ) -> Tensor | None:
         shape = first(args, kwargs).shape
-        if gap.numel() != shape.numel():
+        if drift.numel() != shape.numel():
             return None
-        args, kwargs = _cast(gap.dtype, args, kwargs)
-        channels = self._channels_last(module, gap.reshape(shape), args, kwargs)
+        args, kwargs = _cast(drift.dtype, args, kwargs)
+        channels = self._channels_last(module, drift.reshape(shape), args, kwargs)
         return channels.reshape(-1, len(weight), 1)
 
     def gather(self, module: nn.Module, sums: InputSums, call: LayerCall) -> bool:
-        if self._is_too_small(module, call.merged.args, call.merged.kwargs):
-            # The solver's differences between weights are the same either way.
+        if self._stores_scale_minus_one(module, call.merged.args, call.merged.kwargs):
+            # The solver uses differences between weights, which are the same for `scale - 1` and `scale`.
             weight = torch.cat([call.weight[..., :1] + 1, call.weight[..., 1:]], dim=-1)
             call = replace(call, weight=weight)
         return super().gather(module, sums, call)
@@ -81,16 +81,18 @@ class PerChannel(LayerType):
         if z.shape[-1] != channels:
             return f"its output has {z.shape[-1]} channels, its parameters have {channels}"
         scale, *offset = (p.flatten() for p in parameters.values())
-        expected = z * (scale + float(self._is_too_small(module, args, kwargs))) + (offset[0] if offset else 0.0)
+        expected = z * (scale + float(self._stores_scale_minus_one(module, args, kwargs))) + (
+            offset[0] if offset else 0.0
+        )
         actual = self._channels_last(module, output, args, kwargs)
-        known = actual.isfinite() & expected.isfinite()  # NaN in a batch says nothing of the layer
-        actual, expected = torch.where(known, actual, 0.0), torch.where(known, expected, 0.0)
+        is_finite = actual.isfinite() & expected.isfinite()  # NaN in a batch says nothing about the layer
+        actual, expected = torch.where(is_finite, actual, 0.0), torch.where(is_finite, expected, 0.0)
         if bool((actual - expected).abs().amax() <= 1e-4 * expected.abs().amax() + 1e-30):
             return None
         return "its output is not a scale and an offset per channel"
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        columns = [own_parameter(layer, name).flatten() for name in self._names(layer) or ()]
+        columns = [parameter_value(layer, name).flatten() for name in self._names(layer) or ()]
         return torch.stack(columns, dim=-1)[:, None, :]
 
     def from_matrix(self, module: nn.Module, weight: Tensor) -> dict[str, Tensor]:
@@ -99,7 +101,7 @@ class PerChannel(LayerType):
         return {name: weight[:, 0, column].reshape(shape) for column, name in enumerate(names)}
 
     def _names(self, module: nn.Module) -> tuple[str, ...] | None:
-        """Names of the scale and the offset, in this order."""
+        """Names of the scale and, if there is one, the offset; ``None`` if the parameters are something else."""
         names = tuple(self._present(module))
         if len(names) == 1 and names[0] != "bias":
             return names
@@ -117,7 +119,7 @@ class PerChannel(LayerType):
     def _run(
         self, module: nn.Module, parameters: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """The layer's output with other parameters, in their precision."""
+        """The layer's output with other parameters, computed in their precision."""
         dtype = next(iter(parameters.values())).dtype
         probe = copy.copy(module)
         probe._parameters = {**module._parameters, **parameters}  # type: ignore[dict-item]
@@ -127,50 +129,51 @@ class PerChannel(LayerType):
     def _channels_last(
         self, module: nn.Module, output: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Tensor:
-        """The layer's output as ``(*lead, channels)``."""
+        """Reshape an output of the layer to ``(*lead, channels)``."""
         shape = self._shape(module)
         last = output.shape[-len(shape) :] == shape
         second = len(shape) == 1 and output.dim() > 2 and output.shape[1:2] == shape
         if isinstance(module, (nn.GroupNorm, nn.modules.batchnorm._NormBase)):
             last, second = False, True
-        if last and second:  # an image as wide as it has channels: see where the first channel's scale is felt
+        if last and second:  # as many columns as channels: find the dimension that the first channel's scale acts on
             zero = {name: torch.zeros_like(p, dtype=output.dtype) for name, p in self._present(module).items()}
             scale = next(iter(zero))
             one = {
                 **zero,
                 scale: torch.zeros_like(zero[scale]).index_fill(0, torch.tensor([0], device=output.device), 1),
             }
-            felt = self._run(module, one, args, kwargs) - self._run(module, zero, args, kwargs)
-            second = not bool(felt[:, 1:].any())
+            effect = self._run(module, one, args, kwargs) - self._run(module, zero, args, kwargs)
+            second = not bool(effect[:, 1:].any())
             last = not second
         return output.movedim(1, -1) if second and not last else output.flatten(-len(shape))
 
     def _response(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        """``z`` as ``(*lead, channels)`` in float32 or better: what the layer makes of a scale of one."""
+        """``z`` as ``(*lead, channels)`` in float32 or better: the layer's output for a scale of one."""
         args, kwargs = _cast(Arguments(args, kwargs).dtype, args, kwargs)
-        stored = 0.0 if self._is_too_small(module, args, kwargs) else 1.0
-        return self._channels_last(module, self._at(stored, module, args, kwargs), args, kwargs)
+        stored = 0.0 if self._stores_scale_minus_one(module, args, kwargs) else 1.0
+        return self._channels_last(module, self._run_with_scale(stored, module, args, kwargs), args, kwargs)
 
-    def _is_too_small(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether the stored scale is one too small: it makes something of the input where it is zero."""
-        known = self._too_small.get(module)
-        if known is None:
+    def _stores_scale_minus_one(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the layer stores ``scale - 1``. If it does, a stored scale of zero gives a nonzero output."""
+        result = self._minus_one.get(module)
+        if result is None:
             args, kwargs = _cast(Arguments(args, kwargs).dtype, args, kwargs)
-            known = _says_something(self._at(0.0, module, args, kwargs))
-            if known or _says_something(self._at(1.0, module, args, kwargs)):  # else another input may tell
-                self._too_small[module] = known
-        return known
+            result = _is_nonzero(self._run_with_scale(0.0, module, args, kwargs))
+            # An input that gives zero with either scale shows nothing. The next call decides.
+            if result or _is_nonzero(self._run_with_scale(1.0, module, args, kwargs)):
+                self._minus_one[module] = result
+        return result
 
-    def _at(self, scale: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's output with this stored scale and no offset."""
+    def _run_with_scale(self, scale: float, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's output if it stores this scale and an offset of zero."""
         dtype = first(args, kwargs).dtype
         values = {name: torch.zeros_like(p, dtype=dtype) for name, p in self._present(module).items()}
         next(iter(values.values())).fill_(scale)
         return self._run(module, values, args, kwargs)
 
 
-def _says_something(output: Any) -> bool:
-    """Whether anything but zero, and what is not finite, has come out."""
+def _is_nonzero(output: Any) -> bool:
+    """Whether a finite number other than zero is in an output."""
     return isinstance(output, Tensor) and bool((output.isfinite() & (output != 0)).any())
 
 
@@ -178,17 +181,17 @@ def _says_something(output: Any) -> bool:
 class BatchNorm(PerChannel):
     """``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in eval mode, with or without a scale and an offset.
 
-    Scale and offset are solved with every expert's in terms of the average of the running statistics, so they make up
-    for whatever these are. The running statistics are then re-estimated for the inputs that the merged model has,
+    For the solution, each expert's scale and offset are rewritten for the average of the running statistics, so that
+    all experts share these. Then the running statistics are estimated anew for the inputs of the merged model,
 
         m_i' = m_i + (mean x̂ - mean x)      v_i' = v_i var x̂ / var x
         m = sum_i a_i m_i'                  v = sum_i a_i (v_i' + (m_i' - m)²)
 
-    over tasks i with running mean ``m_i``, variance ``v_i`` and importance ``a_i`` (law of total variance): what an
-    expert has seen in training, moved by as much as its inputs have moved on the calibration data. Without the experts'
-    inputs (one-sided) they are the mean and variance of ``x̂`` itself. Solved scale and offset are put in their terms,
-    which leaves the layer's function as it was solved; without scale and offset, the running statistics are all there
-    is.
+    over tasks i with running mean ``m_i``, variance ``v_i`` and importance ``a_i`` (law of total variance). The
+    statistics of an expert's training move as far as its inputs have moved on the calibration data. A one-sided merge
+    has no inputs of the experts; then they are the mean and variance of ``x̂``. Last, the solved scale and offset are
+    rewritten for the new running statistics, which does not change the layer's function. A layer without scale and
+    offset gets the running statistics alone.
     """
 
     name = "batch normalisation"
@@ -209,11 +212,11 @@ class BatchNorm(PerChannel):
         return paired
 
     def to_matrix(self, layer: nn.Module, like: nn.Module) -> Tensor:
-        own_mean, own_scale = self._statistics(layer)
-        mean, scale = self._statistics(like)
-        own = {name: p.detach().double() for name, p in self._present(layer).items()}
-        ratio = own["weight"] / own_scale
-        return torch.stack([ratio * scale, own["bias"] + ratio * (mean - own_mean)], -1)[:, None, :]
+        expert_mean, expert_deviation = self._statistics(layer)
+        mean, deviation = self._statistics(like)
+        parameters = {name: p.detach().double() for name, p in self._present(layer).items()}
+        slope = parameters["weight"] / expert_deviation
+        return torch.stack([slope * deviation, parameters["bias"] + slope * (mean - expert_mean)], -1)[:, None, :]
 
     def finish(
         self,
@@ -227,13 +230,13 @@ class BatchNorm(PerChannel):
         assert module.running_mean is not None
         entries: Sequence[InputMeans | None] = means or [None] * len(experts)
         estimates = [self._estimate(layer, entry) for layer, entry in zip(experts, entries)]
-        # As they will be stored, so that scale and offset make up for that too.
+        # Rounded as they are stored, so that scale and offset fit the stored values.
         dtype = module.running_mean.dtype
         mean = _weighted(importance, [m for m, _ in estimates]).to(dtype).double()
-        spread = [v + (m - mean).square() for m, v in estimates]
-        variance = _weighted(importance, spread).to(dtype).double()
-        old_mean, old_scale = self._statistics(module)
-        slope = weight[:, 0, 0] / old_scale
+        variances = [v + (m - mean).square() for m, v in estimates]
+        variance = _weighted(importance, variances).to(dtype).double()
+        old_mean, old_deviation = self._statistics(module)
+        slope = weight[:, 0, 0] / old_deviation
         scale, offset = slope * (variance + module.eps).sqrt(), weight[:, 0, 1] + slope * (mean - old_mean)
         affine = {} if module.weight is None else {"weight": scale, "bias": offset}
         return {**affine, "running_mean": mean, "running_var": variance}
@@ -248,7 +251,7 @@ class BatchNorm(PerChannel):
 
     @staticmethod
     def _values(call: Arguments, mask: Tensor | None) -> Tensor:
-        """The layer's raw input as ``(n, channels)``."""
+        """The layer's input as ``(n, channels)``, without padding."""
         values = call.input.movedim(1, -1)
         index = rows_with_data(mask, values.shape[:-1])
         values = values.flatten(0, -2)
@@ -256,7 +259,7 @@ class BatchNorm(PerChannel):
 
     @staticmethod
     def _estimate(layer: nn.Module, means: InputMeans | None) -> tuple[Tensor, Tensor]:
-        """Running mean and variance for one task's inputs in the merged model, in float64."""
+        """Running mean and variance of one task's inputs in the merged model, in float64."""
         assert isinstance(layer, nn.modules.batchnorm._BatchNorm)
         assert layer.running_mean is not None
         assert layer.running_var is not None
@@ -266,10 +269,10 @@ class BatchNorm(PerChannel):
         ours, theirs = means.moments, means.expert_moments
         if not theirs.count:
             return ours.mean, ours.variance
-        # A channel that the calibration data hardly stir says nothing on how much its variance has grown.
-        stirred = theirs.variance > 1e-3 * variance
-        grown = variance * ours.variance / torch.where(stirred, theirs.variance, 1.0)
-        variance = torch.where(stirred, grown, (variance + ours.variance - theirs.variance).clamp_min(0.0))
+        # If a channel hardly varies on the calibration data, the ratio of variances is noise. The difference is not.
+        varies = theirs.variance > 1e-3 * variance
+        scaled = variance * ours.variance / torch.where(varies, theirs.variance, 1.0)
+        variance = torch.where(varies, scaled, (variance + ours.variance - theirs.variance).clamp_min(0.0))
         return mean + ours.mean - theirs.mean, variance
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Which layer type a module is of. Types register themselves."""
+"""The type of each layer. Layer types register themselves here."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def register_layer_type(cls: Type) -> Type: ...
 @overload
 def register_layer_type(*, generic: bool = False) -> Callable[[Type], Type]: ...
 def register_layer_type(cls: Type | None = None, *, generic: bool = False) -> Type | Callable[[Type], Type]:
-    """Register a layer type: modules that it matches are layers from now on. It is a decorator of classes.
+    """Register a layer type: from now on, modules that it matches are layers. Use it as a decorator of a class.
 
-    The type that was registered last is asked first.
+    If several types match a module, the one that was registered last is used.
 
     Args:
         cls: a layer type that can be created without arguments.
-        generic: ask it only if no other type matches.
+        generic: use the type only if no other type matches.
 
     Returns:
         The class, or the decorator if only ``generic`` is given.
@@ -40,14 +40,14 @@ def register_layer_type(cls: Type | None = None, *, generic: bool = False) -> Ty
     return register if cls is None else register(cls)
 
 
-def layer_type(module: nn.Module) -> LayerType | None:
-    """Return the type of a layer, or ``None`` if no closed form is known.
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """Return the type of a layer, or ``None`` if the layer has no closed form.
 
     Example::
 
-        >>> layer_type(nn.Linear(2, 2)).name, layer_type(nn.LSTM(2, 2))
+        >>> layer_type_of(nn.Linear(2, 2)).name, layer_type_of(nn.LSTM(2, 2))
         ('linear', None)
     """
     if any(isinstance(p, UninitializedParameter) for p in module._parameters.values()):  # a lazy layer: no shape yet
         return None
-    return next((known for known in (*_SPECIFIC, *_GENERIC) if known.matches(module)), None)
+    return next((entry for entry in (*_SPECIFIC, *_GENERIC) if entry.matches(module)), None)

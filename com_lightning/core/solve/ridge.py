@@ -4,15 +4,15 @@ The merged weight of a layer minimises, over all tasks i with weight W_i, the im
 
     sum_i a_i / N_i  sum_n s_n || W x̂_n - W_i x_n ||²  +  l || W - W̄ ||²,        W̄ = sum_i a_i W_i
 
-where x̂ is the layer's input in the model merged so far and x its input in expert i. It is solved for the *difference*
-to the average, which loses no digits when the experts are close to each other and gives identical experts back exactly:
+where x̂ is the layer's input in the model merged so far and x its input in expert i. We solve for the *difference* to
+the average. This loses no digits when the experts are close to each other, and reproduces identical experts exactly:
 
     W = W̄ + ( sum_i a_i [ (W_i - W̄) G_i + D_i ] ) ( sum_i a_i G_i + l I )⁻¹
     G_i = sum_n s x̂ x̂ᵀ / N_i          D_i = W_i sum_n s (x - x̂) x̂ᵀ / N_i
 
-The equations are ours; the idea (sequential, closed-form, importance-weighted layer-wise distillation with
-cosine-normalised Gram matrices) is that of Chain of Merges, arXiv 2508.21421. Without D_i it is RegMean's closed form
-(Jin et al., arXiv 2212.09849, section 3.2) with a ridge towards the average in place of their scaled off-diagonal.
+The equations are ours. The idea (sequential, closed-form, importance-weighted layer-wise distillation with
+cosine-normalised Gram matrices) comes from Chain of Merges, arXiv 2508.21421. Without D_i, this is the closed form of
+RegMean (Jin et al., arXiv 2212.09849, section 3.2), with a ridge towards the average instead of a scaled off-diagonal.
 
 Shapes: a layer is ``g`` independent regressions ("groups") from ``k`` inputs to ``o`` outputs: ``G`` is ``(g, k, k)``,
 weights and ``D`` are ``(g, o, k)``. A dense layer has one group; a normalisation has one group per channel.
@@ -29,15 +29,15 @@ from torch import Tensor
 
 from com_lightning.core.tensors.matmul import times
 
-# A few matrices of this many numbers stay in a processor's cache.
-PART_ELEMENTS = 2**16
+# A few matrices of this many numbers fit in a processor's cache.
+BLOCK_ELEMENTS = 2**16
 
 CAST_ELEMENTS = 2**20
-"""So much float32 is added to float64 at a time: it is copied first, and a copy of all of a large matrix takes five
-times as long (tried, on a CPU)."""
+"""How many float32 numbers are added to float64 at a time. They are copied first, and to copy a large matrix as a whole
+takes five times as long (measured on a CPU)."""
 
 SAFE_CONDITION = 1e10
-"""Where a matrix is better conditioned than this, float64 cannot make a solution worse than what it starts from."""
+"""With a condition number below this, rounding in float64 cannot make a solution worse than the average."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,12 @@ class Factor:
 
     Attributes:
         lower: ``(g, k, k)`` float64, lower triangular.
-        condition: estimate of the condition number, from the factor's diagonal (a lower bound), worst group.
-        bound: an upper bound of it, from trace and ridge.
-        jitter: what had to be added to the diagonal for the factorisation to succeed, relative to its mean in the
-            group, worst group.
-        added: ``(g,)``, ridge and jitter as they were added to the diagonal.
-        failed: ``(g,)``, groups whose matrix has no factor even so; they keep the average.
+        condition: estimate of the condition number of the worst group, from the factor's diagonal. It is a lower bound.
+        bound: an upper bound of the condition number, from trace and ridge.
+        jitter: extra amount that the diagonal needed for the factorisation to succeed, relative to the mean of the
+            group's diagonal, for the worst group.
+        added: ``(g,)``, the sum of ridge and jitter on the diagonal.
+        failed: ``(g,)``, whether the factorisation failed even with jitter. Such groups keep the average.
     """
 
     lower: Tensor
@@ -64,16 +64,16 @@ class Factor:
 
 @dataclass(frozen=True)
 class Solution:
-    """What :func:`solve_or_average` has found.
+    """The result of :func:`solve_or_average`.
 
     Attributes:
         weight: ``(g, o, k)`` in float64.
-        kept: how many groups keep the average because their solution is not better than that.
-        residual: relative residual of the fit, see :func:`residual`, if it was asked for.
+        groups_kept_average: number of groups that keep the average because their solution is not better.
+        residual: relative residual of the fit, see :func:`residual`, if it was measured.
     """
 
     weight: Tensor
-    kept: int
+    groups_kept_average: int
     residual: float | None = None
 
 
@@ -86,7 +86,7 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         ridge: relative to the mean of the diagonal of the summed matrix, over all groups.
 
     Returns:
-        The factor, and what was factorised.
+        The factor.
 
     Raises:
         ValueError: if a Gram matrix holds NaN or infinity.
@@ -99,35 +99,35 @@ def factorize(grams: Sequence[Tensor], importance: Sequence[float], ridge: float
         [2.0, 2.0]
     """
     total = torch.zeros_like(grams[0], dtype=torch.float64)
-    for part in _parts(total):
-        rows = max(CAST_ELEMENTS // total[part, :1].numel(), 1)
+    for block in _blocks(total):
+        rows = max(CAST_ELEMENTS // total[block, :1].numel(), 1)
         for start in range(0, total.shape[1], rows):
-            sums = total[part, start : start + rows]
+            sums = total[block, start : start + rows]
             for gram, weight in zip(grams, importance):
-                sums.add_(gram[part, start : start + rows], alpha=weight)
+                sums.add_(gram[block, start : start + rows], alpha=weight)
     diagonal = total.diagonal(dim1=-2, dim2=-1)
     scale = float(diagonal.mean())
     if not math.isfinite(scale):
         raise ValueError("the statistics of a layer hold NaN or infinity")
-    if scale <= 0.0:  # no row carries anything: any solution fits, and the average is kept
+    if scale <= 0.0:  # all inputs are zero, so any weight fits: the ridge keeps the average
         scale, ridge = 1.0, max(ridge, 1.0)
-    own = diagonal.mean(-1, keepdim=True)
-    own = torch.where(own > 0, own, scale)  # a group without data
-    added = torch.full_like(own[:, 0], ridge * scale)
+    group_scale = diagonal.mean(-1, keepdim=True)
+    group_scale = torch.where(group_scale > 0, group_scale, scale)  # zero for a group without data
+    added = torch.full_like(group_scale[:, 0], ridge * scale)
     diagonal.add_(ridge * scale)
     jitter = 0.0
     lower, info = torch.linalg.cholesky_ex(total)
     while bool((failed := info != 0).any()) and jitter < 1.0:
         step = 9 * jitter if jitter else 1e-12
-        diagonal.add_(step * own * failed[:, None])
-        added += step * own[:, 0] * failed
+        diagonal.add_(step * group_scale * failed[:, None])
+        added += step * group_scale[:, 0] * failed
         jitter += step
         lower, info = torch.linalg.cholesky_ex(total)
     if bool(failed.any()):
         lower[failed] = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device)
     pivots = lower.diagonal(dim1=-2, dim2=-1)
     condition = float((pivots.amax(-1) / pivots.amin(-1)).square().amax())
-    bound = float(own.amax()) * lower.shape[-1] / (ridge * scale) if ridge and not jitter else math.inf
+    bound = float(group_scale.amax()) * lower.shape[-1] / (ridge * scale) if ridge and not jitter else math.inf
     return Factor(lower, condition, bound, jitter, added, failed)
 
 
@@ -138,18 +138,21 @@ def solve(
     weights: Sequence[Tensor],
     importance: Sequence[float],
 ) -> Tensor:
-    """Return the merged weight of a layer, ``(g, o, k)`` in float64 (equation at the top of this module).
+    """Solve a layer, by the equation at the top of this module.
 
     Args:
-        factor: of the same Gram matrices, see :func:`factorize`.
+        factor: the factor of the Gram matrices, see :func:`factorize`.
         grams: one ``(g, k, k)`` per task, each divided by its number of rows.
-        drifts: one ``(g, o, k)`` per task, ``D_i`` above; ``None`` where targets are taken on the merged model's input.
-        weights: the experts' weights, one ``(g, o, k)`` per task, biases appended as last input.
+        drifts: one ``(g, o, k)`` per task, ``D_i`` above. ``None``: the target is computed on the merged model's input.
+        weights: the experts' weights, one ``(g, o, k)`` per task, with the bias as last input.
         importance: one weight per task, summing to one.
+
+    Returns:
+        The merged weight, ``(g, o, k)`` in float64.
 
     Complexity: ``(T + 2) g o k²`` multiply-adds for ``T`` tasks.
 
-    Example: two experts with one input; the one whose input is three times as large counts nine times.
+    Example: two experts with one input. The input of the second is three times as large, so it counts nine times.
 
         >>> grams = [torch.tensor([[[1.0]]]), torch.tensor([[[9.0]]])]
         >>> factor = factorize(grams, [0.5, 0.5], ridge=0.0)
@@ -169,53 +172,62 @@ def solve_or_average(
     anchor: Tensor | None = None,
     measured: bool = False,
 ) -> Solution:
-    """Return the solution of :func:`solve`, or the average for groups whose solution is not better.
-
-    With an ``anchor``, ``(g, o, k)``, it takes the place of the average ``W̄``.
+    """Solve a layer as :func:`solve` does. Groups whose solution is not better than the average keep the average.
 
     With ``R`` the right-hand side and ``A = L Lᵀ`` the regularised Gram matrix, a difference ``D`` to the average
-    lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. That is never negative for the exact solution. Products of weights and
-    Gram matrices are made in the precision of these, which have no more digits.
+    lowers the loss by ``2 tr(R Dᵀ) - ||D L||²``. For the exact solution, this is never negative. Products of weights
+    and Gram matrices are computed in the precision of the Gram matrices, which have no more digits.
 
-    If it is ``measured``, with targets on the merged model's input, the residual comes for one more product: the loss
-    of ``W̄`` is made of what ``R`` is made of, and so is ``sum a ||W_i x̂||²`` beside ``||W̄ L||²``.
+    Args:
+        factor: as for :func:`solve`.
+        grams: as for :func:`solve`.
+        drifts: as for :func:`solve`.
+        weights: as for :func:`solve`.
+        importance: as for :func:`solve`.
+        anchor: ``(g, o, k)``, takes the place of the average ``W̄``.
+        measured: also compute the residual. All targets must be computed on the merged model's input. It costs one more
+            product: the loss of ``W̄`` consists of the terms of ``R``, and so does ``sum a ||W_i x̂||²``, except for
+            ``||W̄ L||²``.
+
+    Returns:
+        The solution.
     """
     solution = torch.empty_like(weights[0], dtype=torch.float64)
-    kept, error, energy = 0, 0.0, 0.0
-    for part in _parts(solution):
-        mean = torch.zeros_like(solution[part])
+    groups_kept, error, energy = 0, 0.0, 0.0
+    for block in _blocks(solution):
+        mean = torch.zeros_like(solution[block])
         for weight, share in zip(weights, importance):
-            mean.add_(weight[part].to(torch.float64), alpha=share)
+            mean.add_(weight[block].to(torch.float64), alpha=share)
         if anchor is not None:
-            mean = anchor[part].to(torch.float64)
+            mean = anchor[block].to(torch.float64)
         right = torch.zeros_like(mean)
-        spread = 0.0
+        mean_error = 0.0
         for gram, drift, weight, share in zip(grams, drifts, weights, importance):
-            gap = weight[part].to(torch.float64) - mean
-            product = times(gap.to(gram.dtype), gram[part].mT)
+            deviation = weight[block].to(torch.float64) - mean
+            product = times(deviation.to(gram.dtype), gram[block].mT)
             right.add_(product, alpha=share)
             if drift is not None:
-                right.add_(drift[part].to(torch.float64), alpha=share)
+                right.add_(drift[block].to(torch.float64), alpha=share)
             if measured:
-                spread += share * _dot(product, gap)
-        lower = factor.lower[part]
-        difference = _divided(right, lower)
+                mean_error += share * _dot(product, deviation)
+        lower = factor.lower[block]
+        difference = _divide(right, lower)
         gain = (right * difference).sum((1, 2))  # of the exact solution
         if not factor.bound < SAFE_CONDITION:
             gain = 2.0 * gain - times(difference, lower).square().sum((1, 2))
-        worse = factor.failed[part] | ~(gain >= 0.0)
-        kept += int(worse.sum())
-        difference.masked_fill_(worse[:, None, None], 0.0)
+        is_worse = factor.failed[block] | ~(gain >= 0.0)
+        groups_kept += int(is_worse.sum())
+        difference.masked_fill_(is_worse[:, None, None], 0.0)
         if measured:
-            added = factor.added[part]
+            added = factor.added[block]
             lengths = times(mean.to(grams[0].dtype), lower.to(grams[0].dtype))
-            energy += spread + 2.0 * _dot(mean, right) + _dot(lengths, lengths)
+            energy += mean_error + 2.0 * _dot(mean, right) + _dot(lengths, lengths)
             energy -= float((added * mean.square().sum((1, 2))).sum())
             ridge = added * difference.square().sum((1, 2))
-            error += spread - float((gain.masked_fill(worse, 0.0) + ridge).sum())
-        solution[part] = mean + difference
+            error += mean_error - float((gain.masked_fill(is_worse, 0.0) + ridge).sum())
+        solution[block] = mean + difference
     relative = max(error, 0.0) / energy if energy > 0 else 0.0
-    return Solution(solution, kept, relative if measured else None)
+    return Solution(solution, groups_kept, relative if measured else None)
 
 
 def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor, importance: Sequence[float]) -> float:
@@ -228,17 +240,17 @@ def residual(grams: Sequence[Tensor], weights: Sequence[Tensor], merged: Tensor,
         0.25
     """
     error = energy = 0.0
-    for part in _parts(merged):
-        total = torch.zeros_like(grams[0][part])
+    for block in _blocks(merged):
+        total = torch.zeros_like(grams[0][block])
         for all_grams, weight, share in zip(grams, weights, importance):
-            gram = all_grams[part]
+            gram = all_grams[block]
             total.add_(gram, alpha=share)
-            exact = weight[part].to(gram.dtype)
-            rows = times(exact, gram.mT)
-            own = share * _dot(rows, exact)
-            energy += own
-            error += own - 2.0 * share * _dot(rows, merged[part])
-        solution = merged[part].to(total.dtype)
+            expert = weight[block].to(gram.dtype)
+            product = times(expert, gram.mT)
+            task_energy = share * _dot(product, expert)
+            energy += task_energy
+            error += task_energy - 2.0 * share * _dot(product, merged[block])
+        solution = merged[block].to(total.dtype)
         error += _dot(times(solution, total.mT), solution)
     return max(error, 0.0) / energy if energy > 0 else 0.0
 
@@ -247,13 +259,13 @@ def _dot(left: Tensor, right: Tensor) -> float:
     return float((left * right).sum(dtype=torch.float64))
 
 
-def _divided(right: Tensor, lower: Tensor) -> Tensor:
-    """``(g, o, k)`` times the inverse of the matrix whose Cholesky factor is ``lower``, ``(g, k, k)``."""
-    # Of tables, as in `times`.
+def _divide(right: Tensor, lower: Tensor) -> Tensor:
+    """Multiply ``(g, o, k)`` by the inverse of the matrix whose Cholesky factor is ``lower``, ``(g, k, k)``."""
+    # Many groups with one input (embedding tables) are slow as matrix products, see `times`.
     return right / lower / lower if lower.shape[-1] == 1 else torch.cholesky_solve(right.mT, lower).mT
 
 
-def _parts(weight: Tensor) -> Iterator[slice]:
-    """Groups to work on at a time: a table has as many as it has rows, and each copy of all of it costs a second."""
-    size = max(PART_ELEMENTS // weight[0].numel(), 1)
+def _blocks(weight: Tensor) -> Iterator[slice]:
+    """Groups to work on at a time. Embedding tables have a group for each row, and to copy a table takes a second."""
+    size = max(BLOCK_ELEMENTS // weight[0].numel(), 1)
     return (slice(start, start + size) for start in range(0, len(weight), size))

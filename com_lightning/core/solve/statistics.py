@@ -1,6 +1,6 @@
 """Second-order statistics of the inputs of one layer, gathered for one task.
 
-Only sums are kept, so they can be added up over batches in any order, and over processes.
+They are sums, so they can be added up over batches in any order, and over processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from com_lightning.core.tensors.matmul import (
 
 @dataclass
 class DriftNorms:
-    """How large the drift of a layer's inputs is: how far the merged model's are from the expert's.
+    """Size of the drift of a layer's inputs: how far the inputs ``x̂`` of the merged model are from the expert's ``x``.
 
     Attributes:
         distance, energy: sums over rows of ``||x̂ - x||²`` and ``||x||²``.
         cosine: sum over rows of the cosine between ``x̂`` and ``x``.
-        rows: number of rows summed.
+        rows: number of rows.
     """
 
     distance: Tensor | float = 0.0
@@ -36,14 +36,14 @@ class DriftNorms:
     rows: int = 0
 
     def update(self, merged: Tensor, expert: Tensor, drift: Tensor) -> None:
-        """Add rows, by the lengths ``||x̂||``, ``||x||`` and ``||x - x̂||`` of each, ``(n,)``."""
+        """Add rows, given the lengths ``||x̂||``, ``||x||`` and ``||x - x̂||`` of each, ``(n,)``."""
         merged, expert, drift = merged.double(), expert.double(), drift.double()
         self.distance = self.distance + drift.square().sum()
         self.energy = self.energy + expert.square().sum()
-        # The law of cosines, in the form that loses no digits where rows are nearly alike.
-        both = merged * expert
-        one_minus_cosine = (drift.square() - (merged - expert).square()) / (2.0 * both)
-        self.cosine = self.cosine + torch.where(both > 0, 1.0 - one_minus_cosine, 0.0).sum()
+        # The law of cosines, in a form that loses no digits when rows are nearly equal.
+        product = merged * expert
+        one_minus_cosine = (drift.square() - (merged - expert).square()) / (2.0 * product)
+        self.cosine = self.cosine + torch.where(product > 0, 1.0 - one_minus_cosine, 0.0).sum()
         self.rows += len(merged)
 
     def add(self, other: DriftNorms) -> None:
@@ -54,7 +54,7 @@ class DriftNorms:
         self.rows += other.rows
 
     def cpu(self) -> DriftNorms:
-        """The same sums as plain numbers."""
+        """Return the same sums as Python numbers."""
         return DriftNorms(float(self.distance), float(self.energy), float(self.cosine), self.rows)
 
     @property
@@ -98,65 +98,70 @@ class Moments:
         self.square = self.square + other.square
 
     def to(self, device: torch.device | str) -> Moments:
+        """Return the same sums on another device."""
         total, square = (torch.as_tensor(value).to(device) for value in (self.total, self.square))
         return Moments(self.count, total, square)
 
     @property
     def mean(self) -> Tensor:
+        """The mean of each channel."""
         return torch.as_tensor(self.total) / max(self.count, 1)
 
     @property
     def variance(self) -> Tensor:
-        """The unbiased one, as running statistics have it."""
-        gap = torch.as_tensor(self.square) - self.count * self.mean.square()
-        return gap.clamp_min(0.0) / max(self.count - 1, 1)
+        """The unbiased variance of each channel, as in running statistics."""
+        squares = torch.as_tensor(self.square) - self.count * self.mean.square()
+        return squares.clamp_min(0.0) / max(self.count - 1, 1)
 
 
 class Scratch:
-    """Memory that every batch of a layer writes to anew.
+    """Memory that all batches of a layer reuse.
 
-    To get as much from the system for each of them takes longer than what is computed in it (tried, on a CPU).
+    To allocate it anew for each batch takes longer than the computations in it (measured on a CPU).
     """
 
     def __init__(self) -> None:
-        self._parts: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def empty(self, name: str, like: Tensor, *shape: int) -> Tensor:
-        """A tensor of that shape and of the type of ``like``, which is good until the next of that name."""
-        part = self._parts.get(name)
-        if part is None or part.dtype != like.dtype or part.device != like.device or len(part) < math.prod(shape):
-            part = self._parts[name] = like.new_empty(math.prod(shape))
-        return part[: math.prod(shape)].view(shape)
+        """Return a tensor of a shape, with dtype and device of ``like``. The next call with this name overwrites it."""
+        buffer, size = self._buffers.get(name), math.prod(shape)
+        if buffer is None or buffer.dtype != like.dtype or buffer.device != like.device or len(buffer) < size:
+            buffer = self._buffers[name] = like.new_empty(size)
+        return buffer[:size].view(shape)
 
     def clear(self) -> None:
-        """Give it back."""
-        self._parts.clear()
+        """Free the memory."""
+        self._buffers.clear()
 
 
 @dataclass
 class InputSums:
     """Gram matrix and drift of the inputs of a layer with ``g`` groups of ``f`` inputs, summed for one task.
 
-    ``x̂`` is the input in the model merged so far, ``x`` the input in the expert. Where the layer has a bias, rows get a
-    trailing 1 (``k = f + 1``, else ``k = f``). The row weight ``s`` is 1. With ``normalize`` it is one over the larger
-    of ``||x̂||²`` and ``||x||²`` (bias entry included; ``x̂`` alone where no rows of the expert are given).
+    ``x̂`` is the input in the model merged so far, ``x`` the input in the expert. With a bias, rows get a trailing 1
+    (``k = f + 1``, else ``k = f``). The row weight ``s`` is 1. With ``normalize``, it is one over the larger of
+    ``||x̂||²`` and ``||x||²``, bias entry included. Without rows of the expert, ``x̂`` alone counts.
 
     Attributes:
-        multiply: whether the drift is multiplied by the expert's weight while it is gathered. This costs less where a
-            layer has far fewer outputs than inputs, but the sums cannot be shared with another layer.
-        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``. Of a large one, the part above the diagonal is filled in by
+        bias: whether the layer has a bias.
+        normalize: whether rows are normalised.
+        multiplies_drift: whether the drift is multiplied by the expert's weight while it is gathered. This costs less
+            if a layer has far fewer outputs than inputs, but the sums cannot be shared with another layer.
+        gram: ``(g, k, k)``, ``sum s x̂ x̂ᵀ``. If it is large, its upper triangle is not filled in before
             :meth:`complete`.
-        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``; or multiplied, ``(g, o, k)``, with what the output is to have beyond
-            the expert's. ``None``: no rows of the expert were given.
-        rows: number of rows summed.
-        drift_norms: how large the drift is.
-        moments, expert_moments: of the layer's raw inputs ``x̂`` and ``x``, if its type needs them (batch
-            normalisation). Calls that have no counterpart in the expert are in neither.
-        scratch: memory in which rows are prepared. Sums of other tasks may use the same.
+        drift: ``sum s (x - x̂) x̂ᵀ``, ``(g, f, k)``. If it is multiplied, ``(g, o, k)``, with the ``offset`` of
+            :meth:`update`. ``None``: there were no rows of the expert.
+        rows: number of rows.
+        drift_norms: size of the drift.
+        moments, expert_moments: moments of the layer's inputs ``x̂`` and ``x``, for batch normalisation. In a two-sided
+            merge, they leave out calls without a counterpart in the expert.
+        scratch: memory in which rows are prepared. Sums of several tasks may share it.
 
-    Sums are in float32, or in float64 if the rows are, with autocast off.
+    Sums are in float32, or in float64 if the rows are. Autocast must be off.
 
-    Complexity: ``g f k`` multiply-adds a row for each of the two, or ``2 g o f`` for a drift already multiplied.
+    Complexity: for each row, ``g f k`` multiply-adds for each of the two sums, and ``2 g o f`` instead for a drift that
+    is multiplied.
 
     Example::
 
@@ -169,7 +174,7 @@ class InputSums:
 
     bias: bool
     normalize: bool
-    multiply: bool = False
+    multiplies_drift: bool = False
     gram: Tensor | None = None
     drift: Tensor | None = None
     rows: int = 0
@@ -189,9 +194,10 @@ class InputSums:
 
         Args:
             merged: ``x̂``, ``(n, g, f)``.
-            expert: ``x`` of the same shape, row for row. ``None``: nothing is added to the drift.
-            weight: of the expert, ``(g, o, k)``; needed where ``multiply`` is set.
-            offset: what the output is to have beyond the expert's, ``(n, g, o)``; only where ``multiply`` is set.
+            expert: ``x`` for the same rows. ``None``: nothing is added to the drift.
+            weight: the expert's weight, ``(g, o, k)``. It is needed if ``multiplies_drift`` is set.
+            offset: drift of a residual stream, which is added to the target, ``(n, g, o)``. It is used only if
+                ``multiplies_drift`` is set.
         """
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
         expert = None if expert is None else expert.to(merged.dtype)
@@ -200,44 +206,46 @@ class InputSums:
         length = torch.linalg.vector_norm(merged, dim=(1, 2))
         expert_length = length if expert is None else torch.linalg.vector_norm(expert, dim=(1, 2))
         if self.normalize:
-            # The row that enters the regression has unit length, one bias entry included; an empty row counts nothing.
-            # A row that the merged model has nearly lost, whose target has not shrunk with it, must not rule the fit.
+            # Each row of the regression has at most unit length, bias entry included. A row of zeros has weight zero.
+            # The larger length counts: a row that is small in the merged model alone has a large target, and would
+            # dominate the fit.
             square = torch.maximum(length, expert_length).square()
             norm = (square + float(self.bias)).sqrt()
-            # A square that overflows, or has lost its digits, must not pass for a row that counts nothing.
+            # NaN marks squares that overflow or have lost their digits. Otherwise their rows would count as zeros.
             smallest = 1e-30 if merged.dtype == torch.float32 else 0.0
-            unknown = ~norm.isfinite() | ((square > 0) & (norm.square() < smallest))
-            root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(unknown, torch.nan)
+            is_inexact = ~norm.isfinite() | ((square > 0) & (norm.square() < smallest))
+            root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(is_inexact, torch.nan)
         self.rows += len(merged)
         if features == 1:
-            self.gram = _added(self.gram, _gram_of_channels(merged, root.square(), self.bias))
+            self.gram = _add(self.gram, _gram_of_channels(merged, root.square(), self.bias))
         else:
-            scaled = self._turned("turned", self._scaled(merged, root))
+            scaled = self._fast_layout("rows", self._scaled(merged, root))
             self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
         if expert is None:
             return
         drift = torch.sub(expert, merged, out=self.scratch.empty("drift", merged, *merged.shape))
         self.drift_norms.update(length, expert_length, torch.linalg.vector_norm(drift, dim=(1, 2)))
-        if self.multiply:
+        if self.multiplies_drift:
             assert weight is not None
             weight = weight[..., :features].to(drift.dtype)
             drift = drift * weight[..., 0] if features == 1 else outputs(drift, weight)
             if offset is not None:
                 drift += offset
         if features == 1:
-            self.drift = _added(self.drift, _sums_of_channels(drift, merged, root.square(), self.bias))
+            self.drift = _add(self.drift, _sums_of_channels(drift, merged, root.square(), self.bias))
         else:
-            self.drift = add_product(self.drift, self._turned("turned drift", drift.mul_(root[:, None, None])), scaled)
+            drift = self._fast_layout("drift rows", drift.mul_(root[:, None, None]))
+            self.drift = add_product(self.drift, drift, scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
-        """Add sums that were made elsewhere, of the shapes of :attr:`gram` and :attr:`drift`."""
-        self.gram = _added(self.gram, gram)
+        """Add sums of other rows, in the shapes of :attr:`gram` and :attr:`drift`."""
+        self.gram = _add(self.gram, gram)
         if drift is not None:
-            self.drift = _added(self.drift, drift)
+            self.drift = _add(self.drift, drift)
         self.rows += rows
 
     def join(self, other: InputSums) -> None:
-        """Add the sums of other rows of the same layer."""
+        """Add all statistics of other rows of the same layer."""
         if other.gram is not None:
             self.add(other.gram, other.drift, other.rows)
         self.drift_norms.add(other.drift_norms)
@@ -245,16 +253,16 @@ class InputSums:
         self.expert_moments.add(other.expert_moments)
 
     def complete(self) -> Tensor | None:
-        """The whole of ``gram``: what is above the diagonal is copied from below it. More can be added afterwards."""
+        """Return ``gram`` with its upper triangle, copied from the lower one in place. More rows can still be added."""
         return None if self.gram is None else fill_upper_triangle(self.gram)
 
     def to_means(self, weight: Tensor) -> InputMeans:
-        """Divide the sums by the number of rows, in place: a second Gram matrix of every task may not fit in memory.
+        """Divide the sums by the number of rows, in place, because second Gram matrices may not fit in memory.
 
         These sums are empty afterwards.
 
         Args:
-            weight: of the expert, ``(g, o, k)``. It gives the shape where no row was added.
+            weight: the expert's weight, ``(g, o, k)``. It gives the shape if no row was added.
 
         Returns:
             The means.
@@ -267,10 +275,12 @@ class InputSums:
         gram /= count
         if drift is not None:
             drift /= count
-        return InputMeans(gram, drift, self.multiply, self.rows, self.drift_norms, self.moments, self.expert_moments)
+        return InputMeans(
+            gram, drift, self.multiplies_drift, self.rows, self.drift_norms, self.moments, self.expert_moments
+        )
 
     def _scaled(self, rows: Tensor, root: Tensor) -> Tensor:
-        """``rows * root``, or with a bias ``[rows, 1] * root``: ``(n, g, f)`` -> ``(n, g, k)``."""
+        """``rows * root``, or ``[rows, 1] * root`` with a bias: ``(n, g, f)`` -> ``(n, g, k)``."""
         n, groups, features = rows.shape
         length = features + int(self.bias)
         scaled = self.scratch.empty("scaled", rows, n, groups, aligned_length(length))[..., :length]
@@ -278,8 +288,8 @@ class InputSums:
         scaled[..., features:] = root[:, None, None]
         return scaled
 
-    def _turned(self, name: str, rows: Tensor) -> Tensor:
-        """Rows ``(n, g, k)`` as products are fastest with them."""
+    def _fast_layout(self, name: str, rows: Tensor) -> Tensor:
+        """Rows ``(n, g, k)`` in the memory layout with the fastest products, perhaps in scratch memory of that name."""
         if not is_faster_transposed(rows):
             return rows
         n, _, numbers = rows.shape
@@ -288,19 +298,19 @@ class InputSums:
 
 @dataclass(frozen=True)
 class InputMeans:
-    """Means of what :class:`InputSums` sums, for one task.
+    """The sums of :class:`InputSums` divided by the number of rows.
 
     Attributes:
         gram: ``G_i``, ``(g, k, k)``.
         drift: ``(g, f, k)``, or already multiplied by the expert's weight, ``(g, o, k)``.
-        multiplied: whether it is.
+        is_multiplied: whether the drift is multiplied.
         rows: number of rows.
         drift_norms, moments, expert_moments: as in :class:`InputSums`.
     """
 
     gram: Tensor
     drift: Tensor | None
-    multiplied: bool
+    is_multiplied: bool
     rows: int
     drift_norms: DriftNorms
     moments: Moments
@@ -308,18 +318,18 @@ class InputMeans:
 
     def weighted_drift(self, weight: Tensor) -> Tensor | None:
         """``D_i``: the drift multiplied by the expert's weight, ``(g, o, k)``."""
-        if self.drift is None or self.multiplied:
+        if self.drift is None or self.is_multiplied:
             return self.drift
         features = self.drift.shape[1]
         return torch.matmul(weight[..., :features].to(self.drift.dtype), self.drift)
 
 
-def _added(total: Tensor | None, sums: Tensor) -> Tensor:
+def _add(total: Tensor | None, sums: Tensor) -> Tensor:
     return sums if total is None else total.add_(sums)
 
 
 def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
-    """Return Gram matrices of groups with one input: ``(n, g, 1)`` and row weights ``(n,)`` -> ``(g, k, k)``.
+    """Return Gram matrices of groups with one input: rows ``(n, g, 1)``, row weights ``(n,)`` -> ``(g, k, k)``.
 
     Normalisations have such groups, and matrix products are slow for them.
     """
@@ -330,7 +340,7 @@ def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
 
 
 def _sums_of_channels(left: Tensor, rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
-    """``sum weight left [rows, 1]ᵀ`` of one input a group: ``(n, g, a)``, ``(n, g, 1)`` -> ``(g, a, k)``."""
+    """``sum weight left [rows, 1]ᵀ`` for groups with one input: ``(n, g, a)``, ``(n, g, 1)`` -> ``(g, a, k)``."""
     left = left * weight[:, None, None]
     sums = (left * rows).sum(0)
     return torch.stack([sums, left.sum(0)], -1) if bias else sums[..., None]

@@ -1,12 +1,12 @@
-"""Biases and normalisation parameters that each task keeps for itself, solved for it.
+"""Biases and normalisation parameters that are solved for each task.
 
-A merged model with a head for each task knows which task it is at. Then a layer may share its matrix, and have a bias
-for each task: the matrix is solved on inputs and outputs centred per task,
+A merged model with a head for each task knows the task of its input. So a layer may share its matrix between tasks and
+have one bias for each task. The matrix is solved on inputs and outputs that are centred for each task,
 
     W = argmin sum_i a_i / N_i  sum_n s_n || W (x̂_n - m_i) - (W_i x_n - t_i) ||²,    b_i = t_i - W m_i
 
-with ``m_i`` and ``t_i`` the weighted means of task i's inputs and targets. A scale and an offset per channel, with
-running statistics if there are any, are solved for each task alone. It goes beyond Chain of Merges.
+with ``m_i`` and ``t_i`` the weighted means of task i's inputs and targets. Scale and offset per channel, with their
+running statistics, are solved for each task alone. This goes beyond Chain of Merges.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from com_lightning.core.solve.ridge import factorize, solve_or_average
 def centred(
     grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor | None], list[Tensor]]:
-    """Centre the statistics and weights of a layer with a bias about the means of each task.
+    """Centre the statistics of a layer with a bias at the means of each task, and remove the bias from its weights.
 
     Args:
         grams: ``(g, k, k)`` of each task.
@@ -32,27 +32,36 @@ def centred(
     Returns:
         The same three for the regression without the bias, in float64.
 
-    Example: two inputs, 1 and 3, vary about their mean by one.
+    Example: the inputs 1 and 3 have a variance of one.
 
         >>> centred([torch.tensor([[[5.0, 2.0], [2.0, 1.0]]])], [None], [torch.ones(1, 1, 2)])[0][0].item()
         1.0
     """
     means = [_mean(gram) for gram in grams]
-    pure: list[Tensor | None] = [
+    centred_grams = [
+        gram.double()[..., :-1, :-1] - gram.double()[..., :-1, -1:] * mean.mT for gram, mean in zip(grams, means)
+    ]
+    centred_drifts: list[Tensor | None] = [
         None if drift is None else drift.double()[..., :-1] - drift.double()[..., -1:] * mean.mT
         for drift, mean in zip(drifts, means)
     ]
-    about = [gram.double()[..., :-1, :-1] - gram.double()[..., :-1, -1:] * mean.mT for gram, mean in zip(grams, means)]
-    return about, pure, [weight[..., :-1] for weight in weights]
+    return centred_grams, centred_drifts, [weight[..., :-1] for weight in weights]
 
 
 def with_task_biases(
     matrix: Tensor, grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Return ``[W, b_i]`` for each task, ``(g, o, k)``.
+    """Compute the bias of each task from the shared matrix.
 
-    ``matrix`` is the solution ``W``, ``(g, o, k - 1)``, of the regression that :func:`centred` gives for the other
-    arguments.
+    Args:
+        matrix: the solution ``W``, ``(g, o, k - 1)``, of the regression that :func:`centred` makes of the other
+            arguments.
+        grams: as for :func:`centred`.
+        drifts: as for :func:`centred`.
+        weights: as for :func:`centred`.
+
+    Returns:
+        ``[W, b_i]`` for each task, ``(g, o, k)``.
     """
     result = []
     for gram, drift, weight in zip(grams, drifts, weights):
@@ -68,9 +77,17 @@ def with_task_biases(
 def solve_each(
     grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor], anchor: Tensor, ridge: float
 ) -> list[Tensor]:
-    """Return the weight of a layer for each task alone, ``(g, o, k)``, pulled towards ``anchor``.
+    """Solve a layer for each task alone.
 
-    Groups without data keep the anchor.
+    Args:
+        grams: ``(g, k, k)`` of each task.
+        drifts: ``(g, o, k)`` of each task, or ``None``.
+        weights: ``(g, o, k)`` of each expert.
+        anchor: ``(g, o, k)``. The ridge pulls towards it, and groups without data keep it.
+        ridge: relative to the mean of the diagonal of the Gram matrix.
+
+    Returns:
+        The weight of each task, ``(g, o, k)``.
     """
     result = []
     for gram, drift, weight in zip(grams, drifts, weights):

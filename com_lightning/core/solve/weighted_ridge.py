@@ -1,7 +1,7 @@
-"""The closed form of one layer where errors count by direction, differently for each task.
+"""The solution of one layer if errors count by direction, differently for each task.
 
-``H_i`` is what task i makes of errors in the layer's outputs, see :mod:`com_lightning.core.chain.sensitivity`. The
-merged weight minimises
+``H_i`` says how much errors in the layer's outputs matter for task i, see :mod:`com_lightning.core.chain.sensitivity`.
+The merged weight minimises
 
     sum_i a_i / N_i  sum_n s_n || H_i^½ (W x̂_n - W_i x_n) ||²  +  l sum_i a_i || H_i^½ (W - W̄) ||²
 
@@ -9,10 +9,10 @@ which for the difference ``D = W - W̄`` to the average is the linear system
 
     sum_i a_i H_i D (G_i + l I)  =  sum_i a_i H_i [ (W_i - W̄) G_i + D_i ]
 
-with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal, it has that module's
-solution. If they differ, it has as many unknowns as the weight has numbers, and is solved by conjugate gradients, which
-are preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)`` and begin at that solution. The equations are ours.
-Tam et al., arXiv 2312.04339, have systems of this form.
+with everything else as in :mod:`com_lightning.core.solve.ridge`. If all ``H_i`` are equal, the solution is the one of
+that module. If they differ, the system has as many unknowns as the weight has numbers. It is solved by conjugate
+gradients, which start at that solution and are preconditioned by ``(sum a_i H_i) ⊗ (sum a_i G_i + l I)``. The equations
+are ours. Tam et al., arXiv 2312.04339, solve systems of this form.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from torch import Tensor
 from com_lightning.core.solve.ridge import Factor
 
 DAMPING = 0.3
-"""Share of the identity in each ``H_i``, whose own diagonal has a mean of one: no direction is free of charge."""
+"""Multiple of the identity in each ``H_i``, so that errors count in every direction. The diagonal of ``U_i U_iᵀ`` has a
+mean of one."""
 STEPS, TOLERANCE = 100, 1e-2
 
 
@@ -39,7 +40,7 @@ def solve_weighted(
     roots: Sequence[Tensor],
     start: Tensor,
 ) -> tuple[Tensor, int]:
-    """Return the merged weight ``(1, o, k)`` in float64, and the number of steps.
+    """Solve a layer by conjugate gradients.
 
     Args:
         factor: as for :func:`~com_lightning.core.solve.ridge.solve`, with one group.
@@ -49,8 +50,11 @@ def solve_weighted(
         importance: as for ``solve``.
         ridge: relative to the mean of the diagonal of the summed Gram matrix, as in
             :func:`~com_lightning.core.solve.ridge.factorize`.
-        roots: ``U_i`` of each task, ``(o, r)`` in float64, with ``H_i = U_i U_iᵀ + 0.3``.
-        start: the solution without metrics.
+        roots: ``U_i`` of each task, ``(o, r)`` in float64, with ``H_i = U_i U_iᵀ + 0.3 I``.
+        start: the solution if all errors count alike, ``(1, o, k)`` in float64.
+
+    Returns:
+        The merged weight, ``(1, o, k)`` in float64, and the number of steps.
 
     Complexity: for each step, with ``r`` columns in each of ``T`` roots, ``o k² + T r k (2 o + k)`` multiply-adds.
     """
@@ -58,22 +62,22 @@ def solve_weighted(
     for weight, share in zip(weights, importance):
         mean.add_(weight[0].double(), alpha=share)
     scale = sum(share * float(gram[0].diagonal().double().mean()) for gram, share in zip(grams, importance))
-    whole, ridged, right = torch.zeros_like(grams[0][0], dtype=torch.float64), [], torch.zeros_like(mean)
+    total, regularised, right = torch.zeros_like(grams[0][0], dtype=torch.float64), [], torch.zeros_like(mean)
     for gram, drift, weight, share, root in zip(grams, drifts, weights, importance, roots):
-        own = gram[0].double()
-        rows = (weight[0].double() - mean) @ own
+        matrix = gram[0].double()
+        rows = (weight[0].double() - mean) @ matrix
         if drift is not None:
             rows += drift[0].double()
         right.add_(rows, alpha=share * DAMPING).addmm_(root, root.T @ rows, alpha=share)
-        own = own.clone()
-        own.diagonal().add_(ridge * scale)
-        ridged.append(own)
-        whole.add_(own, alpha=share)
+        matrix = matrix.clone()
+        matrix.diagonal().add_(ridge * scale)
+        regularised.append(matrix)
+        total.add_(matrix, alpha=share)
 
     def apply(difference: Tensor) -> Tensor:
-        result = DAMPING * (difference @ whole)
-        for own, share, root in zip(ridged, importance, roots):
-            result.addmm_(root, (root.T @ difference) @ own, alpha=share)
+        result = DAMPING * (difference @ total)
+        for matrix, share, root in zip(regularised, importance, roots):
+            result.addmm_(root, (root.T @ difference) @ matrix, alpha=share)
         return result
 
     divide = _divider([share**0.5 * root for root, share in zip(roots, importance)])
@@ -86,17 +90,17 @@ def solve_weighted(
 
 
 def _divider(roots: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
-    """Divides by ``sum_i U_i U_iᵀ + 0.3`` from the left."""
-    wide = torch.cat(list(roots), dim=1)
-    if wide.shape[1] >= len(wide):
-        matrix = wide @ wide.T
+    """Return a function that multiplies by the inverse of ``sum_i U_i U_iᵀ + 0.3 I`` from the left."""
+    root = torch.cat(list(roots), dim=1)
+    if root.shape[1] >= len(root):
+        matrix = root @ root.T
         matrix.diagonal().add_(DAMPING)
         lower = torch.linalg.cholesky(matrix)
         return lambda right: torch.cholesky_solve(right, lower)
-    core = wide.T @ wide  # Woodbury's identity
-    core.diagonal().add_(DAMPING)
-    lower = torch.linalg.cholesky(core)
-    return lambda right: (right - wide @ torch.cholesky_solve(wide.T @ right, lower)) / DAMPING
+    matrix = root.T @ root  # Woodbury's identity
+    matrix.diagonal().add_(DAMPING)
+    lower = torch.linalg.cholesky(matrix)
+    return lambda right: (right - root @ torch.cholesky_solve(root.T @ right, lower)) / DAMPING
 
 
 def _conjugate_gradients(
@@ -108,7 +112,7 @@ def _conjugate_gradients(
     energy = float((residual * preconditioned).sum())
     small = TOLERANCE**2 * float((right * precondition(right)).sum())
     for number in range(STEPS):
-        if not energy > small:  # nothing to do, or nothing that can be done
+        if not energy > small:  # converged, or NaN
             return solution, number
         image = apply(step)
         length = energy / float((step * image).sum())

@@ -56,7 +56,7 @@ class Layer:
     @property
     def multiplies_drift(self) -> bool:
         """Whether the drift is multiplied by the weight while it is gathered."""
-        return self.repairs_stream or self.layer_type.multiply(self.weights[0])
+        return self.repairs_stream or self.layer_type.multiplies_drift(self.weights[0])
 
     @property
     def key(self) -> Hashable:

@@ -16,7 +16,7 @@ from com_lightning import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.core.chain import chain
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import layer_type
+from com_lightning.core.layers import layer_type_of
 from com_lightning.core.layers.einsum import Contraction
 from com_lightning.core.sweep.context import Run, Solved
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
@@ -159,31 +159,31 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 def test_what_is_added_to_the_output_is_in_line_with_the_rows(name: str) -> None:
     make, shape = LAYERS[name]
     module, x = perturb(make(), 0.5, seed=1).eval().double(), spread(0, *shape).double()
-    kind = layer_type(module)
-    assert kind is not None
-    assert kind.corrects
-    weight, output = kind.to_matrix(module, module), module(x).detach()
-    _check_offset(kind, module, x, weight, output)
+    layer_type = layer_type_of(module)
+    assert layer_type is not None
+    assert layer_type.can_repair_stream
+    weight, output = layer_type.to_matrix(module, module), module(x).detach()
+    _check_offset(layer_type, module, x, weight, output)
 
 
 def test_the_same_of_a_contraction() -> None:
     x, module = spread(0, 3, 2, 4, 5).double(), nn.Module()
     module.weight = nn.Parameter(torch.randn(4, 5, 2, 7, dtype=torch.float64))
-    kind = Contraction.parse("nghf,hfgo->ohng", x, module.weight, weight_first=False)
-    assert kind is not None
+    layer_type = Contraction.parse("nghf,hfgo->ohng", x, module.weight, weight_first=False)
+    assert layer_type is not None
     output = torch.einsum("nghf,hfgo->ohng", x, module.weight.detach().movedim(0, 0))
-    _check_offset(kind, module, x, kind.to_matrix(module, module), output)
+    _check_offset(layer_type, module, x, layer_type.to_matrix(module, module), output)
 
 
-def _check_offset(kind: Any, module: nn.Module, x: Tensor, weight: Tensor, output: Tensor) -> None:
-    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in kind.rows(module, (x,), {})])
-    if kind.has_bias(module):
+def _check_offset(layer_type: Any, module: nn.Module, x: Tensor, weight: Tensor, output: Tensor) -> None:
+    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in layer_type.rows(module, (x,), {})])
+    if layer_type.has_bias(module):
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], -1)
     expected = torch.einsum("ngk,gok->ngo", rows, weight)
-    offset = kind.offset(module, (x,), {}, weight, output)
+    offset = layer_type.offset(module, (x,), {}, weight, output)
     assert relative(offset, expected) < 1e-8
-    assert relative(kind.offset(module, (x,), {}, weight, output.reshape(1, *output.shape)), expected) < 1e-8
-    assert kind.offset(module, (x,), {}, weight, output[..., :-1]) is None
+    assert relative(layer_type.offset(module, (x,), {}, weight, output.reshape(1, *output.shape)), expected) < 1e-8
+    assert layer_type.offset(module, (x,), {}, weight, output[..., :-1]) is None
 
 
 def test_a_stream_that_has_changed_is_not_corrected_for() -> None:

@@ -11,7 +11,7 @@ from torchvision.models.convnext import LayerNorm2d
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from com_lightning.core.layers import LayerType, base, layer_type
+from com_lightning.core.layers import LayerType, base, layer_type_of
 from com_lightning.core.layers.base import Arguments, LayerCall
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Bilinear
@@ -50,14 +50,14 @@ CASES: dict[str, tuple[nn.Module, Tensor]] = {
 def test_rows_times_weight_is_the_output(case: str) -> None:
     module, x = CASES[case]
     perturb(module.eval(), 0.5, seed=1)
-    kind = layer_type(module)
-    assert kind is not None
-    assert kind.refuses(module, (x,), {}) is None
-    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in kind.rows(module, (x,), {})])
-    weight = kind.to_matrix(module, module).float()
+    layer_type = layer_type_of(module)
+    assert layer_type is not None
+    assert layer_type.refuses(module, (x,), {}) is None
+    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in layer_type.rows(module, (x,), {})])
+    weight = layer_type.to_matrix(module, module).float()
     if case == "gemma-rms-norm":
         weight = weight + 1  # it stores its scale less one; `gather` knows
-    if kind.has_bias(module):
+    if layer_type.has_bias(module):
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
     predicted = torch.einsum("ngk,gok->ngo", rows, weight).flatten(1)
     output = module(x)
@@ -70,10 +70,10 @@ def test_rows_times_weight_is_the_output(case: str) -> None:
 def test_the_weight_goes_back_into_the_layer(case: str) -> None:
     module, _ = CASES[case]
     perturb(module, 0.5, seed=2)
-    kind = layer_type(module)
-    assert kind is not None
+    layer_type = layer_type_of(module)
+    assert layer_type is not None
     own = dict(module.named_parameters())
-    back = kind.from_matrix(module, kind.to_matrix(module, module).double())
+    back = layer_type.from_matrix(module, layer_type.to_matrix(module, module).double())
     assert back.keys() == own.keys()
     assert all(torch.equal(back[name].float(), own[name]) for name in own)
 
@@ -81,23 +81,23 @@ def test_the_weight_goes_back_into_the_layer(case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_rows_come_out_the_same_in_pieces(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, x = CASES[case]
-    kind = layer_type(module)
-    assert kind is not None
-    whole = torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})])
+    layer_type = layer_type_of(module)
+    assert layer_type is not None
+    whole = torch.cat([part.flatten() for part, _ in layer_type.rows(module, (x,), {})])
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 1)
-    assert torch.equal(torch.cat([part.flatten() for part, _ in kind.rows(module, (x,), {})]), whole)
+    assert torch.equal(torch.cat([part.flatten() for part, _ in layer_type.rows(module, (x,), {})]), whole)
 
 
 @pytest.mark.parametrize("one_too_small", [True, False])
 def test_an_input_of_zeros_does_not_tell_how_a_scale_is_stored(one_too_small: bool) -> None:
     module: nn.Module = GemmaRMSNorm(6) if one_too_small else LlamaRMSNorm(6)
     perturb(module, 0.5, seed=1)
-    x, kind = torch.randn(4, 6), layer_type(module)
-    assert isinstance(kind, PerChannel)
-    ((rows, _),) = kind.rows(module, (torch.zeros(4, 6),), {})
+    x, layer_type = torch.randn(4, 6), layer_type_of(module)
+    assert isinstance(layer_type, PerChannel)
+    ((rows, _),) = layer_type.rows(module, (torch.zeros(4, 6),), {})
     assert not rows.any()
-    ((rows, _),) = kind.rows(module, (x,), {})
-    scale = kind.to_matrix(module, module)[:, 0, 0] + float(one_too_small)
+    ((rows, _),) = layer_type.rows(module, (x,), {})
+    scale = layer_type.to_matrix(module, module)[:, 0, 0] + float(one_too_small)
     torch.testing.assert_close(rows[..., 0] * scale, module(x))
 
 
@@ -105,26 +105,26 @@ def test_an_input_of_zeros_does_not_tell_how_a_scale_is_stored(one_too_small: bo
 def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     module, left, right = nn.Bilinear(3, 4, 5, bias=bias), torch.randn(2, 6, 3), torch.randn(2, 6, 4)
-    kind = layer_type(module)
-    assert isinstance(kind, Bilinear)
-    assert kind.refuses(module, (left, right), {}) is None
-    (rows, tokens), *more = kind.rows(module, (left,), {"input2": right})
+    layer_type = layer_type_of(module)
+    assert isinstance(layer_type, Bilinear)
+    assert layer_type.refuses(module, (left, right), {}) is None
+    (rows, tokens), *more = layer_type.rows(module, (left,), {"input2": right})
     assert tokens
     assert not more
-    weight = kind.to_matrix(module, module)
+    weight = layer_type.to_matrix(module, module)
     rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) if bias else rows
     assert relative(torch.einsum("...gk,gok->...go", rows, weight)[..., 0, :], module(left, right)) < 1e-5
-    back = kind.from_matrix(module, weight)
+    back = layer_type.from_matrix(module, weight)
     assert back.keys() == dict(module.named_parameters()).keys()
     assert all(torch.equal(back[name], parameter) for name, parameter in module.named_parameters())
     # In pieces, from keywords in any order, with a mask: the same statistics as of the rows that it keeps.
     keep = torch.rand(2, 6) > 0.4
     expected, entry = InputSums(bias, True), InputSums(bias, True)
     plain = LayerCall(Arguments((left, right)), Arguments((-left, right)), weight, keep)
-    LayerType.gather(kind, module, expected, plain)
+    LayerType.gather(layer_type, module, expected, plain)
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 12 * 2)
     merged, expert = (Arguments((), {"input2": right, "input1": values}) for values in (left, -left))
-    assert kind.gather(module, entry, LayerCall(merged, expert, weight, keep))
+    assert layer_type.gather(module, entry, LayerCall(merged, expert, weight, keep))
     assert entry.rows == expected.rows == int(keep.sum())
     assert entry.gram is not None
     assert entry.drift is not None
@@ -136,20 +136,20 @@ def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_bilinear_layer_of_too_many_products_is_refused() -> None:
     module = nn.Bilinear(128, 65, 1, device="meta")
-    kind = layer_type(module)
-    assert kind is not None
-    assert "8,320 entries" in str(kind.refuses(module, (), {}))
+    layer_type = layer_type_of(module)
+    assert layer_type is not None
+    assert "8,320 entries" in str(layer_type.refuses(module, (), {}))
 
 
 @pytest.mark.parametrize("padding", [False, True])
 def test_embedding_counts_equal_one_hot_rows(padding: bool) -> None:
     torch.manual_seed(0)
-    table, ids, kind = nn.Embedding(9, 4, padding_idx=0), torch.randint(0, 9, (3, 5)), Embedding()
+    table, ids, layer_type = nn.Embedding(9, 4, padding_idx=0), torch.randint(0, 9, (3, 5)), Embedding()
     keep = torch.rand(3, 5) > 0.4 if padding else None
     counted, dense = InputSums(False, True), InputSums(False, True)
     call = LayerCall(Arguments((ids,)), None, table.weight[..., None], keep)
-    kind.gather(table, counted, call)
-    LayerType.gather(kind, table, dense, call)
+    layer_type.gather(table, counted, call)
+    LayerType.gather(layer_type, table, dense, call)
     assert counted.gram is not None
     assert dense.gram is not None
     assert counted.rows == dense.rows
@@ -174,14 +174,14 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("module", [Shifted(2, 2), nn.LSTM(2, 2), nn.PReLU()])
 def test_layers_that_are_no_such_regression_are_not_taken_for_one(module: nn.Module) -> None:
-    kind = layer_type(module)
-    assert kind is None or kind.refuses(module, (torch.randn(3, 2),), {})
+    layer_type = layer_type_of(module)
+    assert layer_type is None or layer_type.refuses(module, (torch.randn(3, 2),), {})
 
 
 def test_a_scale_that_is_no_scale_is_refused_when_it_is_seen() -> None:
     gate = Gate()
     perturb(gate, 1.0, seed=0)
-    assert isinstance(layer_type(gate), PerChannel)
+    assert isinstance(layer_type_of(gate), PerChannel)
     assert "scale" in str(PerChannel().refuses(gate, (torch.randn(3, 4),), {}))
 
 
@@ -201,10 +201,12 @@ def test_a_router_that_gives_several_tensors_is_refused() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_layers_give_rows_in_float32(module: nn.Module, dtype: torch.dtype) -> None:
     module = copy.deepcopy(module).eval().to(dtype)
-    kind, x = layer_type(module), torch.randn(3, 4).to(dtype)
-    assert kind is not None
-    assert kind.refuses(module, (x,), {}) is None
-    entry = InputSums(kind.has_bias(module), True, kind.multiply(kind.to_matrix(module, module)))
-    kind.gather(module, entry, LayerCall(Arguments((x,)), Arguments((x,)), kind.to_matrix(module, module)))
+    layer_type, x = layer_type_of(module), torch.randn(3, 4).to(dtype)
+    assert layer_type is not None
+    assert layer_type.refuses(module, (x,), {}) is None
+    entry = InputSums(
+        layer_type.has_bias(module), True, layer_type.multiplies_drift(layer_type.to_matrix(module, module))
+    )
+    layer_type.gather(module, entry, LayerCall(Arguments((x,)), Arguments((x,)), layer_type.to_matrix(module, module)))
     assert entry.gram is not None
     assert entry.gram.dtype == torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.layers import base, layer_type
+from com_lightning.core.layers import base, layer_type_of
 from com_lightning.core.layers.base import Arguments, LayerCall
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.solve.ridge import factorize, solve
@@ -60,27 +60,27 @@ def image(name: str, seed: int, count: int = 3) -> Tensor:
 @pytest.mark.parametrize("name", CASES)
 def test_rows_times_weight_is_the_output(name: str) -> None:
     module, x = perturb(layer(name), 0.5, seed=1), image(name, 0)
-    kind = layer_type(module)
-    assert isinstance(kind, Convolution)
-    assert kind.refuses(module, (x,), {}) is None
-    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in kind.rows(module, (x,), {})])
-    if kind.has_bias(module):
+    layer_type = layer_type_of(module)
+    assert isinstance(layer_type, Convolution)
+    assert layer_type.refuses(module, (x,), {}) is None
+    rows = torch.cat([part.reshape(-1, *part.shape[-2:]) for part, _ in layer_type.rows(module, (x,), {})])
+    if layer_type.has_bias(module):
         rows = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1)
-    predicted = torch.einsum("ngk,gok->ngo", rows, kind.to_matrix(module, module)).flatten(1)
+    predicted = torch.einsum("ngk,gok->ngo", rows, layer_type.to_matrix(module, module)).flatten(1)
     output = module(x).movedim(1, -1)
     assert relative(predicted, output.reshape(predicted.shape)) < 1e-5
-    back = kind.from_matrix(module, kind.to_matrix(module, module))
+    back = layer_type.from_matrix(module, layer_type.to_matrix(module, module))
     assert back.keys() == dict(module.named_parameters()).keys()
     assert all(torch.equal(back[own], parameter) for own, parameter in module.named_parameters())
 
 
 def merged(experts: list[nn.Module], inputs: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, list[InputSums]]:
-    kind = layer_type(experts[0])
-    assert kind is not None
-    weights = [kind.to_matrix(expert, experts[0]) for expert in experts]
+    layer_type = layer_type_of(experts[0])
+    assert layer_type is not None
+    weights = [layer_type.to_matrix(expert, experts[0]) for expert in experts]
     statistics = [InputSums(True, True) for _ in experts]
     for entry, (ours, theirs), weight in zip(statistics, inputs, weights):
-        assert kind.gather(experts[0], entry, LayerCall(Arguments((ours,)), Arguments((theirs,)), weight))
+        assert layer_type.gather(experts[0], entry, LayerCall(Arguments((ours,)), Arguments((theirs,)), weight))
     means = [entry.to_means(weight) for entry, weight in zip(statistics, weights)]
     grams = [entry.gram for entry in means]
     drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
@@ -139,6 +139,6 @@ def test_without_a_batch_dimension() -> None:
 
 def test_an_output_size_is_refused() -> None:
     module: nn.Module = nn.ConvTranspose2d(2, 3, 3, stride=2)
-    kind, x = layer_type(module), torch.randn(1, 2, 4, 4)
-    assert kind is not None
-    assert "output_size" in str(kind.refuses(module, (x,), {"output_size": [10, 10]}))
+    layer_type, x = layer_type_of(module), torch.randn(1, 2, 4, 4)
+    assert layer_type is not None
+    assert "output_size" in str(layer_type.refuses(module, (x,), {"output_size": [10, 10]}))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import layer_type
+from com_lightning.core.layers import layer_type_of
 from com_lightning.core.layers.base import Arguments, LayerCall
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.layers.normalization import BatchNorm, PerChannel
@@ -176,11 +176,11 @@ def test_without_scale_and_offset_the_running_statistics_are_re_estimated() -> N
 @pytest.mark.parametrize("shape", [(4, 6, 5), (4, 5, 6)], ids=["channels second", "as wide as it has channels"])
 def test_padding_is_left_out_of_the_moments(shape: tuple[int, ...]) -> None:
     layer, channels = nn.BatchNorm1d(shape[1]).eval(), shape[1]
-    kind, x, entry = layer_type(layer), batch(0, *shape), InputSums(True, True, True)
-    assert isinstance(kind, BatchNorm)
+    layer_type, x, entry = layer_type_of(layer), batch(0, *shape), InputSums(True, True, True)
+    assert isinstance(layer_type, BatchNorm)
     keep = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(0)) > 0.5
-    call = LayerCall(Arguments((x,)), Arguments((x + 1,)), kind.to_matrix(layer, layer), keep)
-    kind.gather(layer, entry, call)
+    call = LayerCall(Arguments((x,)), Arguments((x + 1,)), layer_type.to_matrix(layer, layer), keep)
+    layer_type.gather(layer, entry, call)
     rows = x.movedim(1, -1)[keep]
     assert rows.shape == (int(keep.sum()), channels)
     assert entry.moments.count == entry.expert_moments.count == len(rows)
@@ -205,13 +205,13 @@ def test_a_channel_without_variance_gives_something_finite() -> None:
 
 def test_forwards_of_different_sizes_have_no_counterpart_and_do_not_count() -> None:
     layer = nn.BatchNorm1d(6).eval()
-    kind, entry = BatchNorm(), InputSums(True, True, True)
+    layer_type, entry = BatchNorm(), InputSums(True, True, True)
     x = batch(0, 8, 6)
-    call = LayerCall(Arguments((x,)), Arguments((x[:3],)), kind.to_matrix(layer, layer))
-    assert not kind.gather(layer, entry, call)
+    call = LayerCall(Arguments((x,)), Arguments((x[:3],)), layer_type.to_matrix(layer, layer))
+    assert not layer_type.gather(layer, entry, call)
     assert entry.moments.count == entry.expert_moments.count == 0
-    weight = kind.to_matrix(layer, layer)
-    written = kind.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
+    weight = layer_type.to_matrix(layer, layer)
+    written = layer_type.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
     assert isinstance(written, dict)
     assert torch.equal(written["running_mean"].float(), layer.get_buffer("running_mean"))
 
@@ -240,10 +240,10 @@ def test_variants(norm: Callable[[], nn.Module]) -> None:
 def test_half_precision_is_made_up_for() -> None:
     layer = nn.BatchNorm1d(6).eval().to(torch.bfloat16)
     x = batch(0, 40, 6)
-    kind, entry = BatchNorm(), InputSums(True, True, True)
-    weight = kind.to_matrix(layer, layer)
-    kind.gather(layer, entry, LayerCall(Arguments((x + 1,)), Arguments((3 * x,)), weight))
-    written = kind.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
+    layer_type, entry = BatchNorm(), InputSums(True, True, True)
+    weight = layer_type.to_matrix(layer, layer)
+    layer_type.gather(layer, entry, LayerCall(Arguments((x + 1,)), Arguments((3 * x,)), weight))
+    written = layer_type.finish(layer, weight, [layer], [entry.to_means(weight)], [1.0])
     assert isinstance(written, dict)
     stored = {name: value.to(torch.bfloat16).double() for name, value in written.items()}
     assert all(torch.equal(stored[name], written[name]) for name in ("running_mean", "running_var"))
@@ -255,7 +255,7 @@ def test_half_precision_is_made_up_for() -> None:
 def test_batch_statistics_in_eval_mode_are_a_scale_and_an_offset() -> None:
     batches = make_batches(40, 5)
     experts = built(lambda: mlp(lambda: nn.BatchNorm1d(6, track_running_stats=False)))
-    assert type(layer_type(experts[0].get_submodule("1"))) is PerChannel
+    assert type(layer_type_of(experts[0].get_submodule("1"))) is PerChannel
     _, records = merge(experts, batches, ChainOptions())
     assert records[1].parameters == {"1.weight": 6, "1.bias": 6}
     assert records[1].buffers == []
@@ -271,7 +271,7 @@ def test_private_running_statistics_leave_the_layer_averaged() -> None:
 
 def test_lazy_layers() -> None:
     lazy = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.ReLU(), nn.LazyConv1d(2, 3))
-    assert [layer_type(layer) for layer in lazy] == [None] * 4  # no shape yet
+    assert [layer_type_of(layer) for layer in lazy] == [None] * 4  # no shape yet
     batches = make_batches(40, 5)
     loaded = nn.Sequential(nn.LazyLinear(6), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(6, 3))
     loaded.load_state_dict(mlp().state_dict())

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, parametrize, weight_norm
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import layer_type, own_parameters
+from com_lightning.core.layers import layer_type_of, stored_parameters
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
@@ -99,8 +99,8 @@ def merge(experts: list[nn.Module], batches: list[list[Tensor]]) -> Merged:
 
 def plain(module: nn.Module) -> nn.Module:
     """The same layer without parametrisations (torch's own removal would change all copies of the layer)."""
-    kind: Any = type(module).__mro__[1]
-    layer: nn.Module = kind.__new__(kind)
+    cls: Any = type(module).__mro__[1]
+    layer: nn.Module = cls.__new__(cls)
     layer.__dict__.update(vars(module), _modules={}, _parameters={})
     for name in ("weight", "bias"):
         layer.register_parameter(name, nn.Parameter(getattr(module, name).detach()))
@@ -115,7 +115,9 @@ def test_the_weight_is_solved_as_if_it_were_a_parameter(name: str) -> None:
     reference, _ = merge([plain(expert) for expert in experts], batches)
     assert records[0].note is None
     assert (
-        set(records[0].parameters) == set(own_parameters(experts[0])) == {n for n, _, p in named_tensors(module) if p}
+        set(records[0].parameters)
+        == set(stored_parameters(experts[0]))
+        == {n for n, _, p in named_tensors(module) if p}
     )
     for own in ("weight", "bias"):
         assert relative(getattr(module, own), getattr(reference, own)) < 1e-4
@@ -165,7 +167,7 @@ def test_a_layer_within_a_parametrisation_is_no_layer_of_the_model() -> None:
 def test_weight_normalisation_of_old_is_averaged() -> None:
     with pytest.warns(FutureWarning):
         experts: list[nn.Module] = [nn.Sequential(weight_norm(linear()), linear()).eval() for _ in range(2)]
-    assert layer_type(experts[0].get_submodule("0")) is None
+    assert layer_type_of(experts[0].get_submodule("0")) is None
     module, records = merge(experts, [[data(seed, (12, 5))] for seed in range(2)])
     assert [record.name for record in records if record.parameters] == ["0.bias", "1"]
     assert {record.name for record in records if record.note} == {"0.weight_v", "0.weight_g"}
@@ -175,4 +177,4 @@ def test_weight_normalisation_of_old_is_averaged() -> None:
 def test_a_parametrised_embedding_is_no_table() -> None:
     table = parametrised(nn.Embedding(9, 4), Doubled())
     assert not Embedding().matches(table)
-    assert layer_type(table) is None
+    assert layer_type_of(table) is None

@@ -192,7 +192,7 @@ def test_the_shift_is_that_of_the_rows_and_keeps_its_digits_where_they_are_nearl
 @pytest.mark.parametrize("size", [1, 6, 1000])
 def test_the_rows_of_a_table_are_solved_a_few_at_a_time(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Groups of one input: the same as one group in which the inputs never meet."""
-    monkeypatch.setattr(solver, "PART_ELEMENTS", size)
+    monkeypatch.setattr(solver, "BLOCK_ELEMENTS", size)
     torch.manual_seed(0)
     words, width, importance = 7, 3, [0.3, 0.7]
     counts = [torch.randint(0, 4, (words,)).double() for _ in importance]
@@ -213,7 +213,7 @@ def test_a_matrix_that_is_none_of_squares_keeps_the_average() -> None:
     drifts: list[Tensor | None] = [torch.randn(2, 3, 2) for _ in range(2)]
     factor = factorize(grams, [0.5, 0.5], 0.0)
     found = solve_or_average(factor, grams, drifts, weights, [0.5, 0.5])
-    assert found.kept == 1
+    assert found.groups_kept_average == 1
     mean = (weights[0] + weights[1]).double() / 2
     torch.testing.assert_close(found.weight[1], mean[1])
     alone = [[entry[:1] for entry in part if entry is not None] for part in (grams, drifts, weights)]
@@ -225,7 +225,7 @@ def test_a_solution_that_overflows_keeps_the_average() -> None:
     grams, weights = [torch.full((1, 1, 1), 1e-300, dtype=torch.float64)], [torch.ones(1, 1, 1).double()]
     drifts: list[Tensor | None] = [torch.full((1, 1, 1), 1e300, dtype=torch.float64)]
     found = solve_or_average(factorize(grams, [1.0], 0.0), grams, drifts, weights, [1.0])
-    assert (found.weight.item(), found.kept) == (1.0, 1)
+    assert (found.weight.item(), found.groups_kept_average) == (1.0, 1)
 
 
 @pytest.mark.parametrize("groups", [1, 4])
