@@ -1,8 +1,7 @@
 """The closed form of one layer, from the statistics of its inputs to the merged weight.
 
-Three solvers share the work: :func:`fit_by_ridge` where all errors count alike, :func:`fit_by_sensitivity` where they
-count by their effect on predictions, and :func:`fit_task_biases` on top of either where each task gets biases or
-normalisation parameters of its own. :func:`fit` chooses.
+:func:`fit` chooses between :func:`fit_by_ridge`, where all errors count alike, and :func:`fit_by_sensitivity`, where
+errors count by their effect on predictions. If each task gets its own biases, :func:`fit_task_biases` adds them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class Fit:
         groups_kept_average, cg_steps, residual: see :class:`~com_lightning.core.sweep.task.LayerRecord`.
         importance: of each task, with a sum of one.
         reached: ``(g,)``, positive for groups that data have reached.
-        task_weights: the weight of each task, where a task keeps a part of it for itself.
+        task_weights: the weight of each task, if tasks keep their own biases or normalisation parameters.
     """
 
     weight: Tensor
@@ -56,8 +55,8 @@ class Regression:
         weights: of the experts, ``(g, o, k)``.
         importance: with a sum of one.
         ridge: relative to the mean of the diagonal of the summed Gram matrix.
-        anchor: what solutions are pulled towards, ``(g, o, k)``. ``None``: the average of the experts.
-        one_sided: whether targets are taken on the merged model's input. Then the residual is known from the solution.
+        anchor: the weight that the ridge pulls towards, ``(g, o, k)``. ``None``: the average of the experts.
+        one_sided: whether targets are computed on the merged model's input. Then the statistics give the residual.
     """
 
     grams: list[Tensor]
@@ -69,12 +68,12 @@ class Regression:
     one_sided: bool
 
     def centred(self) -> Regression:
-        """The regression without a bias, about the means of each task."""
+        """Return the regression without the bias, centred at the means of each task."""
         grams, drifts, weights = centred(self.grams, self.drifts, self.weights)
         return replace(self, grams=grams, drifts=drifts, weights=weights)
 
     def residual(self, weight: Tensor) -> float:
-        """Relative squared error of a weight, with targets on the merged model's input."""
+        """Return the relative squared error of a weight, with targets on the merged model's input."""
         return residual(self.grams, self.weights, weight[..., : self.weights[0].shape[2]], self.importance)
 
 
@@ -89,12 +88,13 @@ def fit(
     """Solve a layer.
 
     Args:
-        layer: with its weights in all experts.
+        layer: the layer, with the weights of all experts.
         inputs: its statistics. The sums become means.
         options: what is solved.
         importance: one weight per task, summing to one.
-        roots: for each task, of the matrix by which errors count, see :mod:`~com_lightning.core.chain.sensitivity`.
-        has_task_tensors: whether each task keeps its bias, or all of a normalisation, for itself.
+        roots: for each task, the root of the matrix by which errors count, see
+            :mod:`~com_lightning.core.chain.sensitivity`.
+        has_task_tensors: whether each task keeps its own bias, or its own normalisation.
 
     Returns:
         The solution.
@@ -112,7 +112,7 @@ def fit(
     drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
     mean = average(weights, importance) if averages_bias or layer.base is not None else weights[0]
     anchor = None
-    if layer.base is not None:  # groups without data become the average, as with any rule
+    if layer.base is not None:  # groups without data still become the average
         anchor = torch.where((reached > 0)[:, None, None], layer_type.to_matrix(layer.base, layer.merged), mean)
     one_sided = not options.two_sided
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
@@ -141,10 +141,10 @@ def fit_by_ridge(regression: Regression, factor: Factor, measure: bool = False) 
     """Solve a regression in which all errors count alike.
 
     Args:
-        regression: of the layer.
-        factor: of its summed Gram matrices.
-        measure: also compute the residual of a one-sided merge, which then costs one product. It is left out where a
-            group has no factor.
+        regression: the regression of the layer.
+        factor: factor of its summed Gram matrices.
+        measure: also compute the residual of a one-sided merge, which costs one product here. If the factorisation of a
+            group has failed, it is not computed.
 
     Returns:
         The solution.
@@ -167,9 +167,9 @@ def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[T
     See :mod:`~com_lightning.core.solve.weighted_ridge`.
 
     Args:
-        regression: of a layer with one group.
-        factor: of its summed Gram matrices.
-        roots: of the matrix of each task.
+        regression: the regression of a layer with one group.
+        factor: factor of its summed Gram matrices.
+        roots: for each task, the root of the matrix by which errors count.
 
     Returns:
         The solution.
@@ -190,11 +190,11 @@ def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[T
 
 
 def fit_task_biases(result: Fit, regression: Regression) -> None:
-    """Give each task the bias that goes with a solved matrix, in place. The merged bias is their average.
+    """Add the bias of each task to a solved matrix, in place. The merged bias is their average.
 
     Args:
-        result: a solution without a bias.
-        regression: of the layer, with its bias.
+        result: the solution without a bias.
+        regression: the regression of the layer, with its bias.
     """
     result.task_weights = with_task_biases(result.weight, regression.grams, regression.drifts, regression.weights)
     shares = result.weight.new_tensor(regression.importance)[:, None, None, None]
@@ -202,10 +202,10 @@ def fit_task_biases(result: Fit, regression: Regression) -> None:
 
 
 def balanced(importance: Sequence[float], norms: Sequence[DriftNorms]) -> list[float]:
-    """Return task importance times the squared drift of the inputs: a task that has drifted more counts more.
+    """Return the importance of tasks, adjusted so that a task whose inputs have drifted more counts more.
 
-    ``a_i c_i / sum_j a_j c_j`` with ``c_i = d_i² / mean_j d_j²``, but at least 1/2 and at most 2. ``d_i`` is the
-    relative distance of the merged model's inputs to the expert's.
+    It is ``a_i c_i / sum_j a_j c_j``, with ``c_i = d_i² / mean_j d_j²`` limited to the range from 1/2 to 2. ``d_i`` is
+    the relative distance of the merged model's inputs to the expert's.
 
     Example::
 

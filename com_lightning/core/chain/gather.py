@@ -1,4 +1,4 @@
-"""The statistics of layer after layer, gathered from all the forwards that wait there, in all processes."""
+"""Gathers the statistics of each layer from the forwards that wait there, in all processes."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from com_lightning.core.sweep.task import ForwardId, NonFiniteError, SkippedBatc
 from com_lightning.core.tensors.modules import all_finite
 
 Pair = tuple[PausedCall, PausedCall | None]
-"""A forward whose input is regressed on, and the expert's forward on the same batch, if its input is used."""
+"""A forward whose input the layer is solved for, and the expert's forward on the same batch, if its input is used."""
 
 
 @dataclass
 class Gathered:
-    """What the processes know of a layer once its statistics are gathered.
+    """What all processes know about a layer after its statistics are gathered.
 
     Attributes:
-        refusal: why the layer cannot be solved, if it cannot.
+        refusal: why the layer cannot be solved; ``None`` if it can.
         solved_before: whether an earlier run has solved it. Then nothing is gathered.
-        skipped: batches that are left out from here on.
+        skipped: batches that are left out from this layer on.
     """
 
     refusal: str | None = None
@@ -41,16 +41,16 @@ class Gathered:
 
 
 class Gatherer:
-    """Gathers the statistics of layer after layer. Layers in a row with the same inputs share them.
+    """Gathers the statistics of layer after layer. Consecutive layers with the same inputs share them.
 
     Args:
         options: what is solved.
         streams: follows the residual streams that are repaired.
 
     Attributes:
-        inputs: statistics at the present layer; the whole of them at the owner. ``None``: no forward of this process
-            has reached it, or an earlier run has solved it.
-        seen: the inputs that they are made of.
+        inputs: statistics of the present layer. At the owner, they include all processes. ``None``: no forward of this
+            process has reached the layer, or an earlier run has solved it.
+        seen: the inputs that the statistics are computed from.
         owner: the process that solves the layer.
     """
 
@@ -60,7 +60,7 @@ class Gatherer:
         self.seen: SeenInputs | None = None
         self.owner = 0
         self._complete = False
-        """Whether the statistics of these inputs are summed up at the owner."""
+        """Whether the statistics of these inputs have been added up at the owner."""
 
     def gather(
         self, sweep: Sweep, layer: Layer | None, name: str, calls: Sequence[PausedCall], solved_before: bool = False
@@ -69,13 +69,13 @@ class Gatherer:
 
         Args:
             sweep: the sweep.
-            layer: the layer, as for :meth:`~com_lightning.core.sweep.sweep.Visitor.on_layer`.
-            name: its name.
+            layer: the layer. ``None``: no forward of this process has reached it.
+            name: the layer's name.
             calls: the calls of the layer at which forwards of this process are paused.
             solved_before: whether this process knows the solution from an earlier run.
 
         Returns:
-            The statistics, at the owner, and what was left out.
+            What all processes know about the layer.
         """
         peers = sweep.context.peers
         refusal = sweep.refusal(layer, calls) if layer else None
@@ -86,7 +86,7 @@ class Gatherer:
                 return Gathered(why)
         reached = [rank for rank, (arrived, _, _, _) in enumerate(everyone) if arrived]
         if not reached:
-            return Gathered("only batches that are skipped get there")
+            return Gathered("only batches that are skipped reach it")
         repeated = all(same for _, _, same, _ in everyone)
         if owners := [rank for rank, (_, _, _, knows) in enumerate(everyone) if knows]:
             self.owner = owners[0]
@@ -104,13 +104,13 @@ class Gatherer:
                 self.inputs = gather(layer, calls, sweep.tasks, self.options, sweep.pager, exact, self.streams)
                 self.seen.forget({batch.id for batch in self.inputs.bad})
             skipped = sweep.bad_batches.skip(self.inputs.bad if self.inputs else [], name)
-            self.owner = reached[len(sweep.function_calls.solved) % len(reached)]  # solving goes round
+            self.owner = reached[len(sweep.function_calls.solved) % len(reached)]  # processes take turns
             self._complete = True
             reduce_sums(self.inputs, peers, self.owner, sweep.models.device)
         return Gathered(skipped=skipped)
 
     def _start(self, layer: Layer | None, calls: Sequence[PausedCall]) -> None:
-        """Other inputs from here on. The last statistics go first: those of two layers need not fit in memory."""
+        """Start with other inputs. The last statistics are freed first: two may not fit in memory."""
         self.inputs, self._complete = None, False
         self.seen = SeenInputs.of(layer, calls) if layer else None
 
@@ -124,25 +124,25 @@ def gather(
     exact: bool = False,
     streams: ResidualStreams | None = None,
 ) -> LayerInputs:
-    """Gather the statistics of one layer in this process, without what is not finite.
+    """Gather the statistics of one layer in this process, without batches whose sums are not finite.
 
-    Nothing is read twice where all is well: the sums show it. Where they are not finite, each batch is gathered anew,
-    alone and in float64, and added only if it is finite.
+    Usually the sums of all batches are finite, and each input is read once. Otherwise each batch is gathered again,
+    alone and in float64, and added only if its sums are finite.
 
     Args:
-        layer: its weights in all experts.
+        layer: the layer, with the weights of all experts.
         calls: the calls of the layer at which forwards are paused.
         tasks: the experts and their data.
         options: what is solved.
         pager: fetches inputs that were paged out.
         exact: gather each batch alone from the start.
-        streams: needed for a layer that repairs a residual stream.
+        streams: the residual streams, for a layer that repairs one.
 
     Returns:
         The statistics of all tasks.
 
     Raises:
-        NonFiniteError: naming the layer and the expert whose weights hold NaN or infinity.
+        NonFiniteError: if an expert's weights hold NaN or infinity. The message names the layer and the expert.
     """
     for task, weight in zip(tasks, layer.weights):
         if not all_finite(weight):
@@ -167,7 +167,7 @@ def gather(
     return inputs
 
 
-# Below it, sums of squares in float32 are made of numbers that have lost digits.
+# Sums of squares in float32 that are smaller than this have lost digits.
 _SMALLEST = 1e-25
 
 
@@ -180,7 +180,7 @@ def _add(
     streams: ResidualStreams | None,
     exact: bool = False,
 ) -> None:
-    """Add one batch to ``sums``, in float64 if it is to be exact, and to the counts of ``inputs``."""
+    """Add one batch to ``sums``, in float64 if ``exact`` is set, and to the counts of ``inputs``."""
     merged, expert = pair
     batch = forward_id(merged).batch
     task, module, weight = tasks[batch.task], layer.merged, layer.weights[batch.task]
@@ -207,7 +207,7 @@ def _empty(layer: Layer, options: ChainOptions, scratch: Scratch) -> InputSums:
 
 
 def _pairs(calls: Sequence[PausedCall], options: ChainOptions) -> Iterator[Pair]:
-    """Each paused call whose input is regressed on, with the expert's on the same batch if the merge is two-sided."""
+    """Each paused call whose input the layer is solved for, with the expert's call if the merge is two-sided."""
     by_id = {forward_id(call): call for call in calls}
     for (batch, stream), call in by_id.items():
         if stream == options.streams[0]:
@@ -215,9 +215,9 @@ def _pairs(calls: Sequence[PausedCall], options: ChainOptions) -> Iterator[Pair]
 
 
 def _fetched(pairs: Sequence[Pair], pager: Pager | None) -> Iterator[Pair]:
-    """Each pair while it is in memory, if others were paged out."""
+    """Each pair in turn, brought back to memory if it was paged out."""
     for pair in pairs:
-        if pager is not None:  # the last pair is done with
+        if pager is not None:  # the last pair may be paged out again
             pager.enforce_budget()
             pager.fetch(*((a.args, a.kwargs) for a in pair if a is not None))
         yield pair

@@ -1,4 +1,4 @@
-"""What has arrived at a layer: which tensors, and the statistics of them."""
+"""The inputs of a layer: their statistics, and the tensors that they were computed from."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class LayerInputs:
     """Statistics of the inputs of a layer, which several layers in a row may share.
 
     Attributes:
-        sums: for each task. They are empty once they have become :attr:`means`.
-        unpaired: calls whose rows could not be matched with those of the expert.
-        uncorrected: calls where the drift of the residual stream is to be repaired and is not known.
+        sums: the sums of each task. They are empty after :meth:`means`.
+        unpaired: number of calls whose rows could not be compared with the expert's.
+        uncorrected: number of calls where the layer repairs a residual stream whose drift is not known.
         masked: names of tasks whose padding masks apply.
-        bad: batches that are not in the statistics because they cannot be counted.
-        factor: of the sum of the Gram matrices, once it is known.
+        bad: batches that were left out because their sums are not finite.
+        factor: factor of the summed Gram matrices, once it has been computed.
     """
 
     sums: list[InputSums]
@@ -39,11 +39,7 @@ class LayerInputs:
     _means: list[InputMeans] = field(default_factory=list)
 
     def means(self, weights: Sequence[Tensor]) -> list[InputMeans]:
-        """Return the sums of each task divided by its number of rows.
-
-        Args:
-            weights: of each expert, ``(g, o, k)``.
-        """
+        """Return the sums of each task divided by its number of rows, given the experts' weights ``(g, o, k)``."""
         if not self._means:
             self._means = [sums.to_means(weight) for sums, weight in zip(self.sums, weights)]
         return self._means
@@ -51,13 +47,14 @@ class LayerInputs:
 
 @dataclass
 class SeenInputs:
-    """Which tensors have arrived at a layer, so that another layer with the very same ones is noticed.
+    """The tensors that have arrived at a layer. They show whether the next layer has the same inputs.
 
     Attributes:
         layer: the first layer with these inputs.
-        key: what the types of two layers must agree on. ``None``: they cannot share statistics.
+        key: key of the layer, see :attr:`Layer.key <com_lightning.core.sweep.layer.Layer.key>`. Layers with these
+            inputs and an equal key share statistics; with ``None``, they do not.
         tensors: each input, and its version.
-        exact: whether batches had to be left out, so that each of the others is gathered in float64.
+        exact: whether batches had to be left out. Then all others are gathered in float64.
     """
 
     layer: str
@@ -67,25 +64,25 @@ class SeenInputs:
 
     @staticmethod
     def of(layer: Layer, calls: Sequence[PausedCall]) -> SeenInputs:
-        """The inputs that wait at a layer."""
+        """Return the inputs that wait at a layer."""
         return SeenInputs(layer.name, layer.key, _versions(calls))
 
     def are_seen_again(self, layer: Layer, calls: Sequence[PausedCall]) -> bool:
         """Whether all forwards arrive with the same tensor as before, unchanged, and the layer makes the same rows."""
         if self.key is None or self.key != layer.key:
             return False
-        now = _versions(calls)
+        tensors = _versions(calls)
         return (
-            len(now) == len(calls)
-            and now.keys() == self.tensors.keys()
-            and all(self.tensors[key][0]() is tensor() for key, (tensor, _) in now.items())
-            and all(self.tensors[key][1] == version for key, (_, version) in now.items())
+            len(tensors) == len(calls)
+            and tensors.keys() == self.tensors.keys()
+            and all(self.tensors[forward][0]() is tensor() for forward, (tensor, _) in tensors.items())
+            and all(self.tensors[forward][1] == version for forward, (_, version) in tensors.items())
         )
 
     def forget(self, batches: Collection[BatchId]) -> None:
-        """Batches that were left out do not arrive again."""
+        """Remove batches that were left out, because they do not arrive again."""
         if batches:
-            self.tensors = {key: seen for key, seen in self.tensors.items() if key.batch not in batches}
+            self.tensors = {forward: seen for forward, seen in self.tensors.items() if forward.batch not in batches}
             self.exact = True
 
 

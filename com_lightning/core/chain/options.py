@@ -1,4 +1,4 @@
-"""What is solved at each layer."""
+"""The options of a chain of merges."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Literal
 from com_lightning.core.sweep.task import Stream
 
 Distance = Literal["probabilities", "numbers"]
-"""How predictions are compared: as probabilities, for which they are the logits, or as the numbers that they are."""
+"""How predictions are compared: as probabilities, if they are logits, or as numbers."""
 
 
 @dataclass(frozen=True)
@@ -16,23 +16,23 @@ class ChainOptions:
     """What is solved at each layer.
 
     Args:
-        inputs: which model ``x̂`` comes from: the model merged so far (a chain), or the expert. With the expert every
-            layer is merged alone (RegMean).
-        target: ``"expert"`` (two-sided): distil the expert's output on the expert's own input. This also corrects the
-            drift of the merged model's inputs. ``"merged"`` (one-sided): apply the expert's weight to the merged
-            model's input.
+        inputs: the model that inputs ``x̂`` come from: the model merged so far (a chain), or the expert. With the
+            expert, every layer is merged on its own (RegMean).
+        target: ``"expert"`` (two-sided): the target is the expert's output on the expert's input. This also corrects
+            the drift of the merged model's inputs. ``"merged"`` (one-sided): the target is the expert's weight times
+            the merged model's input.
         normalize: count each row by its direction, not by its size (cosine normalisation), see
             :class:`~com_lightning.core.solve.statistics.InputSums`.
-        ridge: pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
-        anchor: what a layer becomes where the data say nothing: the average of the experts, or the base.
+        ridge: strength of the pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
+        anchor: the weight in directions that the data do not determine: the average of the experts, or the base.
         joint: solve a layer's bias together with its weight. Otherwise biases are averaged.
-        residual: where a layer's output is added to a residual stream, also repair the drift of that stream (two-sided
+        residual: if a layer's output is added to a residual stream, also repair the drift of that stream (two-sided
             only), see :mod:`com_lightning.core.chain.find_residuals`.
         sensitivity: weight errors in a layer's outputs by their effect on the experts' predictions, see
             :mod:`~com_lightning.core.chain.sensitivity`. ``None``: all errors count alike.
-        private_biases: each task gets biases and normalisation parameters of its own, see
+        private_biases: give each task its own biases and normalisation parameters, see
             :mod:`~com_lightning.core.solve.task_biases`.
-        refit_heads: solve the private layers of each task for the merged model, see
+        refit_heads: fit the private layers of each task to the merged model, see
             :mod:`~com_lightning.core.chain.heads`.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more (two-sided only), see
             :func:`~com_lightning.core.chain.fit.balanced`.

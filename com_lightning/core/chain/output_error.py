@@ -1,4 +1,4 @@
-"""How far a layer's output, or the sum that it goes into, is from the experts' once the layer is merged."""
+"""The error of a merged layer's output, or of the sum that the output is added to."""
 
 from __future__ import annotations
 
@@ -15,28 +15,34 @@ from com_lightning.core.sweep.task import BatchId, ForwardId
 
 @dataclass
 class OutputError:
-    """Squared distance between the outputs of merged model and expert at one layer, summed as they come in."""
+    """Squared distance between the outputs of merged model and expert at one layer, summed over batches.
+
+    Attributes:
+        waiting: outputs whose counterpart in the other model is not known yet.
+        error: sum of the squared distances.
+        energy: sum of the squares of the expert's outputs.
+    """
 
     waiting: dict[BatchId, Tensor] = field(default_factory=dict)
     error: Tensor | None = None
     energy: Tensor | None = None
     _spare: Tensor | None = None
-    """Memory of a copy that is no longer needed: to allocate anew for each batch takes longer than to fill it."""
+    """Memory of an old copy, for reuse: to allocate memory for each batch takes longer than to fill it."""
 
     def add(self, forward: ForwardId, output: Any, mask: Tensor | None) -> None:
-        """Take an output, and compare it with that of the other model on the same batch, if that was there first.
+        """Add an output. The second output of a batch is compared with the first, from the other model.
 
         Args:
-            forward: whose output it is.
-            output: of the layer. Anything but a tensor of floating-point numbers is passed over.
-            mask: over positions, ``True`` where data are.
+            forward: the forward that computed the output.
+            output: the layer's output. Anything but a tensor of floating-point numbers is ignored.
+            mask: padding mask over positions, ``True`` at data.
         """
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         output = output.detach()  # a module may differentiate in its forward
         other = self.waiting.pop(forward.batch, None)
         if other is None:
-            self.waiting[forward.batch] = self._copied(output)
+            self.waiting[forward.batch] = self._copy(output)
             return
         self._spare = other
         if other.shape != output.shape:
@@ -47,21 +53,21 @@ class OutputError:
         output, other = output.float(), other.float()
         from_expert = forward.stream == "expert"
         energy = torch.linalg.vector_norm(output if from_expert else other).square()
-        difference = other.sub_(output)  # in place: it is a copy that nobody else needs
+        difference = other.sub_(output)  # in place, because `other` is a copy
         error = torch.linalg.vector_norm(difference).square()
-        if not bool((error + energy).isfinite()):  # scores that a mask has ruled out, or squares that overflow
-            counted = difference.isfinite() & output.isfinite()
-            difference, output = difference[counted].double(), output[counted].double()
+        if not bool((error + energy).isfinite()):  # masked attention scores, or squares that overflow
+            is_finite = difference.isfinite() & output.isfinite()
+            difference, output = difference[is_finite].double(), output[is_finite].double()
             error, energy = difference.square().sum(), (output if from_expert else output + difference).square().sum()
         self.error = error if self.error is None else self.error + error
         self.energy = energy if self.energy is None else self.energy + energy
 
     def sums(self) -> tuple[float, float] | None:
-        """Error and energy so far, if there were any outputs."""
+        """Return error and energy so far; ``None`` if no outputs were compared."""
         return None if self.error is None or self.energy is None else (float(self.error), float(self.energy))
 
-    def _copied(self, output: Tensor) -> Tensor:
-        """A copy, because an activation may change the output in place."""
+    def _copy(self, output: Tensor) -> Tensor:
+        """Copy an output, because an activation may change it in place."""
         spare, self._spare = self._spare, None
         if spare is None or (spare.shape, spare.dtype, spare.device) != (output.shape, output.dtype, output.device):
             return output.clone()
@@ -69,9 +75,9 @@ class OutputError:
 
 
 def relative_error(sums: Sequence[tuple[float, float] | None]) -> float | None:
-    """Error over energy, from the :meth:`OutputError.sums` of several processes. ``None``: there were no outputs."""
-    known = [pair for pair in sums if pair is not None]
-    if not known:
+    """Return error over energy from the :meth:`OutputError.sums` of all processes; ``None`` if all of them are."""
+    pairs = [pair for pair in sums if pair is not None]
+    if not pairs:
         return None
-    error, energy = (sum(pair[number] for pair in known) for number in range(2))
+    error, energy = (sum(values) for values in zip(*pairs))
     return error / max(energy, 1e-30)

@@ -1,4 +1,4 @@
-"""The statistics of all processes, added up at the one that solves the layer."""
+"""Adds up the statistics of all processes at the process that solves the layer."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
     """Add up the statistics of all processes, in place at the owner.
 
     Args:
-        inputs: of this process; ``None`` if no forward of it has reached the layer.
-        peers: the processes. All of them call this.
+        inputs: statistics of this process; ``None`` if none of its forwards has reached the layer.
+        peers: the processes. All of them must call this function.
         owner: the process that solves the layer.
-        device: where matrices are, for a process that has none.
+        device: device of the matrices, for a process that has none.
     """
     if peers.size == 1:
         return
@@ -31,7 +31,7 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
         for name in ("gram", "drift"):
             formats = [summary.matrices[number][name] for summary in summaries if name in summary.matrices[number]]
             if formats:
-                # Statistics that a process had to gather anew are in float64.
+                # Statistics are in float64 in a process that had to gather them batch by batch.
                 dtype = reduce(torch.promote_types, [dtype for _, dtype in formats])
                 matrix: Tensor | None = getattr(sums, name, None)
                 matrix = torch.zeros(formats[0][0], dtype=dtype, device=device) if matrix is None else matrix
@@ -44,17 +44,17 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
         inputs.uncorrected = sum(summary.uncorrected for summary in summaries)
         inputs.masked = {name for summary in summaries for name in summary.masked}
         for number, sums in enumerate(inputs.sums):
-            sums.rows = sum(summary.small[number].rows for summary in summaries)
+            sums.rows = sum(summary.tasks[number].rows for summary in summaries)
             sums.drift_norms, sums.moments, sums.expert_moments = DriftNorms(), Moments(), Moments()
-            for small in (summary.small[number] for summary in summaries):
-                sums.drift_norms.add(small.drift_norms)
-                sums.moments.add(small.moments.to(device))
-                sums.expert_moments.add(small.expert_moments.to(device))
+            for task in (summary.tasks[number] for summary in summaries):
+                sums.drift_norms.add(task.drift_norms)
+                sums.moments.add(task.moments.to(device))
+                sums.expert_moments.add(task.expert_moments.to(device))
 
 
 @dataclass
-class _Small:
-    """The statistics of a task without the large matrices, on the CPU."""
+class _TaskSummary:
+    """The statistics of a task without its matrices, on the CPU."""
 
     rows: int
     drift_norms: DriftNorms
@@ -64,27 +64,26 @@ class _Small:
 
 @dataclass
 class _Summary:
-    """What processes tell each other of their statistics: all but the large matrices.
+    """The statistics of a process without the matrices, small enough to send to all other processes.
 
     Attributes:
         unpaired, uncorrected, masked: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
         matrices: for each task, name of each matrix -> its shape and precision.
-        small: the rest, for each task.
+        tasks: all other statistics of each task.
     """
 
     unpaired: int
     uncorrected: int
     masked: set[str]
     matrices: list[dict[str, tuple[torch.Size, torch.dtype]]]
-    small: list[_Small]
+    tasks: list[_TaskSummary]
 
     @staticmethod
     def of(inputs: LayerInputs) -> _Summary:
         matrices = [{"gram": sums.gram, "drift": sums.drift} for sums in inputs.sums]
-        return _Summary(
-            inputs.unpaired,
-            inputs.uncorrected,
-            inputs.masked,
-            [{name: (m.shape, m.dtype) for name, m in of_task.items() if m is not None} for of_task in matrices],
-            [_Small(s.rows, s.drift_norms.cpu(), s.moments.to("cpu"), s.expert_moments.to("cpu")) for s in inputs.sums],
-        )
+        formats = [{name: (m.shape, m.dtype) for name, m in entry.items() if m is not None} for entry in matrices]
+        tasks = [
+            _TaskSummary(sums.rows, sums.drift_norms.cpu(), sums.moments.to("cpu"), sums.expert_moments.to("cpu"))
+            for sums in inputs.sums
+        ]
+        return _Summary(inputs.unpaired, inputs.uncorrected, inputs.masked, formats, tasks)

@@ -1,4 +1,4 @@
-"""The drift of the residual streams that layers write to, which these layers can repair."""
+"""The drift of residual streams. A layer whose output is added to a stream can repair it."""
 
 from __future__ import annotations
 
@@ -19,9 +19,10 @@ class Source:
     """A tensor that the output of a layer is added to: the input or the output of a layer.
 
     Attributes:
-        role, layer: the input or the output, and of which layer.
-        swapped: whether its first two dimensions are in the other order than those of the writer's output (for
-            instance in a module that has positions first).
+        role: whether the tensor is an input or an output.
+        layer: the layer that has it as input or output.
+        swapped: whether its first two dimensions are swapped, compared to the output that is added to it. This happens
+            in modules with positions first.
     """
 
     role: Literal["input", "output"]
@@ -33,12 +34,12 @@ class Source:
 
 
 class ResidualStreams:
-    """Follows, in the forwards of a merge, the tensors that outputs of layers are added to.
+    """Follows the residual streams in the forwards of a merge: the tensors that outputs of layers are added to.
 
-    It keeps none of them alive. A tensor that was written to since counts as gone.
+    It does not keep tensors alive. A tensor that has been changed in place counts as gone.
 
     Args:
-        writers: layer -> what its output is added to, see
+        writers: layer -> the tensors whose sum its output is added to, see
             :func:`~com_lightning.core.chain.find_residuals.find_residuals`.
     """
 
@@ -48,16 +49,16 @@ class ResidualStreams:
             (source.role, source.layer): {} for sources in writers.values() for source in sources
         }
         self._ready: set[BatchId] = set()
-        """Batches at whose present layer the stream is known in both models."""
+        """Batches for which the stream at the present layer is known in both models."""
 
     def enter(self, layer: str, inputs: Mapping[ForwardId, Any]) -> None:
-        """All forwards that reach a layer wait there, with these inputs."""
+        """Note the inputs of a layer, at which all forwards that reach it wait."""
         for forward, value in inputs.items():
             self._note("input", layer, forward, value)
         self._ready = {f.batch for f in inputs if layer in self.writers and self._is_known(layer, f.batch)}
 
     def leave(self, layer: str, forward: ForwardId, output: Any) -> Any:
-        """A forward has left that layer. Returns the output, plus the stream where the layer repairs it."""
+        """Note the output of the layer in one forward. Return the output, plus the stream that the layer repairs."""
         self._note("output", layer, forward, output)
         sources = self._sources(layer, forward) if forward.batch in self._ready else None
         if not sources or not isinstance(output, Tensor) or sources[0].numel() != output.numel():
@@ -65,15 +66,15 @@ class ResidualStreams:
         return sum((_wide(source).reshape(output.shape) for source in sources), output)
 
     def drift(self, layer: str, batch: BatchId, exact: bool = False) -> Tensor | None:
-        """What the stream lacks in the merged model, ``r - r̂``, with its elements in the order of the layer's output.
+        """Compute the drift ``r - r̂`` of the stream from the expert to the merged model.
 
         Args:
-            layer: that writes to the stream.
-            batch: which one.
-            exact: compute in float64, else in float32 or as it is.
+            layer: the layer whose output is added to the stream.
+            batch: the batch.
+            exact: compute in float64, else in the stream's precision or float32.
 
         Returns:
-            The drift. ``None`` where it is not known.
+            The drift, with its elements in the order of the layer's output. ``None`` if it is not known.
         """
         expert = self._sources(layer, ForwardId(batch, "expert"))
         merged = self._sources(layer, ForwardId(batch, "merged"))
@@ -88,31 +89,31 @@ class ResidualStreams:
             seen[forward] = (weakref.ref(value), private_torch.version(value))
 
     def _is_known(self, layer: str, batch: BatchId) -> bool:
-        """Whether all sources of a writer exist in both models, with the same shapes."""
-        expert = self._living(layer, ForwardId(batch, "expert"))
-        merged = self._living(layer, ForwardId(batch, "merged"))
+        """Whether all sources of a layer exist in both models, with the same shapes."""
+        expert = self._alive(layer, ForwardId(batch, "expert"))
+        merged = self._alive(layer, ForwardId(batch, "merged"))
         if expert is None or merged is None:
             return False
         same_shapes = all(theirs.shape == ours.shape for theirs, ours in zip(expert, merged))
         return same_shapes and len({source.numel() for source in expert}) == 1
 
     def _sources(self, layer: str, forward: ForwardId) -> list[Tensor] | None:
-        """The sources of a writer in a forward, with dimensions in the order of its output. ``None``: one is gone."""
-        living = self._living(layer, forward)
-        if living is None:
+        """The sources of a layer in a forward, with dimensions in the order of its output. ``None``: one is gone."""
+        tensors = self._alive(layer, forward)
+        if tensors is None:
             return None
-        return [t.transpose(0, 1) if s.swapped and t.dim() > 1 else t for s, t in zip(self.writers[layer], living)]
+        return [t.transpose(0, 1) if s.swapped and t.dim() > 1 else t for s, t in zip(self.writers[layer], tensors)]
 
-    def _living(self, layer: str, forward: ForwardId) -> list[Tensor] | None:
+    def _alive(self, layer: str, forward: ForwardId) -> list[Tensor] | None:
         """The sources as they are. Nothing is computed with them, because they may have been paged out."""
-        living = []
+        tensors = []
         for source in self.writers.get(layer, ()):
             reference, version = self._seen[source.role, source.layer].get(forward, (None, 0))
             tensor = reference() if reference is not None else None
             if tensor is None or private_torch.version(tensor) != version:
                 return None
-            living.append(tensor)
-        return living
+            tensors.append(tensor)
+        return tensors
 
 
 def _wide(tensor: Tensor, exact: bool = False) -> Tensor:

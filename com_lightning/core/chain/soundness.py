@@ -1,4 +1,4 @@
-"""Whether statistics and solutions are finite, and what to say where they are not."""
+"""Checks that statistics and solutions are finite, and describes those that are not."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from com_lightning.core.tensors.modules import all_finite
 
 
 def is_sound(sums: InputSums, smallest: float = 0.0) -> bool:
-    """Whether all sums are finite, and not so small that they are inexact."""
+    """Whether all sums are finite, and the sum of squares is zero or at least ``smallest``: below, it is inexact."""
     if sums.gram is None:
         return True
     trace = sums.gram.diagonal(dim1=-2, dim2=-1).sum(dtype=torch.float64)
@@ -28,19 +28,22 @@ def is_sound(sums: InputSums, smallest: float = 0.0) -> bool:
     for moments in (sums.moments, sums.expert_moments):
         values += [torch.as_tensor(moments.square).sum()]
     stacked = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=trace.device) for value in values])
-    total, small = torch.stack([stacked.sum(), trace]).tolist()  # one wait for the device
-    return math.isfinite(total) and not 0.0 < small < smallest
+    total, squares = torch.stack([stacked.sum(), trace]).tolist()  # together, to wait for the device only once
+    return math.isfinite(total) and not 0.0 < squares < smallest
 
 
 def describe_bad_inputs(
     batch: BatchId, pair: tuple[PausedCall, PausedCall | None], stream_drift: Tensor | None
 ) -> BadBatch:
-    """Return which model holds NaN or infinity at a layer, or why else the sums of a batch are not finite.
+    """Find out why the sums of a batch are not finite, and in which model.
 
     Args:
-        batch: which one.
+        batch: the batch.
         pair: the merged model's forward, and the expert's if it is used.
-        stream_drift: of the residual stream that the layer repairs, if it does.
+        stream_drift: drift of the residual stream that the layer repairs, if it repairs one.
+
+    Returns:
+        The batch, with the model and the reason.
     """
     tensors = {call.forward.label: _floating(call) for call in pair if call is not None}
     broken = [label for label, values in tensors.items() if not all(bool(t.isfinite().all()) for t in values)]
@@ -48,21 +51,21 @@ def describe_bad_inputs(
         return BadBatch(batch, broken[0], "hold NaN or infinity")
     label = pair[0].forward.label
     if stream_drift is not None and not bool(stream_drift.isfinite().all()):
-        return BadBatch(batch, label, "are finite, but what its output is added to is not")
+        return BadBatch(batch, label, "are finite, but the residual stream that its output is added to is not")
     largest = max((float(t.abs().amax()) for values in tensors.values() for t in values if t.numel()), default=0.0)
-    return BadBatch(batch, label, f"are finite, but what is computed from them is not (they are {largest:.3g} at most)")
+    return BadBatch(batch, label, f"are finite (at most {largest:.3g}), but the statistics computed from them are not")
 
 
 def check_solution(layer: Layer, values: Mapping[str, Tensor], merged: Mapping[str, Tensor]) -> None:
-    """Make sure that a solution can be written.
+    """Check that a solution is finite in the precision that it is stored in.
 
     Args:
-        layer: that was solved.
+        layer: the layer that was solved.
         values: name of each of its parameters and buffers -> solution.
         merged: full name -> tensor that the solution is written to.
 
     Raises:
-        NonFiniteError: naming the layer, and what to do.
+        NonFiniteError: if it is not. The message names the layer, and says what to do.
     """
     for name, value in values.items():
         dtype = merged[layer.parts[name].name].dtype

@@ -1,4 +1,4 @@
-"""Which tensors each task keeps for itself where ``private_biases`` is on."""
+"""The tensors that have one value for each task with ``private_biases``."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from com_lightning.core.tensors.modules import tied_names, writable_copy
 
 
 def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
-    """Copies, one for each task, of all biases and of all parameters and buffers of normalisations that are solved.
+    """Copy the biases of solved layers, and parameters and buffers of solved normalisations, for each task.
 
     Args:
         tasks: the experts.
-        merged: name of what is shared -> its merged value. Tied parameters stay shared.
+        merged: name of each shared tensor -> its merged value. Tied parameters stay shared.
 
     Returns:
-        Full name -> one tensor for each task, with the merged value to begin with.
+        Full name -> one tensor for each task, which holds the merged value at first.
     """
     ties = list(tied_names(tasks[0].expert).items())
     tied = {name for pair in ties if pair[0] != pair[1] for name in pair}
