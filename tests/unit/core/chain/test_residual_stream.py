@@ -237,7 +237,7 @@ def test_a_stream_that_is_not_finite_makes_a_bad_batch() -> None:
     for expert in experts:
         expert.get_parameter("first.weight").data.mul_(1e10)
     batches[1][1] = batches[1][1] * 1e15
-    message = "layer 'second' are finite, but the residual stream that its output is added to is not: task 'task1', batch 1"
+    message = "are finite, but the residual stream that its output is added to is not: task 'task1', batch 1"
     with pytest.raises(NonFiniteError, match=message):
         merge(experts, batches, CORRECTED)
     values, done = averages(experts), Run(on_bad_batch="skip")
