@@ -79,5 +79,5 @@ def relative_error(sums: Sequence[tuple[float, float] | None]) -> float | None:
     pairs = [pair for pair in sums if pair is not None]
     if not pairs:
         return None
-    error, energy = (sum(values) for values in zip(*pairs))
+    error, energy = (sum(pair[number] for pair in pairs) for number in range(2))
     return error / max(energy, 1e-30)
