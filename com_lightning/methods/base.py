@@ -52,7 +52,7 @@ class MergeJob:
 
 @dataclass
 class ParameterRecord(LayerRecord):
-    """A parameter that a rule has merged as such, whatever layer it belongs to. ``kind`` is the rule's name."""
+    """A parameter that a rule has merged by itself, not as part of a layer. ``layer_type`` is the rule's name."""
 
 
 class MergingMethod(ABC):

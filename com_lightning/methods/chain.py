@@ -30,8 +30,8 @@ class ClosedForm(MergingMethod):
             records += head_records
         if self.options.sensitivity and all(record.cg_steps is None for record in records):
             job.warnings.append(
-                "sensitivity: no gradient comes back from the predictions (validation_step under torch.no_grad?), so "
-                "all errors count alike; a calibration_step of the module's own would be run in its place"
+                "sensitivity: the predictions have no gradient (is validation_step under torch.no_grad?), so all "
+                "errors count alike; a calibration_step, if the module has one, runs in place of validation_step"
             )
         return records
 
@@ -57,8 +57,8 @@ class ChainOfMerges(ClosedForm):
 
     The idea is from Buzzega et al., "Rethinking Layer-wise Model Merging through Chain of Merges", arXiv 2508.21421
     (abstract). The equations are ours. The bias is ours too: it is solved together with the weight, and counts in the
-    norms as one more input that is always 1. ``1 / s`` is the larger of ``||x̂||²`` and ``||x||²``: with ``||x̂||²``
-    alone, rows that the merged model has nearly lost would rule the fit.
+    norms as one more input that is always 1. ``1 / s`` is the larger of ``||x̂||²`` and ``||x||²``. With ``||x̂||²``
+    alone, rows that are small in the merged model, but have large targets, would dominate the fit.
 
     Args:
         target: ``"expert"``: ``t = W_i x``, the expert's output on the expert's own input (two-sided). Layers then also
@@ -75,7 +75,7 @@ class ChainOfMerges(ClosedForm):
             models: the outputs of the last layer are taken for logits. ``"numbers"`` is for all other models. It needs
             no labels. Each expert runs forward and backward once, and layers are solved by conjugate gradients.
             ``None``: all errors count alike.
-        private_biases: each task gets biases and normalisation parameters of its own, solved for it (beyond the paper,
+        private_biases: solve biases and normalisation parameters for each task, which keeps them (beyond the paper,
             see :mod:`com_lightning.core.solve.task_biases`). The result is one set of matrices and a small set of
             vectors for each task. Use it for models that know their task when they are used, for instance because each
             task has its own head.
@@ -117,12 +117,12 @@ class RegMean(ClosedForm):
     """RegMean: every layer is merged on its own, on the experts' activations.
 
     Jin et al., "Dataless Knowledge Fusion by Merging Weights of Language Models", arXiv 2212.09849, section 3.2. We
-    regularise with a ridge towards the average, where the paper scales off-diagonal entries, and solve every layer that
-    has a closed form, not only linear ones.
+    regularise with a ridge towards the average; the paper scales off-diagonal entries instead. We solve every layer
+    that has a closed form, and not only linear ones.
 
     Args:
-        normalize: count each row by its direction rather than its size; the paper does not.
-        importance: task -> its weight, relative to the others; uniform by default.
+        normalize: count each row by its direction, not by its size. The paper does not do this.
+        importance: task -> its weight, relative to the others. The default is uniform.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
     """
 
@@ -140,14 +140,14 @@ class RegMeanPlusPlus(ClosedForm):
     """RegMean++: RegMean on the activations of the model merged so far.
 
     Nguyen et al., "RegMean++: Enhancing Effectiveness and Generalization of Regression Mean for Model Merging", arXiv
-    2508.03121: statistics are taken where layers before have been merged already. The authors go by transformer blocks,
-    and take what is within a block from the expert's block on the merged model's input; we go by layers, so that all
-    that comes before is merged. Ridge, bias and layers are as in :class:`RegMean`. It is the one-sided
-    :class:`ChainOfMerges` without its normalisation.
+    2508.03121. The statistics of a layer come from a model whose earlier layers are merged. The authors merge by
+    transformer blocks: within a block, activations are those of the expert's block on the merged model's input. We
+    merge by layers, so all earlier layers are merged. Ridge, bias and layers are as in :class:`RegMean`. This is the
+    one-sided :class:`ChainOfMerges` without its normalisation.
 
     Args:
-        normalize: count each row by its direction rather than its size; the paper does not.
-        importance: task -> its weight, relative to the others; uniform by default.
+        normalize: count each row by its direction, not by its size. The paper does not do this.
+        importance: task -> its weight, relative to the others. The default is uniform.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
     """
 

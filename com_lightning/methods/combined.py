@@ -53,13 +53,11 @@ class Combined(MergingMethod):
         problems += [f"rest: {problem}" for problem in self.rest.problems(tasks)]
         for name, rule in {"matrices": self.matrices, "rest": self.rest}.items():
             if not rule.separable:
-                problems.append(
-                    f"{name}: {type(rule).__name__} merges the model as a whole, and cannot be kept to a part"
-                )
+                problems.append(f"{name}: {type(rule).__name__} merges the model as a whole, not a part of it")
         if self.rest.options:
             problems.append(
-                f"rest: {type(self.rest).__name__} merges whole layers, and cannot be kept to what is no matrix; give "
-                "a rule that needs no data"
+                f"rest: {type(self.rest).__name__} merges whole layers, including their matrices; give a rule that "
+                "needs no data"
             )
         return problems
 

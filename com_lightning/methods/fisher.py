@@ -164,9 +164,9 @@ def squared_gradients(
 
     Args:
         job: the merge.
-        number: of the task.
-        task: whose expert and batches these are.
-        parameters: which gradients are wanted.
+        number: number of the task.
+        task: the task, with its expert and batches.
+        parameters: the parameters to differentiate by.
 
     Returns:
         The sums by name, the number of samples, and the batches that were left out.
@@ -184,7 +184,7 @@ def squared_gradients(
     for place, batch in enumerate(bar):
         index = task.batch_numbers[place]
         with gradients_enabled(module), seeded(100_003 * number + index, leaves):
-            # A copy for each batch: what a module stores (losses, for instance) would keep the graph in memory.
+            # A copy for each batch: tensors that a module stores (losses, for instance) would keep the graph in memory.
             loss = task.loss(copy_module(module), batch, index)
             gradients = gradients_of(loss, leaves)
         if not all(bool(g.isfinite().all()) for g in (loss.detach(), *gradients) if g is not None):

@@ -12,7 +12,7 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 
 
 class Refitted(MergingMethod):
-    """A rule for the shared parameters, then each task's private layers, heads say, solved for the merged features.
+    """A rule for the shared parameters; then each task's private layers, such as heads, are fitted to the result.
 
     This is what ``ChainOfMerges(refit_heads=True)`` does, for any other rule. A head was trained on the features of its
     expert, but gets those of the merged model. The equation is in :mod:`com_lightning.core.chain.heads`. The rules'

@@ -78,11 +78,12 @@ class IsoC(_Spectral):
     """Iso-C: the sum of the task matrices, with all its singular values replaced by their mean.
 
     Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
-    arXiv 2502.04959, section 4. One expert is not given back, but made isotropic too; in directions that no task matrix
-    has (LoRA), what this adds is arbitrary, as in the authors' code. The paper chooses the scale on held-out data.
+    arXiv 2502.04959, section 4. A single expert does not come back unchanged, because it is made isotropic too. The
+    result is arbitrary in directions that no task matrix has (LoRA), as in the authors' code. The paper chooses the
+    scale on held-out data.
 
     Args:
-        scale: ``α``, of the averaged parameters too.
+        scale: ``α``, also for the averaged parameters.
         importance: task -> its weight, relative to the others. The default is uniform.
     """
 

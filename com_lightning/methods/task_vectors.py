@@ -227,10 +227,10 @@ class DELLA(TaskVectorRule):
 
     def sparse(self, parameter: SharedParameter, task: str) -> Tensor:
         vector = parameter.vector(task)
-        keep = self.kept_with(vector)
-        return vector.mul_(parameter.uniform(task, self.seed) < keep).div_(keep)
+        probability = self.keep_probability(vector)
+        return vector.mul_(parameter.uniform(task, self.seed) < probability).div_(probability)
 
-    def kept_with(self, vector: Tensor) -> Tensor:
+    def keep_probability(self, vector: Tensor) -> Tensor:
         """The probability with which each value is kept, in the shape of ``vector``."""
         rows = vector.reshape(len(vector), -1) if vector.dim() > 1 else vector.reshape(1, -1)
         last = rows.shape[1] - 1
@@ -278,7 +278,7 @@ def elected_mean(parameter: SharedParameter, vector: Callable[[str], Tensor]) ->
 
 
 def trimmed(vector: Tensor, least: float) -> Tensor:
-    """Remove from a task vector, in place, what is smaller than a magnitude."""
+    """Set the values of a task vector whose magnitude is below ``least`` to zero, in place."""
     return vector.mul_(vector.abs().to(torch.float32) >= least)
 
 

@@ -20,8 +20,8 @@ class WUDI(ParameterRule):
     ``Σ_i τ_iᵀτ_i / ‖τ_i‖²``. This matrix is summed once, so a step costs the same for any number of tasks.
 
     The size of Adam's steps is the learning rate, and does not depend on the size of the weights. A value moves by at
-    most about ``steps × learning_rate``. ``T`` identical experts start at ``T`` times their task vector, and few steps
-    leave them there.
+    most about ``steps × learning_rate``. ``T`` identical experts start at ``T`` times their task vector, and stay near
+    it with few steps.
 
     Args:
         steps: number of Adam's steps.

@@ -89,7 +89,7 @@ class Scale(LayerType):
 
 
 class Offset(Scale):
-    """``x + p``: learned positions, or a bias that is added on its own. Each element is a group whose input is 1.
+    """``x + p``: learned positions, or a bias in a separate sum. Each element is a group whose input is 1.
 
     The solution makes up for the mean drift of the input.
     """

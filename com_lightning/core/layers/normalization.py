@@ -182,7 +182,7 @@ class BatchNorm(PerChannel):
     """``nn.BatchNorm1d/2d/3d`` and ``nn.SyncBatchNorm`` in eval mode, with or without a scale and an offset.
 
     For the solution, each expert's scale and offset are rewritten for the average of the running statistics, so that
-    all experts share these. Then the running statistics are estimated anew for the inputs of the merged model,
+    all experts share these. Then the running statistics are re-estimated for the inputs of the merged model,
 
         m_i' = m_i + (mean x̂ - mean x)      v_i' = v_i var x̂ / var x
         m = sum_i a_i m_i'                  v = sum_i a_i (v_i' + (m_i' - m)²)

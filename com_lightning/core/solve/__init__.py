@@ -1,1 +1,1 @@
-"""The closed form of one layer: statistics of its inputs, and what they are solved for."""
+"""The closed form of one layer: statistics of its inputs, and the solvers."""

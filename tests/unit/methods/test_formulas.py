@@ -114,9 +114,9 @@ def test_breadcrumbs_drop_both_ends() -> None:
 
 
 def test_della_keeps_the_large_ones_more_often() -> None:
-    kept = DELLA(0.3, 0.2).kept_with(torch.tensor([[0.1, -3.0, 2.0], [5.0, 4.0, -6.0]]))
+    kept = DELLA(0.3, 0.2).keep_probability(torch.tensor([[0.1, -3.0, 2.0], [5.0, 4.0, -6.0]]))
     assert kept.flatten().tolist() == pytest.approx([0.6, 0.8, 0.7, 0.7, 0.6, 0.8])
-    assert DELLA(0.3, 0.2).kept_with(torch.tensor(2.0)).item() == pytest.approx(0.7)
+    assert DELLA(0.3, 0.2).keep_probability(torch.tensor(2.0)).item() == pytest.approx(0.7)
 
 
 # -- the sphere --------------------------------------------------------------------------------------------------------

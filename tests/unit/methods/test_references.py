@@ -107,7 +107,7 @@ def test_the_probabilities_of_della() -> None:
     rule = DELLA(0.4, 0.2)
     for task in TASKS:
         for name, kept in values_of(f"della_kept.{task}").items():
-            assert relative(rule.kept_with(ALL[f"{task}/{name}"] - ALL[f"base/{name}"]), kept) < 1e-6
+            assert relative(rule.keep_probability(ALL[f"{task}/{name}"] - ALL[f"base/{name}"]), kept) < 1e-6
 
 
 def test_the_references_tell_rules_apart() -> None:
