@@ -7,7 +7,7 @@ the depth. The experts do not change during the merge, so that they run only onc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from unittest.mock import patch
 
 from torch import Tensor
@@ -16,7 +16,7 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep import sweep
 from com_lightning.core.sweep.layer import CalibrationForward
-from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, WaitingLayer, lockstep
+from com_lightning.core.sweep.lockstep import ChooseNext, Forward, PausedCall, Position, lockstep
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 
@@ -31,8 +31,8 @@ def naive_chain(
 def rerun(
     forwards: Sequence[Forward],
     layers: Mapping[str, Position],
-    served: Collection[str] = (),
-    choose_next: Callable[[WaitingLayer | None], object] = lambda mine: mine,
+    visited: Collection[str] = (),
+    choose_next: ChooseNext = lambda waiting: waiting,
     pager: None = None,
 ) -> Generator[tuple[str, list[PausedCall]], None, None]:
     """What ``lockstep`` yields, by running the merged model's forwards (or all, where there are none) for every layer.
@@ -41,12 +41,12 @@ def rerun(
     records does.
     """
     again = [f for f in forwards if not isinstance(f, CalibrationForward) or f.id.stream == "merged"] or list(forwards)
-    paused = lockstep([forward for forward in forwards if forward not in again], layers, served)
-    waiting, done = next(paused, None), set(served)
+    paused = lockstep([forward for forward in forwards if forward not in again], layers, visited)
+    waiting, done = next(paused, None), set(visited)
     while calls := [*filter(None, (_next_call(forward, layers, done) for forward in again))]:
-        first = min(calls, key=lambda call: call.place)
+        first = min(calls, key=lambda call: call.position)
         layer = first.layer
-        choose_next((first.place, layer))
+        choose_next((first.position, layer))
         done.add(layer)
         calls = [call for call in calls if call.layer == layer]
         if waiting is not None and waiting[0] == layer:

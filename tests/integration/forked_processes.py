@@ -259,7 +259,7 @@ def test_a_process_that_is_killed_ends_all(place: str, size: int, culprit: int, 
     for host in hosts:
         host.start()
     for host in hosts:
-        host.join(120)  # they would wait for half an hour; some wait for PATIENCE seconds
+        host.join(120)  # they would wait for half an hour; some wait for FAILURE_TIMEOUT seconds
     try:
         assert [host.exitcode for host in hosts] == [-signal.SIGKILL if n == culprit else 1 for n in range(size)]
     finally:
@@ -269,7 +269,7 @@ def test_a_process_that_is_killed_ends_all(place: str, size: int, culprit: int, 
         told = (tmp_path / f"{rank}.txt").read_text()
         # A validation of Lightning's own raises what Lightning raises, with our words as a note.
         assert told.startswith("PeerError: ") or place == "validation", told
-        assert "has ended without a word: it was killed, most often because memory ran out" in told
+        assert "has ended without an error message. It was killed, most often because memory ran out" in told
         assert f"{culprit} of {size} (pid {hosts[culprit].pid} on " in told
         assert size > 2 or f"process {culprit} of" in told
 
@@ -287,7 +287,7 @@ def test_processes_that_are_not_in_an_exchange_hear_of_a_failure(
     apart: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends them, within the time that the one that failed waits for them."""
-    monkeypatch.setattr("com_lightning.core.sweep.distributed.PATIENCE", 1.0)
+    monkeypatch.setattr("com_lightning.core.sweep.distributed.FAILURE_TIMEOUT", 1.0)
     if apart:  # as where tensors go through NCCL
         monkeypatch.setattr(dist, "get_backend", lambda *group: "gloo" if group else "nccl")
     context = mp.get_context("fork")

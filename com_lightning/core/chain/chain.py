@@ -184,7 +184,7 @@ class LayerSolver(Visitor):
                 # A forward may be about to differentiate through what was computed with other parts of it.
                 with private_torch.unversioned_write(whole):
                     part.write(whole, values[local])
-            name = self.models.whole.get(part.name, part.name)
+            name = self.models.packed_names.get(part.name, part.name)
             if part.name in self.models.buffers:
                 record.buffers.append(name)
             else:

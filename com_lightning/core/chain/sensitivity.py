@@ -1,21 +1,20 @@
-"""How much the predictions of each expert react to the outputs of each layer.
+"""How much the predictions of each expert depend on the outputs of each layer.
 
-A rule that fits a layer's outputs by least squares takes an error in any direction for as bad as in any other. What an
-expert makes of its outputs tells them apart. For task i let ``f`` be the outputs of the last layer that has parameters
-(logits, as a rule), ``y`` those of the layer in question, and
+A rule that fits a layer's outputs by least squares weighs errors in all directions equally. Their effects on the
+expert's predictions differ. For task i let ``f`` be the outputs of the last layer with parameters (usually logits),
+``y`` the outputs of another layer, and
 
     H_i = E[ (∂f/∂y)ᵀ F (∂f/∂y) ],    F = 1    or    F = diag(p) - p pᵀ,  p = softmax(f / 2)
 
-the Gauss-Newton matrix of a distance between predictions: of their numbers, or of the probabilities that they stand
-for. ``|| H_i^½ (W x̂ - W_i x) ||²`` is then, to second order and with rows and gradients taken for independent, what an
-error at this layer does to the predictions; see :func:`~com_lightning.core.solve.weighted_ridge.solve_weighted`.
+the Gauss-Newton matrix of a distance between predictions, taken as numbers or as probabilities. Then
+``|| H_i^½ (W x̂ - W_i x) ||²`` is the effect of an error at this layer on the predictions, to second order and if rows
+and gradients are independent; see :func:`~com_lightning.core.solve.weighted_ridge.solve_weighted`.
 
-No labels are needed. Each batch is run forward and backward once: for random numbers ``v`` with ``E[v vᵀ] = F``, the
-gradients of ``v · f`` by ``y`` are rows ``g`` with ``E[g gᵀ] = H_i``. That is the output side of K-FAC (Martens and
-Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", arXiv 1503.05671, section 3).
-Experts were matched in such metrics by Tam et al., "Merging by Matching Models in Task Parameter Subspaces", arXiv
-2312.04339; what is new here is that it is done in a chain, on the merged model's inputs. It goes beyond Chain of
-Merges.
+No labels are needed. Each batch runs forward and backward once. For random numbers ``v`` with ``E[v vᵀ] = F``, the
+gradients of ``v · f`` with respect to ``y`` are rows ``g`` with ``E[g gᵀ] = H_i``. This is the output side of K-FAC
+(Martens and Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", arXiv 1503.05671,
+section 3). Tam et al. match experts in such metrics ("Merging by Matching Models in Task Parameter Subspaces", arXiv
+2312.04339). To use them in a chain, on the merged model's inputs, is new here and goes beyond Chain of Merges.
 """
 
 from __future__ import annotations
@@ -45,18 +44,19 @@ from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.tracked import untracked
 
 RANK = 64
-"""A layer's matrix is kept as a sketch of at most this many columns: all of it would be as large as the model."""
+"""A layer's matrix is kept as a sketch with at most this many columns. All full matrices would be as large as the
+model."""
 TEMPERATURE = 2.0
-"""Of the probabilities: experts that are sure of everything would have nothing to say."""
+"""Temperature of the softmax. Without it, experts that are very confident would have almost no gradients."""
 
 
 @dataclass
 class Sensitivity:
-    """The matrix ``H`` of one layer for one task, sketched, with sums rather than means.
+    """A sketch of the matrix ``H`` of one layer for one task. It has sums instead of means.
 
     Attributes:
         sketch: ``H Ω``, ``(o, r)``, where ``Ω`` is :func:`omega_of`.
-        trace: of ``H``.
+        trace: the trace of ``H``.
     """
 
     sketch: Tensor
@@ -64,7 +64,7 @@ class Sensitivity:
 
     @staticmethod
     def empty(outputs: int, device: torch.device) -> Sensitivity:
-        """Of no row yet."""
+        """A sketch without rows."""
         columns = min(outputs, RANK)
         return Sensitivity(torch.zeros(outputs, columns, device=device), torch.zeros((), device=device))
 
@@ -74,7 +74,7 @@ class Sensitivity:
         self.trace += gradients.square().sum()
 
     def root(self, omega: Tensor) -> Tensor | None:
-        """Return ``U``, ``(o, r)`` in float64, or ``None`` if predictions do not react to the layer.
+        """Return ``U``, ``(o, r)`` in float64, or ``None`` if predictions do not depend on the layer.
 
         ``U Uᵀ`` is the Nyström approximation of ``H``, scaled to a mean diagonal of 1.
         """
@@ -84,14 +84,14 @@ class Sensitivity:
         sketch = sketch * (len(sketch) / trace)
         core = omega.double().T @ sketch
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
-        known = values > 1e-6 * values[-1]  # of the others float32 sums tell nothing
-        root = sketch @ (vectors[:, known] / values[known].sqrt())
+        is_reliable = values > 1e-6 * values[-1]  # the others are below the rounding errors of float32 sums
+        root = sketch @ (vectors[:, is_reliable] / values[is_reliable].sqrt())
         scaled: Tensor = root * (len(root) / root.square().sum()).sqrt()
         return scaled
 
 
 def omega_of(layer: str, outputs: int, device: torch.device) -> Tensor:
-    """``Ω``, ``(o, r)``: random numbers, the same for all tasks and processes; ``1`` where nothing need be left out."""
+    """``Ω``, ``(o, r)``: random numbers, the same for all tasks and processes. The identity for a small ``H``."""
     if outputs <= RANK:
         return torch.eye(outputs, device=device)
     generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
@@ -101,18 +101,18 @@ def omega_of(layer: str, outputs: int, device: torch.device) -> Tensor:
 def roots(
     tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance, peers: Peers, quiet: bool = True
 ) -> dict[str, list[Tensor | None]]:
-    """Return the ``U`` of each task (see :meth:`Sensitivity.root`), by name of the layer.
+    """Return layer -> the ``U`` of each task (see :meth:`Sensitivity.root`).
 
     Args:
-        tasks: the experts and their calibration data. Every batch is run forward and backward once, one at a time.
-        merged: as for :func:`~com_lightning.core.chain.chain.merge_layers`; not changed.
-        distance: between predictions: ``"probabilities"``, if they are logits over their last dimension (of images: the
-            channels), or ``"numbers"``.
-        peers: other processes, with batches of their own.
-        quiet: whether no progress is shown.
+        tasks: the experts and their calibration data. Each batch runs forward and backward once, one at a time.
+        merged: as for :func:`~com_lightning.core.chain.chain.merge_layers`. It is not changed.
+        distance: the distance between predictions: ``"probabilities"``, if they are logits over their last dimension
+            (for images: the channels), or ``"numbers"``.
+        peers: the processes of the merge. Each has its own batches.
+        quiet: whether to hide the progress bar.
     """
     models = Models(tasks, merged, ("expert",))
-    of_tasks: list[dict[str, Sensitivity]] = [{} for _ in tasks]
+    by_task: list[dict[str, Sensitivity]] = [{} for _ in tasks]
     batches = list(batch_ids(tasks))
     hidden = quiet or peers.rank > 0
     with peers.shares_failures(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
@@ -121,13 +121,13 @@ def roots(
             gradients = gather_gradients(tasks, models, batch, distance)
             with exact_products():
                 for layer, gradient in gradients.items():
-                    _add_gradient(of_tasks[batch.task], layer, gradient, mask)
-        of_tasks = [_added_up(of_task, peers, models.device) for of_task in of_tasks]
+                    _add_gradient(by_task[batch.task], layer, gradient, mask)
+        by_task = [_sum_over_processes(by_layer, peers, models.device) for by_layer in by_task]
     result: dict[str, list[Tensor | None]] = {}
-    for name in dict.fromkeys(name for of_task in of_tasks for name in of_task):
-        outputs = next(len(of_task[name].sketch) for of_task in of_tasks if name in of_task)
+    for name in dict.fromkeys(name for by_layer in by_task for name in by_layer):
+        outputs = next(len(by_layer[name].sketch) for by_layer in by_task if name in by_layer)
         omega = omega_of(name, outputs, models.device)
-        result[name] = [of_task[name].root(omega) if name in of_task else None for of_task in of_tasks]
+        result[name] = [by_layer[name].root(omega) if name in by_layer else None for by_layer in by_task]
     return result
 
 
@@ -136,48 +136,51 @@ def gather_gradients(tasks: Sequence[Task], models: Models, batch: BatchId, dist
 
     Args:
         tasks: the experts and their calibration data.
-        models: of these tasks, with the experts running.
-        batch: which one.
-        distance: between predictions.
+        models: the models of these tasks, in which the experts run.
+        batch: the batch.
+        distance: the distance between predictions.
 
     Returns:
-        Layer -> gradient of a random probe of the predictions by the layer's output, channels last.
+        Layer -> gradient of ``v · f`` with respect to the layer's output, channels last.
     """
     visitor = GradientGatherer(distance, models)
     Sweep(tasks, models, visitor, batches=[batch]).run()
     return visitor.gradients
 
 
-def _add_gradient(of_task: dict[str, Sensitivity], layer: str, gradient: Tensor, mask: Tensor | None) -> None:
-    index = rows_with_data(mask, gradient.shape[:-1])
+def _add_gradient(by_layer: dict[str, Sensitivity], layer: str, gradient: Tensor, mask: Tensor | None) -> None:
+    rows_index = rows_with_data(mask, gradient.shape[:-1])
     rows = gradient.flatten(0, -2).float()
-    rows = rows if index is None else rows[index]
-    if bool(rows.isfinite().all()):  # the merge itself says what is wrong with a batch
-        entry = of_task.setdefault(layer, Sensitivity.empty(rows.shape[1], rows.device))
+    rows = rows if rows_index is None else rows[rows_index]
+    if bool(rows.isfinite().all()):  # the merge itself reports bad batches
+        entry = by_layer.setdefault(layer, Sensitivity.empty(rows.shape[1], rows.device))
         entry.add(rows, omega_of(layer, rows.shape[1], rows.device))
 
 
-def _added_up(of_task: dict[str, Sensitivity], peers: Peers, device: torch.device) -> dict[str, Sensitivity]:
-    """The sums of all processes, in all of them."""
+def _sum_over_processes(by_layer: dict[str, Sensitivity], peers: Peers, device: torch.device) -> dict[str, Sensitivity]:
+    """Add up the sums of all processes. All of them get the result."""
     if peers.size == 1:
-        return of_task
+        return by_layer
     sizes: dict[str, int] = {}
-    for theirs in peers.exchange({name: len(entry.sketch) for name, entry in of_task.items()}):
-        sizes.update(theirs)
+    for sizes_of_peer in peers.exchange({name: len(entry.sketch) for name, entry in by_layer.items()}):
+        sizes.update(sizes_of_peer)
     for name, outputs in sizes.items():
-        entry = of_task.setdefault(name, Sensitivity.empty(outputs, device))
+        entry = by_layer.setdefault(name, Sensitivity.empty(outputs, device))
         for tensor in (entry.sketch, entry.trace):
             peers.add(tensor, 0)
             peers.broadcast(tensor, 0)
-    return {name: of_task[name] for name in sizes}
+    return {name: by_layer[name] for name in sizes}
 
 
 class GradientGatherer(Visitor):
-    """Differentiates the predictions of one forward by the output of each layer.
+    """Differentiates the predictions of one forward with respect to the output of each layer.
 
     Args:
-        distance: between predictions.
-        models: of the sweep.
+        distance: the distance between predictions.
+        models: the models of the sweep.
+
+    Attributes:
+        gradients: layer -> gradient, channels last.
     """
 
     watches_outputs = True
@@ -186,9 +189,9 @@ class GradientGatherer(Visitor):
         self.distance, self.models = distance, models
         self.gradients: dict[str, Tensor] = {}
         self._last_output: Tensor | None = None
-        """Of the last layer with parameters that has run: the predictions, in the end."""
+        """Output of the last module with parameters that has run. When the forward ends, these are the predictions."""
         self._start = torch.zeros((), device=models.device, requires_grad=True)
-        """Added to the first output, so that there is something to differentiate by."""
+        """Zero, added to the first output so that autograd records the forward from there on."""
         self._layer_types: dict[str, LayerType] = {}
 
     def on_forward(self, forward: CalibrationForward) -> None:
@@ -202,21 +205,21 @@ class GradientGatherer(Visitor):
         return LayerRecord(name, "", note="not solved while gradients are gathered")
 
     def on_output(self, forward: CalibrationForward, layer: str, output: Any) -> Tensor | None:
-        """Note the gradient by a layer's output. Returns what replaces the output where none has begun."""
+        """Have autograd store the gradient with respect to a layer's output. Replace the first output."""
         if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
             return None
-        begins = not output.requires_grad
-        if begins:
+        is_first = not output.requires_grad
+        if is_first:
             output = output + self._start
         layer_type = self._layer_types[layer]
         dim = -1 if isinstance(layer_type, Linear) else 1 if isinstance(layer_type, Convolution) else None
         if dim is not None:
 
-            def note(gradient: Tensor) -> None:
+            def store(gradient: Tensor) -> None:
                 self.gradients[layer] = gradient.detach().movedim(dim, -1)
 
-            output.register_hook(note)
-        return output if begins else None
+            output.register_hook(store)
+        return output if is_first else None
 
     def _remember(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.is_floating_point():
@@ -231,7 +234,7 @@ class GradientGatherer(Visitor):
 
 
 def _probe(outputs: Tensor, distance: Distance, seed: int) -> Tensor:
-    """``v · f`` with random numbers ``v`` of second moment ``F`` (see the top of this module)."""
+    """``v · f`` for random numbers ``v`` with ``E[v vᵀ] = F``, see the top of this module."""
     generator = torch.Generator().manual_seed(seed)
     random = torch.randn(outputs.shape, generator=generator).to(outputs.device)
     values = outputs.float()

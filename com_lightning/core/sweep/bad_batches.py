@@ -1,4 +1,4 @@
-"""Batches that hold NaN or infinity: an error that names them, or left out from the layer on where they are met."""
+"""Batches with NaN or infinity. They raise an error, or are skipped from the layer on at which they are found."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from com_lightning.core.sweep.layer import forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, NonFiniteError, SkippedBatch, Task
 
-_HINT = "on_bad_batch='skip' leaves such batches out"
+_HINT = "on_bad_batch='skip' skips such batches"
 
 
 @dataclass(frozen=True)
 class BadBatch:
-    """A batch whose rows at a layer cannot be counted.
+    """A batch whose inputs of a layer are not finite.
 
     Attributes:
-        id: which batch.
+        id: the batch.
         label: names task, batch and model.
-        why: what is wrong with the inputs; continues "the inputs of layer ...".
+        why: what is wrong with the inputs. It continues "the inputs of layer ...".
     """
 
     id: BatchId
@@ -30,14 +30,18 @@ class BadBatch:
 
 
 class BatchSkipped(BaseException):
-    """Ends a calibration forward whose batch was left out. An ``except Exception`` of the model does not catch it."""
+    """Ends a calibration forward whose batch was skipped. An ``except Exception`` in the model does not catch it."""
 
 
 class BadBatches:
-    """Leaves bad batches out of a sweep, in step with other processes.
+    """The bad batches of a sweep. If they are skipped, the other processes skip theirs at the same layer.
+
+    Args:
+        tasks: the experts and their calibration data.
+        context: how the sweep is carried out.
 
     Attributes:
-        left_out: the batches of this process that were left out so far.
+        skipped: the batches of this process that were skipped so far.
     """
 
     def __init__(self, tasks: Sequence[Task], context: Run) -> None:
@@ -46,45 +50,49 @@ class BadBatches:
 
     @property
     def is_skipping(self) -> bool:
-        """Whether they are left out rather than an error."""
+        """Whether bad batches are skipped. Otherwise they raise an error."""
         return self.context.on_bad_batch == "skip"
 
     def good(self, calls: Sequence[PausedCall]) -> list[PausedCall]:
-        """The arrivals whose batch was not left out."""
+        """The calls whose batch was not skipped."""
         return [call for call in calls if forward_id(call).batch not in self.skipped]
 
     def skip(self, bad: Sequence[BadBatch], layer: str) -> list[SkippedBatch]:
-        """Leave out the bad batches of a layer. All processes meet here, also those without any.
+        """Skip the bad batches of a layer. All processes must call this, also those without bad batches.
+
+        Args:
+            bad: the bad batches of this process.
+            layer: the layer at which they were found.
 
         Returns:
             The bad batches of all processes.
 
         Raises:
-            NonFiniteError: if they are not to be left out, or if a task loses its last batch.
+            NonFiniteError: if bad batches are not skipped, or if a task loses its last batch.
         """
         if not self.is_skipping:
             for batch in bad[:1]:
                 raise NonFiniteError(f"the inputs of layer '{layer}' {batch.why}: {batch.label}; {_HINT}")
             return []
         self.skipped |= {batch.id for batch in bad}
-        mine = [SkippedBatch(self.tasks[batch.id.task].name, batch.id.number, layer, batch.why) for batch in bad]
-        lost = Counter(batch.task for batch in self.skipped)
-        left = [len(task.batches) - lost[number] for number, task in enumerate(self.tasks)]
-        everyone = self.context.peers.exchange((mine, left))
+        found = [SkippedBatch(self.tasks[batch.id.task].name, batch.id.number, layer, batch.why) for batch in bad]
+        num_skipped = Counter(batch.task for batch in self.skipped)
+        num_left = [len(task.batches) - num_skipped[number] for number, task in enumerate(self.tasks)]
+        everyone = self.context.peers.exchange((found, num_left))
         skipped = sorted((entry for theirs, _ in everyone for entry in theirs), key=lambda e: (e.task, e.batch))
         self.context.skipped += skipped
         for number, task in enumerate(self.tasks):
             of_task = [entry for entry in skipped if entry.task == task.name]
             if of_task and not sum(counts[number] for _, counts in everyone):
                 raise NonFiniteError(
-                    f"task '{task.name}': none of its calibration batches is left. All had to be skipped, the last at "
-                    f"layer '{layer}', whose inputs {of_task[-1].why}. Look at the data of this task and at its "
-                    "expert, or leave the task out of the merge"
+                    f"task '{task.name}': none of its calibration batches is left. All were skipped, the last one at "
+                    f"layer '{layer}', whose inputs {of_task[-1].why}. Check the data and the expert of this task, or "
+                    "leave the task out of the merge"
                 )
         return skipped
 
     def skip_again(self, skipped: Sequence[SkippedBatch]) -> set[BatchId]:
-        """Leave out again what an earlier run left out at a layer. Returns the batches of this process among them."""
+        """Skip the batches that an earlier run skipped at a layer. Returns those of this process."""
         self.context.skipped += skipped
         names = {(entry.task, entry.batch) for entry in skipped}
         again = {
@@ -97,7 +105,7 @@ class BadBatches:
         return again
 
     def run(self, batch: BatchId, call: Callable[[], object]) -> None:
-        """Run a forward. It ends early, without an error, once its batch was left out."""
+        """Run a forward. If its batch is skipped, it ends early and without an error."""
         try:
             call()
         except BatchSkipped:
@@ -107,6 +115,6 @@ class BadBatches:
                 raise
 
     def check(self, batch: BatchId) -> None:
-        """End the forward that is running if its batch was left out."""
+        """End the running forward if its batch was skipped."""
         if batch in self.skipped:
             raise BatchSkipped

@@ -17,10 +17,11 @@ class Solved:
     """A layer that has been merged.
 
     Attributes:
-        record: what happened there.
-        written: name of a parameter or buffer, and the first and last of its flattened elements that were written.
-        values: those elements, for each of them.
-        skipped: batches that were left out from there on.
+        record: the record of the layer.
+        written: name of each parameter or buffer that was written, with the first and the last position in it when
+            flattened.
+        values: the elements between these positions, for each entry of ``written``.
+        skipped: the batches that were skipped from this layer on.
     """
 
     record: LayerRecord
@@ -30,29 +31,32 @@ class Solved:
 
 
 class Journal:
-    """What has been merged so far. This journal forgets it.
+    """A journal of the merged layers, with which a merge can resume. This class keeps nothing.
 
-    :class:`~com_lightning.results.journal.FileJournal` writes it down.
+    :class:`~com_lightning.results.journal.FileJournal` writes the layers to a file.
     """
 
     keeps = False
-    """Whether it remembers anything."""
+    """Whether it keeps layers."""
     resumed = 0
-    """How many layers were taken from an earlier run."""
+    """Number of layers that were taken from an earlier run."""
 
     def bind(self, fingerprint: Mapping[str, str]) -> None:
-        """Say what the merge depends on, before the first layer: name -> short text.
+        """Compare a fingerprint with the fingerprint of the earlier run, before the first layer.
+
+        Args:
+            fingerprint: name of each input of the merge -> a short text that depends on it.
 
         Raises:
-            MergeError: if what is there is of a merge that depends on something else.
+            MergeError: if the journal belongs to a merge of other inputs.
         """
 
     def get(self, layer: str) -> Solved | None:
-        """What is known of a layer from an earlier run."""
+        """A layer as an earlier run solved it. ``None``: no earlier run did."""
         return None
 
     def add(self, layer: str, solved: Solved) -> None:
-        """Take down a layer that has just been merged."""
+        """Add a layer that has just been merged."""
 
 
 @dataclass
@@ -60,16 +64,16 @@ class Run:
     """How a merge is carried out.
 
     Args:
-        on_layer: called with each finished layer.
-        peers: other processes that do the same on batches of their own.
-        journal: where layers are taken down, and taken from if they are there already.
-        memory_budget: bytes that paused forwards may hold between them on the device; what is more is paged out.
-            ``None``: no limit.
-        on_bad_batch: what NaN or infinity in the inputs of a layer does: ``"raise"``, or ``"skip"`` the batch from
-            there on.
+        on_layer: called with the record of each finished layer.
+        peers: the processes of the merge. Each has its own batches.
+        journal: keeps merged layers. Layers that it has from an earlier run are not solved again.
+        memory_budget: bytes that all paused forwards together may hold on the device. The rest is paged out. ``None``:
+            no limit.
+        on_bad_batch: with NaN or infinity in the inputs of a layer, ``"raise"`` an error, or ``"skip"`` the batch from
+            that layer on.
         skipped: the batches of all processes that have been skipped.
-        warnings: what went otherwise than asked for, for the report.
-        quiet: whether a rule that takes steps shows no progress.
+        warnings: warnings for the report.
+        quiet: whether to hide progress bars.
     """
 
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
@@ -82,22 +86,22 @@ class Run:
     quiet: bool = True
 
     def alone(self, task: str) -> Run:
-        """The same for layers that one task has for itself; where they are told of, its name is added to theirs."""
+        """The same context for the private layers of a task. The task's name is added to theirs in records."""
         suffix = f" of {task}"
 
         def report(record: LayerRecord) -> None:
             record.name, record.task = record.name + suffix, task
             self.on_layer(record)
 
-        return replace(self, on_layer=report, journal=_PartOfJournal(self.journal, suffix), skipped=[])
+        return replace(self, on_layer=report, journal=_TaskJournal(self.journal, suffix), skipped=[])
 
 
-class _PartOfJournal(Journal):
-    def __init__(self, whole: Journal, suffix: str) -> None:
-        self._whole, self._suffix = whole, suffix
+class _TaskJournal(Journal):
+    def __init__(self, journal: Journal, suffix: str) -> None:
+        self._journal, self._suffix = journal, suffix
 
     def get(self, layer: str) -> Solved | None:
-        return self._whole.get(layer + self._suffix)
+        return self._journal.get(layer + self._suffix)
 
     def add(self, layer: str, solved: Solved) -> None:
-        self._whole.add(layer + self._suffix, solved)
+        self._journal.add(layer + self._suffix, solved)

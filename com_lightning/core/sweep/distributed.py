@@ -1,4 +1,4 @@
-"""The processes that merge together, each with its own share of the calibration data."""
+"""The processes of a merge. Each has its own part of the calibration data."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from com_lightning.core.tensors import private_torch
 
 T = TypeVar("T")
 
-PATIENCE = 10.0
-"""Seconds that a process which gives up waits for the others to hear of it."""
+FAILURE_TIMEOUT = 10.0
+"""Seconds that a failed process waits for the others to receive its error message."""
 
-ROLL_CALL = 2.0
-"""Seconds for those that are left to say so, once a connection is lost."""
+ROLL_CALL_TIMEOUT = 2.0
+"""Seconds that the remaining processes have to respond after a connection was lost."""
 
 ENDED = (
-    "has ended without a word: it was killed, most often because memory ran out (then lower data.num_samples, or use "
-    "fewer processes on each machine), or it crashed; see its own output, and the system's log"
+    "has ended without an error message. It was killed, most often because memory ran out (then lower "
+    "data.num_samples, or use fewer processes on each machine), or it crashed. See its output and the system's log"
 )
-"""What is said of a process that is gone."""
+"""Continues a message that begins with the name of a process."""
 
 
 class PeerError(RuntimeError):
-    """Another process has failed, with this message."""
+    """Another process has failed. The message is that process's error message."""
 
 
 class Peers:
-    """A process on its own. With others, see :class:`ProcessGroup`."""
+    """Communication between the processes of a merge: here a single process. For several, see :class:`ProcessGroup`."""
 
     rank = 0
     size = 1
@@ -50,20 +50,20 @@ class Peers:
         return [value]
 
     def add(self, tensor: Tensor, owner: int) -> None:
-        """Add everyone's tensors, in place at the owner; what the others then hold is undefined."""
+        """Add the tensors of all processes, in place at the owner. The other tensors then have undefined values."""
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
-        """Overwrite everyone's tensor with the owner's."""
+        """Overwrite the tensor of each process with the owner's."""
 
     def report_failure(self, error: BaseException) -> None:
-        """Tell the others that this process gives up. Returns within seconds, whatever happens."""
+        """Report an error to the other processes. Returns within seconds in any case."""
 
     def explain(self, error: BaseException) -> None:
-        """Note what it means if an error is that of a lost connection, in a call that is not ours."""
+        """Add a note to an error of ``torch.distributed`` outside this class, if a lost connection caused it."""
 
     @contextmanager
     def shares_failures(self) -> Iterator[None]:
-        """What is raised here is told to the others, which would wait for this process otherwise."""
+        """Report exceptions in this context to the other processes. Otherwise they would wait for this process."""
         try:
             yield
         except BaseException as error:
@@ -72,115 +72,117 @@ class Peers:
 
 
 class ProcessGroup(Peers):
-    """The processes of ``torch.distributed``'s default group. All meet in the same order of calls.
+    """The processes of ``torch.distributed``'s default group. All must make the same calls in the same order.
 
-    A process that raises tells the others in the next exchange. One that is killed tells nobody, but its connections
-    break: whoever waits for it, then or later, gets a :class:`PeerError` at once.
+    A process that raises an exception reports it in the next exchange. A process that is killed cannot report anything.
+    But its connections break, and processes that wait for it get a :class:`PeerError` at once.
     """
 
     def __init__(self) -> None:
-        self.rank, self.size, self._over = dist.get_rank(), dist.get_world_size(), False
-        # What is exchanged is small, and goes through gloo also where tensors go through NCCL: gloo's calls return when
-        # the process at the other end dies, while a call that waits for a GPU waits for as long as the strategy allows.
+        self.rank, self.size, self._has_failed = dist.get_rank(), dist.get_world_size(), False
+        # Exchanges are small. They use gloo even if tensors use NCCL: gloo's calls return when the other process dies,
+        # while a call that waits for a GPU returns only after the strategy's timeout.
         self._group: Any = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        self._where: list[str] = self._exchange(f"pid {os.getpid()} on {socket.gethostname()}")
+        self._locations: list[str] = self._exchange(f"pid {os.getpid()} on {socket.gethostname()}")
 
     def exchange(self, value: T) -> list[T]:
         return self._exchange(value)
 
     def add(self, tensor: Tensor, owner: int) -> None:
-        with self._in_touch():
+        with self._explains_errors():
             dist.reduce(tensor, owner)
 
     def broadcast(self, tensor: Tensor, owner: int) -> None:
         received = tensor.contiguous() if self.rank == owner else torch.empty_like(tensor)
-        with self._in_touch():
+        with self._explains_errors():
             dist.broadcast(received, owner)
         if self.rank != owner:
-            tensor.copy_(received)  # which counts as a new version of it, unlike what is received in place
+            tensor.copy_(received)  # this increments the version counter; receiving in place would not
 
     def report_failure(self, error: BaseException) -> None:
-        if self._over:  # all know
+        if self._has_failed:  # the others know already
             return
-        self._over = True
-        told = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
-        teller = Thread(target=self._tell, args=(told, isinstance(error, Exception)), name="tell-peers", daemon=True)
-        teller.start()
-        teller.join(PATIENCE)
+        self._has_failed = True
+        message = f"{type(error).__name__}: {error}" + "".join(f"; {n}" for n in getattr(error, "__notes__", ()))
+        thread = Thread(
+            target=self._send_failure, args=(message, isinstance(error, Exception)), name="tell-peers", daemon=True
+        )
+        thread.start()
+        thread.join(FAILURE_TIMEOUT)
 
     def explain(self, error: BaseException) -> None:
         lost = isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _LOST)
         if lost and not isinstance(error, PeerError):
-            self._over = True
-            error.add_note(self._loss(error))
+            self._has_failed = True
+            error.add_note(self._explain_loss(error))
 
-    def _tell(self, told: str, meet: bool) -> None:
-        # Others may be in a long forward, or wait elsewhere than in an exchange. They are not waited for: with the end
-        # of this process their connections break, and then they look into the store.
+    def _send_failure(self, message: str, is_between_calls: bool) -> None:
+        # The others may be in a long forward, or wait outside an exchange. This process does not wait for them. When it
+        # ends, their connections break, and they read the message from the store.
         with suppress(Exception):
-            _store().set(f"{_KEY}/failed/{self.rank}", told)
-        if meet:  # Ctrl-C comes at any time, in the middle of an exchange too: gloo aborts where calls do not match
+            _store().set(f"{_KEY}/failed/{self.rank}", message)
+        if is_between_calls:  # Ctrl-C may interrupt an exchange, and gloo aborts the process if calls do not match
             with suppress(Exception):
-                self._exchange(_Failure(told))
+                self._exchange(_Failure(message))
 
     def _exchange(self, value: Any) -> list[Any]:
         values: list[Any] = [None] * self.size
-        with self._in_touch():
+        with self._explains_errors():
             dist.all_gather_object(values, value, self._group)
         for rank, other in enumerate(values):
             if isinstance(other, _Failure) and rank != self.rank:
-                self._over = True
-                raise PeerError(self._failed(rank, other.told))
+                self._has_failed = True
+                raise PeerError(self._failure_message(rank, other.message))
         return values
 
-    def _failed(self, rank: int, told: str) -> str:
-        return f"process {rank} of {self.size} failed: {told}"
+    def _failure_message(self, rank: int, message: str) -> str:
+        return f"process {rank} of {self.size} failed: {message}"
 
     @contextmanager
-    def _in_touch(self) -> Iterator[None]:
+    def _explains_errors(self) -> Iterator[None]:
         try:
             yield
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError as error:  # what torch.distributed raises for whatever goes wrong
-            self._over = True
-            raise PeerError(self._loss(error)) from error
+        except RuntimeError as error:  # torch.distributed raises no more specific exception
+            self._has_failed = True
+            raise PeerError(self._explain_loss(error)) from error
 
-    def _loss(self, error: BaseException) -> str:
-        """Why a connection broke, as far as that can be known."""
+    def _explain_loss(self, error: BaseException) -> str:
+        """Describe why a connection broke, as far as this process can find out."""
         others = [rank for rank in range(self.size) if rank != self.rank]
-        silent, told = self._roll_call(others)
-        for rank, message in told.items():
-            return self._failed(rank, message)
-        # A process that is busy does not answer either, so that with several it may be any of them.
-        names = [f"{rank} of {self.size} ({self._where[rank]})" for rank in silent or others]
+        silent, messages = self._roll_call(others)
+        for rank, message in messages.items():
+            return self._failure_message(rank, message)
+        # A busy process does not respond either. So with several silent processes, any of them may have ended.
+        names = [f"{rank} of {self.size} ({self._locations[rank]})" for rank in silent or others]
         who = f"process {names[0]}" if len(names) == 1 else f"one of the processes {', '.join(names)}"
         if "timed out" in str(error).lower():
             return (
-                f"{who} did not come within the time that processes wait for each other; if it is not stuck but slow, "
-                "give more: strategy=DDPStrategy(timeout=timedelta(hours=2))"
+                f"{who} did not respond within the strategy's timeout. If it is slow rather than stuck, raise the "
+                "timeout: strategy=DDPStrategy(timeout=timedelta(hours=2))"
             )
         return f"{who} {ENDED}"
 
     def _roll_call(self, others: list[int]) -> tuple[list[int], dict[int, str]]:
-        """Who does not answer, the one that has gone among them; and what those that gave up have left to say."""
-        silent, told = others, dict[int, str]()
-        with suppress(Exception):  # the store may have gone with the process that kept it
-            store, end = _store(), time.monotonic() + ROLL_CALL
+        """Ask all processes to respond. Returns the ranks that are silent, and the messages of those that failed."""
+        silent, messages = others, dict[int, str]()
+        with suppress(Exception):  # the process that had the store may be the one that ended
+            store, end = _store(), time.monotonic() + ROLL_CALL_TIMEOUT
             store.set(f"{_KEY}/here/{self.rank}", "")
             while True:
-                given_up = [rank for rank in others if store.check([f"{_KEY}/failed/{rank}"])]
-                told = {rank: store.get(f"{_KEY}/failed/{rank}").decode() for rank in given_up}
+                failed = [rank for rank in others if store.check([f"{_KEY}/failed/{rank}"])]
+                messages = {rank: store.get(f"{_KEY}/failed/{rank}").decode() for rank in failed}
                 silent = [rank for rank in others if not store.check([f"{_KEY}/here/{rank}"])]
-                if told or len(silent) <= 1 or time.monotonic() > end:
+                if messages or len(silent) <= 1 or time.monotonic() > end:
                     break
                 time.sleep(0.02)
-        return silent, told
+        return silent, messages
 
 
 _KEY = "com_lightning"
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out")
-"""What the errors of gloo and NCCL say when the process at the other end has gone."""
+"""Words in the errors of gloo and NCCL after the other process has ended."""
 
 
 def _store() -> Any:
@@ -188,5 +190,5 @@ def _store() -> Any:
 
 
 class _Failure:
-    def __init__(self, told: str) -> None:
-        self.told = told
+    def __init__(self, message: str) -> None:
+        self.message = message

@@ -1,4 +1,4 @@
-"""The function calls that forwards make with shared parameters, and which of them are layers."""
+"""Function calls with shared parameters. Some of them are layers."""
 
 from __future__ import annotations
 
@@ -18,60 +18,70 @@ from com_lightning.core.tensors.tracked import Part, Tracked, materialized, name
 
 
 class FunctionCalls:
-    """What has become of each shared parameter so far.
+    """Finds function calls that are layers, and keeps track of the parameters that were solved or used.
+
+    A "first name" is the name of a parameter, or for a tied one the first of its names.
+
+    Args:
+        models: the models of the sweep.
 
     Attributes:
         layers: name of each function call that is a layer -> how it uses parameters.
-        used: first name of each parameter that went into a function that is no layer: too late for one that is.
-        entered: those of them that have come to be used since the processes last met.
-        solved: first name of a parameter -> extents of the parts of it that are solved.
-        notes: first name of a parameter -> why it is not solved.
+        used: first names of parameters that a function used that is no layer. They can no longer be solved.
+        newly_used: those of them that were used since the last exchange between processes.
+        solved: first name of a parameter -> extents of its solved parts.
+        notes: first name of a parameter -> a record that says why it is not solved.
     """
 
     def __init__(self, models: Models) -> None:
         self.models = models
         self.layers: dict[str, FunctionCall] = {}
         self.used: set[str] = set()
-        self.entered: set[str] = set()
+        self.newly_used: set[str] = set()
         self.solved: dict[str, list[tuple[int, int]]] = {}
         self.notes: dict[str, LayerRecord] = {}
 
     def on_use(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
-        """A watched parameter is about to enter a function: pause there if it is a layer that is not solved yet.
+        """Pause the forward if a function that is about to use a tracked parameter is a layer that is not solved yet.
+
+        Args:
+            function: the function.
+            args: its arguments.
+            kwargs: its keyword arguments.
 
         Returns:
-            What to call with the function's result. If that returns something, it replaces the result.
+            A function to call with the result, which may return a replacement for it. ``None``: there is none.
         """
         forward = running()
         if not isinstance(forward, CalibrationForward):
             return None
-        watched = list(tracked_in(args, kwargs))
+        tracked = list(tracked_in(args, kwargs))
         if forward.id.stream == "merged":
-            for entry in watched:
-                entry.refresh(self.models.computed[entry.part.name])
-        if not any(self._is_free(entry.part) for entry in watched):
+            for tensor in tracked:
+                tensor.refresh(self.models.computed[tensor.part.name])
+        if not any(self._is_solvable(tensor.part) for tensor in tracked):
             return None
-        if call := recognise(function, args, kwargs, self._is_free) if self._is_intact(forward, watched) else None:
-            label, place = self._placed(call)
-            self.layers.setdefault(label, replace(call, args=()))
-            if pause(label, place, tuple(map(materialized, call.args)), {}):
-                for entry in watched if forward.id.stream == "merged" else ():
-                    entry.refresh(self.models.computed[entry.part.name])
-                return lambda result: forward.on_output(label, result) if forward.on_output else None
+        if call := recognise(function, args, kwargs, self._is_solvable) if self._is_intact(forward, tracked) else None:
+            name, position = self._name_and_position(call)
+            self.layers.setdefault(name, replace(call, args=()))
+            if pause(name, position, tuple(map(materialized, call.args)), {}):
+                for tensor in tracked if forward.id.stream == "merged" else ():
+                    tensor.refresh(self.models.computed[tensor.part.name])
+                return lambda result: forward.on_output(name, result) if forward.on_output else None
 
-        def leaving(result: Any) -> None:
+        def on_result(result: Any) -> None:
             if function is Tensor.__setitem__ or any(True for _ in tensors_in(result)):
-                for part in [entry.part for entry in watched if self._is_free(entry.part)]:
+                for part in [tensor.part for tensor in tracked if self._is_solvable(tensor.part)]:
                     first = self.models.tied[part.name]
                     self.used.add(first)
-                    self.entered.add(first)
+                    self.newly_used.add(first)
                     note = f"goes into {name_of(function).strip('_')}, where it has no closed form"
                     self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
 
-        return None if call is not None else leaving
+        return None if call is not None else on_result
 
-    def _is_free(self, part: Part) -> bool:
-        """Whether a function of a part of a parameter may be solved: no forward has computed with it yet."""
+    def _is_solvable(self, part: Part) -> bool:
+        """Whether a part of a parameter may still be solved, because no forward has computed with it."""
         return self.models.tied[part.name] not in self.used and self.is_unsolved(part)
 
     def is_unsolved(self, part: Part) -> bool:
@@ -79,34 +89,34 @@ class FunctionCalls:
         solved = self.solved.get(self.models.tied[part.name])
         if not solved:
             return True
-        whole = self.models.merged[part.name]
-        if solved[0] == (0, whole.numel() - 1):
+        parameter = self.models.merged[part.name]
+        if solved[0] == (0, parameter.numel() - 1):
             return False
-        start, end = part.extent(whole)
+        start, end = part.extent(parameter)
         return all(end < a or b < start for a, b in solved)
 
-    def _is_intact(self, forward: CalibrationForward, watched: Sequence[Tracked]) -> bool:
-        """Whether the tensors hold what they were picked from; a forward may have written into a copy."""
+    def _is_intact(self, forward: CalibrationForward, tracked: Sequence[Tracked]) -> bool:
+        """Whether the tensors still equal the parts of the parameters. A forward may have written to a copy."""
         model = self.models.running[forward.id.batch.task, forward.id.stream]
-        for entry in watched:
-            if entry.part.steps:
-                name, own = entry.part.name, model.tensors[entry.part.name]
-                if entry.target is None and name in model.targets:  # it was brought there to be cast
-                    own = own.to(*model.targets[name])
-                if not torch.equal(untracked(entry), entry.part.of(own, casts=True)):
+        for tensor in tracked:
+            if tensor.part.steps:
+                name, parameter = tensor.part.name, model.tensors[tensor.part.name]
+                if tensor.target is None and name in model.targets:  # a cast moved it from where it is stored
+                    parameter = parameter.to(*model.targets[name])
+                if not torch.equal(untracked(tensor), tensor.part.of(parameter, casts=True)):
                     return False
         return True
 
-    def _placed(self, call: FunctionCall) -> tuple[str, Position]:
-        """Name of a function call by the parameter that it uses, and its place among all layers."""
+    def _name_and_position(self, call: FunctionCall) -> tuple[str, Position]:
+        """Name of a function call, from the parameter that it uses, and its position among all layers."""
         part = next(iter(call.parts.values()))
-        name, whole = part.name, self.models.merged[part.name]
-        start, end = part.extent(whole)
-        row = max(whole[0].numel(), 1) if whole.dim() else 1
-        place = (self.models.places.get(name.rpartition(".")[0], 0), start // row, self.models.order[name])
-        if end - start + 1 == whole.numel():
-            return name, place
+        name, parameter = part.name, self.models.merged[part.name]
+        start, end = part.extent(parameter)
+        row = max(parameter[0].numel(), 1) if parameter.dim() else 1
+        position = (self.models.positions.get(name.rpartition(".")[0], 0), start // row, self.models.order[name])
+        if end - start + 1 == parameter.numel():
+            return name, position
         if start % row or (end + 1) % row:
-            return f"{name}[{start}:{end + 1} of the elements]", place
+            return f"{name}[{start}:{end + 1} of the elements]", position
         first, last = start // row, (end + 1) // row
-        return f"{name}[{first}]" if last - first == 1 else f"{name}[{first}:{last}]", place
+        return f"{name}[{first}]" if last - first == 1 else f"{name}[{first}:{last}]", position

@@ -1,4 +1,4 @@
-"""A layer as a sweep meets it, and the forwards that meet there."""
+"""A layer of a sweep, and calibration forwards."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from com_lightning.core.tensors.tracked import Part
 
 @dataclass(eq=False)
 class CalibrationForward(Forward):
-    """A calibration forward of one batch in one model."""
+    """A calibration forward of one batch in one model. ``id`` identifies both."""
 
     id: ForwardId = field(kw_only=True)
 
 
 def forward_id(call: PausedCall) -> ForwardId:
-    """Which calibration forward has arrived."""
+    """The ``id`` of the calibration forward of a paused call."""
     assert isinstance(call.forward, CalibrationForward)
     return call.forward.id
 
 
 @dataclass
 class Layer:
-    """A layer, be it a module or a function call, in the merged model and in every expert.
+    """A layer in the merged model and in every expert. It is a module or a function call.
 
     Attributes:
-        name: of the module, or of the parameter that the function uses.
-        layer_type: how it is a regression.
+        name: name of the module, or of the parameter that the function uses.
+        layer_type: defines the layer's regression.
         merged, experts: the layer in the merged model, and in each expert.
-        parts: name of each of its parameters and buffers that is written -> the part of the model's tensor that it is.
+        parts: name of each parameter and buffer that is written -> the corresponding part of the model's tensor.
         base: the layer in the model that the experts were fine-tuned from, for rules that need it.
         repairs_stream: whether its target also repairs the residual stream that its output is added to.
     """
@@ -50,15 +50,15 @@ class Layer:
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        """Weight of each expert, ``(g, o, k)``."""
+        """The weight of each expert, ``(g, o, k)``."""
         return [self.layer_type.to_matrix(expert, self.merged) for expert in self.experts]
 
     @property
     def multiplies_drift(self) -> bool:
-        """Whether the drift is multiplied by the weight while it is gathered."""
+        """Whether the drift is multiplied by the weight when statistics are gathered."""
         return self.repairs_stream or self.layer_type.multiplies_drift(self.weights[0])
 
     @property
     def key(self) -> Hashable:
-        """Layers with one key may share the statistics of an input. ``None``: they are not shared."""
+        """Layers with the same key may share the statistics of an input. ``None``: this layer shares none."""
         return None if self.multiplies_drift else self.layer_type.key(self.merged)

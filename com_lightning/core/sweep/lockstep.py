@@ -1,14 +1,15 @@
-"""Many forward passes run together, pausing wherever one enters a layer that is to be merged.
+"""Runs many forward passes together. Each pauses where it enters a layer that is to be merged.
 
 A chain of merges needs, for every layer, the inputs of that layer in the model merged *so far*. Running the model again
-up to each layer costs time that grows with the square of the depth. Here every forward is a coroutine instead: it
-pauses at the next layer, the caller merges that layer once all have arrived, and all go on from where they were. Every
-forward runs exactly once, and any module that can be run can be merged: nothing is traced and no architecture is known.
+up to each layer would take time that grows with the square of the depth. Here every forward is a coroutine instead. It
+pauses at the next layer. Once all forwards have arrived, the caller merges the layer, and they go on from where they
+were. Each forward runs exactly once. Any module that can run can be merged, because nothing is traced and nothing
+depends on the architecture.
 
-The coroutines are greenlets. They share one operating-system thread, so they need no locks, an exception or Ctrl-C
-surfaces in the caller as in ordinary code, and the thread-bound resources of PyTorch (OpenMP teams, cuBLAS workspaces)
-exist once rather than once per forward. What PyTorch keeps per thread and per process (grad mode, autocast, default
-dtype, random state, ...) is put back at every switch, see :class:`_Ambient`.
+The coroutines are greenlets. They share one operating-system thread. So they need no locks, an exception or Ctrl-C
+reaches the caller as in ordinary code, and PyTorch's resources of a thread (OpenMP teams, cuBLAS workspaces) exist once
+rather than once per forward. PyTorch's state of a thread or process (grad mode, autocast, default dtype, random state,
+...) is saved and restored at every switch, see :class:`_TorchState`.
 """
 
 from __future__ import annotations
@@ -26,10 +27,13 @@ from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.tensors import private_torch
 
 Position = tuple[int, ...]
-"""Where a layer stands in the order of layers."""
+"""Position of a layer in the execution order. Positions are compared as tuples."""
 
 WaitingLayer = tuple[Position, str]
-"""Place and name of a layer that forwards wait at."""
+"""Position and name of a layer that forwards wait at."""
+
+ChooseNext = Callable[[WaitingLayer | None], WaitingLayer | None]
+"""Gets the first layer that forwards of this process wait at, and returns the layer to visit next."""
 
 
 @dataclass(eq=False)
@@ -37,14 +41,14 @@ class Forward:
     """One forward pass to run in lockstep with others.
 
     Args:
-        module: the module whose layers are watched. Give each forward a module object of its own (with shared
-            tensors, see :func:`~com_lightning.core.tensors.modules.copy_module`). Otherwise the other forwards would
-            overwrite what a module remembers between two of its layers.
-        call: runs the pass; its result is dropped.
-        label: how errors name this forward, e.g. ``"task 'mnist', batch 3, expert"``.
-        seed: random state the forward starts from, so that two forwards with one seed draw the same numbers.
-        on_output: called with the name and the output of each watched layer that is a module and at which this forward
-            has paused. What it returns, if not ``None``, takes the place of the output.
+        module: the module whose layers are watched. Each forward needs its own module object (with shared tensors, see
+            :func:`~com_lightning.core.tensors.modules.copy_module`). Otherwise forwards would overwrite what a module
+            stores between two of its layers.
+        call: runs the pass. Its result is ignored.
+        label: the name of this forward in error messages, e.g. ``"task 'mnist', batch 3, expert"``.
+        seed: seed of the random state. Forwards with the same seed draw the same numbers.
+        on_output: called with name and output of each watched layer that is a module and at which this forward has
+            paused. If it returns something other than ``None``, that replaces the output.
     """
 
     module: nn.Module
@@ -56,11 +60,11 @@ class Forward:
 
 @dataclass(eq=False)
 class PausedCall:
-    """A forward paused where it enters ``layer``, with the arguments that the layer is about to be called with."""
+    """A forward that is paused where it calls ``layer``, and the arguments of that call."""
 
     forward: Forward
     layer: str
-    place: Position
+    position: Position
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -73,106 +77,106 @@ class PausedCall:
 def lockstep(
     forwards: Sequence[Forward],
     layers: Sequence[str] | Mapping[str, Position],
-    served: Collection[str] = (),
-    choose_next: Callable[[WaitingLayer | None], WaitingLayer | None] = lambda mine: mine,
+    visited: Collection[str] = (),
+    choose_next: ChooseNext = lambda waiting: waiting,
     pager: Pager | None = None,
 ) -> Generator[tuple[str, list[PausedCall]], None, None]:
-    """Run all ``forwards`` together; yield each layer once, with everything that is waiting to enter it.
+    """Run all ``forwards`` together. Yield each layer once, with all forwards that are paused at it.
 
-    Whatever the consumer does to the layer's parameters before it asks for the next item is what the paused forwards
-    then compute with. When forwards wait at different layers (branches that depend on data), the layer that comes first
-    in ``layers`` is yielded and the others wait on. A layer is yielded at most once: a second call of it in the same
-    forward, or a forward that gets there late, runs through. A layer that no forward reaches is never yielded. What is
-    no module can be a layer too: a forward pauses wherever it calls :func:`pause`.
+    The consumer may change the layer's parameters before it requests the next item. The paused forwards then compute
+    with the changed parameters. When forwards wait at different layers (if branches depend on data), the layer with the
+    first position is yielded and the others wait. A layer is yielded at most once: a second call of it in the same
+    forward, or a forward that arrives late, does not pause. A layer that no forward reaches is not yielded. A layer
+    need not be a module: a forward also pauses where it calls :func:`pause`.
 
-    If a forward raises, all are ended and the exception surfaces as itself, with a note that names the forward and its
-    last layer; the same holds for an exception in the consumer and for Ctrl-C.
+    If a forward raises an exception, all forwards are ended. The exception reaches the consumer with a note that names
+    the forward and its last layer. All forwards are also ended by an exception in the consumer and by Ctrl-C.
 
     Args:
-        forwards: the passes to run. Each is run exactly once.
-        layers: names of submodules (as in ``named_modules``), in execution order; or the place of each in it.
-        served: layers that are not to be yielded.
-        choose_next: is given the layer that comes first here, and returns the layer to yield. For several processes
-            that yield the same layers, also those that none of their own forwards reaches: then nothing has arrived.
-        pager: entered by the caller; keeps what paused forwards hold within its budget.
+        forwards: the passes to run. Each runs exactly once.
+        layers: names of submodules (as in ``named_modules``) in execution order, or a dictionary with their positions.
+        visited: layers that are not yielded.
+        choose_next: chooses the layer to yield. With several processes, it makes all of them yield the same layers. If
+            none of this process's forwards waits at a layer, the layer is yielded without paused calls.
+        pager: keeps the memory of paused forwards within its budget. The caller must have entered it.
 
     Yields:
-        The name of a layer, and the forwards that wait there.
+        The name of a layer, and the calls of it at which forwards are paused.
 
     Example::
 
         >>> net = nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 1))
         >>> passes = [Forward(net, lambda: net(torch.ones(1, 2))), Forward(net, lambda: net(torch.zeros(1, 2)))]
-        >>> for layer, arrivals in lockstep(passes, ["0", "2"]):
-        ...     print(layer, [tuple(a.input.shape) for a in arrivals])
+        >>> for layer, calls in lockstep(passes, ["0", "2"]):
+        ...     print(layer, [tuple(call.input.shape) for call in calls])
         0 [(1, 2), (1, 2)]
         2 [(1, 2), (1, 2)]
     """
-    places = layers if isinstance(layers, Mapping) else {name: (number,) for number, name in enumerate(layers)}
-    served = set(served)
+    positions = layers if isinstance(layers, Mapping) else {name: (number,) for number, name in enumerate(layers)}
+    visited = set(visited)
     coroutines: list[_Coroutine] = []
     try:
         for forward in forwards:
-            coroutines.append(_Coroutine(forward, places, served, pager))
+            coroutines.append(_Coroutine(forward, positions, visited, pager))
         for coroutine in coroutines:
             coroutine.advance()
         while chosen := choose_next(min((c.waiting_layer for c in coroutines if c.waiting_layer), default=None)):
             layer = chosen[1]
             ready = [c for c in coroutines if c.paused_call and c.paused_call.layer == layer]
-            served.add(layer)
+            visited.add(layer)
             yield layer, [c.paused_call for c in ready if c.paused_call]
             for coroutine in ready:
                 coroutine.advance()
     finally:
-        with ExitStack() as stack:  # all are closed, whatever one of them raises
+        with ExitStack() as stack:  # close all of them, even if one raises
             for coroutine in coroutines:
                 stack.callback(coroutine.close)
 
 
 def running() -> Forward | None:
-    """The forward that is running, if this is called from within one."""
+    """The forward that this is called from, or ``None``."""
     current = getcurrent()
     return current.forward if isinstance(current, _Coroutine) else None
 
 
-def pause(layer: str, place: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Pause the forward that is running as where it enters a watched layer. Returns whether it has paused."""
+def pause(layer: str, position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Pause the running forward, as if it called a watched layer. Returns whether it has paused."""
     current = getcurrent()
-    return isinstance(current, _Coroutine) and current.pause(layer, place, args, kwargs)
+    return isinstance(current, _Coroutine) and current.pause(layer, position, args, kwargs)
 
 
 class _Coroutine(greenlet):
-    """A forward as a greenlet that switches back to the scheduler at each watched layer."""
+    """A forward as a greenlet. It switches to the scheduler at each watched layer."""
 
     def __init__(
-        self, forward: Forward, places: Mapping[str, Position], served: set[str], pager: Pager | None = None
+        self, forward: Forward, positions: Mapping[str, Position], visited: set[str], pager: Pager | None = None
     ) -> None:
-        super().__init__(self._work)
+        super().__init__(self._run_forward)
         self.forward, self._pager = forward, pager
         self.paused_call: PausedCall | None = None
-        self._served = served
+        self._visited = visited
         self._closing = False
         self._last_layer: str | None = None
-        self._inside_of: str | None = None
-        self._outside = _Ambient.now()
-        self._inside = self._outside.seeded(forward.seed)
+        self._paused_at: str | None = None
+        self._scheduler_state = _TorchState.current()
+        self._own_state = self._scheduler_state.seeded(forward.seed)
         self._hooks = []
         for name, layer in forward.module.named_modules():
-            if name in places:
+            if name in positions:
                 self._hooks.append(
-                    layer.register_forward_pre_hook(self._entering(name, places[name]), with_kwargs=True)
+                    layer.register_forward_pre_hook(self._entering(name, positions[name]), with_kwargs=True)
                 )
                 if forward.on_output is not None:
                     self._hooks.append(layer.register_forward_hook(self._leaving(name)))
 
     @property
     def waiting_layer(self) -> WaitingLayer | None:
-        return None if self.paused_call is None else (self.paused_call.place, self.paused_call.layer)
+        return None if self.paused_call is None else (self.paused_call.position, self.paused_call.layer)
 
     def advance(self) -> None:
-        """Run to the next watched layer, or to the end. Called by the scheduler."""
+        """Run to the next watched layer, or to the end. The scheduler calls this."""
         self.paused_call = None
-        self._outside = _Ambient.now()
+        self._scheduler_state = _TorchState.current()
         try:
             if self._pager is not None:
                 self._pager.resumed(self.forward)
@@ -187,66 +191,66 @@ class _Coroutine(greenlet):
             self._pager.finished(self.forward)
 
     def close(self) -> None:
-        """End the forward wherever it is; its context managers and ``finally`` clauses run."""
+        """End the forward where it is paused. Its context managers and ``finally`` clauses run."""
         self._closing = True
-        # A forward may swallow the exit with a bare `except:`; it is raised again at each layer it then enters.
+        # A forward may catch the exit with a bare `except:`. It is raised again at each layer that it then enters.
         for _ in range(len(self._hooks) + 1):
             if not self:  # never started, or finished
                 break
-            self._outside = _Ambient.now()
+            self._scheduler_state = _TorchState.current()
             self.throw(GreenletExit)
         for hook in self._hooks:
             hook.remove()
         self.paused_call = None
-        if self._pager is not None:  # last, for it may fail
+        if self._pager is not None:  # last, because it may raise
             self._pager.finished(self.forward)
 
-    def _work(self) -> None:
-        self._inside.enter()
+    def _run_forward(self) -> None:
+        self._own_state.restore()
         try:
             self.forward.call()
         finally:
-            self._outside.enter()
+            self._scheduler_state.restore()
 
-    def pause(self, layer: str, place: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Wait before a layer until the scheduler has served it; run through if it has already."""
-        if getcurrent() is not self or layer in self._served:
+    def pause(self, layer: str, position: Position, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Pause before a layer until the scheduler has visited it. Returns whether the forward has paused."""
+        if getcurrent() is not self or layer in self._visited:
             return False
-        if private_torch.inside_transform():  # within vmap and the like nothing can be switched
+        if private_torch.inside_transform():  # no switch is possible within vmap and the like
             return False
         if self._closing:
             raise GreenletExit
-        self.paused_call = PausedCall(self.forward, layer, place, args, kwargs)
-        inside = _Ambient.now()
-        # Inference mode can only be changed by a guard, which on leaving puts back all that it found.
-        with torch.inference_mode(self._outside.inference):
-            self._outside.enter()
+        self.paused_call = PausedCall(self.forward, layer, position, args, kwargs)
+        forward_state = _TorchState.current()
+        # Only a context manager can change inference mode, and it restores the previous state when it is left.
+        with torch.inference_mode(self._scheduler_state.inference):
+            self._scheduler_state.restore()
             assert self.parent is not None
             self.parent.switch()
-        inside.enter()
+        forward_state.restore()
         self._last_layer = layer
         return True
 
-    def _entering(self, name: str, place: Position) -> Callable[..., None]:
+    def _entering(self, name: str, position: Position) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if self.pause(name, place, args, kwargs):
-                self._inside_of = name
+            if self.pause(name, position, args, kwargs):
+                self._paused_at = name
 
         return hook
 
     def _leaving(self, name: str) -> Callable[..., Any]:
         def hook(layer: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-            if getcurrent() is not self or name != self._inside_of or self.forward.on_output is None:
+            if getcurrent() is not self or name != self._paused_at or self.forward.on_output is None:
                 return None
-            self._inside_of = None  # a second call of the layer is not reported
+            self._paused_at = None  # a second call of the layer is not reported
             return self.forward.on_output(name, output)
 
         return hook
 
 
 @dataclass(frozen=True)
-class _Ambient:
-    """The state that PyTorch keeps per thread or process and that a forward may be in the middle of changing."""
+class _TorchState:
+    """PyTorch's state of the thread or process. Each forward may change it for itself, as context managers do."""
 
     grad: bool
     inference: bool
@@ -262,13 +266,13 @@ class _Ambient:
     dispatch_modes: tuple[Any, ...]
 
     @staticmethod
-    def now() -> _Ambient:
+    def current() -> _TorchState:
         accelerator = _accelerator()
-        kinds = ("cpu",) if accelerator is None else ("cpu", accelerator)
-        return _Ambient(
+        devices = ("cpu",) if accelerator is None else ("cpu", accelerator)
+        return _TorchState(
             grad=torch.is_grad_enabled(),
             inference=torch.is_inference_mode_enabled(),
-            autocast=tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds),
+            autocast=tuple((k, torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in devices),
             autocast_cache=torch.is_autocast_cache_enabled(),
             default_dtype=torch.get_default_dtype(),
             device_index=torch.cuda.current_device() if accelerator == "cuda" else None,
@@ -280,37 +284,37 @@ class _Ambient:
             attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
-    def seeded(self, seed: int) -> _Ambient:
-        """The same state with the random state that ``torch.manual_seed(seed)`` gives."""
+    def seeded(self, seed: int) -> _TorchState:
+        """The same state, with the random state of ``torch.manual_seed(seed)``."""
         random = torch.Generator().manual_seed(seed).get_state()
         device_random = self.device_random
         if device_random is not None:
             device_random = torch.Generator("cuda").manual_seed(seed).get_state()
         return replace(self, random=random, device_random=device_random)
 
-    def enter(self) -> None:
+    def restore(self) -> None:
         torch.set_grad_enabled(self.grad)
-        for kind, enabled, dtype in self.autocast:
-            torch.set_autocast_enabled(kind, enabled)
-            torch.set_autocast_dtype(kind, dtype)
+        for device, enabled, dtype in self.autocast:
+            torch.set_autocast_enabled(device, enabled)
+            torch.set_autocast_dtype(device, dtype)
         torch.set_autocast_cache_enabled(self.autocast_cache)
         torch.set_default_dtype(self.default_dtype)
         if self.device_index is not None:
             torch.cuda.set_device(self.device_index)
         if self.stream is not None and (other := torch.cuda.current_stream()) != self.stream:
-            self.stream.wait_stream(other)  # what is about to be read was made there
+            self.stream.wait_stream(other)  # it computes tensors that are about to be read
             torch.cuda.set_stream(self.stream)
         torch.set_rng_state(self.random)
         if self.device_random is not None:
             torch.cuda.set_rng_state(self.device_random)
-        for on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
-            enable(on)
-        # `with torch.device(...)` and its like; within the function that a mode is looking at, it is set aside.
+        for is_on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
+            enable(is_on)
+        # Modes such as `with torch.device(...)`. PyTorch takes a mode off this stack while it handles a function.
         private_torch.set_function_modes(self.modes)
         private_torch.set_dispatch_modes(self.dispatch_modes)
 
 
-# Which kernels scaled_dot_product_attention may use: what `torch.nn.attention.sdpa_kernel` sets, on CPUs too.
+# The kernels that scaled_dot_product_attention may use. `torch.nn.attention.sdpa_kernel` sets them, on CPUs too.
 _ATTENTION_KERNELS = (
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),

@@ -1,4 +1,4 @@
-"""The models of a merge: the experts as they are stored, the merged one, and what runs of them."""
+"""The models of a sweep: the experts as they are stored, the merged model, and the models that forwards run in."""
 
 from __future__ import annotations
 
@@ -19,33 +19,33 @@ from com_lightning.core.tensors.tracked import Part
 
 
 class Models:
-    """All modules and tensors that a sweep works on. In all of them, attention is split into its linear maps.
+    """All modules and tensors of a sweep. In all of them, attention is split into its linear layers.
 
     Args:
         tasks: the experts.
         merged: name of each shared parameter or buffer -> its merged value.
         streams: the models that run for each task.
         base: the same names -> value in the model that the experts were fine-tuned from, for rules that need it.
-        task_tensors: name of what each task keeps for itself -> one tensor for each.
-        fixed: name of what else the merged model has in place of the expert's -> tensor. It is not merged.
+        task_tensors: name of each parameter of which every task has its own -> one tensor for each task.
+        fixed: name of other tensors that replace the expert's in the merged model -> tensor. They are not merged.
 
     Attributes:
         candidates: the modules that are layers, by name.
-        merged: name -> merged parameter or buffer, in the precision that it is stored in; also parts of packed ones.
-        whole: name of each such part -> name of the packed parameter.
-        experts: as they are stored.
+        merged: name -> merged parameter or buffer, in its stored precision. Includes the parts of packed parameters.
+        packed_names: name of each such part -> name of the packed parameter.
+        experts: the experts as they are stored.
         tensors: for each expert, the names of ``merged`` -> its tensor.
-        reference: the merged model, as it is stored.
-        running: task and stream -> the model that runs.
-        computed: name -> what merged models compute with: the merged tensor, or a copy on another device or in another
-            precision.
-        device: where statistics are gathered.
+        reference: the merged model, in its stored precision.
+        running: task and stream -> the model that the forwards run in.
+        computed: name -> tensor that merged models compute with: the merged tensor, or a copy on another device or in
+            another precision.
+        device: the device on which statistics are gathered.
         tied: see :func:`~com_lightning.core.tensors.modules.tied_names`.
-        places: place of each module among all. A module that has others within it comes after the last of them.
-        order: place of each parameter and buffer among all.
-        buffers: names of those that are buffers.
+        positions: name of each module -> its position. A module comes after all modules within it.
+        order: name of each parameter and buffer -> its position.
+        buffers: names of the buffers.
         base: the model that the experts were fine-tuned from, and its tensors, for rules that need it.
-        task_tensors: name of what each task keeps for itself -> the names under which :attr:`merged` has it, by task.
+        task_tensors: name of each parameter of which every task has its own -> its names in :attr:`merged`, by task.
     """
 
     def __init__(
@@ -57,31 +57,35 @@ class Models:
         task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
         fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
-        own, self.streams = task_tensors or {}, tuple(streams)
+        tensors_by_task, self.streams = task_tensors or {}, tuple(streams)
         self.candidates: dict[str, Candidate] = {}
         self.merged = dict(merged)
-        self.whole: dict[str, str] = {}
-        self.task_tensors = {name: [f"{name} of {task.name}" for task in tasks] for name in own}
+        self.packed_names: dict[str, str] = {}
+        self.task_tensors = {name: [f"{name} of {task.name}" for task in tasks] for name in tensors_by_task}
         for name, keys in self.task_tensors.items():
-            self.merged.update(zip(keys, own[name]))
+            self.merged.update(zip(keys, tensors_by_task[name]))
         self.experts: list[nn.Module] = []
         for task in tasks:
             self.candidates.update(candidates(task.expert, merged))
             expert = copy_module(task.expert)
-            for name, (whole, rows) in split_attention(expert).items():
-                if whole in merged:  # a view, so that what is written here is written there
-                    self.merged.setdefault(name, nn.Parameter(merged[whole].detach()[rows], requires_grad=False))
-                    self.whole[name] = whole
-                if whole in own and name not in self.task_tensors:
+            for name, (packed, rows) in split_attention(expert).items():
+                if packed in merged:  # a view: writing to it writes to the packed parameter
+                    self.merged.setdefault(name, nn.Parameter(merged[packed].detach()[rows], requires_grad=False))
+                    self.packed_names[name] = packed
+                if packed in tensors_by_task and name not in self.task_tensors:
                     self.task_tensors[name] = [f"{name} of {other.name}" for other in tasks]
-                    parts = [nn.Parameter(tensor.detach()[rows], requires_grad=False) for tensor in own[whole]]
+                    parts = [
+                        nn.Parameter(tensor.detach()[rows], requires_grad=False) for tensor in tensors_by_task[packed]
+                    ]
                     self.merged.update(zip(self.task_tensors[name], parts))
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
         self.base: tuple[nn.Module, dict[str, Tensor]] | None = None
         if base is not None:
-            there = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
-            module = copy_module(tasks[0].expert, {id(there[n]): _like(there[n], t.detach()) for n, t in base.items()})
+            stored = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
+            module = copy_module(
+                tasks[0].expert, {id(stored[n]): _like(stored[n], t.detach()) for n, t in base.items()}
+            )
             split_attention(module)
             self.base = (module, {name: tensor for name, tensor, _ in named_tensors(module)})
         shared = {id(tensor): self.merged[name] for name, tensor in self.tensors[0].items()}
@@ -91,7 +95,7 @@ class Models:
         self.running: dict[tuple[int, Stream], RunningModel] = {}
         self.computed: dict[str, Tensor] = {}
         for number, placement in enumerate(placements):
-            values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in own.items()}}
+            values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in tensors_by_task.items()}}
             for stream in streams:
                 model = RunningModel.of(placement, stream, values, tasks[number].offload, converted)
                 self.running[number, stream] = model
@@ -100,10 +104,10 @@ class Models:
         self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
         self.tied = tied_names(self.reference)
         self.tied.update({key: key for keys in self.task_tensors.values() for key in keys})
-        self.places: dict[str, int] = {}
+        self.positions: dict[str, int] = {}
         for number, (name, _) in enumerate(self.reference.named_modules()):
             while True:
-                self.places[name] = number
+                self.positions[name] = number
                 if not name:
                     break
                 name = name.rpartition(".")[0]
@@ -111,29 +115,29 @@ class Models:
         self.order = {name: number for number, name in enumerate(self.tied)}
 
     def layer(self, name: str, call: FunctionCall | None = None) -> Layer:
-        """Return a layer in the merged model and in every expert. ``call`` is its function call, if it is no module."""
+        """Return a layer in the merged model and in every expert. ``call`` is given if the layer is a function call."""
         if call is None:
             candidate = self.candidates[name]
-            parts = {local: Part(full) for local, full in candidate.written(name).items()}
-            merged, *experts = [self._here(model.get_submodule(name)) for model in (self.reference, *self.experts)]
-            base = self._here(self.base[0].get_submodule(name)) if self.base else None
+            parts = {local_name: Part(full_name) for local_name, full_name in candidate.written(name).items()}
+            merged, *experts = [self._on_device(model.get_submodule(name)) for model in (self.reference, *self.experts)]
+            base = self._on_device(self.base[0].get_submodule(name)) if self.base else None
             return Layer(name, candidate.layer_type, merged, experts, parts, base)
         models = [self.merged, *self.tensors, *([self.base[1]] if self.base else [])]
-        chosen = [
-            {local: part.of(tensors[part.name]).to(self.device) for local, part in call.parts.items()}
+        values_by_model = [
+            {local_name: part.of(tensors[part.name]).to(self.device) for local_name, part in call.parts.items()}
             for tensors in models
         ]
-        merged, *experts = [call.module(values) for values in chosen]
+        merged, *experts = [call.module(values) for values in values_by_model]
         base = experts.pop() if self.base else None
         return Layer(name, call.layer_type, merged, experts, dict(call.parts), base)
 
-    def _here(self, layer: nn.Module) -> nn.Module:
-        """A layer on the device where statistics are gathered."""
-        away = [tensor for _, tensor, _ in named_tensors(layer) if tensor.device != self.device]
-        return copy_module(layer, {id(t): _like(t, t.to(self.device)) for t in away}) if away else layer
+    def _on_device(self, layer: nn.Module) -> nn.Module:
+        """The same layer on the device where statistics are gathered."""
+        elsewhere = [tensor for _, tensor, _ in named_tensors(layer) if tensor.device != self.device]
+        return copy_module(layer, {id(t): _like(t, t.to(self.device)) for t in elsewhere}) if elsewhere else layer
 
     def refresh(self, name: str) -> None:
-        """Let merged models compute with what has been written to a merged tensor."""
+        """Copy a merged tensor that has been written to, so that merged models compute with the new values."""
         merged = self.merged[name]
         computed = self.computed.get(name, merged)
         if computed.data_ptr() != merged.data_ptr():

@@ -1,7 +1,7 @@
 """One pass of all calibration forwards over all layers, in lockstep and in execution order.
 
-:class:`Sweep` walks; a :class:`Visitor` says what is done at each layer. Solving the chain, finding residual streams,
-gathering gradients, measuring drift and the dry run are such visitors.
+A :class:`Sweep` runs the forwards. Its :class:`Visitor` does the work at each layer. There are visitors that solve the
+chain of merges, find residual streams, gather gradients, measure drift, and count memory in a dry run.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from com_lightning.core.tensors.placement import is_trackable
 from com_lightning.core.tensors.tracked import Part, Tracked, WriteCount, untracked
 
 Extent = tuple[str, tuple[int, int]]
-"""Name of a parameter or buffer, and the first and last of its flattened elements that are meant."""
+"""Name of a parameter or buffer, and the first and the last position of a part of it when flattened."""
 
 
 class Visitor(ABC):
-    """What is done on a sweep."""
+    """Does the work of a sweep at each layer."""
 
     watches_outputs: bool = False
-    """Whether :meth:`on_output` is to be called."""
+    """Whether the sweep calls :meth:`on_output`."""
 
     def on_forward(self, forward: CalibrationForward) -> None:
-        """A forward has been prepared. Its module is a copy of its own, and its ``call`` may be replaced."""
+        """Called with each forward before it runs. It has its own copy of the module. Its ``call`` may be replaced."""
 
     @abstractmethod
     def on_layer(self, sweep: Sweep, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
-        """All forwards that reach a layer wait at it. With several processes, all of them come here together.
+        """Called when all forwards that reach a layer wait at it. All processes call this for the same layer.
 
         Args:
-            sweep: that is under way.
-            name: of the layer, see :meth:`Sweep.layer`.
+            sweep: the sweep.
+            name: name of the layer, see :meth:`Sweep.layer`.
             calls: the calls of the layer at which forwards of this process are paused; perhaps none.
 
         Returns:
@@ -57,16 +57,16 @@ class Visitor(ABC):
         """
 
     def on_output(self, forward: CalibrationForward, layer: str, output: Any) -> Any:
-        """A forward leaves the layer that it waited at. A result other than ``None`` replaces the output."""
+        """Called when a forward leaves the layer that it waited at. If a value is returned, it replaces the output."""
 
     def shared_value(self) -> Any:
-        """All forwards of this process have left the layer: what the other processes are to know of it."""
+        """Called when all forwards of this process have left the layer. All processes get the returned value."""
 
     def on_left(self, record: LayerRecord | None, values: Sequence[Any]) -> None:
-        """All forwards of all processes have left the layer.
+        """Called when all forwards of all processes have left the layer.
 
         Args:
-            record: of the layer, to be completed; ``None`` if it was not solved.
+            record: the record of the layer, which may still be changed. ``None`` if the layer was not solved.
             values: the :meth:`shared_value` of each process.
         """
 
@@ -76,11 +76,11 @@ class Sweep:
 
     Args:
         tasks: the experts and their calibration data.
-        models: of these tasks, with the streams that run.
-        visitor: what is done at each layer.
+        models: the models of these tasks, with the streams that run.
+        visitor: does the work at each layer.
         context: how the sweep is carried out.
-        batches: those that run. ``None``: all.
-        pager: keeps what paused forwards hold within a budget.
+        batches: the batches that run. ``None``: all.
+        pager: keeps the memory of paused forwards within a budget.
     """
 
     def __init__(
@@ -99,18 +99,20 @@ class Sweep:
         self.function_calls = FunctionCalls(models)
         self._writes = {name: WriteCount() for name in models.merged}
         self._record: LayerRecord | None = None
-        """Of the layer that forwards are leaving."""
+        """Record of the layer that forwards are leaving."""
 
     def run(self) -> list[LayerRecord]:
-        """Walk over all layers.
+        """Visit all layers.
 
         Returns:
-            Records of the layers that were reached, in order, then of what was used and could not be solved.
+            Records of the layers that were reached, in order, then of the parameters that could not be solved.
         """
         records: list[LayerRecord] = []
-        places: dict[str, Position] = {name: (self.models.places.get(name, 0),) for name in self.models.candidates}
-        layers = lockstep(self._forwards(), places, choose_next=self._choose_next, pager=self.pager)
-        # Version counters, by which a changed input is noticed, do not exist in inference mode.
+        positions: dict[str, Position] = {
+            name: (self.models.positions.get(name, 0),) for name in self.models.candidates
+        }
+        layers = lockstep(self._forwards(), positions, choose_next=self._choose_next, pager=self.pager)
+        # Changed inputs are noticed by their version counters, which do not exist in inference mode.
         with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
             for name, calls in layers:
                 record = self._visit(name, self.bad_batches.good(calls))
@@ -127,32 +129,32 @@ class Sweep:
         return records + unsolved
 
     def layer(self, name: str) -> Layer:
-        """The layer that forwards of this process wait at."""
+        """The layer of that name. Some forwards of this process must wait at it."""
         return self.models.layer(name, self.function_calls.layers.get(name))
 
     def layer_type(self, name: str) -> LayerType:
-        """Its type."""
+        """The type of a layer."""
         return (self.function_calls.layers.get(name) or self.models.candidates[name]).layer_type
 
     def refusal(self, layer: Layer, calls: Sequence[PausedCall]) -> str | None:
-        """Why a layer cannot be solved; ``None`` if it can."""
-        if late := [part.name for part in layer.parts.values() if not self.function_calls.is_unsolved(part)]:
-            return f"{late[0]} was used before"
+        """The reason why a layer cannot be solved, or ``None`` if it can."""
+        if used_before := [part.name for part in layer.parts.values() if not self.function_calls.is_unsolved(part)]:
+            return f"{used_before[0]} was used before"
         if not all(isinstance(call.input, Tensor) for call in calls):
             return "it is called without a tensor"
         return layer.layer_type.refuses(layer.merged, calls[0].args, calls[0].kwargs)
 
     def extents(self, layer: Layer) -> list[Extent]:
-        """All that a layer consists of."""
+        """The extents of all parameters and buffers of a layer that are written."""
         return [(part.name, part.extent(self.models.merged[part.name])) for part in layer.parts.values()]
 
     def mark_solved(self, extents: Sequence[Extent]) -> None:
-        """From now on these elements count as solved. Later layers that use them are refused."""
+        """Mark elements as solved. Later layers that use them are not solved."""
         for name, extent in extents:
             self.function_calls.solved.setdefault(self.models.tied[name], []).append(extent)
 
     def mark_written(self, name: str) -> None:
-        """A merged tensor has been written to: forwards that go on compute with the new values."""
+        """Let the forwards compute with the new values of a merged tensor that has been written to."""
         self.models.refresh(name)
         self._writes[name].count += 1
 
@@ -161,24 +163,24 @@ class Sweep:
         with torch.autocast(self.models.device.type, enabled=False), exact_products():
             return self.visitor.on_layer(self, name, calls)
 
-    def _choose_next(self, mine: WaitingLayer | None) -> WaitingLayer | None:
-        """Which layer is next, among those that any process waits at. All forwards have left the last one by now."""
-        everyone = self.context.peers.exchange((mine, self.function_calls.entered, self.visitor.shared_value()))
-        for _, entered, _ in everyone:
-            self.function_calls.used |= entered
-        self.function_calls.entered = set()
+    def _choose_next(self, own_layer: WaitingLayer | None) -> WaitingLayer | None:
+        """Choose the first layer that forwards of any process wait at. All forwards have left the last one by now."""
+        everyone = self.context.peers.exchange((own_layer, self.function_calls.newly_used, self.visitor.shared_value()))
+        for _, newly_used, _ in everyone:
+            self.function_calls.used |= newly_used
+        self.function_calls.newly_used = set()
         self.visitor.on_left(self._record, [value for _, _, value in everyone])
         if self._record is not None:
             self.context.on_layer(self._record)
             self._record = None
-        return min((waiting_layer for waiting_layer, _, _ in everyone if waiting_layer), default=None)
+        return min((layer for layer, _, _ in everyone if layer), default=None)
 
     def _forwards(self) -> list[Forward]:
         tracked: dict[tuple[int, Stream], dict[int, Tensor]] = {}
         forwards: list[Forward] = []
         for batch in self.batches:
             task = self.tasks[batch.task]
-            # Both models leave a layer with one batch before the next: one output at a time waits to be compared.
+            # With each batch, both models run one after the other, so that one output at a time waits for its pair.
             for stream in self.models.streams:
                 model = batch.task, stream
                 if model not in tracked:
@@ -203,7 +205,7 @@ class Sweep:
         return self.visitor.on_output(forward, layer, untracked(output)) if self.visitor.watches_outputs else None
 
     def _tracked(self, task: int, stream: Stream) -> dict[int, Tensor]:
-        """``id`` of a tensor of a model that runs -> the tracked tensor that takes its place in a forward."""
+        """``id`` of a tensor of a running model -> the tracked tensor that replaces it in a forward."""
         models, tensors = self.models, dict[int, Tensor]()
         model = models.running[task, stream]
         for name, tensor in model.tensors.items():
@@ -216,15 +218,15 @@ class Sweep:
         return tensors
 
     def _is_solved(self, name: str) -> bool:
-        """Whether the parameters of a layer, or the one of that name, were solved after all."""
+        """Whether all parameters of a layer, or the parameter of that name, were solved after all."""
         candidate = self.models.candidates.get(name)
         names = [name] if candidate is None else candidate.written(name).values()
-        return all(self.models.tied.get(own) in self.function_calls.solved for own in names)
+        return all(self.models.tied.get(parameter_name) in self.function_calls.solved for parameter_name in names)
 
 
 @contextmanager
 def _without_fast_path() -> Iterator[None]:
-    """``nn.TransformerEncoderLayer`` may run as one fused function, in which nothing can pause."""
+    """Keep ``nn.TransformerEncoderLayer`` from running as one fused function, in which a forward cannot pause."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -235,7 +237,7 @@ def _without_fast_path() -> Iterator[None]:
 
 @dataclass
 class _Call:
-    """A calibration forward. It refers to its own batch and to no other."""
+    """Runs a calibration forward. It refers to its own batch only, so that other batches can be freed."""
 
     task: Task
     module: nn.Module

@@ -1,4 +1,4 @@
-"""What goes into a sweep over layers, and what is recorded of each layer."""
+"""The input of a sweep (tasks and batches), and its output (records of layers)."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from torch import Tensor, nn
 from com_lightning.core.tensors.placement import Move
 
 Stream = Literal["merged", "expert"]
-"""The model that a forward runs in: the model merged so far, or the expert."""
+"""The model that a forward runs in: the model as merged so far, or the expert."""
 
 
 class BatchId(NamedTuple):
     """A calibration batch of this process.
 
     Attributes:
-        task: position of its task.
-        position: its position among the batches that this process has of the task.
-        number: its number among the batches of the task in all processes.
+        task: position of the task.
+        position: position of the batch among those that this process has of the task.
+        number: number of the batch among those that all processes have of the task.
     """
 
     task: int
@@ -40,18 +40,19 @@ class Task:
     """One task: its expert and its calibration data.
 
     Args:
-        name: of the task.
+        name: name of the task.
         expert: the fine-tuned module, in eval mode.
-        batches: calibration batches.
+        batches: the calibration batches of this process.
         call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
-        mask: gives the boolean mask over a batch's positions, ``True`` where data are. ``None``: data are everywhere.
-        numbers: of the batches among those of all processes. ``None``: these are all.
-        move: moves a module to the device and the precision that its forwards run in. The expert itself stays where it
-            is stored, for instance in a mapped file, and layers are solved with it in the precision it has there.
-        offload: whether a weight of the expert is moved when its forward uses it, and no sooner.
-        loss: ``loss(module, batch, index)`` is what the module is trained to lower, for rules that differentiate it.
-        predict: ``predict(module, batch, index)`` gives logits, ``(n, classes)``, for rules that read predictions.
-        size: number of samples in a batch.
+        mask: returns the boolean mask over a batch's positions, ``True`` for data and ``False`` for padding. ``None``:
+            there is no padding.
+        numbers: number of each batch among those of all processes. ``None``: there is one process.
+        move: moves a module to the device and the precision of its forwards. The expert itself stays where it is
+            stored, for instance in a mapped file. Layers are solved in its stored precision.
+        offload: whether a weight of the expert is moved only while its forward uses it.
+        loss: ``loss(module, batch, index)`` returns the training loss, for rules that differentiate it.
+        predict: ``predict(module, batch, index)`` returns logits, ``(n, classes)``, for rules that read predictions.
+        size: returns the number of samples in a batch.
     """
 
     name: str
@@ -68,11 +69,11 @@ class Task:
 
     @property
     def batch_numbers(self) -> Sequence[int]:
-        """The number of each of its batches among those of all processes."""
+        """The number of each batch among those of all processes."""
         return range(len(self.batches)) if self.numbers is None else self.numbers
 
     def with_batches(self, numbers: Sequence[int]) -> Task:
-        """The same task, with only those of its batches that have these numbers."""
+        """The same task with only the batches of these numbers."""
         batches = dict(zip(self.batch_numbers, self.batches))
         return replace(self, batches=[batches[number] for number in numbers], numbers=numbers)
 
@@ -146,12 +147,12 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class SkippedBatch:
-    """A calibration batch that was left out.
+    """A calibration batch that was skipped.
 
     Attributes:
         task, batch: its task, and its number among those of all processes.
-        layer: the first one whose statistics it is not in.
-        why: what its inputs there were.
+        layer: the first layer whose statistics do not include it.
+        why: what is wrong with its inputs of that layer.
     """
 
     task: str
@@ -164,4 +165,4 @@ class SkippedBatch:
 
 
 class NonFiniteError(ValueError):
-    """NaN or infinity in an expert's weights, in the inputs of a layer, or in what it was solved for."""
+    """There is NaN or infinity in an expert's weights, in the inputs of a layer, or in the solution of a layer."""

@@ -1,9 +1,9 @@
-"""How PyTorch gets memory on a CPU: from the C library, whose settings are those of the whole process.
+"""Settings of the C library's memory allocator, which PyTorch uses on a CPU.
 
-A merge allocates and frees activations of many megabytes thousands of times. glibc gives what is free at the end of its
-heap back to the system as soon as there are some megabytes of it. When these pages are asked for again, the system
-fills them with zeros. That takes a fifth of a merge's time (tried). The command line keeps them, see
-:func:`keep_freed_memory`. The library does not: the settings belong to the user's process.
+A merge allocates and frees activations of many megabytes thousands of times. As soon as some megabytes at the end of
+the heap are free, glibc returns them to the system. When it requests them again, the system fills them with zeros. That
+takes a fifth of a merge's time (measured). The command line keeps them, see :func:`keep_freed_memory`. The library does
+not, because the settings apply to the whole process, and that is the user's.
 """
 
 from __future__ import annotations
@@ -14,32 +14,32 @@ from collections.abc import Iterator
 from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""Parameters of glibc's ``mallopt``, in bytes: how much may be free at the end of the heap, and from what size on an
-allocation is no part of the heap."""
+"""Parameters of glibc's ``mallopt``. The first one bounds the free bytes at the end of the heap. Allocations with at
+least as many bytes as the second one are made outside the heap."""
 
-KEPT = 2**29
-"""Bytes at the end of the heap that are kept for the next allocations."""
+KEPT_BYTES = 2**29
+"""Free bytes at the end of the heap that are kept for later allocations."""
 
-LARGEST = 2**25
-"""The highest value that glibc accepts for the second parameter."""
+MAX_MMAP_THRESHOLD = 2**25
+"""The largest value that glibc accepts for the second parameter."""
 
-DEFAULT = 2**17
+DEFAULT_THRESHOLD = 2**17
 """The value of both parameters in a new process."""
 
 
 @contextlib.contextmanager
 def keep_freed_memory() -> Iterator[None]:
-    """Keep freed memory for the next allocations. Afterwards it is given back, and the thresholds are glibc's again."""
+    """Keep freed memory for later allocations. On exit, return it to the system and restore glibc's thresholds."""
     try:
-        _set(LARGEST, KEPT)
+        _set(MAX_MMAP_THRESHOLD, KEPT_BYTES)
         yield
     finally:
-        _set(DEFAULT, DEFAULT)
+        _set(DEFAULT_THRESHOLD, DEFAULT_THRESHOLD)
         return_freed_memory()
 
 
 def return_freed_memory() -> None:
-    """Give freed memory back to the system, wherever in the heap it is."""
+    """Return all freed memory of the heap to the system."""
     if library := _glibc():
         library.malloc_trim(0)
 
@@ -51,7 +51,7 @@ def _set(mmap_threshold: int, trim_threshold: int) -> None:
 
 
 def _glibc() -> Any:
-    """The C library; ``None`` if it is another one."""
+    """The C library, or ``None`` if it is not glibc."""
     try:
         library = ctypes.CDLL(None)
         library.mallopt, library.malloc_trim, library.gnu_get_libc_version  # noqa: B018

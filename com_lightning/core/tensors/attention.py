@@ -1,7 +1,7 @@
-"""``nn.MultiheadAttention`` taken apart into its linear maps.
+"""``nn.MultiheadAttention``, split into its linear layers.
 
-It projects queries, keys and values by function calls on packed weights: no module is called, so nothing can pause
-there. :func:`split_attention` gives such a module four linear layers on the same storage and a forward that calls them.
+It projects queries, keys and values by function calls with packed weights. It calls no module, so that a forward cannot
+pause there. :func:`split_attention` gives it four linear layers on the same storage, and a forward that calls them.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 
 def split_attention(module: nn.Module) -> dict[str, tuple[str, slice]]:
-    """Take every ``nn.MultiheadAttention`` in ``module`` apart, in place.
+    """Split every ``nn.MultiheadAttention`` in ``module``, in place.
 
     Args:
-        module: a copy whose module objects nobody else uses; its tensors are shared, not copied.
+        module: a copy whose module objects nobody else uses. Its tensors are shared, not copied.
 
     Returns:
-        Full name of each new parameter -> name of the one it is a part of, and which rows of it.
+        Full name of each new parameter -> name of the packed parameter, and its rows.
 
     Example::
 
@@ -50,14 +50,14 @@ def split_attention(module: nn.Module) -> dict[str, tuple[str, slice]]:
             if bias is not None:
                 parts[f"{prefix}{letter}_proj.bias"] = (f"{prefix}in_proj_bias", rows)
             attention._modules[f"{letter}_proj"] = linear
-        for gone in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-            attention._parameters[gone] = None
+        for packed_name in ("in_proj_weight", "in_proj_bias", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+            attention._parameters[packed_name] = None
         attention.__class__ = _SplitAttention
     return parts
 
 
 class _SplitAttention(nn.MultiheadAttention):
-    """The same attention, by calls of ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``, in eval mode."""
+    """The same attention in eval mode, with calls of ``q_proj``, ``k_proj``, ``v_proj`` and ``out_proj``."""
 
     def forward(
         self,
@@ -113,9 +113,9 @@ def multi_head_attention_forward(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """``torch.nn.functional.multi_head_attention_forward`` without dropout, by calls of ``F.linear``."""
+    """``torch.nn.functional.multi_head_attention_forward`` without dropout, with calls of ``F.linear``."""
     if static_k is not None or static_v is not None:
-        raise ValueError("attention with given keys or values is not known")
+        raise ValueError("attention with static_k or static_v is not supported")
     width = query.shape[-1]
     rows = [slice(number * width, (number + 1) * width) for number in range(3)]
     separate = (q_proj_weight, k_proj_weight, v_proj_weight)
@@ -156,13 +156,13 @@ def _attention(
     average_weights: bool,
     batch_first: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with given projections of query, key, value and output."""
+    """Attention with these projections of query, key, value and output."""
     query, key, value = inputs
     batched = query.dim() == 3
     if not (batched and batch_first):
-        # Batch first, as a padding mask has it; one tensor stays one tensor, so that its statistics are shared.
-        once = {id(t): t.transpose(0, 1) if batched else t[None] for t in inputs}
-        query, key, value = once[id(query)], once[id(key)], once[id(value)]
+        # The batch comes first, as in a padding mask. Equal inputs stay one tensor, so that they share statistics.
+        transposed = {id(t): t.transpose(0, 1) if batched else t[None] for t in inputs}
+        query, key, value = (transposed[id(t)] for t in inputs)
         if not batched and key_padding_mask is not None:
             key_padding_mask = key_padding_mask[None]
     q, k, v = (project(t) for project, t in zip(projections, (query, key, value)))
@@ -173,14 +173,14 @@ def _attention(
         k, v = (torch.cat([t, t.new_zeros(samples, 1, width)], 1) for t in (k, v))
     q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))  # type: ignore[no-untyped-call]
     scores = (q @ k.transpose(-2, -1)) / math.sqrt(width // heads)
-    extra = k.shape[-2] - key.shape[1]  # positions that no mask knows
+    extra = k.shape[-2] - key.shape[1]  # positions that were added here and are in no mask
     if attn_mask is not None:
         mask = _additive(attn_mask, extra, scores.dtype)
         scores = scores + (mask.view(samples, heads, length, -1) if mask.dim() == 3 else mask)
     if key_padding_mask is not None:
         scores = scores + _additive(key_padding_mask, extra, scores.dtype)[:, None, None, :]
     weights = scores.softmax(-1)
-    if not need_weights:  # as scaled_dot_product_attention: a position that may attend to nothing gets zeros
+    if not need_weights:  # scaled_dot_product_attention, too, gives zeros to a position that attends to nothing
         weights = weights.masked_fill((scores == -math.inf).all(-1, keepdim=True), 0.0)
     output = projections[3]((weights @ v).transpose(1, 2).flatten(-2))
     if batched and not batch_first:
@@ -193,14 +193,14 @@ def _attention(
 
 
 def _additive(mask: Tensor, extra: int, dtype: torch.dtype) -> Tensor:
-    """A mask to be added to the scores; true entries of a boolean one are left out. ``extra`` positions are open."""
+    """A mask to add to the scores. Where a boolean mask is true, it masks. ``extra`` positions are not masked."""
     if mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=dtype).masked_fill_(mask, -math.inf)
     return nn.functional.pad(mask.to(dtype), (0, extra))
 
 
 def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    """A linear layer on the storage of given tensors."""
+    """A linear layer on the storage of these tensors."""
     linear = nn.Linear(1, 1, bias=bias is not None, device="meta")
     linear.out_features, linear.in_features = weight.shape
     linear.weight = nn.Parameter(weight.detach(), requires_grad=False)

@@ -1,4 +1,4 @@
-"""Gradients of a user's module, in whatever state the trainer has left autograd."""
+"""Gradients of a user's module. They do not depend on the state in which the trainer left autograd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 @contextmanager
 def gradients_enabled(module: nn.Module) -> Iterator[None]:
-    """Gradients are on, and cuDNN's recurrent layers, which have none in eval mode, are off."""
+    """Switch gradients on. cuDNN's recurrent layers are off, because they have no gradients in eval mode."""
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
     without = torch.backends.cudnn.flags(enabled=False) if recurrent else nullcontext()
     with torch.inference_mode(False), torch.enable_grad(), without:
@@ -19,14 +19,14 @@ def gradients_enabled(module: nn.Module) -> Iterator[None]:
 
 
 def gradients_of(loss: Tensor, leaves: Sequence[Tensor]) -> list[Tensor | None]:
-    """Gradient by each leaf, dense; ``None`` where it has no part in the loss."""
+    """The dense gradient with respect to each leaf. ``None`` for a leaf that the loss does not depend on."""
     gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
     return [g.to_dense() if g is not None and g.is_sparse else g for g in gradients]
 
 
 @contextmanager
 def seeded(seed: int, tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Random numbers that depend on the seed alone, so that a batch gives the same in whichever process it is."""
+    """Seed the random numbers in this context, so that a batch gives the same result in each process."""
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     with torch.random.fork_rng([device.index or 0 for device in devices]):
         torch.manual_seed(seed)

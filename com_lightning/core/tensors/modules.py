@@ -1,4 +1,4 @@
-"""Which tensors the merged model consists of, and copies of a module that hold given tensors."""
+"""The tensors of a module, and copies of a module with other tensors."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 SLICE_ELEMENTS = 2**17
-"""Numbers that are averaged at a time: 8 MiB in float64."""
+"""Elements in one of :func:`row_slices`: 1 MiB in float64."""
 
-# Copied with the module, because a forward may change them; all else (tokenizer, trainer, config, ...) is shared.
+# Copied with the module, because a forward may change them. Other values (tokenizer, trainer, config, ...) are shared.
 _COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.MethodType, functools.partial)
 
 
@@ -40,7 +40,7 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
         for value in vars(child).values():
             items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
             for part in (value, *items):
-                # A tensor that was computed cannot be copied, and is computed anew (weight normalisation by a hook).
+                # A computed tensor cannot be copied. The forward computes it again (weight normalisation by a hook).
                 if not isinstance(part, _COPIED) or (isinstance(part, Tensor) and not part.is_leaf):
                     memo[id(part)] = part
         for tensor in (*child._parameters.values(), *child._buffers.values()):
@@ -61,7 +61,7 @@ def copy_on_same_storage(module: nn.Module) -> nn.Module:
 
 
 def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """A parameter or buffer in another precision; itself, if it is in that one."""
+    """A parameter or buffer in another precision. If it has that precision already, it is returned itself."""
     if tensor.dtype == dtype:
         return tensor
     value = tensor.detach().to(dtype)
@@ -69,7 +69,7 @@ def as_dtype(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
-    """All parameters and buffers as (name, tensor, whether it is a parameter); tied ones under each of their names."""
+    """Yield (name, tensor, whether it is a parameter) for each name of each parameter and buffer."""
     for name, parameter in module.named_parameters(remove_duplicate=False):
         yield name, parameter, True
     for name, buffer in module.named_buffers(remove_duplicate=False):
@@ -77,12 +77,12 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes that tensors take, each counted once."""
+    """The number of bytes of all tensors. A tensor that occurs twice counts once."""
     return sum({id(tensor): tensor.numel() * tensor.element_size() for tensor in tensors}.values())
 
 
 def tied_names(module: nn.Module) -> dict[str, str]:
-    """Return the name of each parameter or buffer -> the first name of the same tensor (its own, if not tied).
+    """Return a dictionary: name of each parameter or buffer -> first name of the same tensor (itself, if not tied).
 
     Example::
 
@@ -116,16 +116,16 @@ def all_finite(tensor: Tensor) -> bool:
         >>> all_finite(torch.ones(2)), all_finite(torch.tensor([1.0, torch.nan])), all_finite(torch.empty(0))
         (True, False, True)
     """
-    # NaN is the smallest and the largest of all.
+    # If there is NaN, both the minimum and the maximum are NaN.
     return not tensor.numel() or all(bool(end.isfinite()) for end in torch.aminmax(tensor.detach()))
 
 
 def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
-    """Return the (weighted) average, summed in a wider precision, in the first tensor's dtype and on its device.
+    """Return the (weighted) average in the first tensor's dtype and on its device. It is summed in a wider precision.
 
     Args:
         tensors: tensors of one shape.
-        weights: one weight per tensor; they are normalised to a sum of one. ``None``: uniform.
+        weights: one weight per tensor. They are normalised to a sum of one. ``None``: uniform.
 
     Example::
 
@@ -137,7 +137,7 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
     wide = (
         torch.float32 if all(tensor.dtype in (torch.float16, torch.bfloat16) for tensor in tensors) else torch.float64
     )
-    for part in row_slices(result):  # wide ones of a few rows at a time, not of all
+    for part in row_slices(result):  # wide copies of a few rows at a time, not of the whole tensor
         total = torch.zeros_like(result[part], dtype=wide)
         for tensor, weight in zip(tensors, weights):
             total.add_(tensor.detach()[part].to(total.device, wide), alpha=weight)
@@ -146,14 +146,14 @@ def average(tensors: Sequence[Tensor], weights: Sequence[float] | None = None) -
 
 
 def row_slices(tensor: Tensor) -> Iterator[slice | EllipsisType]:
-    """Places of a few rows each, all of a tensor between them: what is made of so little fits a processor's caches."""
+    """Yield slices of a few rows each that cover a tensor. So few numbers fit a processor's caches."""
     rows = len(tensor) if tensor.dim() else 0
     size = max(SLICE_ELEMENTS * rows // max(tensor.numel(), 1), 1)
     yield from (slice(start, start + size) for start in range(0, rows, size)) if tensor.dim() else [...]
 
 
 def writable_copy(tensor: Tensor, device: torch.device | None = None) -> Tensor:
-    """Return a copy that can be written to, on another device if one is given. The copy of a parameter is a parameter.
+    """Return a copy on new storage, on another device if one is given. The copy of a parameter is a parameter.
 
     Example::
 

@@ -1,4 +1,4 @@
-"""Where, and in which precision, forwards run, as opposed to how experts are stored."""
+"""Copies of stored modules on the device and in the precision that their forwards run in."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ Move = Callable[[nn.Module], nn.Module]
 
 
 class Placement:
-    """Copies of a stored module as its forwards run, without a second copy of what need not be converted.
+    """Makes copies of a stored module that can run. Tensors that need no conversion are shared, not copied.
 
-    The mover is shown the module with empty tensors, and what it makes of these tells what each tensor is to become;
-    whatever else it does (metrics move their states, a LightningModule notes its device) is done in every copy.
+    ``move`` is applied once, to a copy of the module with empty tensors. It shows the device and the precision of each
+    tensor. Its other effects (metrics move their states, a LightningModule sets its device) are in every copy.
 
     Args:
-        module: as it is stored: in a mapped file, on another device, in another precision. It is not changed.
-        move: what would have to be done to it before it can run.
+        module: the module as it is stored: in a mapped file, on another device, in another precision. It is not
+            changed.
+        move: moves or converts a module so that it can run.
 
     Example::
 
@@ -41,7 +42,7 @@ class Placement:
     def place(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Return a parameter or buffer, or ``tensor`` in its place, as a forward uses it.
 
-        It is the tensor itself if nothing has to be converted, and a copy that is made once otherwise.
+        If nothing has to be converted, this is the tensor itself. Otherwise it is a copy, which is made once.
         """
         tensor = self.stored[name] if tensor is None else tensor
         if id(tensor) not in self._placed:
@@ -55,11 +56,11 @@ class Placement:
         return self._placed[id(tensor)]
 
     def target(self, name: str) -> tuple[torch.device, torch.dtype]:
-        """Device and precision that the tensor of that name runs in."""
+        """Device and precision of the tensor of that name in a forward."""
         return self._slots[name].device, self._slots[name].dtype
 
     def module(self, tensors: Mapping[str, Tensor] | None = None) -> nn.Module:
-        """A copy that can run, with the given tensors, by name, in place of its own. Ties are kept."""
+        """A copy that can run. ``tensors`` (by name) replace its own. Ties are kept."""
         given = tensors or {}
         values = {name: given[name] if name in given else self.place(name) for name in self.stored}
         return copy_module(self._skeleton, {id(self._slots[name]): value for name, value in values.items()})
@@ -72,12 +73,12 @@ def _empty(tensor: Tensor) -> Tensor:
 
 @dataclass
 class RunningModel:
-    """A model that runs, with attention taken apart.
+    """A model that forwards run in. Its attention is split into linear layers.
 
     Attributes:
         module: the model.
         tensors: its parameters and buffers, by name.
-        targets: name of a parameter that stays elsewhere -> where it is brought to when it is used.
+        targets: name of an offloaded parameter -> the device and precision that it is moved to for each use.
     """
 
     module: nn.Module
@@ -86,7 +87,7 @@ class RunningModel:
 
     @staticmethod
     def of(
-        placement: Placement, stream: str, merged: Mapping[str, Tensor], stays: bool, converted: dict[int, Tensor]
+        placement: Placement, stream: str, merged: Mapping[str, Tensor], offload: bool, converted: dict[int, Tensor]
     ) -> RunningModel:
         """Return the merged model of a task, or its expert.
 
@@ -94,26 +95,28 @@ class RunningModel:
             placement: placement of the expert.
             stream: ``"merged"`` or ``"expert"``.
             merged: name -> merged tensor.
-            stays: whether the expert's shared parameters stay where they are.
-            converted: ``id`` of each merged tensor -> what it is converted to, for all tasks.
+            offload: whether the expert's shared parameters stay where they are stored.
+            converted: ``id`` of each merged tensor -> the tensor that it is converted to, for all tasks.
         """
-        own = {name: tensor for name, tensor in merged.items() if name in placement.stored}
+        shared = {name: tensor for name, tensor in merged.items() if name in placement.stored}
         if stream == "merged":
-            for name, tensor in own.items():
+            for name, tensor in shared.items():
                 if id(tensor) not in converted:
                     converted[id(tensor)] = placement.place(name, tensor)
-            tensors, targets = {name: converted[id(tensor)] for name, tensor in own.items()}, {}
+            tensors, targets = {name: converted[id(tensor)] for name, tensor in shared.items()}, {}
         else:
-            stored = {n: placement.stored[n] for n in own if stays and isinstance(placement.stored[n], nn.Parameter)}
+            stored = {
+                n: placement.stored[n] for n in shared if offload and isinstance(placement.stored[n], nn.Parameter)
+            }
             tensors = {name: tensor for name, tensor in stored.items() if is_trackable(name, tensor)}
             targets = {name: placement.target(name) for name in tensors}
         module = placement.module(tensors)
-        for name, (whole, _) in split_attention(module).items():
-            if whole in targets:
-                targets[name] = targets[whole]
+        for name, (packed, _) in split_attention(module).items():
+            if packed in targets:
+                targets[name] = targets[packed]
         return RunningModel(module, {name: tensor for name, tensor, _ in named_tensors(module)}, targets)
 
 
 def is_trackable(name: str, tensor: Tensor) -> bool:
-    """What enters a parametrisation is made a weight of, which the layer that it belongs to is solved for."""
+    """Whether a tensor can be tracked. The tensors of a parametrisation cannot: the layer that has them is solved."""
     return type(tensor) in (Tensor, nn.Parameter) and "parametrizations" not in name.split(".") and tensor.numel() > 0

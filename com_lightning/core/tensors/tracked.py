@@ -1,9 +1,9 @@
-"""Parameters that tell when a function uses them.
+"""Tracked parameters: they call back before a function uses them.
 
-A layer that is a module is found by a hook on the module. But a weight may go into a function without its module being
-called (torchvision's Swin, Mamba), or belong to no layer at all (a position table, a layer scale, the stacked experts
-of a mixture). A :class:`Tracked` parameter is a tensor subclass on the same storage: PyTorch hands it every function
-that it enters, and so do the views of it that the forward takes (a slice, a transpose).
+A hook finds a layer that is a module. But a function may use a weight without calling its module (torchvision's Swin,
+Mamba), or the weight may belong to no layer (a position table, a layer scale, the stacked experts of a mixture). A
+:class:`Tracked` parameter is a tensor subclass on the same storage. PyTorch passes it every function that it enters.
+The views that a forward takes of it (a slice, a transpose) are tracked, too.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import multi_head_attention_forward
 
-# Functions that pick, repeat or rearrange the elements of their first argument.
+# Functions that select, repeat or rearrange the elements of their first argument.
 _SELECTIONS = {
     *(
         "__getitem__",
@@ -37,12 +37,12 @@ _SELECTIONS = {
     *("expand_as", "view_as", "reshape_as"),
 }
 _LIKE = {"expand_as": "expand", "view_as": "view", "reshape_as": "reshape"}
-# Those that may give an element several times.
+# Selections that may return an element several times.
 _REPEATS = {"expand", "broadcast_to", "repeat", "index_select"}
 # Functions that may change the precision or device of their first argument, and nothing else.
 _CASTS = {"to", "type", "float", "double", "half", "bfloat16", "type_as", "cpu", "cuda"}
 # Functions whose result does not depend on the values of a tensor.
-_INDIFFERENT = {
+_VALUE_INDEPENDENT = {
     *("type_as", "to", "expand_as", "view_as", "reshape_as", "requires_grad_", "register_hook", "is_floating_point"),
     *("new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "is_complex", "result_type", "can_cast"),
     *("__set__", "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
@@ -50,65 +50,65 @@ _INDIFFERENT = {
 
 
 Step = tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], int | None]
-"""A function, its further arguments and, where it returns several tensors, which of them."""
+"""A function, its other arguments and, if it returns several tensors, the index of the one that was used."""
 
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """What a forward has picked of a parameter: its name, and the functions that were applied to it."""
+    """A part of a parameter that a forward has selected: the parameter's name, and the functions applied to it."""
 
     name: str
     steps: tuple[Step, ...] = ()
 
     @property
     def selects_once(self) -> bool:
-        """Whether no element was picked twice, or by data: no repetition, and no lookup by indices."""
+        """Whether no element was selected twice or by data: there is no repetition and no lookup by indices."""
         return not any(_repeats(step) for step in self.steps)
 
     def split(self) -> tuple[Part, Part]:
-        """A part that is picked by numbers alone (``stack[3]``), and what was then picked of it (``[:length]``)."""
-        stem = max((n + 1 for n, step in enumerate(self.steps) if _numbered(step)), default=0)
-        if not Part(self.name, self.steps[:stem]).selects_once:
-            stem = 0
-        return Part(self.name, self.steps[:stem]), Part(self.name, self.steps[stem:])
+        """The part that numbers select (``stack[3]``), and what was then selected of it (``[:length]``)."""
+        prefix = max((n + 1 for n, step in enumerate(self.steps) if _selects_by_number(step)), default=0)
+        if not Part(self.name, self.steps[:prefix]).selects_once:
+            prefix = 0
+        return Part(self.name, self.steps[:prefix]), Part(self.name, self.steps[prefix:])
 
-    def of(self, whole: Tensor, casts: bool = False) -> Tensor:
-        """The same part of another tensor of the parameter's shape, in that one's precision or as it was cast."""
-        return self._replayed(whole, casts)
+    def of(self, parameter: Tensor, casts: bool = False) -> Tensor:
+        """The same part of another tensor of the parameter's shape, in that tensor's precision or (``casts``) cast."""
+        return self._replay(parameter, casts)
 
-    def positions(self, whole: Tensor) -> Tensor:
-        """Which element of the flattened parameter each element of the part is."""
-        rows, row = len(whole) if whole.dim() else 1, whole[:1].numel() if whole.dim() else 1
-        tail = whole.shape[1:]
-        # By row and column, so that no list of all elements is made for the few that are looked up in a table.
-        row_of = torch.arange(rows, device=whole.device).view(-1, *[1] * len(tail)).expand(rows, *tail)
-        column_of = torch.arange(row, device=whole.device).view(1, *tail).expand(rows, *tail)
+    def positions(self, parameter: Tensor) -> Tensor:
+        """For each element of the part, its position in the flattened parameter."""
+        rows, row = len(parameter) if parameter.dim() else 1, parameter[:1].numel() if parameter.dim() else 1
+        tail = parameter.shape[1:]
+        # By row and column: a list of all elements would be long for the few that are looked up in a table.
+        row_of = torch.arange(rows, device=parameter.device).view(-1, *[1] * len(tail)).expand(rows, *tail)
+        column_of = torch.arange(row, device=parameter.device).view(1, *tail).expand(rows, *tail)
         if not tail:
-            row_of, column_of = row_of.view(whole.shape), column_of.view(whole.shape)
-        first, second = self._replayed(row_of, casts=False), self._replayed(column_of, casts=False)
+            row_of, column_of = row_of.view(parameter.shape), column_of.view(parameter.shape)
+        first, second = self._replay(row_of, casts=False), self._replay(column_of, casts=False)
         return first * row + second
 
-    def extent(self, whole: Tensor) -> tuple[int, int]:
-        """First and last element of the flattened parameter that the part may hold."""
-        part = self.of(whole)
+    def extent(self, parameter: Tensor) -> tuple[int, int]:
+        """Positions in the flattened parameter between which all elements of the part lie."""
+        part = self.of(parameter)
         if not part.numel():
-            return 0, whole.numel() - 1
-        if not _same_storage(part, whole) or not whole.is_contiguous():
-            positions = self.positions(whole)
+            return 0, parameter.numel() - 1
+        if not _same_storage(part, parameter) or not parameter.is_contiguous():
+            positions = self.positions(parameter)
             return int(positions.min()), int(positions.max())
-        start = int(part.storage_offset() - whole.storage_offset())
+        start = int(part.storage_offset() - parameter.storage_offset())
         return start, start + sum(int(size - 1) * int(stride) for size, stride in zip(part.shape, part.stride()))
 
-    def write(self, whole: Tensor, value: Tensor) -> None:
-        """Put the values of this part into a parameter."""
-        part = self.of(whole)
-        if _same_storage(part, whole):
+    def write(self, parameter: Tensor, value: Tensor) -> None:
+        """Write the values of this part into a parameter."""
+        part = self.of(parameter)
+        if _same_storage(part, parameter):
             part.copy_(value)
         else:
-            at = torch.unravel_index(self.positions(whole).flatten(), whole.shape)
-            whole[at] = value.flatten().to(whole.dtype)
+            indices = torch.unravel_index(self.positions(parameter).flatten(), parameter.shape)
+            parameter[indices] = value.flatten().to(parameter.dtype)
 
-    def _replayed(self, tensor: Tensor, casts: bool) -> Tensor:
+    def _replay(self, tensor: Tensor, casts: bool) -> Tensor:
         for function, args, kwargs, pick in self.steps:
             if casts or name_of(function) not in _CASTS:
                 result = function(tensor, *args, **kwargs)
@@ -118,7 +118,7 @@ class Part:
 
 @dataclass(eq=False)
 class WriteCount:
-    """How often a parameter has been written to. (Not ``Tensor._version``, which autograd goes by.)"""
+    """How often a parameter has been written to. Autograd uses ``Tensor._version``, so that is left alone."""
 
     count: int = 0
 
@@ -127,12 +127,13 @@ class Tracked(Tensor):
     """A parameter, or a part of one, that calls ``on_use(function, args, kwargs)`` before a function uses its values.
 
     Attributes:
-        part: what of which parameter it is.
-        writes: of the parameter.
-        version: number of writes when this was copied from it; ``None``: it is a view of it.
-        target: device and precision that it is brought to whenever a function uses its values, and that it claims to
-            be in; ``None``: those that it is in.
-        on_use: called before the function is; it may pause the forward.
+        part: the parameter, and the part of it.
+        writes: number of writes to the parameter.
+        version: number of writes when this copy of the part was made. ``None``: it is a view of the parameter.
+        target: device and precision that it reports, and that it is moved to when a function uses its values. ``None``:
+            it is used as it is.
+        on_use: called before the function. It may pause the forward. If it returns something, that is called with the
+            function's result, and may replace it.
     """
 
     part: Part
@@ -140,7 +141,7 @@ class Tracked(Tensor):
     version: int | None
     target: tuple[torch.device, torch.dtype] | None
     on_use: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], Any] | None]
-    _own: int
+    _own_version: int
 
     @classmethod
     def of(
@@ -152,19 +153,21 @@ class Tracked(Tensor):
         version: int | None = None,
         target: tuple[torch.device, torch.dtype] | None = None,
     ) -> Tracked:
-        """``tensor`` as a watched one, on the same storage."""
-        watched = private_torch.make_subclass(cls, tensor.detach())
-        watched.part, watched.on_use, watched.writes, watched.version = part, on_use, writes, version
-        watched.target = target
-        watched._own = private_torch.version(tensor)
-        watched._is_param = not part.steps  # what isinstance(..., nn.Parameter) asks for
-        return watched
+        """``tensor`` as a tracked tensor on the same storage."""
+        tracked = private_torch.make_subclass(cls, tensor.detach())
+        tracked.part, tracked.on_use, tracked.writes, tracked.version = part, on_use, writes, version
+        tracked.target = target
+        tracked._own_version = private_torch.version(tensor)
+        tracked._is_param = not part.steps  # isinstance(..., nn.Parameter) reads it
+        return tracked
 
-    def refresh(self, whole: Tensor) -> None:
-        """Copy anew from the parameter, if that has been written to since, and this copy has not."""
-        if self.version is not None and self.version != self.writes.count and self._own == private_torch.version(self):
-            untracked(self).copy_(self.part.of(whole, casts=True))
-            self.version, self._own = self.writes.count, private_torch.version(self)
+    def refresh(self, parameter: Tensor) -> None:
+        """Copy from the parameter again, if it has been written to since and this copy has not."""
+        if self.version in (None, self.writes.count):
+            return
+        if self._own_version == private_torch.version(self):
+            untracked(self).copy_(self.part.of(parameter, casts=True))
+            self.version, self._own_version = self.writes.count, private_torch.version(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         copied = untracked(self).clone()
@@ -180,28 +183,29 @@ class Tracked(Tensor):
         if func is F.multi_head_attention_forward and not (
             args[13] if len(args) > 13 else kwargs.get("training", True)
         ):
-            return multi_head_attention_forward(*args, **kwargs)  # made of functions that are layers
+            return multi_head_attention_forward(*args, **kwargs)  # calls functions that are layers
         first = args[0] if args and isinstance(args[0], Tracked) else None
-        picks = first is not None and name in _SELECTIONS | _CASTS and next(tracked_in(args[1:], kwargs), None) is None
-        leaving = None
-        if not picks and not name.startswith("__get ") and name not in _INDIFFERENT:
-            watched = next(tracked_in(args, kwargs), None)
-            leaving = None if watched is None else watched.on_use(func, args, kwargs)
-        if first is not None and first.target and name in _PLACES:
-            return _PLACES[name](*first.target)
-        # What is cast has the precision that it claims to be in: float32 of bfloat16 has its digits.
-        casts = picks and name in _CASTS
-        if casts or (not picks and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
+        selects = first is not None and name in _SELECTIONS | _CASTS
+        selects = selects and next(tracked_in(args[1:], kwargs), None) is None
+        on_result = None
+        if not selects and not name.startswith("__get ") and name not in _VALUE_INDEPENDENT:
+            tracked = next(tracked_in(args, kwargs), None)
+            on_result = None if tracked is None else tracked.on_use(func, args, kwargs)
+        if first is not None and first.target and name in _PLACEMENT_QUERIES:
+            return _PLACEMENT_QUERIES[name](*first.target)
+        # A cast starts from the precision that the tensor reports: bfloat16 cast to float32 has bfloat16's digits.
+        casts = selects and name in _CASTS
+        if casts or (not selects and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
             args, kwargs = materialized(args), materialized(kwargs)
         with private_torch.no_subclass_torch_function():
             result = func(*args, **kwargs)
-        if picks and first is not None:
-            return _picked(first, func, args[1:], kwargs, result, None if casts else first.target)
-        replaced = None if leaving is None else leaving(result)
+        if selects and first is not None:
+            return _track_selection(first, func, args[1:], kwargs, result, None if casts else first.target)
+        replaced = None if on_result is None else on_result(result)
         return result if replaced is None else replaced
 
 
-_PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
+_PLACEMENT_QUERIES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
     "__get device": lambda device, dtype: device,
     "__get dtype": lambda device, dtype: dtype,
     "__get is_cuda": lambda device, dtype: device.type == "cuda",
@@ -211,7 +215,7 @@ _PLACES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
 
 
 def materialized(value: Any) -> Any:
-    """Arguments of a function with watched tensors where they claim to be."""
+    """The arguments of a function, with tracked tensors moved to the device and precision that they report."""
     if isinstance(value, Tracked):
         return untracked(value) if value.target is None else untracked(value).to(*value.target)
     if isinstance(value, (list, tuple)) and any(True for _ in tracked_in(value)):
@@ -223,7 +227,7 @@ def materialized(value: Any) -> Any:
 
 
 def name_of(function: Any) -> str:
-    """``"linear"`` for ``torch.nn.functional.linear``, ``"T"`` for the attribute, ``"__get shape"`` for a plain one."""
+    """``"linear"`` for ``torch.nn.functional.linear``, ``"T"`` for that attribute, ``"__get shape"`` for others."""
     name = getattr(function, "__name__", str(function))
     if name == "__get__":
         attribute: str = function.__self__.__name__
@@ -232,7 +236,7 @@ def name_of(function: Any) -> str:
 
 
 def untracked(value: Any) -> Any:
-    """A watched tensor as an ordinary one; anything else as it is."""
+    """An ordinary tensor in place of a tracked one. Other values are returned as they are."""
     if not isinstance(value, Tracked):
         return value
     with private_torch.no_subclass_torch_function():
@@ -240,7 +244,7 @@ def untracked(value: Any) -> Any:
 
 
 def tracked_in(*values: Any) -> Iterator[Tracked]:
-    """All watched tensors among arguments, also within lists, tuples and dictionaries."""
+    """All tracked tensors among arguments, and in lists, tuples and dictionaries among them."""
     for value in values:
         if isinstance(value, Tracked):
             yield value
@@ -259,7 +263,7 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in(part)
 
 
-def _picked(
+def _track_selection(
     first: Tracked,
     func: Any,
     args: tuple[Any, ...],
@@ -267,12 +271,12 @@ def _picked(
     result: Any,
     target: tuple[torch.device, torch.dtype] | None,
 ) -> Any:
-    """The result of a selection, watched on."""
+    """The result of a selection, as tracked tensors."""
     name = name_of(func)
-    if name in _LIKE:  # the shape of another tensor, which is not to be kept alive for it
+    if name in _LIKE:  # keep the shape of the other tensor, not the tensor
         func, args, kwargs = getattr(Tensor, _LIKE[name]), (tuple(result.shape),), {}
 
-    def watched(tensor: Tensor, pick: int | None) -> Tracked:
+    def tracked(tensor: Tensor, pick: int | None) -> Tracked:
         part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
         version = first.version
         if version is None and not _same_storage(tensor, untracked(first)):
@@ -280,9 +284,9 @@ def _picked(
         return Tracked.of(tensor, part, first.on_use, first.writes, version, target)
 
     if isinstance(result, Tensor):
-        return watched(result, None)
+        return tracked(result, None)
     if isinstance(result, (tuple, list)):
-        return type(result)(watched(tensor, pick) for pick, tensor in enumerate(result))
+        return type(result)(tracked(tensor, pick) for pick, tensor in enumerate(result))
     return result
 
 
@@ -295,7 +299,7 @@ def _repeats(step: Step) -> bool:
     return name in _REPEATS
 
 
-def _numbered(step: Step) -> bool:
+def _selects_by_number(step: Step) -> bool:
     function, args, _, pick = step
     if name_of(function) == "__getitem__":
         index = args[0] if isinstance(args[0], tuple) else (args[0],)
@@ -303,5 +307,5 @@ def _numbered(step: Step) -> bool:
     return pick is not None or name_of(function) == "select"
 
 
-def _same_storage(part: Tensor, whole: Tensor) -> bool:
-    return part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+def _same_storage(part: Tensor, parameter: Tensor) -> bool:
+    return part.untyped_storage().data_ptr() == parameter.untyped_storage().data_ptr()

@@ -39,7 +39,7 @@ def large(rows: tuple[int, ...] = (4, 64), numbers: int = 384, outputs: int = 40
 @pytest.mark.parametrize("rows", [(4, 64), (256,), (2, 2, 64)])
 def test_linear(faster: bool, rows: tuple[int, ...]) -> None:
     inputs, weight = large(rows)
-    assert products._is_by_onednn(inputs, weight) == faster
+    assert products._is_faster_with_onednn(inputs, weight) == faster
     assert relative(linear(inputs, weight), F.linear(inputs.double(), weight.double())) < 1e-6
 
 
@@ -51,7 +51,7 @@ def test_inputs_that_do_not_lie_in_order(faster: bool) -> None:
 def test_what_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "_onednn_is_faster", lambda: True)
     inputs, weight = large()
-    by_onednn = products._is_by_onednn
+    by_onednn = products._is_faster_with_onednn
     assert by_onednn(inputs, weight)
     assert not by_onednn(inputs[:1, :1], weight), "too small"
     assert not by_onednn(inputs.double(), weight.double())
@@ -105,13 +105,13 @@ def test_a_merge_is_the_same(monkeypatch: pytest.MonkeyPatch, rule: ChainOptions
     experts = [perturb(copy.deepcopy(base), seed=seed) for seed in (1, 2)]
     batches = [torch.randn(2, 1024, 64) for _ in experts]
     found, used = [], []
-    by_onednn = products._is_by_onednn
+    by_onednn = products._is_faster_with_onednn
 
     def noted(*tensors: Tensor) -> bool:
         used.append(by_onednn(*tensors))
         return used[-1]
 
-    monkeypatch.setattr(products, "_is_by_onednn", noted)
+    monkeypatch.setattr(products, "_is_faster_with_onednn", noted)
     for faster in (True, False):
         monkeypatch.setattr(products, "_onednn_is_faster", lambda faster=faster: faster)
         used.clear()
