@@ -257,7 +257,7 @@ def test_nothing_is_left_running(
         os.killpg(parent.pid, sign)
     else:
         os.kill(pids[killed == "child"], sign)
-    while running(project) and time.time() < at + 60:  # half an hour without us; FAILURE_TIMEOUT seconds at most with us
+    while running(project) and time.time() < at + 60:  # half an hour without us; FAILURE_TIMEOUT at most with us
         time.sleep(0.05)
     assert not running(project)
     out = parent.communicate(timeout=60)[0]
