@@ -102,8 +102,8 @@ def test_what_a_rule_without_layers_does_is_told_as_without() -> None:
     [
         (Refitted(TIES(0)), "method: density: must be above 0"),
         (Refitted(TIES(), ridge=-1), "ridge: must be 0 or more, and finite, got -1"),
-        (Refitted(ChainOfMerges(refit_heads=True)), "method: it solves private layers by itself already"),
-        (Refitted(Refitted(TIES())), "method: it solves private layers by itself already"),
+        (Refitted(ChainOfMerges(refit_heads=True)), "method: it solves private layers already"),
+        (Refitted(Refitted(TIES())), "method: it solves private layers already"),
         (Combined(Refitted(TIES()), Average()), "matrices: Refitted merges the model as a whole"),
     ],
 )
