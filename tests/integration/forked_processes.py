@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import com_lightning.trainer as trainer_module
+import com_lightning.merging as merging
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
 from com_lightning.core.chain import fit as fitting
 from com_lightning.core.chain.chain import merge_layers
@@ -206,7 +206,7 @@ def _dying(place: str, culprit: int) -> None:
     """Kill a process at some place of its merge."""
     for mortal in (Mortal, MortalData):
         mortal.place, mortal.culprit = place, culprit
-    for holder, name in ((trainer_module, "early_peers"), (fitting, "solve_or_average"), (ProcessGroup, "add")):
+    for holder, name in ((merging, "early_peers"), (fitting, "solve_or_average"), (ProcessGroup, "add")):
         if place == name:
             _wrap(holder, name, culprit)
     if place == "broadcast":

@@ -1,4 +1,4 @@
-"""How a merge is carried out, as opposed to what is solved."""
+"""How a merge is carried out: processes, journal, memory budget, bad batches. The equations are elsewhere."""
 
 from __future__ import annotations
 

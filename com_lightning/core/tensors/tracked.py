@@ -21,17 +21,8 @@ from com_lightning.core.tensors.attention import multi_head_attention_forward
 
 # Functions that select, repeat or rearrange the elements of their first argument.
 _SELECTIONS = {
-    *(
-        "__getitem__",
-        "select",
-        "narrow",
-        "index_select",
-        "chunk",
-        "split",
-        "split_with_sizes",
-        "tensor_split",
-        "unbind",
-    ),
+    *("__getitem__", "select", "narrow", "index_select", "unbind"),
+    *("chunk", "split", "split_with_sizes", "tensor_split"),
     *("view", "reshape", "flatten", "unflatten", "ravel", "squeeze", "unsqueeze", "expand", "broadcast_to", "repeat"),
     *("t", "T", "mT", "transpose", "swapaxes", "permute", "movedim", "contiguous", "clone", "detach", "data"),
     *("expand_as", "view_as", "reshape_as"),
@@ -74,7 +65,11 @@ class Part:
 
     def of(self, parameter: Tensor, casts: bool = False) -> Tensor:
         """The same part of another tensor of the parameter's shape, in that tensor's precision or (``casts``) cast."""
-        return self._replay(parameter, casts)
+        for function, args, kwargs, index in self.steps:
+            if casts or name_of(function) not in _CASTS:
+                result = function(parameter, *args, **kwargs)
+                parameter = result if index is None else result[index]
+        return parameter
 
     def positions(self, parameter: Tensor) -> Tensor:
         """For each element of the part, its position in the flattened parameter."""
@@ -85,8 +80,7 @@ class Part:
         column_of = torch.arange(row, device=parameter.device).view(1, *tail).expand(rows, *tail)
         if not tail:
             row_of, column_of = row_of.view(parameter.shape), column_of.view(parameter.shape)
-        first, second = self._replay(row_of, casts=False), self._replay(column_of, casts=False)
-        return first * row + second
+        return self.of(row_of) * row + self.of(column_of)
 
     def extent(self, parameter: Tensor) -> tuple[int, int]:
         """Positions in the flattened parameter between which all elements of the part lie."""
@@ -107,13 +101,6 @@ class Part:
         else:
             indices = torch.unravel_index(self.positions(parameter).flatten(), parameter.shape)
             parameter[indices] = value.flatten().to(parameter.dtype)
-
-    def _replay(self, tensor: Tensor, casts: bool) -> Tensor:
-        for function, args, kwargs, pick in self.steps:
-            if casts or name_of(function) not in _CASTS:
-                result = function(tensor, *args, **kwargs)
-                tensor = result if pick is None else result[pick]
-        return tensor
 
 
 @dataclass(eq=False)
@@ -276,8 +263,8 @@ def _track_selection(
     if name in _LIKE:  # keep the shape of the other tensor, not the tensor
         func, args, kwargs = getattr(Tensor, _LIKE[name]), (tuple(result.shape),), {}
 
-    def tracked(tensor: Tensor, pick: int | None) -> Tracked:
-        part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, pick)))
+    def tracked(tensor: Tensor, index: int | None) -> Tracked:
+        part = Part(first.part.name, (*first.part.steps, (func, args, kwargs, index)))
         version = first.version
         if version is None and not _same_storage(tensor, untracked(first)):
             version = first.writes.count
@@ -286,7 +273,7 @@ def _track_selection(
     if isinstance(result, Tensor):
         return tracked(result, None)
     if isinstance(result, (tuple, list)):
-        return type(result)(tracked(tensor, pick) for pick, tensor in enumerate(result))
+        return type(result)(tracked(tensor, index) for index, tensor in enumerate(result))
     return result
 
 
@@ -294,17 +281,17 @@ def _repeats(step: Step) -> bool:
     function, args, _, _ = step
     name = name_of(function)
     if name == "__getitem__":
-        index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        return any(not isinstance(part, (int, slice, type(None), type(Ellipsis))) for part in index)
+        keys = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return any(not isinstance(key, (int, slice, type(None), type(Ellipsis))) for key in keys)
     return name in _REPEATS
 
 
 def _selects_by_number(step: Step) -> bool:
-    function, args, _, pick = step
+    function, args, _, index = step
     if name_of(function) == "__getitem__":
-        index = args[0] if isinstance(args[0], tuple) else (args[0],)
-        return any(isinstance(part, int) for part in index)
-    return pick is not None or name_of(function) == "select"
+        keys = args[0] if isinstance(args[0], tuple) else (args[0],)
+        return any(isinstance(key, int) for key in keys)
+    return index is not None or name_of(function) == "select"
 
 
 def _same_storage(part: Tensor, parameter: Tensor) -> bool:
