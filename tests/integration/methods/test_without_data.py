@@ -110,7 +110,7 @@ def test_a_fresh_model_is_no_base() -> None:
 def test_a_base_that_is_an_expert_is_told_of() -> None:
     experts = make_experts()
     merger = ChainOfMergesCallback({"a": experts[0], "b": experts[1]}, TIES())
-    assert any("very weights of expert 'a'" in w for w in merger.plan(experts[0], None).parameters.warnings)
+    assert any("has the weights of expert 'a'" in w for w in merger.plan(experts[0], None).parameters.warnings)
 
 
 def test_a_base_that_does_not_fit(tmp_path: Path) -> None:
