@@ -81,14 +81,14 @@ class Gatherer:
         refusal = sweep.refusal(layer, calls) if layer else None
         same = layer is None or bool(not refusal and self.seen and self.seen.are_seen_again(layer, calls))
         everyone = peers.exchange((layer is not None, refusal, same, solved_before))
-        for _, why, _, _ in everyone:
-            if why:
-                return Gathered(why)
+        for _, reason, _, _ in everyone:
+            if reason:
+                return Gathered(reason)
         reached = [rank for rank, (arrived, _, _, _) in enumerate(everyone) if arrived]
         if not reached:
             return Gathered("only batches that are skipped reach it")
         repeated = all(same for _, _, same, _ in everyone)
-        if owners := [rank for rank, (_, _, _, knows) in enumerate(everyone) if knows]:
+        if owners := [rank for rank, (_, _, _, knows_solution) in enumerate(everyone) if knows_solution]:
             self.owner = owners[0]
             if not repeated:
                 self._start(layer, calls)
@@ -110,7 +110,7 @@ class Gatherer:
         return Gathered(skipped=skipped)
 
     def _start(self, layer: Layer | None, calls: Sequence[PausedCall]) -> None:
-        """Start with other inputs. The last statistics are freed first: two may not fit in memory."""
+        """Start with other inputs. The last statistics are freed first, because two sets may not fit in memory."""
         self.inputs, self._complete = None, False
         self.seen = SeenInputs.of(layer, calls) if layer else None
 
@@ -186,8 +186,8 @@ def _add(
     task, module, weight = tasks[batch.task], layer.merged, layer.weights[batch.task]
     mask = task.mask(task.batches[batch.position])
     lead = merged.input.shape[: merged.input.dim() - merged.input.is_floating_point()]
-    ours, theirs = (None if a is None else Arguments(a.args, a.kwargs) for a in (merged, expert))
-    assert ours is not None
+    ours = Arguments(merged.args, merged.kwargs)
+    theirs = None if expert is None else Arguments(expert.args, expert.kwargs)
     if exact:
         ours, theirs = ours.to(torch.float64), None if theirs is None else theirs.to(torch.float64)
     drift = None
@@ -219,7 +219,7 @@ def _fetched(pairs: Sequence[Pair], pager: Pager | None) -> Iterator[Pair]:
     for pair in pairs:
         if pager is not None:  # the last pair may be paged out again
             pager.enforce_budget()
-            pager.fetch(*((a.args, a.kwargs) for a in pair if a is not None))
+            pager.fetch(*((call.args, call.kwargs) for call in pair if call is not None))
         yield pair
     if pager is not None:
         pager.enforce_budget()
