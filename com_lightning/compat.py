@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import io
-import sys
 import warnings
 from collections.abc import Callable, Container, Mapping
 from inspect import signature
@@ -18,8 +17,6 @@ Module = TypeVar("Module", bound=LightningModule)
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOADS_SAFELY = "weights_only" in signature(LightningModule.load_from_checkpoint).parameters  # Lightning 2.6
-_HYPER_PARAMETERS = ("hyper_parameters", "hparams", "module_arguments")
-_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
 class Renamed(NamedTuple):
@@ -95,42 +92,23 @@ def renamed_options(function: Function) -> Function:
 
 
 def load_module(
-    kind: type[Module], content: Mapping[str, Any], path: Path | None = None, strict: bool | None = None
+    module_class: type[Module], content: Mapping[str, Any], path: Path | None = None, strict: bool | None = None
 ) -> Module:
-    """Call ``kind.load_from_checkpoint`` so that nothing that a file names is executed, in any version of Lightning.
-
-    Before 2.6 Lightning unpickles what it loads, and before 2.6.6 it calls the function that hyperparameters name as
-    their instantiator, as those of LightningCLI do.
+    """Call ``module_class.load_from_checkpoint`` so that nothing is unpickled, in any version of Lightning.
 
     Args:
-        kind: the module's class.
-        content: the checkpoint's, as safe loading has read it.
-        path: of its file, from which the weights are read where that is safe; else from ``content``.
+        module_class: of the module.
+        content: of the checkpoint, as safe loading has read it.
+        path: of the checkpoint. Weights are read from it where that is safe; otherwise from ``content``.
         strict: as for ``load_from_checkpoint``.
 
     Returns:
         The loaded module.
-
-    Raises:
-        ValueError: if another function than LightningCLI's is to make the module, or one of another class.
     """
-    for key in _HYPER_PARAMETERS:
-        if not isinstance(given := content.get(key), Mapping) or given.get("_instantiator") is None:
-            continue
-        if given["_instantiator"] != _INSTANTIATOR:
-            raise ValueError(f"{key} name {given['_instantiator']!r} to make the module, which is not called")
-        if (name := given.get("_class_path")) is not None and not _is_imported(name, kind):
-            raise ValueError(f"{key} name the class {name!r}, which is no {kind.__name__} that is imported")
     if LOADS_SAFELY and path is not None:
-        return kind.load_from_checkpoint(path, map_location="cpu", weights_only=True, strict=strict)
+        return module_class.load_from_checkpoint(path, map_location="cpu", weights_only=True, strict=strict)
     file = io.BytesIO()
     torch.save(dict(content), file)
     file.seek(0)
     options: dict[str, Any] = {"weights_only": True} if LOADS_SAFELY else {}
-    return kind.load_from_checkpoint(file, map_location="cpu", strict=strict, **options)
-
-
-def _is_imported(name: Any, kind: type) -> bool:
-    module, _, attribute = str(name).rpartition(".")
-    found = getattr(sys.modules.get(module), attribute, None)
-    return isinstance(found, type) and issubclass(found, kind)
+    return module_class.load_from_checkpoint(file, map_location="cpu", strict=strict, **options)

@@ -21,6 +21,7 @@ from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapters import ADAPTER_CONFIG, load_adapter, merge_adapter, merge_and_unload
 from com_lightning.experts.files import read_checkpoint
+from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
 from com_lightning.experts.state_dicts import fill, places, plain, plain_state, shape_of, some, submodule
 from com_lightning.experts.transformers_models import MODEL_CONFIG, load_pretrained, pretrained_parts
 from com_lightning.experts.vocabulary import resize_to
@@ -122,10 +123,24 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
 def _from_lightning_checkpoint(
     content: Mapping[str, Any], path: Path, model: LightningModule, label: str
 ) -> LightningModule:
-    """Returns the module that a Lightning checkpoint describes.
+    """The module that a Lightning checkpoint describes. Its hyperparameters are checked first, and stay as they are."""
+    try:
+        check_hyperparameters(content, model)
+    except ValueError as error:
+        raise MergeError([f"{label}: {error}"]) from error
+    expert = _made(content, path, model, label)
+    restore_hyperparameters(expert, content)
+    return expert
+
+
+def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label: str) -> LightningModule:
+    """Make the module of a checkpoint in one of two ways.
 
     Our way of filling it (:func:`_rebuilt`) goes by names and shapes. Where it does not fit, the class itself decides
     what its checkpoint means, through ``load_from_checkpoint``: it may rename keys, or leave some out.
+
+    Returns:
+        The module.
 
     Raises:
         MergeError: if neither way makes a module.
