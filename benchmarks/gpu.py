@@ -35,7 +35,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, TaskLoaders
 from com_lightning.cli import main as com_lightning
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors, tied_names
 from com_lightning.results.tables import table
@@ -255,7 +255,7 @@ def _timed(
             _say(f"  {name}: {len(done)} layers, {time.perf_counter() - start:.1f} s")
 
     start = time.perf_counter()
-    records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Run(on_layer))
+    records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Context(on_layer))
     if cuda:
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - start

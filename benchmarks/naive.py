@@ -21,11 +21,11 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 
 
 def naive_chain(
-    tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], rule: ChainOptions
+    tasks: Sequence[Task], merged: Mapping[str, Tensor], importance: Sequence[float], options: ChainOptions
 ) -> list[LayerRecord]:
     """:func:`~com_lightning.core.chain.chain.merge_layers` with :func:`rerun` in place of the lockstep."""
     with patch.object(sweep, "lockstep", rerun):
-        return merge_layers(tasks, merged, importance, rule)
+        return merge_layers(tasks, merged, importance, options)
 
 
 def rerun(

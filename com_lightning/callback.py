@@ -17,7 +17,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.data.datamodule import MergeDataModule
@@ -279,12 +279,12 @@ class ChainOfMergesCallback(Callback):
                     raise SIGTERMException(128 + signal.SIGTERM)
 
             options = self.options
-            run = Run(on_layer, self._peers, memory_budget=options.budget, on_bad_batch=options.on_bad_batch)
-            run.quiet = quiet
+            context = Context(on_layer, self._peers, memory_budget=options.budget, on_bad_batch=options.on_bad_batch)
+            context.quiet = quiet
             if self._workplace and options.resume:
-                run.journal = FileJournal(self._workplace.journal)
+                context.journal = FileJournal(self._workplace.journal)
             try:
-                modules, report = execute(plan, trainer, data, run, options.offload_experts)
+                modules, report = execute(plan, trainer, data, context, options.offload_experts)
             except BaseException:
                 self._plan = None  # a second attempt makes a new plan
                 raise

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
@@ -95,7 +95,7 @@ def execute(
     plan: MergePlan,
     trainer: Trainer,
     data: MergeDataModule | None,
-    run: Run,
+    context: Context,
     offload_experts: bool = False,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge, outside of inference mode, so that the merged tensors can be trained.
@@ -104,7 +104,7 @@ def execute(
         plan: what to merge.
         trainer: whose device, precision and limits are used.
         data: the tasks' data; ``None`` where the method needs none.
-        run: how it is carried out.
+        context: how it is carried out.
         offload_experts: whether each of the experts' weights is brought to the device only while it is used.
 
     Returns:
@@ -113,17 +113,17 @@ def execute(
     Raises:
         OutOfMemoryError: with advice on how to take less memory.
     """
-    peers = run.peers
+    peers = context.peers
     device = trainer.strategy.root_device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, offload_experts)
-    if any(peers.exchange(run.journal.keeps)):
+    if any(peers.exchange(context.journal.keeps)):
         told = {
             "method": plan.method.describe(),
             "shared parameters": plan.parameters.shared,
-            "on_bad_batch": run.on_bad_batch,
+            "on_bad_batch": context.on_bad_batch,
             "precision": trainer.precision,
             "device": device.type,
             "processes": peers.size,
@@ -131,11 +131,11 @@ def execute(
         }
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
-        run.journal.bind({**known, **readable(told)})
+        context.journal.bind({**known, **readable(told)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.starts_from_average)
     with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
-            job = MergeJob(tasks, merged, run, plan.base, device)
+            job = MergeJob(tasks, merged, context, plan.base, device)
             records = plan.method.merge(job)
         except torch.OutOfMemoryError as error:
             error.add_note(
@@ -150,12 +150,12 @@ def execute(
         layers=[record for record in records if not isinstance(record, ParameterRecord)],
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
-        skipped=run.skipped,
-        warnings=plan.parameters.warnings + run.warnings + job.warnings,
+        skipped=context.skipped,
+        warnings=plan.parameters.warnings + context.warnings + job.warnings,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
         seed=data.seed if data is not None else None,
-        resumed=run.journal.resumed,
+        resumed=context.journal.resumed,
         versions=package_versions(),
     )
     report.parameters, report.sizes = summarize_parameters(

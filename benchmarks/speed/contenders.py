@@ -23,7 +23,7 @@ from benchmarks.speed import floor
 from benchmarks.speed.tower import Tower
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
 
@@ -49,7 +49,7 @@ def ours(rule: ChainOptions, budget: float | None = None) -> Callable[[Tower, di
     Returns:
         A function that merges, and writes seconds, peak memory and the number of layers into its second argument.
     """
-    run = Run(memory_budget=None if budget is None else int(budget * 2**30))
+    run = Context(memory_budget=None if budget is None else int(budget * 2**30))
 
     def merge(tower: Tower, measured: dict[str, float]) -> None:
         _, experts, batches = tower.made()

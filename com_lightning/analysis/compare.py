@@ -19,7 +19,7 @@ from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.chain.drift import measure_drift
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.data.datamodule import MergeDataModule
@@ -238,8 +238,8 @@ class Compare(Callback):
         kept = self.splits.part(part).kept
         return digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
 
-    def _run(self) -> Run:
-        return Run(peers=self._peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
+    def _run(self) -> Context:
+        return Context(peers=self._peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
 
     def _merge(
         self, trainer: Trainer, method: MergingMethod, label: str, seed: int | None, quiet: bool

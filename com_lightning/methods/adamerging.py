@@ -80,7 +80,7 @@ class AdaMerging(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        with job.run.peers.shares_failures():
+        with job.context.peers.shares_failures():
             return self._merge(job, weights)
 
     @torch.no_grad()
@@ -104,7 +104,7 @@ class AdaMerging(MergingMethod):
             name, count = parameter.name, {parameter.name: parameter.target.numel()}
             record = CoefficientRecord(name, type(self).__name__, count, coefficients=by_task)
             record.seconds, start = time.perf_counter() - start, time.perf_counter()
-            job.run.on_layer(record)
+            job.context.on_layer(record)
             records.append(record)
         return records
 
@@ -118,11 +118,13 @@ class AdaMerging(MergingMethod):
         raw: Tensor,
     ) -> None:
         """Train the coefficients, in place. All processes take the same steps, each on the batches that it has."""
-        peers = job.run.peers
+        peers = job.context.peers
         models = [_Model(job, task, parameters) for _, task in tasks]
         orders = [_order(job, task, self.seed + number) for number, task in tasks]
         adam = torch.optim.Adam([raw], lr=self.learning_rate)
-        for step in tqdm(range(self.steps), type(self).__name__, disable=job.run.quiet or peers.rank > 0, leave=False):
+        for step in tqdm(
+            range(self.steps), type(self).__name__, disable=job.context.quiet or peers.rank > 0, leave=False
+        ):
             coefficients = raw.clamp(0, 1)
             merged = [_merged(p, vector, row) for p, vector, row in zip(parameters, vectors, coefficients)]
             gradient = torch.zeros_like(raw)
@@ -216,7 +218,7 @@ def entropy(logits: Tensor) -> Tensor:
 
 def _order(job: MergeJob, task: Task, seed: int) -> Callable[[int], int]:
     """Step -> number of the batch among those of all processes. Each round takes each batch once, in random order."""
-    numbers = sorted(number for share in job.run.peers.exchange(list(task.batch_numbers)) for number in share)
+    numbers = sorted(number for share in job.context.peers.exchange(list(task.batch_numbers)) for number in share)
     if not numbers:
         raise ValueError(f"task '{task.name}': there is no calibration batch")
     rounds: dict[int, list[int]] = {}

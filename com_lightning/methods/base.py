@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 Need = Literal["data", "loss", "base"]
@@ -28,7 +28,7 @@ class MergeJob:
         merged: full name of each shared parameter or buffer -> the tensor to write its merged value into. It holds the
             average of the experts, weighted by the rule's task importance, if the rule asks for that. Otherwise the
             parameters hold arbitrary values.
-        run: how the merge is carried out.
+        context: how the merge is carried out.
         base: the same names -> value in the model that the experts were fine-tuned from. ``None`` unless the rule needs
             the base.
         device: where to compute. ``None``: where the merged tensors are. Experts may be elsewhere if the rule needs no
@@ -42,7 +42,7 @@ class MergeJob:
 
     tasks: Sequence[Task]
     merged: Mapping[str, Tensor]
-    run: Run = field(default_factory=Run)
+    context: Context = field(default_factory=Context)
     base: Mapping[str, Tensor] | None = None
     device: torch.device | None = None
     task_tensors: dict[str, list[Tensor]] = field(default_factory=dict)

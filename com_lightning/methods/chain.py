@@ -23,9 +23,9 @@ class ClosedForm(MergingMethod):
         importance = self.weights([task.name for task in job.tasks])
         if self.options.private_biases:
             job.task_tensors.update(task_tensors(job.tasks, job.merged))
-        records = merge_layers(job.tasks, job.merged, importance, self.options, job.run, job.base, job.task_tensors)
+        records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, job.task_tensors)
         if self.options.refit_heads:
-            head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.run)
+            head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)
             records += head_records
         if self.options.sensitivity and all(record.cg_steps is None for record in records):

@@ -65,12 +65,12 @@ class Fisher(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
-        with job.run.peers.shares_failures():
+        with job.context.peers.shares_failures():
             return self._merge(job, weights)
 
     @torch.no_grad()
     def _merge(self, job: MergeJob, weights: Mapping[str, float]) -> list[LayerRecord]:
-        peers, start = job.run.peers, time.perf_counter()
+        peers, start = job.context.peers, time.perf_counter()
         parameters = list(shared_parameters(job, weights))
         sums = _Sums()
         for number, task in enumerate(job.tasks):
@@ -90,7 +90,7 @@ class Fisher(MergingMethod):
             parameter.target.copy_(value)
             record = ParameterRecord(parameter.name, type(self).__name__, {parameter.name: parameter.target.numel()})
             record.seconds, start = time.perf_counter() - start, time.perf_counter()
-            job.run.on_layer(record)
+            job.context.on_layer(record)
             records.append(record)
         return records
 
@@ -104,10 +104,10 @@ class Fisher(MergingMethod):
         weight: float,
     ) -> None:
         """Add an expert's part. Each parameter is added in the process that it belongs to."""
-        peers = job.run.peers
+        peers = job.context.peers
         squares, samples, skipped = squared_gradients(job, number, task, parameters)
         everyone = peers.exchange((samples, skipped))
-        job.run.skipped += [batch for _, batches in everyone for batch in batches]
+        job.context.skipped += [batch for _, batches in everyone for batch in batches]
         total = sum(count for count, _ in everyone)
         if not total:
             raise NonFiniteError(f"task '{task.name}': no calibration batch is left")
@@ -180,7 +180,9 @@ def squared_gradients(
     leaves = [named[parameter.name].requires_grad_(True) for parameter in parameters]
     squares = {p.name: torch.zeros(p.target.shape, dtype=p.dtype, device=p.device) for p in parameters}
     samples, skipped = 0, list[SkippedBatch]()
-    bar = tqdm(task.batches, f"Fisher: {task.name}", disable=job.run.quiet or job.run.peers.rank > 0, leave=False)
+    bar = tqdm(
+        task.batches, f"Fisher: {task.name}", disable=job.context.quiet or job.context.peers.rank > 0, leave=False
+    )
     for place, batch in enumerate(bar):
         index = task.batch_numbers[place]
         with gradients_enabled(module), seeded(100_003 * number + index, leaves):
@@ -189,7 +191,7 @@ def squared_gradients(
             gradients = gradients_of(loss, leaves)
         if not all(bool(g.isfinite().all()) for g in (loss.detach(), *gradients) if g is not None):
             reason = "hold or give NaN or infinity: its loss, or the gradients of that"
-            if job.run.on_bad_batch == "raise":
+            if job.context.on_bad_batch == "raise":
                 raise NonFiniteError(f"task '{task.name}', batch {index}: NaN or infinity in the loss or its gradients")
             skipped.append(SkippedBatch(task.name, index, "training_step", reason))
             continue

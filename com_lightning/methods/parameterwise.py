@@ -154,13 +154,13 @@ class ParameterRule(MergingMethod):
         weights = dict(zip((task.name for task in job.tasks), self.weights([task.name for task in job.tasks])))
         device = job.device or torch.device("cpu")
         # Singular vectors and the like lose more to TF32 or bfloat16 than a forward does.
-        with job.run.peers.shares_failures(), torch.autocast(device.type, enabled=False), exact_products():
+        with job.context.peers.shares_failures(), torch.autocast(device.type, enabled=False), exact_products():
             return self._merge(job, list(shared_parameters(job, weights)))
 
     @torch.no_grad()
     def _merge(self, job: MergeJob, parameters: Sequence[SharedParameter]) -> list[LayerRecord]:
         records: list[LayerRecord] = []
-        peers = job.run.peers
+        peers = job.context.peers
         combine = self.combiner(parameters)
         for number, parameter in enumerate(parameters):
             start, owner = time.perf_counter(), number % peers.size
@@ -176,7 +176,7 @@ class ParameterRule(MergingMethod):
                 count = {parameter.name: parameter.target.numel()}
                 record = ParameterRecord(parameter.name, type(self).__name__, count)
                 record.seconds = time.perf_counter() - start
-                job.run.on_layer(record)
+                job.context.on_layer(record)
                 records.append(record)
             else:
                 parameter.target.copy_(parameter.average())

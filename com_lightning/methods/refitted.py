@@ -40,7 +40,7 @@ class Refitted(MergingMethod):
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
         rule = ChainOptions(normalize=self.normalize, ridge=self.ridge, residual=True)
-        head_records, heads = refit(job.tasks, job.merged, job.task_tensors, rule, job.run)
+        head_records, heads = refit(job.tasks, job.merged, job.task_tensors, rule, job.context)
         job.heads.update(heads)
         return records + head_records
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from com_lightning import (
     MergingMethod,
 )
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
@@ -71,9 +71,9 @@ def averages(experts: list[nn.Module], weights: list[float]) -> dict[str, Tensor
 
 def run(
     method: MergingMethod, tasks: list[Task], base: nn.Module | None = None, peers: Peers | None = None
-) -> tuple[dict[str, Tensor], list[LayerRecord], Run]:
+) -> tuple[dict[str, Tensor], list[LayerRecord], Context]:
     merged = averages([task.expert for task in tasks], method.weights([task.name for task in tasks]))
-    how = Run(peers=peers or Peers())
+    how = Context(peers=peers or Peers())
     origin = {name: tensor for name, tensor, _ in named_tensors(base)} if base is not None else None
     records = method.merge(MergeJob(tasks, merged, how, origin))
     return merged, records, how

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average
 from com_lightning.methods import (
@@ -55,7 +55,7 @@ def make_values(count: int = 3, scale: float = 0.02, dtype: torch.dtype = torch.
 
 
 def make_job(
-    method: MergingMethod, base: Values | None, experts: Mapping[str, Values], run: Run | None = None
+    method: MergingMethod, base: Values | None, experts: Mapping[str, Values], run: Context | None = None
 ) -> MergeJob:
     """What a rule is given by a merge of these experts."""
     tasks = [Task(task, Bag(values), []) for task, values in experts.items()]
@@ -64,7 +64,7 @@ def make_job(
         name: nn.Parameter(average([values[name] for values in experts.values()], weights), requires_grad=False)
         for name in next(iter(experts.values()))
     }
-    return MergeJob(tasks, merged, run or Run(), base if "base" in method.needs else None)
+    return MergeJob(tasks, merged, run or Context(), base if "base" in method.needs else None)
 
 
 def merge(method: MergingMethod, base: Values | None, experts: Mapping[str, Values]) -> dict[str, Tensor]:

@@ -30,7 +30,7 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.task_tensors import task_tensors
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import PeerError, Peers, ProcessGroup
 from com_lightning.core.sweep.lockstep import running
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
@@ -52,10 +52,10 @@ def merge(tasks: list[Task], rule: ChainOptions, peers: Peers) -> Result:
     part = share(tasks, peers.rank, peers.size)
     if rule.refit_heads:
         merged = {name: tensor for name, tensor in merged.items() if not name.startswith("last")}
-    records = merge_layers(part, merged, [0.25, 0.75], rule, Run(peers=peers), task_tensors=own)
+    records = merge_layers(part, merged, [0.25, 0.75], rule, Context(peers=peers), task_tensors=own)
     found = dict[str, dict[str, Tensor]]()
     if rule.refit_heads:
-        refitted, found = refit(part, merged, own, rule, Run(peers=peers))
+        refitted, found = refit(part, merged, own, rule, Context(peers=peers))
         records += refitted
     return {
         **merged,
@@ -322,7 +322,7 @@ def with_bad_batches(*places: tuple[int, int]) -> list[Task]:
 
 
 def merge_skipping(tasks: list[Task], peers: Peers) -> tuple[dict[str, Tensor], list[SkippedBatch]]:
-    merged, run = averages([task.expert for task in tasks]), Run(peers=peers, on_bad_batch="skip")
+    merged, run = averages([task.expert for task in tasks]), Context(peers=peers, on_bad_batch="skip")
     merge_layers(share(tasks, peers.rank, peers.size), merged, [0.25, 0.75], ChainOptions(), run)
     return merged, run.skipped
 

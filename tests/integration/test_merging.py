@@ -100,7 +100,7 @@ def test_what_help_shows() -> None:
     for name in inspect.signature(MergeOptions).parameters:
         assert f"{name}: " in (MergeOptions.__doc__ or ""), name
     with pytest.raises(TypeError, match="outptu_dir"):
-        merge(Classifier(3), EXPERTS, outptu_dir="x")  # type: ignore[call-arg]
+        merge(Classifier(3), EXPERTS, outptu_dir="x")
 
 
 # -- the trainer -------------------------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ def condition(trainer: Trainer) -> list[Any]:
         dict(trainer.logged_metrics),
         loop.verbose,
         loop._combined_loader,
-        loop.batch_progress.total.processed,
+        loop.batch_progress.total.completed,
     ]
 
 

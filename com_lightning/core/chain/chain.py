@@ -18,7 +18,7 @@ from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.sensitivity import roots
 from com_lightning.core.chain.soundness import check_solution
 from com_lightning.core.solve.statistics import InputMeans
-from com_lightning.core.sweep.context import Run, Solved
+from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.layer import CalibrationForward, Layer, forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
@@ -35,8 +35,8 @@ def merge_layers(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
     importance: Sequence[float],
-    rule: ChainOptions,
-    run: Run | None = None,
+    options: ChainOptions,
+    context: Context | None = None,
     base: Mapping[str, Tensor] | None = None,
     task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
@@ -48,9 +48,9 @@ def merge_layers(
         merged: full name of each shared parameter or buffer -> the tensor that holds its merged value. On entry it
             holds the average of the experts. Solved parameters are written in place; the others stay as they are.
         importance: one weight per task, summing to one.
-        rule: what is solved.
-        run: how it is carried out. With other processes, all must be given the same experts. Statistics are added up,
-            each layer is solved by one process, and all end with the same merged weights and records.
+        options: what is solved.
+        context: how it is carried out. With other processes, all must be given the same experts. Statistics are added
+            up, each layer is solved by one process, and all end with the same merged weights and records.
         base: the same names -> value in the model that the experts were fine-tuned from. Needed where the anchor of the
             rule is the base.
         task_tensors: name of what each task keeps for itself -> one tensor for each task, written in place, see
@@ -62,14 +62,17 @@ def merge_layers(
         is merged at the first layer that uses it. A layer that is called several times in one forward is merged from
         its first call.
     """
-    run = run or Run()
-    with run.peers.shares_failures():
-        streams = ResidualStreams(find_residuals(tasks, merged, run) if rule.residual and rule.two_sided else {})
-        metrics = roots(tasks, merged, rule.sensitivity, run.peers, run.quiet) if rule.sensitivity else {}
-        models = Models(tasks, merged, rule.streams, base if rule.anchor == "base" else None, task_tensors, fixed)
-        solver = LayerSolver(tasks, models, importance, rule, run, streams, metrics)
-        pager = None if run.memory_budget is None else Pager(run.memory_budget, models.device)
-        return Sweep(tasks, models, solver, run, pager=pager).run()
+    context = context or Context()
+    with context.peers.shares_failures():
+        repairs = options.residual and options.two_sided
+        streams = ResidualStreams(find_residuals(tasks, merged, context) if repairs else {})
+        metrics: Mapping[str, Sequence[Tensor | None]] = {}
+        if options.sensitivity:
+            metrics = roots(tasks, merged, options.sensitivity, context.peers, context.quiet)
+        models = Models(tasks, merged, options.streams, base if options.anchor == "base" else None, task_tensors, fixed)
+        solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
+        pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
+        return Sweep(tasks, models, solver, context, pager=pager).run()
 
 
 class LayerSolver(Visitor):
@@ -89,7 +92,7 @@ class LayerSolver(Visitor):
         models: Models,
         importance: Sequence[float],
         options: ChainOptions,
-        context: Run,
+        context: Context,
         streams: ResidualStreams,
         metrics: Mapping[str, Sequence[Tensor | None]],
     ) -> None:

@@ -10,7 +10,7 @@ from com_lightning.core.chain.gather import Gatherer
 from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import ResidualStreams
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
@@ -21,7 +21,7 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 def measure_drift(
     tasks: Sequence[Task],
     merged: Mapping[str, Tensor],
-    run: Run,
+    context: Context,
     task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> list[LayerRecord]:
     """Return how far each layer's inputs are from those of the experts, with these weights everywhere.
@@ -30,9 +30,9 @@ def measure_drift(
     The arguments are those of :func:`~com_lightning.core.chain.chain.merge_layers`.
     """
     options = ChainOptions("merged", "expert")
-    with run.peers.shares_failures():
+    with context.peers.shares_failures():
         models = Models(tasks, merged, options.streams, task_tensors=task_tensors)
-        return Sweep(tasks, models, DriftMeter(tasks, options, run), run).run()
+        return Sweep(tasks, models, DriftMeter(tasks, options, context), context).run()
 
 
 class DriftMeter(Visitor):
@@ -44,7 +44,7 @@ class DriftMeter(Visitor):
         context: how the sweep is carried out.
     """
 
-    def __init__(self, tasks: Sequence[Task], options: ChainOptions, context: Run) -> None:
+    def __init__(self, tasks: Sequence[Task], options: ChainOptions, context: Context) -> None:
         self.tasks, self.context = tasks, context
         self.gatherer = Gatherer(options, ResidualStreams({}))
 

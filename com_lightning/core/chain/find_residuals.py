@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from com_lightning.core.chain.residual_stream import Source
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
@@ -45,17 +45,17 @@ _TRANSPOSES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "movea
 _FOLLOWED_FUNCTIONS = _ADDITIONS | _PRODUCTS | _RESHAPES | _TRANSPOSES
 
 
-def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run) -> dict[str, list[Source]]:
+def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], context: Context) -> dict[str, list[Source]]:
     """Find the layers whose output is added to a residual stream.
 
-    If the forward fails for every task, this is a warning, also in ``run.warnings`` for the report, and no stream is
-    repaired. The merge itself raises an error if there is a problem with the data or the model.
+    If the forward fails for every task, this is a warning, also in ``context.warnings`` for the report, and no stream
+    is repaired. The merge itself raises an error if there is a problem with the data or the model.
 
     Args:
         tasks: as for :func:`~com_lightning.core.chain.chain.merge_layers`. One expert runs forward, on its
             first batch.
         merged: the tensors that are merged. They are not written.
-        run: has the processes. All use the result of the first process that has one.
+        context: has the processes. All use the result of the first process that has one.
 
     Returns:
         Layer -> the tensors that its output is added to and that are known before the layer is solved.
@@ -72,7 +72,7 @@ def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run
             continue
         sources = search.additions.writers()
         break
-    results = run.peers.exchange((sources, problem))
+    results = context.peers.exchange((sources, problem))
     for writers, _ in results:
         if writers is not None:
             return writers
@@ -82,8 +82,8 @@ def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], run: Run
                 "residual: the forward that looks for residual streams failed for every task, so they are not "
                 f"repaired ({reason}). If that is what you want, set residual=False"
             )
-            run.warnings.append(message)
-            if run.peers.rank == 0:
+            context.warnings.append(message)
+            if context.peers.rank == 0:
                 warnings.warn(message, stacklevel=2)
             break
     return {}

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.candidates import candidates
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import named_tensors, writable_copy
 
@@ -28,7 +28,7 @@ def refit(
     merged: Mapping[str, Tensor],
     task_tensors: Mapping[str, Sequence[Tensor]],
     rule: ChainOptions,
-    run: Run,
+    context: Context,
 ) -> tuple[list[LayerRecord], dict[str, dict[str, Tensor]]]:
     """Solve the private layers of each task. This takes one more forward of the expert and of the merged model.
 
@@ -38,7 +38,7 @@ def refit(
         task_tensors: name of each tensor that is shared by name and has a value for each task -> these values.
         rule: the options of the merge. Its ``normalize``, ``ridge`` and ``residual`` apply to private layers too. They
             are always solved two-sided, because a one-sided solution is the expert's layer.
-        run: how the merge is carried out.
+        context: how the merge is carried out.
 
     Returns:
         Records of the layers, with the task in each name, and task -> name -> solved tensor.
@@ -52,9 +52,9 @@ def refit(
         private = {name: writable_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
         if not private:
             continue
-        context = run.alone(task.name)
-        task_records = merge_layers([_without_skipped(task, run)], private, [1.0], options, context, fixed=fixed)
-        run.skipped += context.skipped
+        alone = context.alone(task.name)
+        task_records = merge_layers([_without_skipped(task, context)], private, [1.0], options, alone, fixed=fixed)
+        context.skipped += alone.skipped
         records += task_records
         names = {name for record in task_records for name in (*record.parameters, *record.buffers)}
         solved[task.name] = {name: tensor for name, tensor in private.items() if name in names}
@@ -70,7 +70,7 @@ def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tenso
     return {name: tensor for name, tensor in private.items() if name in parameters | buffers}
 
 
-def _without_skipped(task: Task, run: Run) -> Task:
+def _without_skipped(task: Task, context: Context) -> Task:
     """A task without the batches that were skipped."""
-    skipped = {entry.batch for entry in run.skipped if entry.task == task.name}
+    skipped = {entry.batch for entry in context.skipped if entry.task == task.name}
     return task.with_batches([number for number in task.batch_numbers if number not in skipped])

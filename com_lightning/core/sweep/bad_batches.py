@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.layer import forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.task import BatchId, NonFiniteError, SkippedBatch, Task
@@ -44,7 +44,7 @@ class BadBatches:
         skipped: the batches of this process that were skipped so far.
     """
 
-    def __init__(self, tasks: Sequence[Task], context: Run) -> None:
+    def __init__(self, tasks: Sequence[Task], context: Context) -> None:
         self.tasks, self.context = tasks, context
         self.skipped: set[BatchId] = set()
 

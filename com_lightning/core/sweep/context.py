@@ -60,7 +60,7 @@ class Journal:
 
 
 @dataclass
-class Run:
+class Context:
     """How a merge is carried out.
 
     Args:
@@ -85,7 +85,7 @@ class Run:
     warnings: list[str] = field(default_factory=list)
     quiet: bool = True
 
-    def alone(self, task: str) -> Run:
+    def alone(self, task: str) -> Context:
         """The same context for the private layers of a task. The task's name is added to theirs in records."""
         suffix = f" of {task}"
 

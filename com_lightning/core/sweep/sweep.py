@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import LayerType
 from com_lightning.core.sweep.bad_batches import BadBatches
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.function_calls import FunctionCalls
 from com_lightning.core.sweep.layer import CalibrationForward, Layer
 from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, WaitingLayer, lockstep
@@ -88,11 +88,11 @@ class Sweep:
         tasks: Sequence[Task],
         models: Models,
         visitor: Visitor,
-        context: Run | None = None,
+        context: Context | None = None,
         batches: Collection[BatchId] | None = None,
         pager: Pager | None = None,
     ) -> None:
-        self.tasks, self.models, self.visitor, self.context = tasks, models, visitor, context or Run()
+        self.tasks, self.models, self.visitor, self.context = tasks, models, visitor, context or Context()
         self.batches = list(batch_ids(tasks)) if batches is None else batches
         self.pager = pager
         self.bad_batches = BadBatches(tasks, self.context)

@@ -37,7 +37,7 @@ from com_lightning.cli import main
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.drift import measure_drift
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, make_data, make_experts
@@ -427,7 +427,7 @@ def test_the_shift_of_the_average() -> None:
     states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts]
     merged = {n: torch.nn.Parameter(average([s[n] for s in states])) for n in states[0] if n.startswith("body")}
     before = {name: value.detach().clone() for name, value in merged.items()}
-    shifts = {record.name: record.distance for record in measure_drift(tasks, merged, Run())}
+    shifts = {record.name: record.distance for record in measure_drift(tasks, merged, Context())}
     assert all(torch.equal(merged[name], value) for name, value in before.items())
     records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(ridge=1e9))
     for record in records:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, TaskLoaders
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from tests.helpers import FEATURES, Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.helpers.zoo import averages
@@ -60,9 +60,9 @@ def merge(
     on_bad_batch: Literal["raise", "skip"] = "skip",
     mask: Callable[[Any], Tensor | None] = lambda batch: None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
-) -> tuple[dict[str, Tensor], list[LayerRecord], Run]:
+) -> tuple[dict[str, Tensor], list[LayerRecord], Context]:
     tasks = [Task(f"task{n}", e, b, mask=mask, call=call) for n, (e, b) in enumerate(zip(experts, batches))]
-    merged, run = averages(experts), Run(on_bad_batch=on_bad_batch)
+    merged, run = averages(experts), Context(on_bad_batch=on_bad_batch)
     return merged, merge_layers(tasks, merged, [0.5, 0.5], rule, run), run
 
 

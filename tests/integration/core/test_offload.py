@@ -14,7 +14,7 @@ from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
 from com_lightning.cli import main
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
@@ -30,7 +30,7 @@ def test_a_budget_changes_no_bit_of_known_architectures(name: str) -> None:
         experts, batches = zoo_experts(name)
         merged = averages(experts)
         tasks = [Task(f"task{n}", e, b, run) for n, (e, b) in enumerate(zip(experts, batches))]
-        records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Run(memory_budget=budget))
+        records = merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), Context(memory_budget=budget))
         results.append((merged, [replace(record, seconds=0.0, solving=0.0) for record in records]))
     (one, records), (other, more) = results
     assert records == more

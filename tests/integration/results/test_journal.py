@@ -34,7 +34,7 @@ from com_lightning import (
 )
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run, Solved
+from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.results.atomic import Workplace, write_whole
 from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data
@@ -270,7 +270,7 @@ def test_batches_stay_lost(layers: int, tmp_path: Path) -> None:
             if len(done) == layers:
                 raise Interrupted
 
-        run = Run(on_layer, journal=FileJournal(tmp_path / name), on_bad_batch="skip")
+        run = Context(on_layer, journal=FileJournal(tmp_path / name), on_bad_batch="skip")
         run.journal.bind({"a": "1"})
         merged = averages(experts)
         tasks = [Task(str(n), expert, batches[n]) for n, expert in enumerate(experts)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,10 @@ from tests.helpers.running import save_lightning
 Make = Callable[[Path], Any]
 STATE = Classifier().state_dict()
 SAFETENSORS = save(STATE)
+
+
+def _with_key(key: str, folder: Path) -> Any:
+    return {**STATE, key: torch.zeros(2)}
 
 
 def file(name: str, content: bytes = b"") -> Make:
@@ -172,7 +177,7 @@ BAD: dict[str, tuple[Make, str]] = {
     ),
     **{
         f"the state dict of a PeftModel, {key}": (
-            lambda folder, key=key: {**STATE, key: torch.zeros(2)},
+            partial(_with_key, key),
             f"the state dict of a PeftModel ({key}).*merge_and_unload()",
         )
         for key in ("base_model.model.body.0.weight", "body.0.base_layer.weight", "body.0.lora_A.d.weight")

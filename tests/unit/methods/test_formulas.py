@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from com_lightning.methods import (
     DARE,
@@ -313,7 +313,7 @@ def test_combined_leaves_embedding_tables_to_the_rest() -> None:
     merged["table.weight"] = merged["head.weight"]
     base = {name: torch.zeros_like(value) for name, value in merged.items()}
     rule = Combined(TaskArithmetic(1.0), TaskArithmetic(0.0))
-    rule.merge(MergeJob([Task(t, e, []) for t, e in zip("ab", experts)], merged, Run(), base))
+    rule.merge(MergeJob([Task(t, e, []) for t, e in zip("ab", experts)], merged, Context(), base))
     assert not merged["table.weight"].any()
     assert torch.allclose(merged["mix.weight"], experts[0].mix.weight + experts[1].mix.weight)
 

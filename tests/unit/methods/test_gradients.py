@@ -17,7 +17,7 @@ from com_lightning import (
     RegMean,
     TaskArithmetic,
 )
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import NonFiniteError, Task
 from com_lightning.methods import MergeJob
 from com_lightning.methods.adamerging import CoefficientRecord, entropy
@@ -134,7 +134,7 @@ def test_bad_batches_are_named_or_left_out() -> None:
     with pytest.raises(NonFiniteError, match="task 'b', batch 12"):
         run(AdaMerging(13), broken, base)
     merged = averages(experts, [0.5, 0.5])
-    how = Run(on_bad_batch="skip")
+    how = Context(on_bad_batch="skip")
     Fisher().merge(MergeJob(broken, merged, how))
     close(merged, run(Fisher(), tasks)[0])
     assert [(batch.task, batch.batch) for batch in how.skipped] == [("b", 12)]
@@ -164,7 +164,7 @@ def test_tied_parameters_buffers_and_sparse_gradients() -> None:
     for method in (Fisher(), AdaMerging(3)):
         merged = averages(experts, [0.5, 0.5])
         merged["head.weight"] = merged["table.weight"]
-        records = method.merge(MergeJob(tasks, merged, Run(), {**state(base)}))
+        records = method.merge(MergeJob(tasks, merged, Context(), {**state(base)}))
         assert [record.name for record in records] == ["table.weight", "norm.weight", "norm.bias"]
         assert merged["head.weight"] is merged["table.weight"]
         assert torch.equal(merged["norm.running_mean"], averages(experts, [0.5, 0.5])["norm.running_mean"])

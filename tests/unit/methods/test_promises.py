@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import NonFiniteError, Task
 from com_lightning.methods import (
@@ -146,7 +146,7 @@ def test_buffers_and_empty_parameters_stay_averaged(rule: MergingMethod) -> None
     merged: dict[str, Tensor] = {n: nn.Parameter(p.clone()) for n, p in experts[0].named_parameters()}
     merged["running_mean"] = torch.full((4,), 7.0)
     base = {name: torch.zeros_like(value) for name, value in merged.items()}
-    rule.merge(MergeJob([Task(t, e, []) for t, e in zip("abc", experts)], merged, Run(), base))
+    rule.merge(MergeJob([Task(t, e, []) for t, e in zip("abc", experts)], merged, Context(), base))
     assert merged["running_mean"].tolist() == [7.0] * 4
 
 
@@ -203,7 +203,7 @@ def test_processes_share_the_parameters_out() -> None:
             self.sent.append(owner)
 
     for rank in range(2):
-        job = make_job(TIES(), base, named(experts), Run(peers=Fake(rank)))
+        job = make_job(TIES(), base, named(experts), Context(peers=Fake(rank)))
         TIES().merge(job)
         jobs.append(job)
     for number, name in enumerate(SHAPES):

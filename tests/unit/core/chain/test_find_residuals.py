@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from com_lightning.core.chain.find_residuals import find_residuals
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.residual_stream import Source
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import Task
 from tests.helpers import NAMES_OF_5, built
@@ -23,7 +23,7 @@ from tests.helpers.zoo import averages, make_experts, run
 
 def found(experts: list[nn.Module], batches: list[list[Any]], call: Any = None) -> dict[str, list[Source]]:
     call = call or (lambda module, batch, index: module(batch))
-    return find_residuals([Task("a", experts[0], batches[0], call)], averages(experts), Run())
+    return find_residuals([Task("a", experts[0], batches[0], call)], averages(experts), Context())
 
 
 def told(writers: dict[str, list[Source]]) -> dict[str, list[str]]:
@@ -176,7 +176,7 @@ def test_the_search_is_one_forward_that_leaves_nothing_behind() -> None:
 
     tasks = [Task("a", experts[0], []), Task("b", experts[1], [points(0), points(1)], call)]
     merged = averages(experts)
-    before, run = copy.deepcopy(merged), Run()
+    before, run = copy.deepcopy(merged), Context()
     assert told(find_residuals(tasks, merged, run)) == {"second": ["output of first"]}
     assert calls == [0]
     assert not run.warnings
@@ -191,7 +191,7 @@ def _fails(module: nn.Module, batch: Tensor, index: int) -> None:
 
 
 def test_a_search_that_fails_says_so_and_the_merge_raises_its_own_error() -> None:
-    experts, run = built(Block), Run()
+    experts, run = built(Block), Context()
     tasks = [Task(name, expert, [points(0)], _fails) for name, expert in zip("ab", experts)]
     with pytest.warns(UserWarning, match="residual: .* not repaired .*task 'a': ValueError: at the end"):
         assert find_residuals(tasks, averages(experts), run) == {}
@@ -206,7 +206,7 @@ def test_a_search_that_fails_says_so_and_the_merge_raises_its_own_error() -> Non
 
 
 def test_a_batch_that_fails_is_made_up_for_by_that_of_another_task() -> None:
-    experts, run = built(Block), Run()
+    experts, run = built(Block), Context()
     tasks = [Task("a", experts[0], [points(0)], _fails), Task("b", experts[1], [points(1)])]
     assert told(find_residuals(tasks, averages(experts), run)) == {"second": ["output of first"]}
     assert not run.warnings
@@ -222,8 +222,8 @@ def test_processes_take_the_first_result_and_know_of_a_failure_elsewhere() -> No
 
     tasks, merged = [Task("a", built(Block)[0], [])], averages(built(Block))
     sources = {"a": [Source("input", "b")]}
-    assert find_residuals(tasks, merged, Run(peers=Two((sources, "")))) == sources
-    run = Run(peers=Two((None, "task 'a': ValueError: there")))
+    assert find_residuals(tasks, merged, Context(peers=Two((sources, "")))) == sources
+    run = Context(peers=Two((None, "task 'a': ValueError: there")))
     with pytest.warns(UserWarning, match="residual: "):
         assert find_residuals(tasks, merged, run) == {}
     assert "there" in run.warnings[0]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import named_tensors
 from tests.helpers import perturb
@@ -37,13 +37,13 @@ def make_tasks(experts: list[nn.Sequential], batches: int = 4) -> list[Task]:
     ]
 
 
-def merged_and_refitted(experts: list[nn.Sequential], run: Run | None = None, **rule: Any) -> Any:
+def merged_and_refitted(experts: list[nn.Sequential], run: Context | None = None, **rule: Any) -> Any:
     tasks = make_tasks(experts)
     states = [{n: t for n, t, _ in named_tensors(expert)} for expert in experts]
     merged: dict[str, Tensor] = {n: (states[0][n] + states[1][n]).detach() / 2 for n in states[0] if "4" not in n}
     settings = ChainOptions(**{"ridge": 1e-6, "normalize": False, **rule})
     merge_layers(tasks, merged, [0.5, 0.5], settings, run)
-    records, found = refit(tasks, merged, {}, settings, run or Run())
+    records, found = refit(tasks, merged, {}, settings, run or Context())
     return tasks, merged, records, found
 
 
@@ -82,7 +82,7 @@ def test_skipped_batches_stay_out_and_are_told_of_once() -> None:
     experts = make_experts()
     tasks = make_tasks(experts)
     tasks[0].batches[1][0, 0] = float("nan")
-    run = Run(on_bad_batch="skip")
+    run = Context(on_bad_batch="skip")
     merged: dict[str, Tensor] = {n: t.clone() for n, t in experts[0].state_dict().items() if "4" not in n}
     merge_layers(tasks, merged, [0.5, 0.5], ChainOptions(), run)
     records, _ = refit(tasks, merged, {}, ChainOptions(), run)

@@ -18,7 +18,7 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type_of
 from com_lightning.core.layers.einsum import Contraction
-from com_lightning.core.sweep.context import Run, Solved
+from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from com_lightning.results.journal import FileJournal
 from tests.helpers import built, perturb, relative
@@ -240,7 +240,7 @@ def test_a_stream_that_is_not_finite_makes_a_bad_batch() -> None:
     message = "are finite, but the residual stream that its output is added to is not: task 'task1', batch 1"
     with pytest.raises(NonFiniteError, match=message):
         merge(experts, batches, CORRECTED)
-    values, done = averages(experts), Run(on_bad_batch="skip")
+    values, done = averages(experts), Context(on_bad_batch="skip")
     tasks = [Task(str(n), expert, batches[n]) for n, expert in enumerate(experts)]
     merge_layers(tasks, values, [0.5, 0.5], CORRECTED, done)
     assert [(skipped.task, skipped.batch, skipped.layer) for skipped in done.skipped] == [("1", 1, "second")]
@@ -266,7 +266,7 @@ def test_an_interrupted_merge_goes_on_as_it_would_have(solved: int, tmp_path: Pa
         experts, batches = case("attention")
         values = averages(experts)
         tasks = [Task(str(n), expert, batches[n]) for n, expert in enumerate(experts)]
-        records = merge_layers(tasks, values, [0.5, 0.5], CORRECTED, Run(journal=journal))
+        records = merge_layers(tasks, values, [0.5, 0.5], CORRECTED, Context(journal=journal))
         for record in records:
             record.seconds = record.solving = 0.0
         return values, records

@@ -180,7 +180,7 @@ def test_it_is_saved_loaded_validated_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_merge_goes_on_where_it_was(tmp_path: Path) -> None:
-    from com_lightning.core.sweep.context import Run
+    from com_lightning.core.sweep.context import Context
     from com_lightning.results.journal import FileJournal
 
     class Stop(Exception):
@@ -202,7 +202,7 @@ def test_a_merge_goes_on_where_it_was(tmp_path: Path) -> None:
             if len(seen) == stop:
                 raise Stop
 
-        run = Run(on_layer, journal=FileJournal(tmp_path / "journal"))
+        run = Context(on_layer, journal=FileJournal(tmp_path / "journal"))
         run.journal.bind({"what": "the same"})
         merge_layers(tasks, merged, [0.5, 0.5], PRIVATE["two-sided"], run, task_tensors=own)
         return {**own, **{name: [tensor] for name, tensor in merged.items()}}

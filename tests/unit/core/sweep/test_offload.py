@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from com_lightning.core.chain import chain
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.context import Run
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.lockstep import Forward, lockstep
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import LayerRecord, Task
@@ -102,7 +102,7 @@ def merge(
     before = [(t, t.untyped_storage().data_ptr()) for e in experts for _, t, _ in named_tensors(e)]
     before += [(t, t.untyped_storage().data_ptr()) for t in (*merged.values(), *every)]
     tasks = [Task(f"task{n}", e, b, call) for n, (e, b) in enumerate(zip(experts, batches))]
-    records = merge_layers(tasks, merged, [0.5, 0.5], rule or ChainOptions(), Run(memory_budget=budget))
+    records = merge_layers(tasks, merged, [0.5, 0.5], rule or ChainOptions(), Context(memory_budget=budget))
     assert all(tensor.untyped_storage().data_ptr() == address for tensor, address in before)  # none was emptied
     return merged, [replace(record, seconds=0.0, solving=0.0) for record in records]
 
