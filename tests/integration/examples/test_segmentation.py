@@ -61,7 +61,7 @@ def test_two_merges(small: None) -> None:
     assert private == {f"net.classifier.{head}.{kind}" for head in heads for kind in ("weight", "bias")}
     fates = {fate.partition(" in part")[0] for fate in report["parameters"].values()}  # some ReLUs are dead at first
     assert fates == {"solved", "private", "re-estimated", "buffer"}
-    assert {"convolution", "batch normalisation"} <= {layer["kind"] for layer in report["layers"]}
+    assert {"convolution", "batch normalisation"} <= {layer["layer_type"] for layer in report["layers"]}
     assert any(layer["corrected_for"] for layer in report["layers"])
     for task, classes in TASKS.items():
         model = Segmenter.load_from_checkpoint(f"merged/{task}.ckpt").eval()
