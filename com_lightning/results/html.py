@@ -7,8 +7,16 @@ import re
 from collections.abc import Sequence
 from html import escape
 
-from com_lightning.results import markdown
-from com_lightning.results.report import MergeReport
+from com_lightning.results.report import (
+    LAYER_COLUMNS,
+    MergeReport,
+    averaged_rows,
+    layer_rows,
+    settings,
+    task_rows,
+    title,
+    versions,
+)
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #2a6f97; }
@@ -33,12 +41,12 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
     Returns:
         The page.
     """
-    title, settings = markdown.title(report), markdown.settings(report)
-    parts = [f"<h1>{escape(title)}</h1>"]
-    parts += [f'<p class="note">{escape(settings)}</p>'] if settings else []
+    heading, options = title(report), settings(report)
+    parts = [f"<h1>{escape(heading)}</h1>"]
+    parts += [f'<p class="note">{escape(options)}</p>'] if options else []
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     if report.metrics:
-        rows = markdown.task_rows(report)
+        rows = task_rows(report)
         parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", _table(rows)]
     if picture:
         encoded = base64.b64encode(picture).decode("ascii")
@@ -46,14 +54,14 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
         parts.append(f'<p><img alt="{description}" src="data:image/png;base64,{encoded}"></p>')
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
     if report.layers:
-        note = f'<p class="note">{escape(markdown.LAYER_COLUMNS)}</p>'
-        parts += ["<h2>Layers</h2>", note, _table(markdown.layer_rows(report))]
-    if rows := markdown.averaged_rows(report):
+        note = f'<p class="note">{escape(LAYER_COLUMNS)}</p>'
+        parts += ["<h2>Layers</h2>", note, _table(layer_rows(report))]
+    if rows := averaged_rows(report):
         summary = f"<summary>{len(rows) - 1} of them</summary>"
         parts += [f"<h2>Averaged parameters</h2><details>{summary}", _table(rows), "</details>"]
-    parts.append(f'<p class="note">{escape(markdown.versions(report))}</p>')
+    parts.append(f'<p class="note">{escape(versions(report))}</p>')
     body = "\n".join(parts)
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(title)}</title>'
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(heading)}</title>'
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{_STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
     )

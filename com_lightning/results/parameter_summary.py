@@ -15,7 +15,7 @@ from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import named_tensors, tied_names
 from com_lightning.experts.parameters import Parameters
 from com_lightning.methods import ParameterRecord
-from com_lightning.results.report import ParameterOutcome
+from com_lightning.results.outcome import ParameterOutcome
 
 
 def summarize_parameters(

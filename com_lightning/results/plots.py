@@ -10,8 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from com_lightning.results.markdown import MODELS
-from com_lightning.results.report import MergeReport
+from com_lightning.results.report import MODELS, MergeReport
 
 _COLORS = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
 

@@ -18,9 +18,9 @@ from com_lightning.errors import reason
 from com_lightning.experts.adapters import adapter_problems
 from com_lightning.experts.load import load_expert
 from com_lightning.experts.parameters import Parameters, sort_parameters
+from com_lightning.results.outcome import ParameterOutcome
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.plots import _spikes
-from com_lightning.results.report import ParameterOutcome
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 
 
