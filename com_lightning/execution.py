@@ -15,7 +15,8 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.context import Context
+from com_lightning.core.sweep.context import Context, one_at_a_time
+from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
@@ -23,6 +24,8 @@ from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
 from com_lightning.data.padding import padding_mask, unmasked
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
+from com_lightning.errors import MergeError
+from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
 from com_lightning.plan import MergePlan
 from com_lightning.results.fingerprint import (
@@ -31,6 +34,7 @@ from com_lightning.results.fingerprint import (
     fingerprint_of_data,
     fingerprint_of_experts,
     readable,
+    sketch_of_experts,
 )
 from com_lightning.results.folder import save_results
 from com_lightning.results.parameter_summary import summarize_parameters
@@ -111,6 +115,7 @@ def execute(
         Task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
     Raises:
+        MergeError: if processes differ in what they merge.
         OutOfMemoryError: with advice on how to take less memory.
     """
     peers = context.peers
@@ -119,21 +124,22 @@ def execute(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, offload_experts)
+    settings = {
+        "method": plan.method.describe(),
+        "shared parameters": plan.parameters.shared,
+        "on_bad_batch": context.on_bad_batch,
+        "precision": trainer.precision,
+        "device": device.type,
+        "processes": peers.size,
+        **{f"version of {package}": version for package, version in package_versions().items()},
+    }
+    _require_agreement(tasks, samples, settings, data, peers)
     if any(peers.exchange(context.journal.keeps)):
-        told = {
-            "method": plan.method.describe(),
-            "shared parameters": plan.parameters.shared,
-            "on_bad_batch": context.on_bad_batch,
-            "precision": trainer.precision,
-            "device": device.type,
-            "processes": peers.size,
-            **{f"version of {package}": version for package, version in package_versions().items()},
-        }
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
-        context.journal.bind({**known, **readable(told)})
+        context.journal.bind({**known, **readable(settings)})
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.starts_from_average)
-    with torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
+    with one_at_a_time(), torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
             job = MergeJob(tasks, merged, context, plan.base, device)
             records = plan.method.merge(job)
@@ -164,6 +170,39 @@ def execute(
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
     return modules, report
+
+
+def _require_agreement(
+    tasks: Sequence[Task],
+    samples: Mapping[str, CalibrationSample],
+    settings: Mapping[str, Any],
+    data: MergeDataModule | None,
+    peers: Peers,
+) -> None:
+    """Make sure that all processes merge the same experts, in the same way, on samples of the same data.
+
+    Raises:
+        MergeError: in all processes, naming what differs and where.
+    """
+    if peers.size == 1:
+        return
+    mine = {
+        "order of tasks": [task.name for task in tasks],
+        **{f"number of samples of '{name}'": sample.samples for name, sample in samples.items()},
+        **({} if data is None else {"seed of the samples": data.seed, "split": data.split}),
+        **settings,
+        **sketch_of_experts(tasks),
+    }
+    first, *others = peers.exchange(readable(mine))
+    problems = []
+    for rank, theirs in enumerate(others, start=1):
+        if differing := [name for name in {**first, **theirs} if first.get(name) != theirs.get(name)]:
+            problems.append(
+                f"process {rank} of {peers.size} differs from process 0 in {some(differing)}; start all processes with "
+                "the same files, configuration and versions"
+            )
+    if problems:
+        raise MergeError(problems)
 
 
 def calibration_tasks(

@@ -73,6 +73,8 @@ class MergeOptions:
             found.append(f"mode: must be 'min', 'max' or None, got {self.mode!r}")
         if self.on_bad_batch not in ("raise", "skip"):
             found.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
+        if self.output_dir is not None and not str(self.output_dir).strip():
+            found.append("output_dir: is empty; name a folder, or leave it out")
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
             found.append(f"memory_budget: must be a number of GiB above 0, got {self.memory_budget}")
         if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:

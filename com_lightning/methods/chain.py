@@ -43,6 +43,12 @@ class ClosedForm(MergingMethod):
         ridge = self.options.ridge
         if isinstance(ridge, str) or not 0 <= ridge < math.inf:
             problems.append(f"ridge: must be 0 or more, and finite, got {ridge!r}")
+        for name, value, choices in (
+            ("target", self.options.target, ("expert", "merged")),
+            ("sensitivity", self.options.sensitivity, (None, "probabilities", "numbers")),
+        ):
+            if value not in choices:
+                problems.append(f"{name}: must be one of {', '.join(map(repr, choices))}, got {value!r}")
         if self.options.balance and len(self.options.streams) < 2:
             problems.append("balance: needs target='expert', which measures how far the inputs of a layer have drifted")
         return problems

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
@@ -22,8 +22,13 @@ from com_lightning.core.tensors.modules import named_tensors
 
 
 def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
-    """One hash per task, of the class, parameters and buffers of its expert."""
+    """One hash per task, of the class, hyperparameters, configurations, parameters and buffers of its expert."""
     return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert)) for task in tasks}
+
+
+def sketch_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
+    """As :func:`fingerprint_of_experts`, but of a few values of each tensor, which is done in no time."""
+    return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert, _few)) for task in tasks}
 
 
 def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
@@ -72,8 +77,32 @@ def digest(value: Any) -> str:
     return content.hexdigest()
 
 
-def _class_and_tensors(module: nn.Module) -> list[Any]:
-    return [type(module).__qualname__, *((name, tensor) for name, tensor, _ in named_tensors(module))]
+def _class_and_tensors(module: nn.Module, view: Callable[[Tensor], Any] = lambda tensor: tensor) -> list[Any]:
+    """What a module computes with: its class, its tensors, and the settings that shape its outputs."""
+    settings = [
+        (name, {key: value for key, value in entry.items() if not isinstance(value, nn.Module)})
+        for name, part in module.named_modules()
+        for entry in (getattr(part, "_hparams", None), _configuration(part))
+        if isinstance(entry, Mapping)
+    ]
+    tensors = [(name, view(tensor)) for name, tensor, _ in named_tensors(module)]
+    return [type(module).__qualname__, readable({"settings": settings}), *tensors]
+
+
+def _configuration(module: nn.Module) -> Any:
+    """The configuration of a transformers model, without what depends on where it was loaded from."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    if not callable(to_dict):
+        return None
+    return {key: value for key, value in to_dict().items() if not key.startswith("_") and "version" not in key}
+
+
+def _few(tensor: Tensor) -> Any:
+    """Shape, precision, and at most 64 values from all over a tensor."""
+    if tensor.layout is not torch.strided or tensor.is_nested or not tensor.numel():
+        return [tuple(tensor.shape), str(tensor.dtype)]
+    flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
+    return [tuple(tensor.shape), flat[:: max(tensor.numel() // 64, 1)][:64].clone()]
 
 
 def _add(content: Any, value: Any, ancestors: tuple[int, ...] = ()) -> None:

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from com_lightning.core.sweep.context import Journal, Solved
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, reason
 from com_lightning.experts.state_dicts import some
 from com_lightning.results.atomic import write_whole
 from com_lightning.results.fingerprint import digest
@@ -71,14 +72,16 @@ class ResultStore(FileStore):
         """The result of this key and context, or ``None``."""
         result = None
         if self.peers.rank == 0:
-            with suppress(OSError, ValueError):  # the disk has lost it, so that it is computed again
-                result = json.loads((self.folder / self._name(key)).read_text(encoding="utf-8"))["found"]
+            with suppress(OSError, ValueError, KeyError, TypeError):  # a disk has damaged it: it is computed again
+                content = json.loads((self.folder / self._name(key)).read_text(encoding="utf-8"))
+                result = content["found"] if content["checksum"] == digest(json.dumps(content["found"])) else None
         return self.peers.exchange(result)[0]
 
     def add(self, key: Any, result: Any) -> Any:
         """Write down a result, and return it as :meth:`get` will."""
         if self.peers.rank == 0:
-            text = json.dumps({"key": key, "found": result}, default=str)
+            found = json.loads(json.dumps(result, default=str))
+            text = json.dumps({"key": key, "found": found, "checksum": digest(json.dumps(found))}, default=str)
             self.write(self._name(key), lambda path: path.write_text(text, encoding="utf-8"), "a result")
         return json.loads(json.dumps(result, default=str))
 
@@ -110,7 +113,14 @@ class FileJournal(FileStore, Journal):
         if not path.is_file():
             shutil.rmtree(self.folder, ignore_errors=True)  # killed before it had a layer
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(before, dict):
+                raise ValueError("it is no dictionary")
+        except (OSError, ValueError) as error:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            rank_zero_warn(f"{path} is damaged ({error}): all layers are merged again")
+            return
         names = dict.fromkeys([*before, *fingerprint])
         if differing := [name for name in names if before.get(name) != fingerprint.get(name)]:
             differences = [_difference(name, before.get(name), fingerprint.get(name)) for name in differing]
@@ -123,23 +133,19 @@ class FileJournal(FileStore, Journal):
             )
         while (file := self._file(self._count)).is_file():
             try:
-                with safe_open(file, "pt") as content:
-                    self._files[content.metadata()["layer"]] = file
-            except (SafetensorError, OSError):  # what a disk has lost is merged again, as is all that comes after it
+                layer, _ = _read(file)
+            except _UNREADABLE as error:  # later layers were solved on top of this one
+                rank_zero_warn(f"{file} is damaged ({reason(error)}): this layer and all later ones are merged again")
                 break
+            self._files[layer] = file
             self._count += 1
         rank_zero_info(f"Going on with an unfinished merge: {self._count} layers are taken from {self.folder}.")
 
     def get(self, layer: str) -> Solved | None:
         if layer not in self._files:
             return None
-        with safe_open(self._files[layer], "pt") as content:
-            metadata = content.metadata()
-            written = [(name, (first, last)) for name, first, last in json.loads(metadata["written"])]
-            values = [content.get_tensor(str(number)) for number in range(len(written))]
         self.resumed += 1
-        skipped = [SkippedBatch(**entry) for entry in json.loads(metadata["skipped"])]
-        return Solved(LayerRecord(**json.loads(metadata["record"])), written, values, skipped)
+        return _read(self._files[layer])[1]
 
     def add(self, layer: str, solved: Solved) -> None:
         if not self._count:
@@ -152,12 +158,33 @@ class FileJournal(FileStore, Journal):
             "written": json.dumps([(name, *extent) for name, extent in solved.written]),
         }
         tensors = {str(n): value.detach().cpu().contiguous() for n, value in enumerate(solved.values)}
+        metadata["checksum"] = _checksum(metadata, list(tensors.values()))
         label = f"layer '{layer}' (after {self._count} others)"
         self.write(self._file(self._count).name, lambda path: save_file(tensors, path, metadata), label)
         self._count += 1
 
     def _file(self, number: int) -> Path:
         return self.folder / f"{number:06d}.safetensors"
+
+
+_UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError)
+"""What reading a damaged file may raise."""
+
+
+def _read(file: Path) -> tuple[str, Solved]:
+    """A layer, and how it was solved. The file has to be as it was written."""
+    with safe_open(file, "pt") as content:
+        metadata = dict(content.metadata())
+        values = [content.get_tensor(str(number)) for number in range(len(content.keys()))]
+    if metadata.pop("checksum") != _checksum(metadata, values):
+        raise ValueError("its checksum differs")
+    written = [(name, (first, last)) for name, first, last in json.loads(metadata["written"])]
+    skipped = [SkippedBatch(**entry) for entry in json.loads(metadata["skipped"])]
+    return metadata["layer"], Solved(LayerRecord(**json.loads(metadata["record"])), written, values, skipped)
+
+
+def _checksum(metadata: Mapping[str, str], values: Sequence[Tensor]) -> str:
+    return digest([sorted(metadata.items()), *values])
 
 
 def _difference(name: str, before: str | None, now: str | None) -> str:

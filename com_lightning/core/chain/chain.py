@@ -18,7 +18,7 @@ from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.sensitivity import roots
 from com_lightning.core.chain.soundness import check_solution
 from com_lightning.core.solve.statistics import InputMeans
-from com_lightning.core.sweep.context import Context, Solved
+from com_lightning.core.sweep.context import Context, Solved, one_at_a_time
 from com_lightning.core.sweep.layer import CalibrationForward, Layer, forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
@@ -63,7 +63,7 @@ def merge_layers(
         its first call.
     """
     context = context or Context()
-    with context.peers.shares_failures():
+    with context.peers.shares_failures(), one_at_a_time():
         repairs = options.residual and options.two_sided
         streams = ResidualStreams(find_residuals(tasks, merged, context) if repairs else {})
         metrics: Mapping[str, Sequence[Tensor | None]] = {}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -10,6 +12,23 @@ from torch import Tensor
 
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+
+_BUSY = threading.RLock()
+
+
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Only one thread of a process merges at a time: random state, grad mode and hooks belong to the process.
+
+    Raises:
+        RuntimeError: if another thread merges.
+    """
+    if not _BUSY.acquire(blocking=False):
+        raise RuntimeError("another thread of this process is merging; merge one after the other, or in processes")
+    try:
+        yield
+    finally:
+        _BUSY.release()
 
 
 @dataclass

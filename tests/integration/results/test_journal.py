@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.results.atomic import Workplace, write_whole
-from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data
+from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts
 from com_lightning.results.journal import FileJournal
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.helpers.zoo import averages
@@ -186,17 +187,51 @@ def test_a_rule_without_data_leaves_nothing(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "missing"])
+DAMAGES: dict[str, Callable[[bytes], bytes | None]] = {
+    "truncated": lambda content: content[:50],
+    "empty": lambda content: b"",
+    "missing": lambda content: None,
+    "a bit of the last value": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "a bit of the record": lambda content: content.replace(b"rows", b"rovs", 1),
+    "a digit of the record": lambda content: content.replace(b'ridge\\": 0.01', b'ridge\\": 0.02', 1),
+    "another layer's name": lambda content: content.replace(b'"layer":"body.1"', b'"layer":"body.9"', 1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_record_is_merged_again(damage: str, unfinished: Path, tmp_path: Path) -> None:
     _, second = sorted((unfinished.parent / ".out.partial" / "journal").glob("*.safetensors"))
-    if damage == "missing":
+    content = second.read_bytes()
+    damaged = DAMAGES[damage](content)
+    assert damaged != content
+    if damaged is None:
         second.unlink()
     else:
-        second.write_bytes(second.read_bytes()[:50] if damage == "truncated" else b"")
+        second.write_bytes(damaged)
     callback = merge(unfinished)
     assert callback.report.resumed == 1
     for ours, theirs in zip(callback.modules["a"].parameters(), merge(tmp_path / "whole").modules["a"].parameters()):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff"])
+def test_a_damaged_fingerprint_is_told_and_all_is_merged_again(content: bytes, unfinished: Path) -> None:
+    (unfinished.parent / ".out.partial" / "journal" / "fingerprint.json").write_bytes(content)
+    with pytest.warns(UserWarning, match="fingerprint.json is damaged"):
+        callback = merge(unfinished)
+    assert callback.report.resumed == 0
+
+
+def test_other_hyperparameters_of_an_expert_are_another_merge() -> None:
+    def fingerprint(**settings: Any) -> dict[str, str]:
+        torch.manual_seed(0)
+        module = Classifier(3)
+        module.hparams.update(settings)
+        return fingerprint_of_experts([Task("a", module, [])])
+
+    assert fingerprint(activation="gelu") == fingerprint(activation="gelu")
+    assert fingerprint(activation="gelu") != fingerprint(activation="relu")
 
 
 def test_one_merge_at_a_time(tmp_path: Path) -> None:
