@@ -36,7 +36,10 @@ class _Parser(LightningArgumentParser):
         return super().parse_args(args if args is None else self._new_arguments(list(args)), *others, **kwargs)
 
     def _load_config_parser_mode(self, content: str, *others: Any, **kwargs: Any) -> Any:
-        given = yaml.safe_load(content)
+        try:
+            given = yaml.safe_load(content)
+        except yaml.YAMLError as error:
+            raise MergeError([f"config: no YAML that can be read: {' '.join(str(error).split())}"]) from error
         if isinstance(given, dict):
             config = with_new_names(_new_init_args(given), {action.dest for action in self._actions})
             for subcommand in ("merge", "compare"):
@@ -195,12 +198,30 @@ def run_export(args: Sequence[str]) -> None:
     print(f"written to {export(**vars(options))}; to publish it: hf upload NAME {options.output_dir}")
 
 
+def _check_configs(args: Any) -> None:
+    """Make sure that configuration files are text.
+
+    Raises:
+        MergeError: naming a file that is not.
+    """
+    for before, arg in zip(["", *args], args) if isinstance(args, list) else ():
+        path = Path(arg.partition("=")[2] if str(arg).startswith("--config=") else arg)
+        if before == "--config" or str(arg).startswith("--config="):
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise MergeError([f"config: {path} is not UTF-8 text ({error})"]) from error
+            except OSError:  # LightningCLI says what is wrong
+                continue
+
+
 def main(args: ArgsType = None) -> None:
     """Run the command line; ``args`` in place of ``sys.argv`` for use from Python."""
     if os.getcwd() not in sys.path:  # the user's project is found as `python -m` finds it
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
     try:
+        _check_configs(given)
         if isinstance(given, list) and given[:1] == ["inspect"]:
             run_inspect(given[1:])
         elif isinstance(given, list) and given[:1] == ["export"]:

@@ -115,7 +115,7 @@ def execute(
         Task -> merged module (the shared tensors are the same in all), and the report without metrics.
 
     Raises:
-        MergeError: if processes differ in what they merge.
+        MergeError: if a task has no calibration data, or processes differ in what they merge.
         OutOfMemoryError: with advice on how to take less memory.
     """
     peers = context.peers
@@ -124,6 +124,8 @@ def execute(
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
     tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, offload_experts)
+    if empty := [name for name, sample in samples.items() if not sample.samples]:
+        raise MergeError([f"task '{name}': its loader gives no batch to calibrate on" for name in empty])
     settings = {
         "method": plan.method.describe(),
         "shared parameters": plan.parameters.shared,

@@ -188,3 +188,15 @@ def test_the_demo_configs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     main(["merge", *both, f"--config={configs['merge']}", f"--output_dir={tmp_path / 'merged'}"])
     main(["validate", *both, f"--merged={tmp_path / 'merged'}"])
     assert torch.load(tmp_path / "merged" / f"{tasks[0]}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"model: [1, 2\n", "config: no YAML that can be read: .*expected"), (b"\xff\xfe\x00a", "is not UTF-8 text")],
+)
+@pytest.mark.parametrize("form", ["--config {}", "--config={}"])
+def test_a_configuration_that_cannot_be_read(content: bytes, message: str, form: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_bytes(content)
+    with pytest.raises(SystemExit, match=message):
+        main(["merge", *form.format(path).split()])

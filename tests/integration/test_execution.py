@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, IterableDataset
 
-from com_lightning import Average, ChainOfMerges, MergeError
+from com_lightning import Average, ChainOfMerges, MergeDataModule, MergeError, TaskLoaders, merge
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.distributed import Peers
@@ -17,7 +19,7 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.execution import _require_agreement
 from com_lightning.options import MergeOptions
-from tests.helpers import Classifier, make_experts
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 from tests.helpers.zoo import averages
 
 SAMPLES = {name: CalibrationSample([], [], 1, 40, 0) for name in "ab"}
@@ -78,28 +80,39 @@ def test_two_threads_do_not_merge_at_once() -> None:
     tasks = [Task(str(n), expert, [torch.randn(4, 3)]) for n, expert in enumerate(experts)]
     slow = [replace(task, call=waits) for task in tasks]
 
-    def merge(these: list[Task]) -> dict[str, torch.Tensor]:
+    def merge_these(these: list[Task]) -> dict[str, torch.Tensor]:
         merged = averages(experts)
         merge_layers(these, merged, [0.5, 0.5], ChainOptions())
         return merged
 
     def other() -> None:
         try:
-            merge(slow)
+            merge_these(slow)
         except BaseException as error:
             errors.append(error)
 
-    alone = merge(tasks)
+    alone = merge_these(tasks)
     thread = threading.Thread(target=other)
     thread.start()
     assert inside.wait(60)
     with pytest.raises(RuntimeError, match="another thread of this process is merging"):
-        merge(tasks)
+        merge_these(tasks)
     go_on.set()
     thread.join(60)
     assert not errors
-    again = merge(tasks)  # and afterwards all is as before
+    again = merge_these(tasks)  # and afterwards all is as before
     assert all(torch.equal(again[name], value) for name, value in alone.items())
+
+
+class Nothing(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+def test_a_task_without_a_batch_is_an_error() -> None:
+    data = MergeDataModule({"a": make_data(0), "b": TaskLoaders(val=DataLoader(Nothing()))}, num_samples=8)
+    with pytest.raises(MergeError, match="task 'b': its loader gives no batch to calibrate on"):
+        merge(Classifier(3), dict(zip("ab", make_experts())), data, trainer=quiet_trainer())
 
 
 def test_values_that_mean_nothing_are_problems() -> None:
