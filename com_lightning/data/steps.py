@@ -46,7 +46,8 @@ class CalibrationStep:
                 return
             model.on_validation_start()
             model.on_validation_epoch_start()
-            model.on_validation_batch_start(content, index, batch.dataloader_idx)
+            start = model.on_validation_batch_start
+            start(*_arguments(start, content, index, batch.dataloader_idx))
             model.validation_step(*_arguments(model.validation_step, content, index, batch.dataloader_idx))
 
 

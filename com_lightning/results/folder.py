@@ -30,6 +30,7 @@ from com_lightning.experts.load import load_expert, take_precision
 from com_lightning.experts.state_dicts import fill, some
 from com_lightning.experts.transformers_models import pretrained_parts, save_pretrained
 from com_lightning.results.atomic import Workplace
+from com_lightning.results.fingerprint import digest
 from com_lightning.results.html import html_report
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure
@@ -184,10 +185,10 @@ def are_alike(modules: Mapping[str, LightningModule]) -> bool:
     first, *others = modules.values()
     if is_overridden("on_save_checkpoint", first) or not others:
         return False
-    state = first.state_dict()
+    state, hyperparameters = first.state_dict(), digest(dict(first.hparams))
     return all(
         type(other) is type(first)
-        and dict(other.hparams) == dict(first.hparams)
+        and digest(dict(other.hparams)) == hyperparameters  # tensors and arrays have no truth value when compared
         and (other_state := other.state_dict()).keys() == state.keys()
         and all(_is_same(value, state[name]) for name, value in other_state.items())
         for other in others

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from lightning.pytorch import LightningModule
@@ -305,3 +306,13 @@ def test_a_parent_that_is_a_file(tmp_path: Path) -> None:
 def test_checking_the_target_leaves_nothing(tmp_path: Path) -> None:
     assert output_problems(tmp_path / "out", False) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_hyperparameters_that_have_no_truth_value_are_compared_by_content() -> None:
+    one, other = Classifier(3), Classifier(3)
+    other.load_state_dict(one.state_dict())
+    for module in (one, other):
+        module.hparams.update(weights=torch.ones(3), table=numpy.arange(4))
+    assert are_alike({"a": one, "b": other})
+    other.hparams["weights"] = torch.zeros(3)
+    assert not are_alike({"a": one, "b": other})
