@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from lightning_utilities.core.apply_func import apply_to_collection
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from com_lightning.errors import MergeError
@@ -123,8 +125,26 @@ def _prepared(module: nn.Module, batch: Batch, trainer: Trainer) -> tuple[Lightn
         if isinstance(part, LightningModule):
             for name in ("log", "log_dict"):
                 object.__setattr__(part, name, lambda *args, **kwargs: None)
-    # Several forwards run on each batch, and a step may remove things from it, or change them in place.
-    return module, apply_to_collection(batch.content, Tensor, torch.clone)
+    return module, _copied(batch.content)
+
+
+def _copied(content: Any) -> Any:
+    """A copy of a batch: several forwards run on it, and a step may remove things from it, or change them in place."""
+    clones: dict[int, Any] = {}  # not of the storage that a tensor is a view of
+
+    def clone(tensor: Tensor) -> Tensor:
+        clones[id(tensor)] = tensor.clone()
+        return tensor
+
+    apply_to_collection(content, Tensor, clone)
+    try:
+        return copy.deepcopy(content, clones)
+    except Exception as error:  # an object of the user's that cannot be copied, such as an open file
+        rank_zero_warn(
+            f"calibration batches hold an object that cannot be copied ({type(error).__name__}: {error}); a step that "
+            "changes it in place changes it for all forwards on that batch"
+        )
+        return apply_to_collection(content, Tensor, torch.clone)
 
 
 def _arguments(step: Callable[..., Any], content: Any, index: int, dataloader_idx: int | None = None) -> list[Any]:

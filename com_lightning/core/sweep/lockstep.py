@@ -14,6 +14,8 @@ rather than once per forward. PyTorch's state of a thread or process (grad mode,
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -261,6 +263,8 @@ class _TorchState:
     stream: torch.cuda.Stream | None
     random: Tensor
     device_random: Tensor | None
+    python_random: Any
+    numpy_random: Any
     attention: tuple[bool, ...]
     modes: tuple[Any, ...]
     dispatch_modes: tuple[Any, ...]
@@ -279,18 +283,25 @@ class _TorchState:
             stream=torch.cuda.current_stream() if accelerator == "cuda" else None,
             random=torch.get_rng_state(),
             device_random=torch.cuda.get_rng_state() if accelerator == "cuda" else None,
+            python_random=random.getstate(),
+            numpy_random=None if (numpy := _numpy()) is None else numpy.random.get_state(),
             modes=private_torch.function_modes(),
             dispatch_modes=private_torch.dispatch_modes(),
             attention=tuple(enabled() for enabled, _ in _ATTENTION_KERNELS),  # type: ignore[no-untyped-call]
         )
 
     def seeded(self, seed: int) -> _TorchState:
-        """The same state, with the random state of ``torch.manual_seed(seed)``."""
-        random = torch.Generator().manual_seed(seed).get_state()
+        """The same state, with random states that this seed gives, in PyTorch, numpy and Python."""
         device_random = self.device_random
         if device_random is not None:
             device_random = torch.Generator("cuda").manual_seed(seed).get_state()
-        return replace(self, random=random, device_random=device_random)
+        return replace(
+            self,
+            random=torch.Generator().manual_seed(seed).get_state(),
+            device_random=device_random,
+            python_random=random.Random(seed).getstate(),
+            numpy_random=None if (numpy := _numpy()) is None else numpy.random.RandomState(seed).get_state(),
+        )
 
     def restore(self) -> None:
         torch.set_grad_enabled(self.grad)
@@ -307,6 +318,11 @@ class _TorchState:
         torch.set_rng_state(self.random)
         if self.device_random is not None:
             torch.cuda.set_rng_state(self.device_random)
+        random.setstate(self.python_random)
+        if self.numpy_random is not None:
+            numpy = _numpy()
+            assert numpy is not None
+            numpy.random.set_state(self.numpy_random)
         for is_on, (_, enable) in zip(self.attention, _ATTENTION_KERNELS):
             enable(is_on)
         # Modes such as `with torch.device(...)`. PyTorch takes a mode off this stack while it handles a function.
@@ -321,6 +337,11 @@ _ATTENTION_KERNELS = (
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
 )
+
+
+def _numpy() -> Any:
+    """numpy, if anything has imported it."""
+    return sys.modules.get("numpy")
 
 
 def _accelerator() -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import random
 import signal
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from greenlet import greenlet
@@ -237,3 +239,27 @@ def test_a_layer_never_called_is_never_yielded_and_no_layers_is_a_plain_run() ->
     net = Net(lambda: done.append(1))
     assert [layer for layer, _ in lockstep(passes(1, net), ["nowhere"])] == []
     assert len(done) == 2
+
+
+def test_each_forward_draws_its_own_numbers_wherever_they_come_from() -> None:
+    """Two forwards with one seed draw the same, though they take turns, and the caller's state is left alone."""
+    drawn: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def forward(name: str, net: nn.Module) -> Forward:
+        def call() -> None:
+            x = torch.ones(1, 2)
+            for layer in net.children():
+                x = layer(x)
+                drawn[name].append((random.random(), float(numpy.random.rand()), float(torch.rand(()))))
+
+        return Forward(net, call, name, seed=7)
+
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    expected = random.random(), float(numpy.random.rand()), float(torch.rand(()))
+    random.seed(1), numpy.random.seed(1), torch.manual_seed(1)
+    for _ in lockstep([forward("a", net), forward("b", net)], ["0", "1"]):
+        pass
+    assert drawn["a"] == drawn["b"]
+    assert drawn["a"][0] != drawn["a"][1]
+    assert (random.random(), float(numpy.random.rand()), float(torch.rand(()))) == expected
