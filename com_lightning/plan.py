@@ -24,7 +24,7 @@ from com_lightning.experts.base_model import load_base
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.load import ExpertSource, load_expert, take_precision
 from com_lightning.experts.parameters import Parameters, sort_parameters
-from com_lightning.experts.similarity import non_finite_weights
+from com_lightning.experts.similarity import non_finite_weights, unmergeable_weights
 from com_lightning.experts.state_dicts import group_warnings, some
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
@@ -192,6 +192,10 @@ def make_plan(
         with _collecting(found):
             parameters = sort_parameters(model, experts, options.private)
         found += _differences(model, *next(iter(experts.items()))) if becomes_first else []
+    labelled = {"the model": model, **{f"expert '{task}'": expert for task, expert in experts.items()}}
+    found += unmergeable_weights(
+        labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
+    )
     parameters.warnings[:0] = group_warnings(warnings, local)
     base: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:

@@ -30,6 +30,46 @@ def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
     return problems
 
 
+def unmergeable_weights(
+    modules: Mapping[str, nn.Module],
+    shared: Collection[str],
+    stored: Mapping[str, Mapping[str, torch.dtype]] | None = None,
+) -> list[str]:
+    """Describe shared parameters that no rule can merge: quantised, complex, or in float8.
+
+    Args:
+        modules: name for messages -> module.
+        shared: names of the parameters that are to be merged.
+        stored: name for messages -> name of each parameter that was converted -> the precision of its source.
+
+    Returns:
+        The problems, with what to do.
+    """
+    problems = []
+    for label, module in modules.items():
+        precisions = (stored or {}).get(label, {})
+        reasons: dict[str, list[str]] = {}
+        for name, tensor, is_parameter in named_tensors(module):
+            if not is_parameter or name not in shared:
+                continue
+            if reason := _unmergeable(tensor, precisions.get(name)):
+                reasons.setdefault(reason, []).append(name)
+        problems += [f"{label}: {some(names)} {reason}" for reason, names in reasons.items()]
+    return problems
+
+
+def _unmergeable(tensor: Tensor, stored: torch.dtype | None) -> str | None:
+    dtype = stored or tensor.dtype
+    name = str(dtype).removeprefix("torch.")
+    if hasattr(tensor, "quant_state") or type(tensor).__module__.startswith(("bitsandbytes", "torchao")):
+        return f"is quantised ({type(tensor).__name__}); load the model without quantisation"
+    if dtype.is_complex:
+        return f"is {name}, which no rule merges; name it in `private`, so that each task keeps its own"
+    if dtype.is_floating_point and dtype not in _PRECISIONS:
+        return f"is {name}, in which nothing can be computed; convert it to bfloat16, with its scales if it has any"
+    return None
+
+
 def _finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _PRECISIONS or isinstance(tensor, UninitializedParameter):
         return True
