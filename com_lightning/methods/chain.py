@@ -41,7 +41,7 @@ class ClosedForm(MergingMethod):
     def problems(self, tasks: Sequence[str]) -> list[str]:
         problems = super().problems(tasks)
         ridge = self.options.ridge
-        if isinstance(ridge, str) or not 0 <= ridge < math.inf:
+        if not isinstance(ridge, (int, float)) or not 0 <= ridge < math.inf:  # `ridge: null` in a file gives None
             problems.append(f"ridge: must be 0 or more, and finite, got {ridge!r}")
         for name, value, choices in (
             ("target", self.options.target, ("expert", "merged")),
