@@ -8,7 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from com_lightning.arguments import argument_problems
 from com_lightning.compat import renamed_options
+from com_lightning.errors import MergeError
 from com_lightning.experts.load import ExpertSource
 from com_lightning.experts.state_dicts import some
 
@@ -60,6 +62,8 @@ class MergeOptions:
     def __post_init__(self) -> None:
         if isinstance(self.private, str):
             self.private = [self.private]
+        if found := self._wrong_types():
+            raise MergeError(found)
 
     @property
     def budget(self) -> int | None:
@@ -68,11 +72,8 @@ class MergeOptions:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, each as one sentence."""
-        found = []
-        if self.mode not in (None, "min", "max"):
-            found.append(f"mode: must be 'min', 'max' or None, got {self.mode!r}")
-        if self.on_bad_batch not in ("raise", "skip"):
-            found.append(f"on_bad_batch: must be 'raise' or 'skip', got {self.on_bad_batch!r}")
+        if found := self._wrong_types():
+            return found
         if self.output_dir is not None and not str(self.output_dir).strip():
             found.append("output_dir: is empty; name a folder, or leave it out")
         if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
@@ -80,6 +81,9 @@ class MergeOptions:
         if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
             found.append(f"files: {some(outside)} would be written outside output_dir; give plain names")
         return found
+
+    def _wrong_types(self) -> list[str]:
+        return argument_problems(type(self).__init__, vars(self))
 
 
 MergeOptions.__init__ = renamed_options(MergeOptions.__init__)  # type: ignore[method-assign]

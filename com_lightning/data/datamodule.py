@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from com_lightning.arguments import checked
 from com_lightning.compat import renamed_options
 from com_lightning.data import sampling
 from com_lightning.data.augmentation import with_copies
@@ -85,6 +86,7 @@ class MergeDataModule(LightningDataModule):
     """
 
     @renamed_options
+    @checked
     def __init__(
         self,
         tasks: Mapping[str, LightningDataModule],

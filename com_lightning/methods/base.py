@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from com_lightning.arguments import checked
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
@@ -75,6 +76,13 @@ class MergingMethod(ABC):
     separable: bool = True
     """Whether the rule can merge some of the parameters and leave the others alone."""
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Settings of a wrong type, such as ``null`` in a configuration, are an error where a rule is made."""
+        super().__init_subclass__(**kwargs)
+        if "__init__" in vars(cls):
+            cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
+
+    @checked
     def __init__(self, importance: dict[str, float] | None = None) -> None:
         self.importance = importance
 

@@ -116,8 +116,8 @@ def test_a_task_without_a_batch_is_an_error() -> None:
 
 
 def test_values_that_mean_nothing_are_problems() -> None:
-    assert "target" in ChainOfMerges(target="x").problems(["a"])[0]  # type: ignore[arg-type]
-    assert "sensitivity" in ChainOfMerges(sensitivity="all").problems(["a"])[0]  # type: ignore[arg-type]
+    with pytest.raises(MergeError, match=r"target: must be.*\n.*sensitivity: must be"):
+        ChainOfMerges(target="x", sensitivity="all")  # type: ignore[arg-type]
     assert MergeOptions(output_dir=" ").problems() == ["output_dir: is empty; name a folder, or leave it out"]
     assert not ChainOfMerges().problems(["a"])
     assert not MergeOptions().problems()

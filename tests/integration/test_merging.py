@@ -229,5 +229,5 @@ def test_old_names_work_with_a_warning(old: dict[str, Any], new: dict[str, Any])
 def test_the_direction_of_the_metric() -> None:
     result = merge(Classifier(3), EXPERTS, data(), trainer=quiet_trainer(), monitor="val_acc", mode="min")
     assert (result.report.monitor, result.report.mode) == ("val_acc", "min")
-    with pytest.raises(MergeError, match="mode: must be 'min', 'max' or None"):
+    with pytest.raises(MergeError, match="mode: must be 'min' or 'max' or None"):
         merge(Classifier(3), EXPERTS, data(), mode="best")

@@ -24,7 +24,6 @@ from com_lightning.methods import (
     WUDI,
     Average,
     Breadcrumbs,
-    ChainOfMerges,
     Combined,
     IsoC,
     IsoCTS,
@@ -254,9 +253,3 @@ def test_bad_settings(rule: MergingMethod, message: str) -> None:
 @every_rule
 def test_the_settings_here_are_good(rule: MergingMethod) -> None:
     assert not rule.problems(["a", "b", "c"][: few(rule)])
-
-
-@pytest.mark.parametrize("ridge", [None, "0.1", -1.0, float("nan")])
-def test_the_chain_says_which_ridge_it_takes(ridge: Any) -> None:
-    """``ridge: null`` in a configuration reaches the rule as None."""
-    assert any(problem.startswith("ridge: must be 0 or more") for problem in ChainOfMerges(ridge=ridge).problems(["a"]))
