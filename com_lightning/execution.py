@@ -123,7 +123,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    tasks, samples = calibration_tasks(plan, trainer, data, peers.rank, peers.size, offload_experts)
+    tasks, samples = calibration_tasks(plan, trainer, data, peers, offload_experts)
     if empty := [name for name, sample in samples.items() if not sample.samples]:
         raise MergeError([f"task '{name}': its loader gives no batch to calibrate on" for name in empty])
     settings = {
@@ -171,6 +171,7 @@ def execute(
     )
     everyones = peers.exchange(unmasked(tasks, report.layers))
     report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
+    report.warnings += [warning for sample in samples.values() for warning in sample.warnings]
     return modules, report
 
 
@@ -211,8 +212,7 @@ def calibration_tasks(
     plan: MergePlan,
     trainer: Trainer,
     data: MergeDataModule | None,
-    rank: int,
-    processes: int,
+    peers: Peers,
     offload_experts: bool = False,
     batches: int | None = None,
 ) -> tuple[list[Task], dict[str, CalibrationSample]]:
@@ -234,7 +234,7 @@ def calibration_tasks(
         numbers: list[int] | None = None
         if "data" in plan.method.needs and data is not None:
             limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
-            samples[name] = data.calibration(name, limit, rank, processes)
+            samples[name] = data.calibration(name, limit, peers)
             running = Placement(expert, move).module()  # whose hooks may compute on the device
             assert isinstance(running, LightningModule)
             running.trainer = trainer

@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
+from com_lightning.core.sweep.distributed import Alike
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
@@ -37,7 +38,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         torch.inference_mode(False),
         torch.compiler.set_stance("force_eager"),
     ):
-        tasks, samples = calibration_tasks(plan, trainer, data, 0, trainer.world_size, batches=1)
+        tasks, samples = calibration_tasks(plan, trainer, data, Alike(0, trainer.world_size), batches=1)
         merged = average_shared(plan)
         gradients = held_by_gradients(tasks, merged, options.sensitivity) if options.sensitivity else 0
         sizes = [(1 + data.augmented_copies) * size for size in held_by_forwards(tasks, merged, options)]

@@ -209,6 +209,8 @@ def make_plan(
                 f"data.batch_size is {data.batch_size or 'that of the loaders'}: {type(method).__name__} squares the "
                 "gradients of single samples, and those of larger batches only stand in for them; set it to 1"
             )
+    if data is not None and not found:
+        parameters.warnings += data.warnings()
     if found:
         for warning in parameters.warnings:
             rank_zero_warn(warning)

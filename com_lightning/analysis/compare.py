@@ -22,6 +22,7 @@ from com_lightning.core.chain.drift import measure_drift
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.tensors.digest import digest
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
 from com_lightning.execution import average_shared, calibration_tasks, execute, package_versions
@@ -30,7 +31,7 @@ from com_lightning.methods.base import Need
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace
-from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts, readable
+from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.results.folder import output_problems
 from com_lightning.results.journal import ResultStore
 from com_lightning.results.report import MergeReport
@@ -272,7 +273,7 @@ class Compare(Callback):
     def _average_drift(self, trainer: Trainer, seed: int | None) -> Drift:
         plan = replace(self.plan, method=ChainOfMerges())
         data, peers = self.splits.part("report", seed), self._peers
-        tasks, _ = calibration_tasks(plan, trainer, data, peers.rank, peers.size, self.options.offload_experts)
+        tasks, _ = calibration_tasks(plan, trainer, data, peers, self.options.offload_experts)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
             return _drift(measure_drift(tasks, merged, self._run()))

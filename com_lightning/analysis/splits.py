@@ -30,12 +30,12 @@ class PartOfData(MergeDataModule):
     def __init__(self, data: MergeDataModule, seed: int, kept: Kept) -> None:
         super().__init__(data.tasks, data.num_samples, data.split, True, seed, data.batch_size, data.augmented_copies)
         self.trainer, self.kept = data.trainer, kept
-        self._prepared, self._set_up = True, data._set_up
+        self._prepared, self._set_up, self._given = True, data._set_up, data._given
 
     def validation_loaders(self, name: str) -> Any:
         kept = self.kept.get(name, [])
         if all(part is None for part in kept):
-            return self.tasks[name].val_dataloader()
+            return self.given(name, "val")
         loaders = [
             loader if part is None else restricted(loader, part)
             for loader, part in zip(self.loaders(name, "val"), kept)

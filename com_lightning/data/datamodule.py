@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import os
 import random
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,17 +12,19 @@ from typing import Any, Literal
 
 import numpy
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from com_lightning.arguments import checked
 from com_lightning.compat import renamed_options
+from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data import sampling
 from com_lightning.data.augmentation import with_copies
 from com_lightning.data.sampling import CalibrationSample
+from com_lightning.data.shares import deal_out, loader_warnings, require_same_samples, warn_of_different_content
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -51,9 +55,9 @@ class TaskLoaders(LightningDataModule):
 class MergeDataModule(LightningDataModule):
     """The datamodules of all tasks.
 
-    Each task is validated through its own datamodule. The calibration data are a seeded random sample of a task's
-    loader. They are read through fresh loaders with the task's dataset and collate function, so that the loaders for
-    validation are not touched.
+    Each task is validated through its own datamodule, which is asked for each of its loaders once. The calibration data
+    are a seeded random sample of a task's loader. They are read through a copy of that loader, so that the loader for
+    validation is not touched.
 
     Note:
         Given to ``trainer.validate``, it stands for its first task; :meth:`task` gives each of them.
@@ -113,6 +117,8 @@ class MergeDataModule(LightningDataModule):
         self.seed, self.batch_size, self.augmented_copies = seed, batch_size, augmented_copies
         self._prepared = False
         self._set_up: set[str] = set()
+        self._given: dict[tuple[str, str, int, bool], Any] = {}
+        """The loaders that the tasks' datamodules gave, by task, split and process."""
         if tasks:
             _lend_hooks(next(iter(tasks.values())), self)
 
@@ -130,11 +136,13 @@ class MergeDataModule(LightningDataModule):
                     data.trainer = self.trainer
                     data.setup(stage)
                 self._set_up.add(stage)
+                self._given.clear()  # it may have split the data anew
 
     def teardown(self, stage: str) -> None:
         for data in self.tasks.values():
             data.teardown(stage)
         self._set_up.clear()
+        self._given.clear()
 
     def task(self, name: str, prepared: bool = False) -> LightningDataModule:
         """Return one task's data for ``trainer.validate``, without the samples that are held out for calibration.
@@ -175,6 +183,8 @@ class MergeDataModule(LightningDataModule):
                 loaders = {split: self.loaders(name, split) for split in dict.fromkeys(("val", str(self.split)))}
             except Exception as error:
                 problems.append(f"task '{name}': its datamodule gives no loader ({type(error).__name__}: {error})")
+                if "process group" in str(error):
+                    problems[-1] += ". Processes start later: give a plain loader, a merge shares the data out itself"
                 continue
             problems += self._loader_problems(name, loaders)
         return problems
@@ -183,64 +193,86 @@ class MergeDataModule(LightningDataModule):
         problems = []
         holdout = self.holdout and self.split == "val"
         for split, parts in loaders.items():
+            if spent := [part for part, again in zip(parts, self.loaders(name, split)) if _is_spent(part, again)]:
+                problems.append(
+                    f"task '{name}': its {split} loader is one {type(spent[0]).__name__}, which can be read only once, "
+                    f"while a merge reads it several times; give a DataLoader, or let {split}_dataloader() make a new "
+                    "iterator at each call"
+                )
+                continue
             sizes = [None if indices is None else len(indices) for indices in map(sampling.population, parts)]
             total = sum(size or 0 for size in sizes)
             if all(size == 0 for size in sizes):
                 problems.append(f"task '{name}': its {split} loader is empty")
             elif holdout and None in sizes:
-                problems.append(f"task '{name}': samples of an iterable dataset cannot be held out; use split: train")
+                own = next((type(part).__name__ for part in parts if sampling.has_own_iter(part)), None)
+                what = f"a {own}, which has an __iter__ of its own," if own else "an iterable dataset"
+                problems.append(f"task '{name}': samples of {what} cannot be held out; use split: train")
             elif holdout and total <= self.num_samples:
                 problems.append(
                     f"task '{name}': all {total} samples would be held out for calibration; lower data.num_samples"
                 )
         return problems
 
+    def warnings(self) -> list[str]:
+        """What is odd about the loaders, each as one sentence. Call it after :meth:`problems` has found nothing."""
+        return [
+            warning
+            for name in self.tasks
+            for split in dict.fromkeys(("val", str(self.split)))
+            for loader in self.loaders(name, split)
+            for warning in loader_warnings(
+                f"task '{name}': its {split} loader", loader, split == self.split, self.batch_size, self._processes
+            )
+        ]
+
     def calibration(
-        self, name: str, limit_batches: int | float | None = None, rank: int = 0, processes: int = 1
+        self, name: str, limit_batches: int | float | None = None, peers: Peers | None = None
     ) -> CalibrationSample:
         """Draw the calibration data of a task, and load the share of one process.
 
-        The batches of a single process are dealt out to the processes in turn, without padding.
+        The batches of a single process are dealt out to the processes in turn, without padding. If each process reads
+        other data from a stream, each draws its part of the samples from its own stream.
 
         Args:
             name: of the task.
             limit_batches: the trainer's ``limit_val_batches``: a number of batches, or a share of them.
-            rank: number of the process.
-            processes: number of processes.
+            peers: the processes, which all call this; ``None``: this is the only one.
 
         Returns:
             The share of this process.
+
+        Raises:
+            MergeError: if the processes see different samples of a dataset.
         """
         with self.seeded(name):  # loaders draw a seed, and a dataset may augment at random
-            return self._calibration(name, limit_batches, rank, processes)
+            return self._calibration(name, limit_batches, peers or Peers())
 
-    def _calibration(
-        self, name: str, limit_batches: int | float | None, rank: int, processes: int
-    ) -> CalibrationSample:
+    def _calibration(self, name: str, limit_batches: int | float | None, peers: Peers) -> CalibrationSample:
         sample = CalibrationSample([], [], total=0, samples=0, overlap=0)
-        for index, (loader, drawn) in enumerate(zip(self.loaders(name, self.split), self.calibration_indices(name))):
+        loaders = self.loaders(name, self.split)
+        label = f"task '{name}': its {self.split} loader"
+        require_same_samples(label, loaders, peers)
+        for index, (loader, drawn) in enumerate(zip(loaders, self.calibration_indices(name))):
             limit = sampling.batch_limit(limit_batches, loader)
             if drawn is None:
                 whole = sampling.reservoir(loader, self.num_samples, limit, self._generator(name))
-                sample.samples += sum(extract_batch_size(batch) for batch in whole)
-                count, sample.overlap = len(whole), None
-            else:
-                size = self.batch_size or sampling.batch_size_of(loader)
-                drawn = drawn if limit is None else drawn[: limit * size]
-                sample.samples += len(drawn)
-                groups = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-                count = len(groups)
-                if not self.holdout and sample.overlap is not None:
-                    validated = sampling.validated_indices(loader, limit)
-                    sample.overlap = None if validated is None else sample.overlap + len(validated & set(drawn))
-            share = range((rank - sample.total) % processes, count, processes)
-            if drawn is None:
-                batches = [whole[number] for number in share]
-            else:
-                batches = list(sampling.subset(loader, [i for number in share for i in groups[number]], size))
+                sample.overlap = None
+                deal_out(label, sample, whole, index, peers, self.num_samples, self._generator(f"{name}/share"))
+                continue
+            size = self.batch_size or sampling.batch_size_of(loader)
+            drawn = drawn if limit is None else drawn[: limit * size]
+            groups = [drawn[start : start + size] for start in range(0, len(drawn), size)]
+            if not self.holdout and sample.overlap is not None:
+                validated = sampling.validated_indices(loader, limit)
+                sample.overlap = None if validated is None else sample.overlap + len(validated & set(drawn))
+            share = range((peers.rank - sample.total) % peers.size, len(groups), peers.size)
+            batches = sampling.subset(loader, [i for number in share for i in groups[number]], size)
             sample.batches += [(batch, index) for batch in batches]
             sample.numbers += [sample.total + number for number in share]
-            sample.total += count
+            sample.total += len(groups)
+            sample.samples += len(drawn)
+            sample.warnings += warn_of_different_content(label, loader, drawn, peers)
         if self.split == "train":
             sample.overlap = 0
         return sample
@@ -265,10 +297,35 @@ class MergeDataModule(LightningDataModule):
             numpy.random.seed(seed)
             yield
 
+    def given(self, name: str, split: str) -> Any:
+        """Return what a task's datamodule gives for a split. It is asked once, until the data are set up anew.
+
+        A datamodule may split its data at each call. It is asked in each process when that has joined the others, and
+        from the same random state. If it gives an iterator, it is asked anew, for a second one.
+        """
+        key = (name, split, os.getpid(), dist.is_available() and dist.is_initialized())
+        if key not in self._given:
+            with self.seeded(name):
+                loader = getattr(self.tasks[name], f"{split}_dataloader")()
+            before = sampling.parts(loader)
+            after = [sampling.undistributed(part, self._processes) for part in before]
+            if any(one is not other for one, other in zip(before, after)):
+                combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader)
+                combined.flattened = after
+                loader = combined if isinstance(loader, CombinedLoader) else combined.iterables
+            if any(map(_is_iterator, before)):
+                return loader
+            self._given[key] = loader
+        loader = self._given[key]
+        return copy.copy(loader) if isinstance(loader, CombinedLoader) else loader  # it keeps the place that it is at
+
     def loaders(self, name: str, split: str) -> list[Any]:
         """The loaders of one task: ``split`` is ``"train"``, ``"val"`` or ``"test"``."""
-        loader = getattr(self.tasks[name], f"{split}_dataloader")()
-        return [] if loader is None else list(CombinedLoader(loader, "sequential").flattened)
+        return sampling.parts(self.given(name, split))
+
+    @property
+    def _processes(self) -> int:
+        return 1 if self.trainer is None else self.trainer.world_size
 
     def calibration_indices(self, name: str) -> list[list[int] | None]:
         """The dataset indices to calibrate on, for each loader of a task; ``None`` for a dataset without indices."""
@@ -278,7 +335,7 @@ class MergeDataModule(LightningDataModule):
     def validation_loaders(self, name: str) -> Any:
         """What one task is validated on: its val loaders, without the samples that are held out."""
         if not self.holdout:
-            return self.tasks[name].val_dataloader()
+            return self.given(name, "val")
         loaders = [
             sampling.restricted(loader, set(sampling.population(loader) or ()) - set(drawn or ()))
             for loader, drawn in zip(self.loaders(name, "val"), self.calibration_indices(name))
@@ -305,13 +362,22 @@ class _Task(LightningDataModule):
         return self._tasks.validation_loaders(self._name)
 
     def test_dataloader(self) -> Any:
-        return self._tasks.tasks[self._name].test_dataloader()
+        return self._tasks.given(self._name, "test")
 
 
 class _UnpreparedTask(_Task):
     def prepare_data(self) -> None:
         self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.prepare_data()
+
+
+def _is_iterator(loader: Any) -> bool:
+    """Whether it can be iterated once only, as far as can be known. (A CombinedLoader can be iterated again.)"""
+    return isinstance(loader, Iterator) and not isinstance(loader, CombinedLoader)
+
+
+def _is_spent(loader: Any, again: Any) -> bool:
+    return _is_iterator(loader) and loader is again
 
 
 def _lend_hooks(lender: LightningDataModule, borrower: LightningDataModule) -> None:

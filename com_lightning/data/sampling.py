@@ -1,24 +1,29 @@
 """Where the calibration sample is drawn, without changing the loaders that it comes from.
 
 A loader with a map-style dataset is sampled by dataset index: the indices that it goes through (its population) are
-read from its batch sampler, and some of them are drawn. A loader without indices (an iterable dataset, or anything else
-that can be iterated) is sampled batch by batch as it goes by. In both cases the data are read through a fresh loader,
-because the loader itself may be in use for validation.
+read from its batch sampler, and some of them are drawn. A loader without indices (an iterable dataset, a DataLoader
+with an ``__iter__`` of its own, or anything else that can be iterated) is sampled batch by batch as it goes by. In both
+cases the data are read through a copy of the loader, because the loader itself may be in use for validation.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import chain, zip_longest
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Subset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Subset
+
+from com_lightning.core.tensors import private_torch
 
 
 @dataclass
@@ -31,6 +36,7 @@ class CalibrationSample:
         total: number of batches of all processes.
         samples: number of samples in the batches of all processes.
         overlap: how many of these samples are validated too; ``None`` if that cannot be known.
+        warnings: what is odd about them, for the report.
     """
 
     batches: list[tuple[Any, int]]
@@ -38,6 +44,26 @@ class CalibrationSample:
     total: int
     samples: int
     overlap: int | None
+    warnings: list[str] = field(default_factory=list)
+
+
+def parts(given: Any) -> list[Any]:
+    """The loaders that a datamodule gives as one loader, or as a collection of any depth."""
+    if isinstance(given, CombinedLoader) and getattr(given, "_mode", "sequential") != "sequential":
+        return [_Combined(given)]
+    combined = given if isinstance(given, CombinedLoader) else CombinedLoader(given, "sequential")
+    return [] if given is None else list(combined.flattened)
+
+
+class _Combined:
+    """The batches of a CombinedLoader that reads several loaders at once."""
+
+    def __init__(self, loader: CombinedLoader) -> None:
+        self.loader = loader
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch, _, _ in copy.copy(self.loader):
+            yield batch
 
 
 def population(loader: Any) -> list[int] | None:
@@ -79,21 +105,24 @@ def reservoir(loader: Iterable[Any], count: int, limit: int | None, generator: t
     Returns:
         The drawn batches.
     """
-    if isinstance(loader, DataLoader):  # with persistent workers it has one iterator, which validation uses
-        sampler = None if isinstance(loader.dataset, IterableDataset) else loader.sampler
-        options = {"batch_size": loader.batch_size, "sampler": sampler, "drop_last": loader.drop_last}
-        loader = fresh(loader, loader.dataset, **options)
     drawn: list[Any] = []
     size = 0
-    for number, batch in enumerate(loader):
-        if limit is not None and number >= limit:
-            break
-        size = size or max(math.ceil(count / max(extract_batch_size(batch), 1)), 1)
-        if len(drawn) < size:
-            drawn.append(batch)
-        elif (place := int(torch.randint(number + 1, (), generator=generator))) < size:
-            drawn[place] = batch
+    with _generators_kept(loader):
+        # With persistent workers a loader has one iterator, which validation uses.
+        for number, batch in enumerate(fresh(loader) if isinstance(loader, DataLoader) else loader):
+            if limit is not None and number >= limit:
+                break
+            size = size or batches_for(count, batch)
+            if len(drawn) < size:
+                drawn.append(batch)
+            elif (place := int(torch.randint(number + 1, (), generator=generator))) < size:
+                drawn[place] = batch
     return drawn
+
+
+def batches_for(count: int, batch: Any) -> int:
+    """Number of batches like this one that hold about ``count`` samples, at least one."""
+    return max(math.ceil(count / max(extract_batch_size(batch), 1)), 1)
 
 
 def validated_indices(loader: DataLoader[Any], limit: int | None) -> set[int] | None:
@@ -103,10 +132,24 @@ def validated_indices(loader: DataLoader[Any], limit: int | None) -> set[int] | 
 
 
 def has_indices(loader: Any) -> bool:
-    """Whether a loader draws from a dataset by index."""
-    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+    """Whether a loader draws from a dataset by index, and its batches are those of its batch sampler."""
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or has_own_iter(loader):
         return False
     return loader.batch_sampler is not None
+
+
+def has_own_iter(loader: Any) -> bool:
+    """Whether a subclass of DataLoader decides itself which batches it gives."""
+    return isinstance(loader, DataLoader) and type(loader).__iter__ is not DataLoader.__iter__
+
+
+def identity(loader: Any) -> list[int] | None:
+    """What tells the samples of a loader from those of another process: their indices in the dataset below subsets."""
+    dataset: Any = getattr(loader, "dataset", None)
+    indices = population(loader)
+    while indices is not None and isinstance(dataset, Subset):
+        dataset, indices = dataset.dataset, [int(dataset.indices[index]) for index in indices]
+    return indices
 
 
 def batch_size_of(loader: Any) -> int:
@@ -136,15 +179,22 @@ def two_passes(loader: DataLoader[Any]) -> tuple[list[list[int]], list[list[int]
 @contextmanager
 def _same_randomness(loader: DataLoader[Any]) -> Iterator[None]:
     """Samplers draw from the global random state, or from a generator of the loader or the sampler."""
-    generators = {id(g): g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None}
-    states = [(generator, generator.get_state()) for generator in generators.values()]
-    with isolate_rng(include_cuda=False):
+    with isolate_rng(include_cuda=False), _generators_kept(loader):
         torch.default_generator.manual_seed(0)
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
+        yield
+
+
+@contextmanager
+def _generators_kept(loader: Any) -> Iterator[None]:
+    """What is read in this context leaves the generators of a loader and its sampler as they were."""
+    owners = (loader, getattr(loader, "sampler", None))
+    generators = {id(g): g for g in (getattr(o, "generator", None) for o in owners) if isinstance(g, torch.Generator)}
+    states = [(generator, generator.get_state()) for generator in generators.values()]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def restricted(loader: DataLoader[Any], indices: Collection[int]) -> DataLoader[Any]:
@@ -158,22 +208,52 @@ def restricted(loader: DataLoader[Any], indices: Collection[int]) -> DataLoader[
         return subset(loader, [index for index in population(loader) or () if index in indices], loader.batch_size or 1)
     # A batch sampler of the user's: its batches become smaller, and stay apart.
     groups = [[index for index in batch if index in indices] for batch in two_passes(loader)[0]]
-    return fresh(loader, loader.dataset, batch_sampler=[group for group in groups if group])
+    return fresh(loader, batch_sampler=[group for group in groups if group])
 
 
 def subset(loader: DataLoader[Any], indices: list[int], batch_size: int) -> DataLoader[Any]:
     """A fresh loader over the given dataset indices, in the given order."""
-    return fresh(loader, Subset(loader.dataset, indices), batch_size=batch_size)
+    batches = BatchSampler(indices, batch_size, drop_last=False)
+    return fresh(loader, sampler=indices, batch_sampler=batches, batch_size=batch_size, drop_last=False)
 
 
-def fresh(loader: DataLoader[Any], dataset: Any, **batches: Any) -> DataLoader[Any]:
-    """A new loader that reads a dataset as another loader does; ``batches`` are DataLoader's options on batches."""
-    return DataLoader(
-        dataset,
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        **batches,
-    )
+def fresh(loader: DataLoader[Any], **changes: Any) -> DataLoader[Any]:
+    """Return a loader of the same class and with the same attributes, which may be iterated while the other one is.
+
+    A copy has all that a subclass keeps in its attributes, and that its constructor may not take. Only the generator is
+    left out: it orders samples whose order is given here, and the state of the user's is not to change.
+
+    Args:
+        loader: the loader.
+        changes: attributes with other values, such as ``batch_sampler``.
+    """
+    return private_torch.loader_copy(loader, generator=None, **changes)
+
+
+def shared_out(loader: Any) -> DistributedSampler[Any] | None:
+    """The DistributedSampler by which a loader goes through the share of one process only."""
+    samplers = (getattr(loader, "sampler", None), getattr(getattr(loader, "batch_sampler", None), "sampler", None))
+    return next((sampler for sampler in samplers if isinstance(sampler, DistributedSampler)), None)
+
+
+def undistributed(loader: Any, processes: int) -> Any:
+    """Return a loader over the samples of all processes, in place of one over the share of this process.
+
+    A merge deals out its sample itself, and validates each task in one process. Samples that a DistributedSampler
+    repeats to make all shares equally long are there once.
+
+    Args:
+        loader: any loader. It is returned as it is unless it has a DistributedSampler for this number of processes.
+        processes: number of processes.
+    """
+    sampler = shared_out(loader)
+    plain = has_indices(loader) and type(loader.batch_sampler) is BatchSampler
+    if processes == 1 or sampler is None or not plain or sampler.num_replicas != processes:
+        return loader
+    shares = []
+    for rank in range(processes):
+        one = copy.copy(sampler)
+        one.rank = rank
+        shares.append([int(index) for index in one])
+    indices = dict.fromkeys(index for index in chain(*zip_longest(*shares)) if index is not None)
+    return subset(loader, list(indices), loader.batch_size or 1)

@@ -1,23 +1,21 @@
 """Fingerprints of what a merge depends on: equal fingerprints mean that a repeated merge gives equal weights.
 
 An unfinished merge may only go on if its experts, data and settings are still the same. Comparing them in full would
-need a copy of everything, so that the journal stores a hash of each instead. :func:`digest` hashes by content, because
-an object's identity and its pickle both change from process to process.
+need a copy of everything, so that the journal stores a hash of each instead, see
+:func:`~com_lightning.core.tensors.digest.digest`.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import BuiltinFunctionType, FunctionType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import numpy
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import named_tensors
 
 
@@ -63,20 +61,6 @@ def readable(settings: Mapping[str, Any]) -> dict[str, str]:
     return {n: v if isinstance(v, str) else json.dumps(v, sort_keys=True, default=str) for n, v in settings.items()}
 
 
-def digest(value: Any) -> str:
-    """Hash a value by its content.
-
-    Args:
-        value: Anything that a collate function may return: tensors, arrays, containers, objects.
-
-    Returns:
-        32 hexadecimal digits, equal for equal content in every process.
-    """
-    content = hashlib.blake2b(digest_size=16)
-    _add(content, value)
-    return content.hexdigest()
-
-
 def _class_and_tensors(module: nn.Module, view: Callable[[Tensor], Any] = lambda tensor: tensor) -> list[Any]:
     """What a module computes with: its class, its tensors, and the settings that shape its outputs."""
     settings = [
@@ -103,44 +87,3 @@ def _few(tensor: Tensor) -> Any:
         return [tuple(tensor.shape), str(tensor.dtype)]
     flat = tensor.detach().reshape(-1) if tensor.is_contiguous() else tensor.detach().flatten()
     return [tuple(tensor.shape), flat[:: max(tensor.numel() // 64, 1)][:64].clone()]
-
-
-def _add(content: Any, value: Any, ancestors: tuple[int, ...] = ()) -> None:
-    """Add a value to a hash. Values that contain themselves are added once."""
-    if id(value) in ancestors:
-        return
-    ancestors = (*ancestors, id(value))
-    content.update(f"<{type(value).__name__}>".encode())
-    if isinstance(value, Tensor) and value.is_nested:
-        _add(content, value.unbind(), ancestors)
-    elif isinstance(value, Tensor):
-        value = (value if value.layout is torch.strided else value.to_dense()).detach().cpu().contiguous()
-        value = value.resolve_conj().resolve_neg()
-        content.update(f"{value.dtype}{tuple(value.shape)}".encode())
-        content.update(value.reshape(-1).view(torch.uint8).numpy() if value.numel() else b"")
-    elif isinstance(value, numpy.ndarray) and not value.dtype.hasobject:
-        content.update(f"{value.dtype}{value.shape}".encode())
-        content.update(numpy.ascontiguousarray(value).reshape(-1).view(numpy.uint8))
-    elif value is None or isinstance(value, (str, bytes, int, float, complex)):
-        content.update(repr(value).encode())
-    elif isinstance(value, Mapping):
-        content.update(str(len(value)).encode())
-        for key in value:
-            _add(content, key, ancestors)
-            _add(content, value[key], ancestors)
-    elif isinstance(value, (list, tuple)):
-        content.update(str(len(value)).encode())
-        for entry in value:
-            _add(content, entry, ancestors)
-    elif isinstance(value, (set, frozenset)):  # their order differs from process to process
-        content.update("".join(sorted(map(digest, value))).encode())
-    elif isinstance(value, (type, FunctionType, BuiltinFunctionType)):
-        content.update(value.__qualname__.encode())
-    else:
-        try:
-            # What pickle would store, but not its bytes, which depend on addresses.
-            reduced = value.__reduce_ex__(2)
-        except Exception:  # an object that cannot be pickled counts by its type alone
-            return
-        for entry in reduced if isinstance(reduced, tuple) else (reduced,):
-            _add(content, list(entry) if isinstance(entry, Iterator) else entry, ancestors)

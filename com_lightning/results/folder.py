@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, num_bytes, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.files import read_checkpoint
@@ -30,7 +31,6 @@ from com_lightning.experts.load import load_expert, take_precision
 from com_lightning.experts.state_dicts import fill, some
 from com_lightning.experts.transformers_models import pretrained_parts, save_pretrained
 from com_lightning.results.atomic import Workplace
-from com_lightning.results.fingerprint import digest
 from com_lightning.results.html import html_report
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure

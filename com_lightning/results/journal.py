@@ -18,10 +18,10 @@ from torch import Tensor
 from com_lightning.core.sweep.context import Journal, Solved
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+from com_lightning.core.tensors.digest import digest
 from com_lightning.errors import MergeError, reason
 from com_lightning.experts.state_dicts import some
 from com_lightning.results.atomic import write_whole
-from com_lightning.results.fingerprint import digest
 
 _FINGERPRINT = "fingerprint.json"
 

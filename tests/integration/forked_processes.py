@@ -31,7 +31,7 @@ from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.task_tensors import task_tensors
 from com_lightning.core.sweep.context import Context
-from com_lightning.core.sweep.distributed import PeerError, Peers, ProcessGroup
+from com_lightning.core.sweep.distributed import Alike, PeerError, Peers, ProcessGroup
 from com_lightning.core.sweep.lockstep import running
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import named_tensors
@@ -405,7 +405,7 @@ def test_a_sample_is_dealt_out_without_padding() -> None:
     tasks = MergeDataModule({"a": make_data(0)}, num_samples=37, batch_size=8)
     tasks.setup("validate")
     whole = tasks.calibration("a")
-    shares = [tasks.calibration("a", rank=rank, processes=3) for rank in range(3)]
+    shares = [tasks.calibration("a", peers=Alike(rank, 3)) for rank in range(3)]
     assert sorted(number for part in shares for number in part.numbers) == whole.numbers == [0, 1, 2, 3, 4]
     for part in shares:
         assert part.samples == whole.samples == 37

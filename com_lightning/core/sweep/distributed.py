@@ -71,6 +71,21 @@ class Peers:
             raise
 
 
+class Alike(Peers):
+    """One of several processes of which no other has been started, and which would all have the same values.
+
+    Args:
+        rank: number of this process.
+        size: number of processes.
+    """
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+
+    def exchange(self, value: T) -> list[T]:
+        return [value] * self.size
+
+
 class ProcessGroup(Peers):
     """The processes of ``torch.distributed``'s default group. All must make the same calls in the same order.
 

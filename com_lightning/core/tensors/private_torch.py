@@ -6,6 +6,7 @@ still exists and still means the same. A new version of PyTorch that changes one
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -16,8 +17,10 @@ from torch import Tensor, UntypedStorage
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils.data import DataLoader
 
 T = TypeVar("T", bound=Tensor)
+Loader = TypeVar("Loader", bound=DataLoader[Any])
 
 
 # Version counters: how often a tensor has been written to.
@@ -158,3 +161,18 @@ def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def default_store() -> Any:
     """The key-value store by which the processes of the default group have met."""
     return dist.distributed_c10d._get_default_store()
+
+
+# Data loaders.
+
+
+def loader_copy(loader: Loader, **changes: Any) -> Loader:
+    """Return a copy of a DataLoader that has workers of its own while it is iterated.
+
+    Args:
+        loader: the loader; a subclass keeps all of its attributes.
+        changes: attributes with other values. DataLoader lets nobody set them.
+    """
+    copied = copy.copy(loader)
+    vars(copied).update({"_iterator": None, "persistent_workers": False, **changes})
+    return copied

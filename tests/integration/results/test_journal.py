@@ -37,8 +37,9 @@ from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
+from com_lightning.core.tensors.digest import digest
 from com_lightning.results.atomic import Workplace, write_whole
-from com_lightning.results.fingerprint import combined, digest, fingerprint_of_data, fingerprint_of_experts
+from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts
 from com_lightning.results.journal import FileJournal
 from tests.helpers import Classifier, built, make_data, make_experts, quiet_trainer
 from tests.helpers.zoo import averages
@@ -373,7 +374,7 @@ class Slotted:
 _DIGEST = """
 import torch
 from PIL import Image
-from com_lightning.results.fingerprint import digest
+from com_lightning.core.tensors.digest import digest
 from tests.integration.results.test_journal import Slotted
 print(digest([Slotted(torch.ones(2)), {"one", "two", "three"}, Image.new("L", (2, 2), 3)]))
 """

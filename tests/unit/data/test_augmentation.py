@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import ChainOfMergesCallback, Fisher, MergeDataModule, MergeError, RegMean, TaskLoaders
+from com_lightning.core.sweep.distributed import Alike
 from com_lightning.data.augmentation import perturbed, with_copies
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
@@ -76,7 +77,7 @@ def test_copies_are_numbered_on_and_differ() -> None:
 def test_processes_make_the_copies_that_one_would() -> None:
     loader = DataLoader(TensorDataset(torch.randn(22, 4)), batch_size=4)
     data = MergeDataModule({"a": TaskLoaders(val=loader)}, num_samples=18, augmented_copies=3)
-    whole, *shares = (data.calibration("a", None, *part) for part in ((0, 1), (0, 2), (1, 2)))
+    whole, *shares = (data.calibration("a", peers=Alike(*part)) for part in ((0, 1), (0, 2), (1, 2)))
     alone, *parts = (
         dict(zip(*reversed(data.augmented("a", [batch for batch, _ in sample.batches], sample))))
         for sample in (whole, *shares)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data import DataLoader
 
 import com_lightning
 from com_lightning.core.tensors import private_torch as private
@@ -158,6 +159,16 @@ def test_the_store_of_the_default_group(tmp_path: Path) -> None:
         assert store.get("key") == b"value"
     finally:
         dist.destroy_process_group()
+
+
+def test_the_copy_of_a_loader_reads_by_itself() -> None:
+    data = torch.arange(6)
+    loader: DataLoader[Any] = DataLoader(data, 2, num_workers=1, persistent_workers=True)  # type: ignore[arg-type]
+    live = iter(loader)
+    copied = private.loader_copy(loader, batch_sampler=[[5, 0]])
+    assert [batch.tolist() for batch in copied] == [[5, 0]]
+    assert [batch.tolist() for batch in live] == [[0, 1], [2, 3], [4, 5]]
+    assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
 
 
 def test_nothing_private_is_called_elsewhere() -> None:
