@@ -26,6 +26,7 @@ from com_lightning.experts.load import ExpertSource, load_expert, take_precision
 from com_lightning.experts.parameters import Parameters, sort_parameters
 from com_lightning.experts.similarity import non_finite_weights, unmergeable_weights
 from com_lightning.experts.state_dicts import group_warnings, some
+from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.options import MergeOptions
@@ -186,7 +187,8 @@ def make_plan(
                     experts[task] = load_expert(task, local[label], model, as_stored=True)
                     stored[task] = take_precision(experts[task], model)
     found += non_finite_weights(experts)
-    found += match_vocabularies(model, experts, options.private, options.resize_embeddings)
+    with collected_warnings() as odd_tokenizers:
+        found += match_vocabularies(model, experts, options.private, options.resize_embeddings)
     parameters = Parameters()
     if experts:
         with _collecting(found):
@@ -197,6 +199,7 @@ def make_plan(
         labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
     )
     parameters.warnings[:0] = group_warnings(warnings, local)
+    parameters.warnings += [*odd_tokenizers, *writing_warnings(experts)]
     base: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
         with _collecting(found):

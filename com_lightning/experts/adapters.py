@@ -15,6 +15,7 @@ from torch import nn
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.state_dicts import plain, shape_of, some, submodule
+from com_lightning.experts.tokenizers import remember_folder
 
 ADAPTER_CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -166,6 +167,7 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     if wrapped := [part for part in module.modules() if isinstance(part, PeftModel)]:
         _check_same(config, state, wrapped[0].active_peft_config, get_peft_model_state_dict(wrapped[0]), label)
         set_peft_model_state_dict(wrapped[0], state)
+        remember_folder(wrapped[0].get_base_model(), folder)
         return  # merge_adapter merges it in place
     place, target = _target(state, module, peft_type, label, _trained_on(config))
     _check_base(config, target, label)
@@ -183,6 +185,7 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     if missing := [str(w.message) for w in caught if "missing adapter keys" in str(w.message)]:
         raise MergeError([f"{label}: {missing[0]}"])
     assert merged is target
+    remember_folder(target, folder)
 
 
 def _layers(module: nn.Module) -> dict[str, Any]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import pickle
 import re
 import zipfile
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, reason
 
 _SMALL = 2**24
 """Bytes that are never too many."""
 _LONGEST_JSON = 2**26
 """Bytes that a JSON file may have."""
+TOKENIZER_FOLDERS = ("additional_chat_templates", "*processor*", "*tokenizer*")
+"""Names of folders in the folder of a model whose files are read and copied, too."""
 
 
 def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
@@ -83,25 +87,75 @@ def archive_problem(path: Path) -> str | None:
     return f"an archive that unpacks to {size:,} bytes, but has {path.stat().st_size:,}: no checkpoint of PyTorch"
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a configuration.
+
+    Args:
+        path: of a JSON file.
+
+    Returns:
+        Its content.
+
+    Raises:
+        MergeError: if it cannot be read, or holds anything but an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise MergeError([f"{path.name} cannot be read ({reason(error)})"]) from error
+    if not isinstance(content, dict):
+        kind = "null" if content is None else f"a {type(content).__name__}"
+        raise MergeError([f"{path.name} holds {kind}, not an object with settings"])
+    return content
+
+
+def leads_out(path: Path, folder: Path) -> bool:
+    """Find out whether a file in a folder is a link to something outside of it.
+
+    Args:
+        path: of the file.
+        folder: of a model. In the cache of the Hugging Face Hub it holds links to that model's ``blobs``, which are
+            taken to be inside.
+
+    Returns:
+        Whether it is such a link.
+    """
+    if not path.is_symlink():
+        return False
+    inside = [home := Path(os.path.realpath(folder))]
+    if home.parent.name == "snapshots":
+        inside.append(home.parent.parent / "blobs")
+    target = Path(os.path.realpath(path))
+    return not any(target.is_relative_to(place) for place in inside)
+
+
 def folder_problems(folder: Path) -> list[str]:
     """Returns what in a folder must not be read.
 
-    These are pipes, archives that unpack to far more than they have, huge JSON files, and lists of files that lead out
-    of the folder.
+    These are pipes, links and lists of files that lead out of the folder, archives that unpack to far more than they
+    have, and huge JSON files.
     """
     problems = []
-    for path in sorted(folder.iterdir()):
-        if path.exists() and not (path.is_file() or path.is_dir()):
-            problems.append(f"{path.name} is neither a file nor a folder")
+    inner = [path for path in folder.iterdir() if any(fnmatchcase(path.name, name) for name in TOKENIZER_FOLDERS)]
+    for path in sorted([*folder.iterdir(), *(p for i in inner if i.is_dir() for p in i.iterdir())]):
+        name = path.relative_to(folder).as_posix()
+        if leads_out(path, folder) and (path in inner or not path.is_dir()):
+            target = os.readlink(path)
+            problems.append(f"{name} is a link that leads out of the folder, to {target}; put the file itself there")
+        elif path.exists() and not (path.is_file() or path.is_dir()):
+            problems.append(f"{name} is neither a file nor a folder")
         elif path.suffix == ".bin" and (problem := archive_problem(path)):
-            problems.append(f"{path.name}: {problem}")
+            problems.append(f"{name}: {problem}")
         elif path.suffix == ".json" and path.is_file() and path.stat().st_size > _LONGEST_JSON:
-            problems.append(f"{path.name} has {path.stat().st_size:,} bytes; at most {_LONGEST_JSON:,} are read")
+            problems.append(f"{name} has {path.stat().st_size:,} bytes; at most {_LONGEST_JSON:,} are read")
     for path in () if problems else sorted(folder.glob("*.index.json")):
         try:
-            files = {str(name) for name in json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            problems.append(f"{path.name} cannot be read ({type(error).__name__}: {error})")
+            files = {str(name) for name in read_json(path)["weight_map"].values()}
+        except MergeError as error:
+            problems += error.problems
+            continue
+        except (LookupError, AttributeError) as error:
+            problems.append(f"{path.name} cannot be read ({reason(error)})")
             continue
         if outside := sorted(name for name in files if name in ("", ".", "..") or name != Path(name).name):
             problems.append(f"{path.name} names files outside of the folder: {', '.join(outside[:5])}")

@@ -2,40 +2,25 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import shutil
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 
 from com_lightning.core.tensors.modules import copy_module
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapters import adapter_parameters
-from com_lightning.experts.files import folder_problems
+from com_lightning.experts.files import folder_problems, read_json
 from com_lightning.experts.state_dicts import plain, some
+from com_lightning.experts.tokenizers import TokenSource, find_tokenizer, remember_folder, write_tokenizer
 
 MODEL_CONFIG = "config.json"
-_TOKENIZER_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "sentencepiece.bpe.model",
-    "special_tokens_map.json",
-    "spiece.model",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "vocab.json",
-    "vocab.txt",
-)
+_GENERATION_CONFIG = "generation_config.json"
 
 
 def load_pretrained(folder: Path, label: str) -> nn.Module:
@@ -61,13 +46,11 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
     if problems := folder_problems(folder):
         raise MergeError([f"{label}: {problem}" for problem in problems])
     try:
-        config = json.loads((folder / MODEL_CONFIG).read_text(encoding="utf-8"))
-        names = config.get("architectures") or []
-        names = [str(name) for name in (names if isinstance(names, list) else [names])]
-        kernels = [v for n, v in config.items() if "attn_implementation" in n and "/" in str(v)]
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise MergeError([f"{label}: {MODEL_CONFIG} cannot be read ({error})"]) from error
-    if kernels:  # which transformers would download and run
+        config = read_json(folder / MODEL_CONFIG)
+    except MergeError as error:
+        raise MergeError([f"{label}: {error.problems[0]}"]) from error
+    names = architectures(config)
+    if kernels := _kernels(config):  # which transformers would download and run
         raise MergeError(
             [f"{label}: {MODEL_CONFIG} names code of others, {kernels[0]}, which is not run; remove it there"]
         )
@@ -89,14 +72,52 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         problems.append(f"{label}: missing keys, which {names[0]} would fill at random: {some(missing)}")
-    if extra := sorted(info["unexpected_keys"]):
-        problems.append(f"{label}: keys that {names[0]} does not have: {some(extra)}")
+    extra = sorted(info["unexpected_keys"])
+    if body := [key for key in extra if _is_of_body(model, key)]:
+        problems.append(
+            f"{label}: keys that {names[0]} does not have: {some(body)}. The weights are of another model than that in "
+            f"{MODEL_CONFIG}"
+        )
     if wrong := sorted(str(entry) for entry in info["mismatched_keys"]):
         problems.append(f"{label}: shapes that differ from those of {MODEL_CONFIG}: {some(wrong)}")
     if problems:
         raise MergeError(problems)
+    if extra:
+        warnings.warn(
+            f"{label}: {names[0]}, the class in {MODEL_CONFIG}, has no place for {some(extra)}: left out, as "
+            "from_pretrained does",
+            MergeWarning,
+            stacklevel=2,
+        )
     assert isinstance(model, nn.Module)
+    remember_folder(model, folder)
     return model
+
+
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """The names of the classes that a model's configuration names."""
+    names = config.get("architectures") or []
+    return [str(name) for name in (names if isinstance(names, list) else [names])]
+
+
+def _kernels(config: Mapping[str, Any]) -> list[Any]:
+    """Code of others that a configuration names, wherever in it, which transformers would download and run."""
+    inner = [kernel for value in config.values() if isinstance(value, dict) for kernel in _kernels(value)]
+    return [v for n, v in config.items() if "attn_implementation" in n and "/" in str(v)] + inner
+
+
+def _is_of_body(model: nn.Module, key: str) -> bool:
+    """Whether an extra weight belongs to a layer, or a stack of layers, that the model has, and not to another head."""
+    modules, prefix = dict(model.named_modules()), f"{getattr(model, 'base_model_prefix', '')}."
+    for name in (key, f"{prefix}{key}", key.removeprefix(prefix)):
+        parts = name.split(".")
+        for cut in range(1, len(parts)):
+            owner = modules.get(".".join(parts[:cut]))
+            if owner is None:
+                break
+            if isinstance(owner, (nn.ModuleList, nn.Sequential)) or (owner._parameters and not owner._modules):
+                return True
+    return False
 
 
 def pretrained_parts(module: nn.Module) -> dict[str, nn.Module]:
@@ -113,12 +134,6 @@ def pretrained_parts(module: nn.Module) -> dict[str, nn.Module]:
     return models
 
 
-def source_folder(part: nn.Module) -> Path | None:
-    """The local folder that a transformers model was loaded from; ``None`` if it was not loaded from a folder."""
-    name = getattr(getattr(part, "config", None), "_name_or_path", None)
-    return Path(name) if name and Path(name).is_dir() else None
-
-
 def input_table(part: nn.Module) -> nn.Module | None:
     """The token embedding of a transformers model; ``None`` if it has none."""
     try:
@@ -127,52 +142,116 @@ def input_table(part: nn.Module) -> nn.Module | None:
         return None
 
 
-def tokenizer_of(module: nn.Module, part: nn.Module) -> Any:
-    """Returns the tokenizer of a transformers model in a module; ``None`` if it has none.
+def writing_warnings(experts: Mapping[str, nn.Module]) -> list[str]:
+    """Find out, before the merge, which configurations transformers refuses to write.
 
-    It is an attribute of the module, or else it is read from the folder that the model was loaded from.
+    Args:
+        experts: task -> its module.
+
+    Returns:
+        Warnings that say what :func:`save_pretrained` will do.
     """
-    from transformers import AutoTokenizer, PreTrainedTokenizerBase
-
-    for value in vars(module).values():
-        if isinstance(value, PreTrainedTokenizerBase):
-            return value
-    source = source_folder(part)
-    if source is None or not any((source / name).is_file() for name in ("tokenizer_config.json", "tokenizer.json")):
-        return None
-    try:
-        return AutoTokenizer.from_pretrained(str(source), local_files_only=True, trust_remote_code=False)
-    except Exception:  # made by another version, or its class is not installed: it cannot be checked
-        return None
+    told: dict[str, list[str]] = {}
+    for task, module in experts.items():
+        for name, part in pretrained_parts(module).items():
+            if problem := _refusal(part.config):
+                what = f"{name or 'the model'} cannot be written for from_pretrained, only to checkpoints: {problem}"
+                told.setdefault(what, []).append(task)
+            if problem := _refused_generation(part):
+                what = f"transformers would not write the {_GENERATION_CONFIG} of {name or 'the model'}: {problem}"
+                told.setdefault(f"{what}. It is written as it is, beside the weights", []).append(task)
+    return [f"expert {', '.join(repr(task) for task in tasks)}: {what}" for what, tasks in told.items()]
 
 
-def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], folder: Path) -> None:
+def _refusal(config: Any) -> str:
+    """Why transformers refuses to write a configuration; empty if it does not."""
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            config.save_pretrained(folder)
+        except OSError:  # of the disk
+            return ""
+        except Exception as error:
+            return " ".join(str(error).partition("\nIf you're using")[0].split()).rstrip(".")
+    return ""
+
+
+def _refused_generation(part: Any) -> str:
+    """Why transformers refuses to write a model's configuration for generating; empty if it does not."""
+    config = getattr(part, "generation_config", None)
+    return _refusal(config) if config is not None and part.can_generate() else ""
+
+
+def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], folder: Path) -> list[str]:
     """Write every transformers model in the merged modules so that ``from_pretrained`` loads it.
 
     Adapters that have been merged into the weights are left out. The tokenizer of a model is written with it, see
-    :func:`save_tokenizer`.
+    :func:`~com_lightning.experts.tokenizers.find_tokenizer`. A folder has weights, or it is not there.
 
     Args:
         modules: task -> merged module.
         shared: names of parameters and buffers that all tasks share.
         folder: where to write. It gets one folder per task, or the model itself if the tasks' models do not differ. If
             a module has several models, each gets a folder with the name of its attribute.
+
+    Returns:
+        Warnings of what is not written.
+
+    Raises:
+        OSError: if the disk is full, for instance.
     """
+    told: list[str] = []
+    tokenizers: dict[Path, dict[str, TokenSource | None]] = {}
+    failed: set[Path] = set()
     for task, module in modules.items():
-        parts = pretrained_parts(_without_adapters(module))
+        unadapted = _without_adapters(module)
+        parts = pretrained_parts(unadapted)
         merged = {plain(name) for name in (*shared, *adapter_parameters(module))}
         private = {plain(name) for name in module.state_dict()} - merged
         for name, part in parts.items():
             differs = any(key.startswith(f"{name}.") for key in private)
             target = folder / task if differs else folder
             target = target / name if len(parts) > 1 else target
-            if target.exists():  # written for an earlier task already
-                continue
-            try:
-                part.save_pretrained(target)  # type: ignore[operator]
-                save_tokenizer(module, part, target)
-            except ValueError as error:  # for example a generation config that it refuses; checkpoints have all weights
-                rank_zero_warn(f"{name or 'the model'} is not written to {folder.name} ({error})")
+            if target not in tokenizers and target not in failed:  # or else it is written for an earlier task already
+                try:
+                    save_model(part, target)
+                except OSError:
+                    raise
+                except Exception as error:  # transformers refuses to write it; checkpoints have all weights
+                    failed.add(target)
+                    _remove_files(target)
+                    told.append(f"{name or 'the model'} is not written to {folder.name} ({reason(error)})")
+            if target not in failed:
+                tokenizers.setdefault(target, {})[task] = find_tokenizer(unadapted, part)
+    return told + [warning for target, sources in tokenizers.items() for warning in write_tokenizer(sources, target)]
+
+
+def save_model(part: Any, target: Path) -> None:
+    """Write a model, with its configuration for generating even if transformers refuses to write that.
+
+    Args:
+        part: the model.
+        target: the folder.
+    """
+    if not _refused_generation(part):
+        part.save_pretrained(target)
+        return
+    config = part.generation_config
+    try:
+        part.generation_config = type(config)()
+        part.save_pretrained(target)
+    finally:
+        part.generation_config = config
+    (target / _GENERATION_CONFIG).write_text(config.to_json_string(), encoding="utf-8")
+
+
+def _remove_files(folder: Path) -> None:
+    """Remove what was written to a folder, and leave the folders in it."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if not path.is_dir():
+            path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def _without_adapters(module: nn.Module) -> nn.Module:
@@ -190,20 +269,3 @@ def _without_adapters(module: nn.Module) -> nn.Module:
             if isinstance(part, PeftModel):
                 module.set_submodule(name, part.merge_and_unload())
     return module
-
-
-def save_tokenizer(module: nn.Module, part: nn.Module, target: Path) -> None:
-    """Write the tokenizer or processor of a transformers model in a module, if there is one.
-
-    It is an attribute of the module, or else its files are copied from the folder that the model was loaded from.
-    """
-    from transformers import PreTrainedTokenizerBase, ProcessorMixin
-
-    for value in vars(module).values():
-        if isinstance(value, (PreTrainedTokenizerBase, ProcessorMixin)):
-            value.save_pretrained(target)
-            return
-    source = source_folder(part)
-    for name in _TOKENIZER_FILES if source else ():
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, target / name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -9,9 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors.modules import average, matches_any
+from com_lightning.errors import MergeError, MergeWarning
 from com_lightning.experts.state_dicts import plain, some
-from com_lightning.experts.transformers_models import input_table, pretrained_parts, tokenizer_of
+from com_lightning.experts.tokenizers import TokenSource, find_tokenizer
+from com_lightning.experts.transformers_models import input_table, pretrained_parts
 
+_MODEL = "your model"
+_ADVICE = {
+    True: "rows of different tokens cannot be merged: name the table in `private`, with whatever else differs",
+    False: "give your model the tokenizer of the experts, or name the table in `private`",
+}
+"""Whether two experts differ, or your model and an expert -> what to do."""
 _SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size")  # as transformers' configurations name them
 
 
@@ -29,14 +38,14 @@ def match_vocabularies(
 
     Returns:
         The problems: tables that differ in length (unless they are resized), and tokenizers that number tokens
-        differently.
+        differently. A tokenizer that cannot be loaded, and therefore not compared, is a :class:`MergeWarning`.
     """
     if not experts:
         return []
     modules = {"model": model, **experts}
     tables = {name: rows for name, rows in _lengths(modules).items() if not matches_any(name, private or ())}
     differing = {name: rows for name, rows in tables.items() if len(set(rows.values())) > 1}
-    problems = _token_problems(experts, tables)
+    problems = _token_problems(model, experts, tables)
     if differing and not resize:
         lengths = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
         problems.append(
@@ -131,22 +140,65 @@ def _lengthen(module: nn.Module, name: str, rows: Tensor) -> None:
                     setattr(holder, size, len(parameter))
 
 
-def _token_problems(experts: Mapping[str, nn.Module], tables: Collection[str]) -> list[str]:
-    """Tokenizers that give the number of a row to different tokens."""
-    first_of: dict[str, tuple[str, dict[int, str]]] = {}
+def _token_problems(model: nn.Module, experts: Mapping[str, nn.Module], tables: Collection[str]) -> list[str]:
+    """Returns which tokenizers give the number of a row to different tokens, or another number to a token.
+
+    A number may have another token in the model than in all experts: fine-tuning gives names to reserved tokens.
+    """
+    found: dict[str, dict[str, TokenSource]] = {}
+    for who, module in {_MODEL: model, **{f"'{task}'": expert for task, expert in experts.items()}}.items():
+        parts = pretrained_parts(module)
+        for place, part in parts.items():
+            table, source = input_table(part), find_tokenizer(module, part)
+            shared = any(t is table for name, t in _tables(module).items() if name in tables)
+            # In a module with several models, it is not known whose tokenizer it holds.
+            if source and shared and (source.folder or len(parts) == 1):
+                found.setdefault(place, {})[who] = source
     problems = []
-    for task, expert in experts.items():
-        for place, part in pretrained_parts(expert).items():
-            table, tokenizer = input_table(part), tokenizer_of(expert, part)
-            if tokenizer is None or not any(t is table for name, t in _tables(expert).items() if name in tables):
-                continue
-            tokens = {number: token for token, number in tokenizer.get_vocab().items()}
-            first, others = first_of.setdefault(place, (task, tokens))
-            if different := [n for n in sorted(tokens.keys() & others.keys()) if tokens[n] != others[n]]:
-                n, more = different[0], f" ({len(different)} numbers in all)" if len(different) > 1 else ""
-                problems.append(
-                    f"the tokenizers of '{first}' and '{task}' differ: number {n} is {others[n]!r} in '{first}' and "
-                    f"{tokens[n]!r} in '{task}'{more}; rows of different tokens cannot be merged: name the embedding "
-                    "table in `private`, with whatever else differs"
-                )
+    for sources in found.values():
+        vocabularies = _vocabularies(sources)
+        base = vocabularies.pop(_MODEL, {})
+        for number, (who, tokens) in enumerate(vocabularies.items()):
+            others = [(other, vocabularies[other], True) for other in list(vocabularies)[:number]]
+            for other, known, by_number in [*others, (_MODEL, base, False)]:
+                if differing := _differing(known, tokens, other, who, by_number):
+                    problems.append(
+                        f"the tokenizers of {other} and {who} differ: {some(differing, '; ', 3)}; {_ADVICE[by_number]}"
+                    )
+                    break
     return problems
+
+
+def _vocabularies(sources: Mapping[str, TokenSource]) -> dict[str, dict[str, int]]:
+    """Who -> token -> number. A tokenizer that cannot be loaded is a warning."""
+    vocabularies: dict[Any, dict[str, int]] = {}
+    failed: dict[Any, str] = {}
+    for source in sources.values():
+        if source.key not in {**vocabularies, **failed}:
+            try:
+                vocabularies[source.key] = source.vocabulary
+            except MergeError as error:
+                failed[source.key] = error.problems[0]
+    for key, problem in failed.items():
+        users = {who: source for who, source in sources.items() if source.key == key}
+        where = next(iter(users.values()))
+        warnings.warn(
+            f"the tokenizer of {some(list(users))} ({where}) cannot be loaded ({problem}): it is "
+            "not known whether it numbers tokens as the others do",
+            MergeWarning,
+            stacklevel=2,
+        )
+    return {who: vocabularies[source.key] for who, source in sources.items() if source.key in vocabularies}
+
+
+def _differing(one: Mapping[str, int], other: Mapping[str, int], who: str, whose: str, by_number: bool) -> list[str]:
+    """Numbers that stand for different tokens, and tokens that have different numbers."""
+    if one == other:
+        return []
+    numbers = {number: token for token, number in one.items()}
+    clashes = [(n, numbers[n], token) for token, n in other.items() if by_number and numbers.get(n, token) != token]
+    moved = [(t, one[t], n) for t, n in other.items() if one.get(t, n) != n and not (by_number and n in numbers)]
+    return [
+        *(f"number {n} is {first!r} in {who} and {second!r} in {whose}" for n, first, second in sorted(clashes)),
+        *(f"{token!r} is number {first} in {who} and {second} in {whose}" for token, first, second in sorted(moved)),
+    ]

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from com_lightning.core.tensors.modules import tied_names
 from com_lightning.errors import MergeError
-from com_lightning.experts.files import read_checkpoint
+from com_lightning.experts.files import folder_problems, leads_out, read_checkpoint, read_json
 from com_lightning.experts.state_dicts import fill, is_peft, plain_state, some
-from com_lightning.experts.transformers_models import MODEL_CONFIG, load_pretrained, save_tokenizer
+from com_lightning.experts.tokenizers import TokenSource, find_tokenizer, write_tokenizer
+from com_lightning.experts.transformers_models import MODEL_CONFIG, architectures, load_pretrained, save_model
 from com_lightning.experts.vocabulary import resize_to
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import PRETRAINED
@@ -64,6 +66,7 @@ def export(
         folder, checkpoint = _locate(source, task, base)
     except MergeError as error:
         raise MergeError(problems + error.problems) from error
+    problems += _folder_problems(folder, has_weights=checkpoint is None)
     if problems:
         raise MergeError(problems)
     dtype = PRECISIONS[precision] if precision else None
@@ -74,9 +77,10 @@ def export(
         if model is None:
             _copy(folder, made, dtype)
         else:
-            (model.to(dtype) if dtype else model).save_pretrained(made)
-            save_tokenizer(model, model, made)
-        classes = json.loads((made / MODEL_CONFIG).read_text(encoding="utf-8")).get("architectures") or ["AutoModel"]
+            save_model(model.to(dtype) if dtype else model, made)
+            for warning in write_tokenizer({"the model": find_tokenizer(model, model)}, made):
+                rank_zero_warn(warning)
+        classes = architectures(read_json(made / MODEL_CONFIG)) or ["AutoModel"]
         card = pretrained_card(classes[0], source.name, merge_card)
         (made / "README.md").write_text(card, encoding="utf-8")
 
@@ -95,6 +99,8 @@ def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Pa
     if source.is_dir():
         if (source / MODEL_CONFIG).is_file():
             return source, None
+        if leads_out(source / PRETRAINED, source):
+            raise MergeError([f"{source}: {PRETRAINED} is a link that leads out of it; give the folder itself"])
         models = sorted(path.parent for path in (source / PRETRAINED).rglob(MODEL_CONFIG))
         of_task = [model for model in models if task in model.relative_to(source).parts] if len(models) > 1 else models
         if len(of_task) == 1:
@@ -108,32 +114,61 @@ def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Pa
     return base, source
 
 
+def _folder_problems(folder: Path, has_weights: bool) -> list[str]:
+    """Check the folder of a transformers model, which has to have weights if they are not taken from a checkpoint."""
+    problems = folder_problems(folder)
+    try:
+        if not problems:
+            read_json(folder / MODEL_CONFIG)
+            problems += _missing_weights(folder) if has_weights else []
+    except MergeError as error:
+        problems += error.problems
+    return [f"{folder}: {problem}" for problem in problems]
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Say which weights are missing in a folder: its list of files names them, or there are none."""
+    for index in sorted(folder.glob("*.index.json")):
+        files = sorted({str(name) for name in read_json(index)["weight_map"].values()})
+        if missing := [name for name in files if not (folder / name).is_file()]:
+            return [f"{index.name} names weights that are not there: {some(missing)}"]
+    if any(path.suffix in (".safetensors", ".bin") and path.is_file() for path in folder.iterdir()):
+        return []
+    return ["has no weights, only a configuration; give a checkpoint of the merge, with this folder as its base"]
+
+
 def _merge_card(source: Path) -> str:
     """The model card of the merge that the source belongs to; empty if there is none."""
     for folder in (source, *source.parents[:3]):
         if (folder / "report.json").is_file():
             card = folder / "README.md"
-            return card.read_text(encoding="utf-8") if card.is_file() else ""
+            is_own = card.is_file() and not leads_out(card, folder)
+            return card.read_text(encoding="utf-8", errors="replace") if is_own else ""
     return ""
 
 
 def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
     """Copy the files of a model, converted to another precision if one is given."""
+    for name, path in TokenSource(folder).files.items():
+        if "/" in name:
+            (made / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(path, made / name)
     for path in sorted(folder.iterdir()):
+        is_config = path.name == MODEL_CONFIG or path.name.endswith(".index.json")
         if path.is_dir() or path.suffix == ".md":
             continue
-        if dtype is None or path.suffix not in (".json", ".safetensors"):
+        if dtype is None or not (is_config or path.suffix == ".safetensors"):
             shutil.copyfile(path, made / path.name)
         elif path.suffix == ".safetensors":
             tensors = {n: t.to(dtype) if t.is_floating_point() else t for n, t in load_file(path).items()}
             save_file(tensors, made / path.name, {"format": "pt"})
             shutil.copymode(path, made / path.name)  # safetensors makes its files private to their owner
         else:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
             if path.name == MODEL_CONFIG:
                 content["torch_dtype" if "torch_dtype" in content else "dtype"] = str(dtype).removeprefix("torch.")
-            elif "weight_map" in content:  # the index of a model in several files
-                content.get("metadata", {}).pop("total_size", None)
+            elif isinstance(content.get("metadata"), dict):  # of a model in several files
+                content["metadata"].pop("total_size", None)
             (made / path.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 

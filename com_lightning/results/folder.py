@@ -130,7 +130,10 @@ def save_results(
     modules = _in_precision(modules, precision or {})
 
     def write(made: Path) -> None:
-        _write_weights(made, modules, shared)
+        for warning in _write_weights(made, modules, shared):
+            rank_zero_warn(warning)
+            if warning not in report.warnings:
+                report.warnings.append(warning)
         _write_report(made, modules, report, files or {})
 
     workplace = Workplace(folder)
@@ -145,7 +148,8 @@ def save_results(
     workplace.close()
 
 
-def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared: list[str]) -> None:
+def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared: list[str]) -> list[str]:
+    """Write all weights, and return warnings of what is not written."""
     module, names = next(iter(modules.values())), set(shared)
     ties = tied_names(module)
     tensors = {n: t for n, t, _ in named_tensors(module) if n in names and ties[n] == n}
@@ -156,7 +160,7 @@ def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared:
     for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
         _save_checkpoint(merged, folder / f"{name}.ckpt")
         _warn_of_missing_weights(merged, folder / f"{name}.ckpt", names)
-    save_pretrained(modules, shared, folder / PRETRAINED)
+    return save_pretrained(modules, shared, folder / PRETRAINED)
 
 
 def _write_report(

@@ -17,11 +17,14 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    GPT2Config,
+    GPT2LMHeadModel,
 )
 
 from com_lightning import Average, MergeDataModule, MergeError, MergeTrainer
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.experts.load import load_expert
+from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.plan import make_plan
 from com_lightning.results.folder import load_results
 from tests.helpers import perturb
@@ -203,9 +206,51 @@ def test_a_model_that_cannot_be_written_does_not_lose_the_merge(tmp_path: Path) 
 
     callback = merge({"a": expert_folder(tmp_path / "a", 1), "b": expert_folder(tmp_path / "b", 2)}, private=[])
     object.__setattr__(callback.modules["a"].net, "save_pretrained", refuse)
-    with pytest.warns(UserWarning, match=r"net is not written to .*transformers \(no temperature without sampling\)"):
+    told = r"net is not written to .*transformers \(ValueError: no temperature without sampling\)"
+    with pytest.warns(UserWarning, match=told):
         callback.save(tmp_path / "out")
     assert (tmp_path / "out" / "merged.ckpt").is_file()
+    assert not (tmp_path / "out" / "transformers").exists()
+    assert "no temperature" in (tmp_path / "out" / "report.md").read_text()
+
+
+def generating(folder: Path, seed: int, **settings: Any) -> Any:
+    config = GPT2Config(vocab_size=30, n_embd=16, n_layer=1, n_head=2, n_positions=12, **settings)
+    torch.manual_seed(0)
+    model: Any = perturb(GPT2LMHeadModel(config), 0.1, seed=seed)
+    model.generation_config.temperature = 0.7  # which transformers refuses to save without `do_sample`
+    return model
+
+
+class Generating(TextModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = generating(Path(), 0)
+
+
+def test_a_generation_config_that_transformers_refuses_is_written_with_the_weights(tmp_path: Path) -> None:
+    """As it is: transformers loads what it refuses to save. That it refuses is known before the merge."""
+    experts: dict[str, Any] = {}
+    for seed, task in enumerate("ab", start=1):
+        experts[task] = Generating()
+        experts[task].net = generating(tmp_path / task, seed)
+    told = [w for w in make_plan(Generating(), experts, None, Average()).parameters.warnings if "temperature" in w]
+    assert len(told) == 1
+    assert told[0].startswith("expert 'a', 'b': transformers would not write the generation_config.json of net: ")
+    callback = merge(experts, Generating(), private=[], output_dir=str(tmp_path / "out"))
+    assert told[0] in callback.report.warnings
+    written: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "transformers")
+    same(written, callback.modules["a"].net)  # type: ignore[arg-type]
+    assert written.generation_config.temperature == 0.7
+    assert callback.modules["a"].net.generation_config.temperature == 0.7  # type: ignore[union-attr]
+
+
+def test_that_a_configuration_is_refused_is_known_before_the_merge(tmp_path: Path) -> None:
+    experts = {task: Generating() for task in "ab"}
+    for expert in experts.values():
+        expert.net.config.save_pretrained = None
+    (told,) = [w for w in writing_warnings(experts) if "cannot be written for from_pretrained" in w]
+    assert told.startswith("expert 'a', 'b': net cannot be written")
 
 
 def test_on_the_command_line_trainer(tmp_path: Path) -> None:
