@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,22 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import AutoModelForMaskedLM, BertForMaskedLM
+from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer, TaskLoaders
+from com_lightning import (
+    Average,
+    ChainOfMergesCallback,
+    MergeDataModule,
+    MergeError,
+    MergeOptions,
+    MergeTrainer,
+    TaskLoaders,
+)
 from com_lightning.core.tensors.modules import tied_names
 from com_lightning.experts.load import load_expert
+from com_lightning.plan import MergePlan, make_plan
 from tests.helpers import perturb, quiet_trainer
+from tests.helpers.adapters import adapted
 from tests.helpers.running import save_lightning
 from tests.helpers.texts import WORDS, TextModule, expert_folder, make_bert, make_texts, merge, save_tokenizer
 
@@ -187,3 +198,112 @@ def test_longer_vocabularies_with_the_same_beginning(tmp_path: Path) -> None:
     save_tokenizer(b, [*WORDS, "x", "y", "z"])
     callback = merge({"a": a, "b": b}, private=[], resize_embeddings=True)
     assert callback.modules["a"].net.config.vocab_size == 33  # type: ignore[union-attr]
+
+
+TABLE = "net.bert.embeddings.word_embeddings"
+
+
+def adapter_folder(folder: Path, seed: int, words: list[str]) -> Path:
+    """With trained embeddings, and the tokenizer that they were trained with, as trainers leave it."""
+    adapted(seed, target_modules=["query"], modules_to_save=["word_embeddings", "classifier"]).save_pretrained(folder)
+    save_tokenizer(folder, words)
+    return folder
+
+
+def plan_of(experts: dict[str, Any], model: Any = None, private: Any = ()) -> MergePlan:
+    return make_plan(model or TextModule(), experts, None, Average(), MergeOptions(private=list(private)))
+
+
+SWAPPED = [*WORDS[:-2], WORDS[-1], WORDS[-2]]
+
+
+@pytest.mark.parametrize("kind", ["adapters", "folders"])
+@pytest.mark.parametrize("held", [False, True])
+def test_tokenizers_beside_experts_are_compared(kind: str, held: bool, tmp_path: Path) -> None:
+    """Also where the module holds the base's. All that differ are told of, wherever the first expert has no say."""
+    model = TextModule(tokenizer=save_tokenizer(tmp_path / "base", WORDS[:20]) if held else None)
+    experts = {}
+    for seed, (task, words) in enumerate({"a": WORDS[:20], "b": WORDS, "c": SWAPPED}.items()):
+        if kind == "adapters":
+            experts[task] = adapter_folder(tmp_path / task, seed, words)
+        else:
+            experts[task] = expert_folder(tmp_path / task, seed)
+            save_tokenizer(experts[task], words)
+    with pytest.raises(MergeError) as caught:
+        plan_of(experts, model)
+    (problem,) = caught.value.problems
+    assert problem.startswith(
+        "the tokenizers of 'b' and 'c' differ: number 28 is 'word23' in 'b' and 'word24' in 'c'; number 29 is 'word24' "
+        "in 'b' and 'word23' in 'c'; rows of different tokens cannot be merged"
+    )
+    assert plan_of(experts, model, [TABLE]).parameters.private["a"] == [f"{TABLE}.weight"]
+    assert plan_of({task: experts[task] for task in "ab"}, model)
+
+
+def test_a_token_that_the_model_numbers_differently(tmp_path: Path) -> None:
+    """Its data are numbered by it. That experts give a reserved token a name is no difference."""
+    experts = {task: expert_folder(tmp_path / task, seed) for seed, task in enumerate("ab")}
+    for folder in experts.values():
+        save_tokenizer(folder)
+    model = TextModule(tokenizer=save_tokenizer(tmp_path / "base", SWAPPED))
+    told = (
+        "the tokenizers of your model and 'a' differ: 'word23' is number 29 in your model and 28 in 'a'; 'word24' is "
+    )
+    with pytest.raises(MergeError, match=told):
+        plan_of(experts, model)
+    reserved = save_tokenizer(tmp_path / "named", [*WORDS[:-2], "reserved0", "reserved1"])
+    assert plan_of(experts, TextModule(tokenizer=reserved))
+
+
+def test_a_token_that_two_experts_number_differently(tmp_path: Path) -> None:
+    a, b = expert_folder(tmp_path / "a", 1), expert_folder(tmp_path / "b", 2)
+    save_tokenizer(a, [*WORDS[:20], "x"])
+    save_tokenizer(b, WORDS[:20])
+    content = json.loads((b / "tokenizer.json").read_text())
+    content["model"]["vocab"]["x"] = 27
+    (b / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(MergeError, match="the tokenizers of 'a' and 'b' differ: 'x' is number 25 in 'a' and 27 in 'b'"):
+        plan_of({"a": a, "b": b})
+
+
+def test_a_tokenizer_that_cannot_be_compared_is_told_of(tmp_path: Path) -> None:
+    experts = {task: expert_folder(tmp_path / task, seed) for seed, task in enumerate("abc")}
+    for folder in experts.values():
+        save_tokenizer(folder)
+    for task in "bc":
+        (experts[task] / "tokenizer.json").write_text("null")
+    (told,) = [warning for warning in plan_of(experts).parameters.warnings if "tokenizer" in warning]
+    assert told.startswith(f"the tokenizer of 'b', 'c' ({experts['b']}) cannot be loaded (")
+    assert told.endswith("): it is not known whether it numbers tokens as the others do")
+    assert not [w for w in plan_of(experts, private=[TABLE, "net.classifier"]).parameters.warnings if "tokenizer" in w]
+
+
+def test_the_tokenizer_beside_adapters_is_written(tmp_path: Path) -> None:
+    """And not the base's, which the module holds, and which is shorter."""
+    experts: dict[str, Any] = {}
+    for seed, task in enumerate("ab"):
+        experts[task] = adapter_folder(tmp_path / task, seed, WORDS)
+        tokenizer = AutoTokenizer.from_pretrained(experts[task])
+        tokenizer.chat_template = "hello"
+        tokenizer.save_pretrained(experts[task])
+    model = TextModule(tokenizer=save_tokenizer(tmp_path / "base", WORDS[:20]))
+    merger = ChainOfMergesCallback(experts, Average(), private=[], output_dir=str(tmp_path / "out"))
+    merger.merge(model)
+    written = AutoTokenizer.from_pretrained(tmp_path / "out" / "transformers")
+    assert (len(written), written.chat_template) == (30, "hello")
+    assert not [warning for warning in merger.report.warnings if "tokenizer" in warning]
+
+
+def test_warnings_of_writing_stand_in_the_report(tmp_path: Path) -> None:
+    experts: dict[str, Any] = {}
+    for seed, task in enumerate("ab"):
+        tokenizer = save_tokenizer(expert_folder(tmp_path / task, seed))
+        tokenizer.chat_template = task
+        tokenizer.save_pretrained(tmp_path / task)
+        experts[task] = tmp_path / task
+    merger = ChainOfMergesCallback(experts, Average(), private=[])
+    merger.merge(TextModule())
+    with pytest.warns(UserWarning, match="chat templates differ"):
+        merger.save(tmp_path / "out")
+    assert "chat templates differ" in (tmp_path / "out" / "report.md").read_text()
+    assert (tmp_path / "out" / "transformers" / "chat_template_b.jinja").read_text() == "b"
