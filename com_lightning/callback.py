@@ -24,9 +24,10 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
 from com_lightning.execution import MergeResult, average_shared, execute, load_into, with_shared
 from com_lightning.experts.load import ExpertSource
+from com_lightning.experts.state_dicts import some
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.options import MergeOptions
-from com_lightning.plan import MergePlan, make_plan
+from com_lightning.plan import MergePlan, differences, make_plan
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
@@ -217,6 +218,7 @@ class ChainOfMergesCallback(Callback):
         if self.merged or self._plan is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:
             return
         with torch.inference_mode(False), together(self._peers):
+            self._require_unchanged(pl_module)
             self._execute(trainer, trainer.datamodule)  # type: ignore[attr-defined]
             self._overwritten = pl_module
             load_into(pl_module, next(iter(self.modules.values())), self._lend)
@@ -242,6 +244,13 @@ class ChainOfMergesCallback(Callback):
                 self._finish()
         finally:
             self._leave()
+
+    def _require_unchanged(self, model: LightningModule) -> None:
+        """Make sure that nobody has changed the model since the plan was made, as callbacks and ``setup`` may do."""
+        assert self._plan is not None
+        if problems := differences(model, *next(iter(self._plan.experts.items()))):
+            self._plan = None  # a second attempt makes a new plan
+            raise MergeError([f"{problem}. A callback or `setup` has changed it meanwhile" for problem in problems])
 
     def _is_result_of(self, model: LightningModule) -> bool:
         now, before = self._dependencies(model), self._merged_from
@@ -301,6 +310,12 @@ class ChainOfMergesCallback(Callback):
             )
         self.report.choose_monitor(self.options.monitor, self.options.mode)
         self.report.compare_with_average()
+        first = next(iter(self.report.metrics["merged"].values()))
+        if others := [name for name in trainer.logged_metrics if name not in first]:
+            self.report.warnings.append(
+                f"{some(others)}: in no row, because callbacks of the trainer do not run when each task is validated "
+                "with its own module; log it in the module"
+            )
         log_tasks(trainer.loggers, self.report, trainer.global_step)
 
     def _finish(self) -> None:

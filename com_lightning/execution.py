@@ -76,12 +76,15 @@ class MergeResult:
     def release(self, plan: MergePlan) -> None:
         """Leave the modules as ``load_from_checkpoint`` gives them: on the CPU, trainable, without memory of experts.
 
+        Each submodule is in the mode of the expert's source. A network from ``from_pretrained`` is in eval mode.
+
         Args:
             plan: what was merged.
         """
         shared = set(plan.parameters.shared)
-        for module in self.modules.values():
-            module.train()
+        for task, module in self.modules.items():
+            for place, part in module.named_modules():
+                part.training = place in plan.training.get(task, ())
             for name, tensor, is_parameter in named_tensors(module):
                 tensor.data = tensor.data.cpu()
                 if name not in shared or not tensor.is_floating_point():  # it may be a page of the expert's file

@@ -42,7 +42,8 @@ class MergePlan:
         method: the rule.
         parameters: names of the shared and the private parameters.
         layers: name -> layer that will be solved.
-        frozen: names of the parameters that no expert trains.
+        frozen: names of the parameters that neither the model nor any expert trains.
+        training: task -> names of the submodules that its source has in train mode.
         data: a sentence on the calibration data.
         stored: task -> name of each tensor that its source stores in another precision than the model's -> that
             precision.
@@ -55,6 +56,7 @@ class MergePlan:
     parameters: Parameters
     layers: dict[str, Candidate]
     frozen: set[str] = field(default_factory=set)
+    training: dict[str, set[str]] = field(default_factory=dict)
     data: str = ""
     stored: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
@@ -193,7 +195,7 @@ def make_plan(
     if experts:
         with _collecting(found):
             parameters = sort_parameters(model, experts, options.private)
-        found += _differences(model, *next(iter(experts.items()))) if becomes_first else []
+        found += differences(model, *next(iter(experts.items()))) if becomes_first else []
     labelled = {"the model": model, **{f"expert '{task}'": expert for task, expert in experts.items()}}
     found += unmergeable_weights(
         labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
@@ -218,10 +220,14 @@ def make_plan(
         for warning in parameters.warnings:
             rank_zero_warn(warning)
         raise MergeError(found)
-    everything = [entry for expert in experts.values() for entry in expert.named_parameters(remove_duplicate=False)]
-    frozen = {name for name, _ in everything} - {name for name, parameter in everything if parameter.requires_grad}
-    plan = MergePlan(experts, method, parameters, {}, frozen, stored=stored, base=base)
+    # PEFT freezes what it loads, so that an expert alone does not tell what its user freezes.
+    everything = [entry for m in (model, *experts.values()) for entry in m.named_parameters(remove_duplicate=False)]
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    frozen -= {name for name, parameter in everything if parameter.requires_grad}
+    training = {task: {name for name, part in e.named_modules() if part.training} for task, e in experts.items()}
+    plan = MergePlan(experts, method, parameters, {}, frozen, training, stored=stored, base=base)
     for expert in experts.values():
+        expert.eval()
         if method.options and data is not None:
             plan.layers.update(candidates(expert, set(parameters.shared)))
         expert.requires_grad_(False)
@@ -281,8 +287,17 @@ def _loss_problems(
     return found
 
 
-def _differences(model: LightningModule, task: str, expert: LightningModule) -> list[str]:
-    """Check that the model is built like the expert of its task."""
+def differences(model: LightningModule, task: str, expert: LightningModule) -> list[str]:
+    """Check that the model is built like the expert of its task.
+
+    Args:
+        model: the module given to ``trainer.validate``.
+        task: the first task, whose merged module it becomes.
+        expert: of that task.
+
+    Returns:
+        One problem, or none.
+    """
     if adapter_parameters(model) != adapter_parameters(expert):
         return []  # another message says how adapters differ
     ours = {name: tuple(tensor.shape) for name, tensor, _ in named_tensors(model)}
@@ -290,6 +305,7 @@ def _differences(model: LightningModule, task: str, expert: LightningModule) -> 
     differing = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
     return [
         f"the model given to trainer.validate becomes the merged model of task '{task}', but does not fit: {name} is "
-        f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like that one"
+        f"{ours.get(name, 'missing')}, in its expert {theirs.get(name, 'missing')}; give a module built like "
+        "that one"
         for name in differing[:1]
     ]

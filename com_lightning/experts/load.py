@@ -37,7 +37,7 @@ _log = logging.getLogger(__name__)
 def load_expert(
     name: str, source: ExpertSource, model: LightningModule, label: str | None = None, as_stored: bool = False
 ) -> LightningModule:
-    """The module of one expert, in eval mode on the CPU. Only tensors and plain values are unpickled.
+    """The module of one expert, on the CPU and in eval mode. Only tensors and plain values are unpickled.
 
     A Lightning checkpoint is rebuilt by the class of ``model`` from its hyperparameters, and a LightningModule is
     copied. Any other source becomes part of a copy of ``model``: a state dict is loaded into the part that it fits; a
@@ -48,7 +48,8 @@ def load_expert(
         source: where the expert comes from.
         model: gives the class, and the weights that an adapter was trained on.
         label: what messages call the expert; by default ``expert 'name'``.
-        as_stored: leave the tensors in the precision of the source, see :func:`take_precision`.
+        as_stored: leave the tensors in the precision of the source, see :func:`take_precision`, and all submodules in
+            the mode of the source.
 
     Returns:
         The module; it shares no memory with ``source`` or ``model``.
@@ -80,7 +81,8 @@ def load_expert(
     _compile_like(expert, model)
     if not as_stored:
         take_precision(expert, model)
-    return expert.eval()
+        expert.eval()
+    return expert
 
 
 def take_precision(expert: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:

@@ -83,7 +83,7 @@ def sort_parameters(
             "no layer can be merged: none has all its parameters shared, with one name and shape in the model and all "
             f"experts. {some(differing, '. ', 3)}"
         )
-    problems += _tie_problems(experts, shared)
+    problems += _tie_problems(experts, shared) or _untied(model, experts)
     if problems:
         raise MergeError(problems)
     if private is None and len(experts) > 1 and not any(result.private.values()):
@@ -110,6 +110,25 @@ def _tie_problems(experts: Mapping[str, LightningModule], shared: set[str]) -> l
         if names:
             problems.append(f"{names[0]} is tied to another parameter in '{reference_task}' or '{task}', not in both")
     return problems
+
+
+def _untied(model: LightningModule, experts: Mapping[str, LightningModule]) -> list[str]:
+    """Parameters that are one tensor in the model and several in experts. A checkpoint of those would be loaded wrongly.
+
+    The reverse does no harm: the model then has the same values twice.
+    """
+    apart: dict[tuple[str, str], list[str]] = {}
+    for task, expert in experts.items():
+        tied = tied_names(expert)
+        for name, first in tied_names(model).items():
+            if name in tied and first in tied and tied[name] != tied[first]:
+                apart.setdefault((name, first), []).append(f"'{task}'")
+    return [
+        f"{name} and {first} are one tensor in your model, and two in {some(tasks)}: your class could not load what is "
+        "merged. Give a model that does not tie them (with transformers, tie_word_embeddings=False in its config), or "
+        "experts that do"
+        for (name, first), tasks in apart.items()
+    ]
 
 
 def _shapes(modules: Mapping[str, LightningModule]) -> dict[str, Shapes]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -270,15 +270,60 @@ def test_a_step_that_changes_its_batch_in_place() -> None:
 
 def test_frozen_parameters_stay_frozen_and_the_others_train() -> None:
     experts: dict[str, Any] = dict(zip("ab", make_experts()))
-    for expert in experts.values():
-        expert.body[0].requires_grad_(False)
+    model = Classifier(3)
+    for module in (model, *experts.values()):
+        module.body[0].requires_grad_(False)
+    for expert in experts.values():  # as PEFT does with what it loads
+        expert.head.requires_grad_(False)
     merger = ChainOfMergesCallback(experts, baselines=False)
-    quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=make_tasks(), verbose=False)
+    quiet_trainer(callbacks=[merger]).validate(model, datamodule=make_tasks(), verbose=False)
     assert {n for n, p in merger.modules["b"].named_parameters() if not p.requires_grad} == {
         "body.0.weight",
         "body.0.bias",
     }
-    assert all(p.requires_grad for p in experts["a"].head.parameters())
+    assert not any(p.requires_grad for p in experts["a"].head.parameters())
+
+
+def test_modules_are_given_back_in_the_mode_of_their_source(tmp_path: Path) -> None:
+    """A network that its class makes in eval mode stays so, as after ``load_from_checkpoint``."""
+    first, second = make_experts()
+    second.body.eval()
+    files = {"a": save_lightning(first, tmp_path / "a.ckpt"), "b": second}
+    merger = ChainOfMergesCallback(files, baselines=False)
+    quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=make_tasks(), verbose=False)
+    assert all(part.training for part in merger.modules["a"].modules())
+    assert {n.partition(".")[0] for n, p in merger.modules["b"].named_modules() if not p.training} == {"body"}
+
+
+class Probe(Callback):
+    """An online evaluator, as those of self-supervised learning."""
+
+    def __init__(self, adds: bool) -> None:
+        self.adds = adds
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.adds:
+            pl_module.probe = nn.Linear(3, 3)
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        pl_module.log("probe_acc", 0.5)
+
+
+@pytest.mark.parametrize("after", [True, False])
+def test_a_submodule_of_a_callback_is_an_early_error(after: bool) -> None:
+    merger = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3)))), private=[])
+    callbacks = [merger, Probe(True)] if after else [Probe(True), merger]
+    with pytest.raises(MergeError, match=r"probe\.weight"):
+        quiet_trainer(callbacks=callbacks).validate(Classifier(3), datamodule=make_tasks(), verbose=False)
+    assert not merger.merged
+
+
+def test_the_report_tells_that_callbacks_do_not_run_in_it() -> None:
+    trainer = quiet_trainer(callbacks=[Probe(False)])
+    merger, _ = merged_by(trainer, baselines=False)
+    assert [w.split(":")[0] for w in merger.report.warnings if "callbacks of the trainer do not run" in w] == [
+        "probe_acc"
+    ]
 
 
 @pytest.mark.parametrize(
