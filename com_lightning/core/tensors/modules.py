@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import collections
-import copy
-import functools
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import EllipsisType
@@ -13,15 +9,15 @@ from types import EllipsisType
 import torch
 from torch import Tensor, nn
 
+from com_lightning.core.tensors.state import State
+
 SLICE_ELEMENTS = 2**17
 """Elements in one of :func:`row_slices`: 1 MiB in float64."""
 
-# Copied with the module, because a forward may change them. Other values (tokenizer, trainer, config, ...) are shared.
-_COPIED = (nn.Module, Tensor, dict, list, set, tuple, collections.deque, types.MethodType, functools.partial)
-
-
 def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
     """Return a copy of ``module`` with its own submodules, state and hooks, but with the same parameters and buffers.
+
+    :mod:`com_lightning.core.tensors.state` says what belongs to its state.
 
     Args:
         module: the module to copy. Ties between parameters are kept.
@@ -35,18 +31,7 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
         >>> twin.weight is weight, twin.bias is net.bias
         (True, True)
     """
-    memo: dict[int, object] = {}
-    for child in module.modules():
-        for value in vars(child).values():
-            items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-            for part in (value, *items):
-                # A computed tensor cannot be copied. The forward computes it again (weight normalisation by a hook).
-                if not isinstance(part, _COPIED) or (isinstance(part, Tensor) and not part.is_leaf):
-                    memo[id(part)] = part
-        for tensor in (*child._parameters.values(), *child._buffers.values()):
-            if tensor is not None:
-                memo[id(tensor)] = tensor if tensors is None else tensors.get(id(tensor), tensor)
-    return copy.deepcopy(module, memo)
+    return State(module).copied(tensors or {})
 
 
 def copy_on_same_storage(module: nn.Module) -> nn.Module:

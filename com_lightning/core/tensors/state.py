@@ -1,0 +1,313 @@
+"""The state of a module besides its parameters and buffers: what a copy of the module owns, and what it shares.
+
+A forward may change whatever the module refers to: features that a hook keeps, a meter, a matrix of numpy, a generator
+of random numbers. So a copy owns all of that. Three things are shared: data and what belongs to a training (loaders,
+trainers, loggers, optimizers), which a forward does not change; tokenizers and configurations, which are large and not
+changed either; and what cannot be copied, such as a lock or an open file.
+
+``copy.deepcopy`` copies no function. A hook that was defined within ``__init__`` may refer to the module by its
+closure, and would work on the original. So functions of the user's get closures that refer to the copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
+from functools import lru_cache, partial
+from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from com_lightning.core.tensors import private_torch
+
+_ATOMIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, ModuleType)
+_ATOMIC = (*_ATOMIC, BuiltinFunctionType, type(Ellipsis), *weakref.ProxyTypes)
+_SHARED_PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric", "datasets", "tokenizers", "sentencepiece"}
+_SHARED_MODULES = (
+    *("torch.utils.data", "torch.optim", "torch.amp", "torch.fx", "torch.cuda", "torch._dynamo"),
+    *("torch.distributed", "torch._C._distributed_c10d"),
+    *("transformers.configuration_utils", "transformers.generation.configuration_utils"),
+    *("transformers.tokenization_", "transformers.processing_utils", "transformers.feature_extraction_"),
+    *("transformers.image_processing_", "transformers.video_processing_"),
+)
+"""Objects of classes that are defined in these, or derived from such a class, are shared."""
+
+
+@lru_cache(maxsize=None)
+def _is_shared(cls: type) -> bool:
+    if issubclass(cls, (nn.Module, Tensor, dict, list, tuple, set, frozenset, deque)):
+        return False
+    origins = [base.__module__ for base in cls.__mro__]
+    return "Tokenizer" in cls.__name__ or any(
+        origin.partition(".")[0] in _SHARED_PACKAGES or origin.startswith(_SHARED_MODULES) for origin in origins
+    )
+
+
+class State:
+    """Everything that a module refers to and that a copy of it has to deal with.
+
+    Args:
+        module: the module.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.own = {id(t) for child in module.modules() for t in (*child._parameters.values(), *child._buffers.values())}
+        """``id`` of each parameter and buffer."""
+        self.shared: list[Any] = []
+        """Objects that a copy shares."""
+        self.tensors: list[Tensor] = []
+        """Tensors that are neither parameters nor buffers, and that a copy owns."""
+        self.generators: list[torch.Generator] = []
+        self.functions: set[int] = set()
+        """``id`` of each function. ``copy.deepcopy`` copies none."""
+        self.has_weak_references = False
+        self._objects: list[Any] = []
+        self._from: dict[int, tuple[Any, Any]] = {}
+        """``id`` of an object -> the object that refers to it, and the name or the key by which it does."""
+        self._walk(module)
+
+    def _walk(self, module: nn.Module) -> None:
+        seen, waiting = {id(module), *self.own}, [module]
+        while waiting:
+            owner = waiting.pop()
+            for label, value in _parts(owner):
+                cls, key = type(value), id(value)
+                if cls in _COMMON and not value or issubclass(cls, _ATOMIC) or key in seen:
+                    continue
+                seen.add(key)
+                self._from[key] = owner, label
+                if isinstance(value, Tensor):
+                    # A computed tensor cannot be copied. The forward computes it again (weight normalisation by a hook).
+                    (self.tensors if value.is_leaf else self.shared).append(value)
+                elif cls is torch.Generator:
+                    self.generators.append(value)
+                elif _is_shared(cls):
+                    self.shared.append(value)
+                elif cls is FunctionType:
+                    if _has_state(value):
+                        self.functions.add(key)
+                        waiting.append(value)
+                else:
+                    self.has_weak_references |= cls is weakref.ref
+                    self._objects.append(value)
+                    waiting.append(value)
+
+    def copied(self, tensors: Mapping[int, Tensor]) -> nn.Module:
+        """Return a copy of the module.
+
+        Args:
+            tensors: ``id`` of a parameter or buffer -> the tensor that replaces it. All others are shared.
+        """
+        try:
+            return self._copied(self.memo(tensors))
+        except Exception:  # whatever a class of the user's raises when an object is copied
+            if not (uncopyable := self.uncopyable()):
+                raise
+        return self._copied({**self.memo(tensors), **{key: value for key, (value, _) in uncopyable.items()}})
+
+    def _copied(self, memo: dict[int, Any]) -> nn.Module:
+        module = copy.deepcopy(self.module, memo)
+        if self.functions or self.has_weak_references:
+            Rebinder(self.functions, memo)(module)
+        return module
+
+    def memo(self, replaced: Mapping[int, Tensor]) -> dict[int, Any]:
+        """Return a memo for ``copy.deepcopy``.
+
+        Args:
+            replaced: ``id`` of a parameter or buffer -> the tensor that the copy has in its place.
+        """
+        memo: dict[int, Any] = {id(value): value for value in self.shared}
+        memo.update({id(generator): generator.clone_state() for generator in self.generators})
+        memo.update(_lazy_copies(self.tensors))
+        for child in self.module.modules():
+            for tensor in (*child._parameters.values(), *child._buffers.values()):
+                if tensor is not None:
+                    memo[id(tensor)] = replaced.get(id(tensor), tensor)
+        return memo
+
+    def uncopyable(self) -> dict[int, tuple[Any, str]]:
+        """Find what cannot be copied.
+
+        Returns:
+            ``id`` of each such object -> the object, and a sentence that names it and says why.
+        """
+        memo, found = self.memo({}), dict[int, tuple[Any, str]]()
+        objects = [value for value in self._objects if not isinstance(value, (nn.Module, *_COMMON, MethodType, partial))]
+        # Those that refer to nothing come first. What refers to them can be copied then.
+        for value in sorted(objects, key=lambda value: any(True for _ in _parts(value))):
+            try:
+                copy.deepcopy(value, dict(memo))
+            except Exception as error:  # whatever a class of the user's raises
+                found[id(value)] = value, f"{self._name(value)} (a {type(value).__name__}): {error}"
+                memo[id(value)] = value
+        return found
+
+    def _name(self, value: Any) -> str:
+        labels: list[str] = []
+        while value is not self.module:
+            value, label = self._from[id(value)]
+            if label not in ("_modules", "__self__"):
+                labels.append(f"[{label[0]!r}]" if isinstance(label, tuple) else f".{label}")
+        return "".join(reversed(labels)).lstrip(".")
+
+
+_COMMON = (dict, OrderedDict, list, tuple, set, frozenset, deque)
+
+
+def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
+    """What an object refers to, with the name of the attribute, or the key as a tuple."""
+    if isinstance(value, nn.Module):
+        for name, part in vars(value).items():
+            if name == "_modules":
+                yield from part.items()
+            elif name != "_compiled_call_impl":
+                yield name, part
+        return
+    if isinstance(value, dict):
+        yield from (((key,), part) for key, part in value.items())
+    elif isinstance(value, (list, tuple, set, frozenset, deque)):
+        yield from (((number,), part) for number, part in enumerate(value))
+    elif isinstance(value, MethodType):
+        yield from (("__self__", value.__self__), ("__func__", value.__func__))
+        return
+    elif isinstance(value, FunctionType):
+        yield from ((name, _content(c)) for name, c in zip(value.__code__.co_freevars, value.__closure__ or ()))
+        yield from (("__defaults__", value.__defaults__), ("__kwdefaults__", value.__kwdefaults__))
+    elif isinstance(value, partial):
+        yield from (("func", value.func), ("args", value.args), ("keywords", value.keywords))
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is dict:
+        yield from attributes.items()
+
+
+def _lazy_copies(tensors: list[Tensor]) -> dict[int, Tensor]:
+    """``id`` of a tensor -> a copy that takes no memory until it, or the original, is written to.
+
+    Such tensors may be as large as the network (averaged weights, a bank of features), and there are many forwards.
+    Tensors of one storage have copies of one storage. ``copy.deepcopy`` copies the tensors that are left out here.
+    """
+    storages: dict[int, Tensor] = {}
+    copies = {}
+    for tensor in tensors:
+        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not vars(tensor)
+        if not plain or tensor.device.type == "meta" or tensor.is_quantized or tensor.is_inference():
+            continue
+        if tensor.grad is not None or tensor.is_conj() or tensor.is_neg():
+            continue
+        address = private_torch.address(tensor.untyped_storage())
+        if address not in storages:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            storages[address] = private_torch.lazy_copy(whole)
+        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        copied = empty.set_(  # type: ignore[call-overload]
+            storages[address].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        is_parameter = isinstance(tensor, nn.Parameter)
+        copies[id(tensor)] = (
+            nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied.requires_grad_(tensor.requires_grad)
+        )
+    return copies
+
+
+class Rebinder:
+    """Makes the functions and weak references of a copy refer to the copy, in place.
+
+    Args:
+        functions: ``id`` of the original's functions.
+        memo: the memo of the ``copy.deepcopy`` that has made the copy.
+    """
+
+    def __init__(self, functions: set[int], memo: dict[int, Any]) -> None:
+        self._originals, self._memo = functions, memo
+        self._copies: set[int] = set()
+        self._seen: set[int] = set()
+        self._functions: dict[int, FunctionType] = {}
+        self._cells: dict[int, CellType] = {}
+        self._note_copies()
+
+    def __call__(self, value: Any) -> Any:
+        """Return what replaces a value. Everything within it is replaced, too."""
+        if issubclass(type(value), (*_ATOMIC, Tensor)):
+            return value
+        if isinstance(value, FunctionType):
+            return self._function(value) if id(value) in self._originals else value
+        if type(value) is weakref.ref:
+            target = value()
+            return weakref.ref(self._memo[id(target)]) if id(target) in self._memo else value
+        if isinstance(value, MethodType):
+            return MethodType(self(value.__func__), self(value.__self__))
+        if isinstance(value, partial):
+            made = partial(self(value.func), *map(self, value.args), **{k: self(v) for k, v in value.keywords.items()})
+            vars(made).update(vars(value))
+            return made
+        if isinstance(value, tuple):
+            parts = [self(part) for part in value]
+            if all(part is before for part, before in zip(parts, value)):
+                return value
+            return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+        if id(value) in self._copies and id(value) not in self._seen:
+            self._seen.add(id(value))
+            self._replace_parts(value)
+        return value
+
+    def _replace_parts(self, value: Any) -> None:
+        if isinstance(value, (list, deque)):
+            for number, part in enumerate(value):
+                value[number] = self(part)
+        elif isinstance(value, set):
+            parts = [self(part) for part in value]
+            value.clear()
+            value.update(parts)
+        for places in (value, getattr(value, "__dict__", None)):
+            if isinstance(places, dict):
+                for key, part in places.items():
+                    places[key] = self(part)
+
+    def _function(self, function: FunctionType) -> FunctionType:
+        if id(function) not in self._functions:
+            cells = [self._cells.setdefault(id(cell), CellType()) for cell in function.__closure__ or ()]
+            made = FunctionType(function.__code__, function.__globals__, function.__name__, closure=tuple(cells) or None)
+            self._functions[id(function)] = made  # before the contents, because a function may refer to itself
+            for name in ("__qualname__", "__module__", "__doc__", "__annotations__"):
+                setattr(made, name, getattr(function, name))
+            made.__defaults__ = self._copied(function.__defaults__)
+            made.__kwdefaults__ = self._copied(function.__kwdefaults__)
+            vars(made).update(self._copied(vars(function)))
+            for cell, original in zip(cells, function.__closure__ or ()):
+                if _content(cell) is _EMPTY and _content(original) is not _EMPTY:
+                    cell.cell_contents = self._copied(original.cell_contents)
+        return self._functions[id(function)]
+
+    def _copied(self, value: Any) -> Any:
+        before = len(self._memo)
+        copied = copy.deepcopy(value, self._memo)
+        if len(self._memo) > before:
+            self._note_copies()
+        return self(copied)
+
+    def _note_copies(self) -> None:
+        self._copies = {id(made) for original, made in self._memo.items() if id(made) != original}
+
+
+_EMPTY = type("Empty", (), {})
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # nothing has been assigned to the variable yet
+        return _EMPTY
+
+
+def _has_state(function: FunctionType) -> bool:
+    """Whether a function may hold what a forward changes. Those of PyTorch and Lightning hold nothing of that kind."""
+    package = str(function.__globals__.get("__name__")).partition(".")[0]
+    holds = function.__closure__ or function.__defaults__ or function.__kwdefaults__ or vars(function)
+    return bool(holds) and package not in ("torch", "torchmetrics", "lightning", "functools")
