@@ -127,15 +127,21 @@ def test_the_lockstep_merges_as_the_naive_chain(make_tasks: Callable[[], list[Ta
         assert relative(merged[name], expected[name]) <= 1e-5, name
 
 
+class Tally(Counter[str]):
+    """Counts for all copies of a hook: forwards own copies of what hooks refer to."""
+
+    def __deepcopy__(self, memo: Any) -> Tally:
+        return self
+
+
 def counted(blocks: int, run: Run) -> tuple[Counter[str], Counter[str], int]:
     """Merge a ViT: starts of forwards, blocks entered (both by stream) and number of layers merged."""
     tasks = image_tasks(lambda: vit(blocks))
     merged = averaged(tasks)
     ours = {tensor.data_ptr() for tensor in merged.values()}
-    starts: Counter[str] = Counter()
-    entered: Counter[str] = Counter()
+    starts, entered = Tally(), Tally()
 
-    def count(counter: Counter[str]) -> Callable[..., None]:
+    def count(counter: Tally) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
             counter["merged" if next(module.parameters()).data_ptr() in ours else "expert"] += 1
 
