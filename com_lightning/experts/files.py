@@ -104,7 +104,8 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise MergeError([f"{path.name} cannot be read ({reason(error)})"]) from error
     if not isinstance(content, dict):
-        kind = "null" if content is None else f"a {type(content).__name__}"
+        names = {"NoneType": "null", "bool": "true or false", "list": "a list", "str": "text"}
+        kind = names.get(type(content).__name__, "a number")
         raise MergeError([f"{path.name} holds {kind}, not an object with settings"])
     return content
 

@@ -12,8 +12,10 @@ from com_lightning.errors import MergeError, reason
 _SCHEME = "hf://"
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 _CONFIGS = ("config.json", "adapter_config.json")
-_SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".txt")
+_SUFFIXES = (".jinja", ".json", ".model", ".safetensors", ".spm", ".tiktoken", ".txt")
 """Suffixes of files that are downloaded: weights, configurations and tokenizers. No code, and no pickles."""
+_FOLDER = "additional_chat_templates/"
+"""The folder whose files are downloaded, too."""
 
 
 def is_hub_name(source: Any) -> bool:
@@ -56,7 +58,7 @@ class _Model:
 
     def __init__(self, name: str, commit: str | None, files: Sequence[str], cached: Path | None = None) -> None:
         self.name, self.commit, self.cached = name, commit, cached
-        self.files = [file for file in files if file.endswith(_SUFFIXES) and "/" not in file]
+        self.files = [f for f in files if f.endswith(_SUFFIXES) and "/" not in f.removeprefix(_FOLDER)]
         if not any(config in files for config in _CONFIGS):
             raise MergeError([f"there is no {' or '.join(_CONFIGS)} in it; only what save_pretrained writes is read"])
         if not any(file.endswith(".safetensors") for file in self.files):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoTokenizer, BertForSequenceClassification, BertModel
+from transformers import AutoTokenizer, BertForSequenceClassification, BertModel, GPT2Config, GPT2LMHeadModel
 
 from com_lightning import MergeError
 from com_lightning.cli import main
@@ -94,6 +95,88 @@ def test_precision(experts: dict[str, Any], tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     assert {v.dtype for v in load_file(tmp_path / "out" / "model.safetensors").values()} == {torch.bfloat16}
+
+
+def test_chat_templates_go_along(experts: dict[str, Any], tmp_path: Path) -> None:
+    inner = experts["spam"] / "additional_chat_templates"
+    inner.mkdir()
+    (inner / "tools.jinja").write_text("hello")
+    (experts["spam"] / "tekken.json").write_text("null")  # no configuration of transformers
+    for name, precision in (("same", None), ("half", "float16")):
+        out = export(experts["spam"], tmp_path / name, precision=precision)
+        assert (out / "additional_chat_templates" / "tools.jinja").read_text() == "hello"
+        assert (out / "tekken.json").read_text() == "null"
+
+
+def test_a_generation_config_that_transformers_refuses_is_no_obstacle(tmp_path: Path) -> None:
+    def model() -> Any:
+        return GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1, n_positions=9))
+
+    base, net = model(), model()
+    base.save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.7}')
+    torch.save(net.state_dict(), tmp_path / "x.pt")
+    written: Any = GPT2LMHeadModel.from_pretrained(export(tmp_path / "x.pt", tmp_path / "out", base=tmp_path / "base"))
+    torch.testing.assert_close(written.state_dict(), net.state_dict())
+    assert written.generation_config.temperature == 0.7
+
+
+def test_links_that_lead_out_are_not_published(experts: dict[str, Any], tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    merge(experts, private=[], output_dir=str(merged))
+    secret = tmp_path / "secret"
+    for name in ("model.safetensors", "tokenizer.json", "notes.txt", "config.json", "README.md"):
+        path = merged / "transformers" / name
+        exists = path.exists()
+        path.rename(secret) if exists else secret.write_text("{}")
+        path.symlink_to(secret)
+        for source in (merged, merged / "transformers"):
+            with pytest.raises(MergeError, match=f"{name} is a link that leads out of the folder"):
+                export(source, tmp_path / "out")
+        path.unlink()
+        if exists:
+            secret.rename(path)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_card_or_a_folder_that_is_a_link_is_not_followed(experts: dict[str, Any], tmp_path: Path) -> None:
+    merged = tmp_path / "merged"
+    merge(experts, private=[], output_dir=str(merged))
+    (merged / "README.md").rename(tmp_path / "secret.md")
+    (merged / "README.md").symlink_to(tmp_path / "secret.md")
+    assert "Chain of Merges" not in (export(merged, tmp_path / "out") / "README.md").read_text()
+    (merged / "transformers").rename(tmp_path / "secret")
+    (merged / "transformers").symlink_to(tmp_path / "secret")
+    with pytest.raises(MergeError, match="transformers is a link that leads out"):
+        export(merged, tmp_path / "other")
+
+
+def test_a_folder_without_weights_is_not_published(experts: dict[str, Any], tmp_path: Path) -> None:
+    """As older versions left it behind where transformers refused to write a model."""
+    (experts["spam"] / "model.safetensors").unlink()
+    with pytest.raises(MergeError, match="spam: has no weights, only a configuration; give a checkpoint"):
+        export(experts["spam"], tmp_path / "out")
+    index = {"weight_map": {"x": "model-1.safetensors", "y": "model-2.safetensors"}}
+    (experts["spam"] / "model.safetensors.index.json").write_text(json.dumps(index))
+    (experts["spam"] / "model-1.safetensors").write_text("")
+    with pytest.raises(MergeError, match=r"names weights that are not there: model-2.safetensors"):
+        export(experts["spam"], tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b"[" * 100_000, b"\xff", b"", b"{"])
+def test_configurations_that_are_none(content: bytes, experts: dict[str, Any], tmp_path: Path) -> None:
+    """They are refused before anything is written, also of a base."""
+    (experts["spam"] / "config.json").write_bytes(content)
+    torch.save(make_bert().state_dict(), tmp_path / "x.pt")
+    for source, base in ((experts["spam"], None), (tmp_path / "x.pt", experts["spam"])):
+        with pytest.raises(MergeError, match=r"spam: config.json (holds|cannot be read)"):
+            export(source, tmp_path / "out", base=base, precision="float16")
+
+
+def test_odd_configurations_can_be_copied(experts: dict[str, Any], tmp_path: Path) -> None:
+    for number, names in enumerate(([[]], {}, None, 3)):
+        (experts["spam"] / "config.json").write_text(json.dumps({"architectures": names, "metadata": 3}))
+        assert (export(experts["spam"], tmp_path / str(number), precision="float16") / "README.md").is_file()
 
 
 def test_all_that_is_wrong_is_told(experts: dict[str, Any], tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save
 
 from com_lightning import MergeError
-from com_lightning.experts.files import read_checkpoint
+from com_lightning.experts.files import folder_problems, leads_out, read_checkpoint, read_json
 from tests.helpers import Classifier
 from tests.helpers.bad_files import refused, safetensors_file
 from tests.helpers.running import save_lightning
@@ -209,3 +209,95 @@ def test_reading_a_checkpoint_directly_raises_too(tmp_path: Path) -> None:
 def test_a_link_to_a_good_file_is_read(tmp_path: Path) -> None:
     saved(STATE)(tmp_path)
     assert read_checkpoint(link("link.pt", "x.pt")(tmp_path))
+
+
+# Folders
+
+LINKED = ["tokenizer.json", "config.json", "model.safetensors", "additional_chat_templates/x.jinja", "notes.txt"]
+
+
+def model_folder(folder: Path) -> Path:
+    (folder / "additional_chat_templates").mkdir(parents=True)
+    for name in ("tokenizer.json", "config.json"):
+        (folder / name).write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("name", LINKED)
+@pytest.mark.parametrize("target", ["/etc/hostname", "../secret.json", "../missing", "../own-secrets"])
+def test_links_that_lead_out_of_a_folder_are_refused(name: str, target: str, tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "own")
+    for secret in ("secret.json", "own-secrets"):
+        (tmp_path / secret).write_text("secret")
+    (folder / name).unlink(missing_ok=True)
+    target = f"../{target}" if "/" in name and target.startswith("..") else target
+    (folder / name).symlink_to(target)
+    assert leads_out(folder / name, folder)
+    (told,) = folder_problems(folder)
+    assert told == f"{name} is a link that leads out of the folder, to {target}; put the file itself there"
+
+
+def test_links_that_stay_in_a_folder_are_followed(tmp_path: Path) -> None:
+    """However the folder is reached. Folders that are not read may be anywhere."""
+    folder = model_folder(tmp_path / "own")
+    (folder / "special.json").symlink_to("config.json")
+    (folder / "added_tokens.json").symlink_to(folder / "tokenizer.json")
+    (folder / "nothing.json").symlink_to("missing.json")
+    (folder / "runs").symlink_to(tmp_path)
+    (tmp_path / "latest").symlink_to("own")
+    assert not folder_problems(folder)
+    assert not folder_problems(tmp_path / "latest")
+    (folder / "additional_chat_templates").rmdir()
+    (folder / "additional_chat_templates").symlink_to(tmp_path)
+    assert "additional_chat_templates is a link that leads out" in folder_problems(folder)[0]
+
+
+def test_the_cache_of_the_hub_is_all_links(tmp_path: Path) -> None:
+    """To the files of the same model, and of no other."""
+    for model in ("models--me--a", "models--me--b"):
+        (tmp_path / model / "blobs").mkdir(parents=True)
+        (tmp_path / model / "blobs" / "123").write_text("{}")
+    folder = model_folder(tmp_path / "models--me--a" / "snapshots" / "c0ffee")
+    (folder / "model.json").symlink_to("../../blobs/123")
+    (folder / "additional_chat_templates" / "x.jinja").symlink_to("../../../blobs/123")
+    assert not folder_problems(folder)
+    (folder / "other.json").symlink_to("../../../models--me--b/blobs/123")
+    assert ["other.json" in problem for problem in folder_problems(folder)] == [True]
+    (folder / "other.json").unlink()
+    (tmp_path / "models--me--a" / "blobs").rename(tmp_path / "elsewhere")
+    (tmp_path / "models--me--a" / "blobs").symlink_to(tmp_path / "elsewhere")
+    assert len(folder_problems(folder)) == 2
+
+
+def test_special_files_in_a_folder_are_not_opened(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "own")
+    os.mkfifo(folder / "vocab.txt")
+    os.mkfifo(folder / "additional_chat_templates" / "x.jinja")
+    (folder / "zero.json").symlink_to("/dev/zero")
+    told = folder_problems(folder)
+    assert [problem.split(" is ")[0] for problem in told] == [
+        "additional_chat_templates/x.jinja",
+        "vocab.txt",
+        "zero.json",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (b"[]", "x.json holds a list, not an object"),
+        (b"null", "x.json holds null, not an object"),
+        (b"3", "x.json holds a number, not an object"),
+        (b'"x"', "x.json holds text, not an object"),
+        (b"[" * 100_000, "x.json cannot be read (RecursionError: "),
+        (b'{"a":' * 100_000, "x.json cannot be read (RecursionError: "),
+        (b"\xff{}", "x.json cannot be read (UnicodeDecodeError: "),
+        (b"{", "x.json cannot be read (JSONDecodeError: "),
+        (b"[" + b"9" * 5000 + b"]", "x.json cannot be read (ValueError: "),
+    ],
+)
+def test_configurations_that_are_none(content: bytes, told: str, tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_bytes(content)
+    with pytest.raises(MergeError) as caught:
+        read_json(tmp_path / "x.json")
+    assert caught.value.problems[0].startswith(told)
