@@ -22,7 +22,7 @@ from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapters import ADAPTER_CONFIG, load_adapter, merge_adapter, merge_and_unload
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
-from com_lightning.experts.state_dicts import fill, places, plain, plain_state, shape_of, some, submodule
+from com_lightning.experts.state_dicts import ExtraKeys, fill, places, plain, plain_state, shape_of, some, submodule
 from com_lightning.experts.transformers_models import MODEL_CONFIG, load_pretrained, pretrained_parts
 from com_lightning.experts.vocabulary import resize_to
 
@@ -149,14 +149,18 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
     """
     module_class = type(model)
     # A hook of the class may change the weights, so that the class has to read them.
+    extra: ExtraKeys | None = None
     if not is_overridden("on_load_checkpoint", model):
         try:
             return _rebuilt(content, module_class, label)
         except Exception as error:  # code of the class runs here, without weights
+            extra = error if isinstance(error, ExtraKeys) else None
             _log.info("%s: read by %s.load_from_checkpoint (%s)", label, module_class.__name__, reason(error))
     try:
         return load_module(module_class, content, path)
     except Exception as error:
+        if extra:  # it is not the hyperparameters
+            raise extra from error
         raise MergeError(
             [
                 f"{label}: {module_class.__name__} cannot be rebuilt from its hyperparameters ({reason(error)}). Call "

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import re
+import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors.modules import tied_names
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, MergeWarning
 from com_lightning.experts.files import state_problems
 
 # Segments that torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # What DDP, DataParallel, AveragedModel and Lightning's strategies put before all names.
 _OUTERMOST = ("module.", "_forward_module.")
+
+
+_DECLARED = "_keys_to_ignore_on_load_unexpected"
+"""Where a class of transformers declares which keys of a file it ignores, as regular expressions."""
+_MOVED = (r"(^|\.)position_ids$", r"(^|\.)rotary_emb\.inv_freq$")
+"""Buffers that transformers ignores wherever they are in a file, if the model has such a buffer anywhere."""
+_TODAY = re.compile(r"(?<=LayerNorm\.)(gamma|beta)$")
+_NAMES = {"gamma": "weight", "beta": "bias"}
+
+
+class ExtraKeys(MergeError):
+    """A state dict has all that a module needs, and more."""
 
 
 def plain(name: str) -> str:
@@ -105,6 +120,7 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
     _, target = submodule(module, place)
     values = target.state_dict()
     names = {plain(name): name for name in values}
+    state = _renamed(state, names)
     ties = {plain(name): plain(first) for name, first in tied_names(target).items()}
     for key in names.keys() - state.keys():  # a tied tensor may be saved under one of its names only
         twins = [name for name in state if name in ties and ties[name] == ties.get(key)]
@@ -119,9 +135,13 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
         )
     if missing := sorted(names.keys() - state.keys()):
         problems.append(f"{label}: missing keys: {some(missing)}")
-    if extra := sorted(state.keys() - names.keys()):
-        target_name = type(target).__name__ + (f" ({place})" if place else "")
-        problems.append(f"{label}: keys that {target_name} does not have: {some(extra)}")
+    unused = _unused(target, {key: value for key, value in state.items() if key not in names})
+    target_name = type(target).__name__ + (f" ({place})" if place else "")
+    if extra := sorted(state.keys() - names.keys() - unused):
+        problems.append(
+            f"{label}: keys that {target_name} does not have: {some(extra)}; if it does not need them, give its state "
+            "dict without them, or drop them in its on_load_checkpoint"
+        )
     pairs = {key: (state[key], values[name]) for key, name in names.items() if key in state}
     shapes = {key: (shape_of(theirs), shape_of(ours)) for key, (theirs, ours) in pairs.items()}
     if wrong := [f"{key} is {theirs}, in the model {ours}" for key, (theirs, ours) in shapes.items() if theirs != ours]:
@@ -133,9 +153,49 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
         dtypes = some(integers, most=2).replace("torch.", "")
         problems.append(f"{label}: {dtypes}, in the model floating point; give the weights before they were quantised")
     if problems:
-        raise MergeError(problems)
+        raise ExtraKeys(problems) if extra and len(problems) == 1 else MergeError(problems)
+    if unused:
+        warnings.warn(
+            f"{label}: {some(sorted(unused))} are left out: older versions saved them, and {target_name} computes them "
+            "itself or ignores them",
+            MergeWarning,
+            stacklevel=2,
+        )
     load(target, {name: state[key] for key, name in names.items()}, assign)
     return place
+
+
+def _renamed(state: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """A state dict in which normalisations have today's names, if the module has them, in place of TensorFlow's."""
+    new = {key: _TODAY.sub(lambda match: _NAMES[match[1]], key) for key in state}
+    return {new[key] if new[key] in names and new[key] not in state else key: value for key, value in state.items()}
+
+
+def _unused(module: nn.Module, extra: Mapping[str, Any]) -> set[str]:
+    """Returns which keys of a file a module does not need, of those that it does not have. Older versions saved them.
+
+    These are buffers that it computes and does not save, of the value in the file; and what a transformers model in it
+    ignores, as from_pretrained does.
+    """
+    buffers = {plain(name): buffer for name, buffer in module.named_buffers()}
+    unused = {key for key, value in extra.items() if key in buffers and _is_equal(value, buffers[key])}
+    for name, part in module.named_modules():
+        if not hasattr(part, _DECLARED):
+            continue
+        prefix = f"{plain(name)}." if name else ""
+        moved = [pattern for pattern in _MOVED if any(re.search(pattern, buffer) for buffer in buffers)]
+        patterns = [*(getattr(part, _DECLARED) or ()), *moved]
+        for key in extra:
+            ignored = any(re.search(pattern, key.removeprefix(prefix)) for pattern in patterns)
+            if key.startswith(prefix) and (ignored or key in buffers):
+                unused.add(key)
+    return unused
+
+
+def _is_equal(value: object, buffer: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.shape != buffer.shape:
+        return False
+    return buffer.is_meta or torch.equal(value.to(buffer), buffer)
 
 
 def _is_quantised(theirs: object, ours: object) -> bool:

@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
@@ -23,6 +26,7 @@ from transformers import (
 
 from com_lightning import Average, MergeDataModule, MergeError, MergeTrainer
 from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.errors import collected_warnings
 from com_lightning.experts.load import load_expert
 from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.plan import make_plan
@@ -108,6 +112,41 @@ def test_folders_that_are_refused(settings: dict[str, Any], told: str, tmp_path:
     (tmp_path / "code.py").write_text("raise SystemExit('code of the folder was run')")
     with pytest.raises(MergeError, match=told):
         load_expert("a", tmp_path, TextModule())
+
+
+def test_heads_that_the_class_does_not_have_are_told_of(tmp_path: Path) -> None:
+    """As in the folders of the first BERTs: the class is for masked words, and the file has all heads."""
+    make_bert(kind=BertForPreTraining).save_pretrained(tmp_path)
+    edit(tmp_path, architectures=["BertForMaskedLM"])
+
+    class Masked(TextModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_bert(kind=BertForMaskedLM)
+
+    with collected_warnings() as told:
+        expert = load_expert("a", tmp_path, Masked())
+    same(expert.net, BertForMaskedLM.from_pretrained(tmp_path))
+    (warning,) = told
+    assert "BertForMaskedLM, the class in config.json, has no place for bert.pooler.dense.bias, bert.pooler" in warning
+    assert warning.endswith("left out, as from_pretrained does")
+
+
+@pytest.mark.parametrize("name", ["encoder.layer.0.attention.gate.weight", "encoder.layer.0.output.dense.scale"])
+def test_weights_of_layers_that_are_left_over_are_an_error(name: str, tmp_path: Path) -> None:
+    folder = expert_folder(tmp_path, 1)
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, f"bert.{name}": torch.zeros(2)}, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match=f"does not have: bert.{name}. The weights are of another model than that in"):
+        load_expert("a", tmp_path, TextModule())
+
+
+def test_position_ids_of_older_versions(tmp_path: Path) -> None:
+    folder = expert_folder(tmp_path, 1)
+    state = load_file(folder / "model.safetensors")
+    state["bert.embeddings.position_ids"] = torch.arange(12)[None]
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    same(load_expert("a", tmp_path, TextModule()).net, BertForSequenceClassification.from_pretrained(folder))  # type: ignore[arg-type]
 
 
 def test_a_folder_of_another_architecture(tmp_path: Path) -> None:
