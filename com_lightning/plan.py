@@ -206,7 +206,7 @@ def make_plan(
     if "base" in local and parameters.shared:
         with _collecting(found):
             base, odd = load_base(local["base"], model, experts, parameters.shared, options.resize_embeddings)
-            parameters.warnings += odd
+            parameters.warnings += [warning for warning in odd if warning not in parameters.warnings]
     if "loss" in method.needs:
         found += _loss_problems(method, experts, data)
         if data is not None and data.batch_size != 1:

@@ -15,6 +15,7 @@ from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.load import ExpertSource, load_expert
 from com_lightning.experts.similarity import unrelated_base
 from com_lightning.experts.state_dicts import some
+from com_lightning.experts.vocabulary import token_problems
 
 
 def load_base(
@@ -39,8 +40,8 @@ def load_base(
         Name of each shared floating-point parameter or buffer -> its value in the base; and warnings.
 
     Raises:
-        MergeError: if the base cannot be read, lacks what is shared, or if the experts seem not to descend from
-            ``model``, where that is all there is.
+        MergeError: if the base cannot be read, lacks what is shared, numbers tokens differently, or if the experts seem
+            not to descend from ``model``, where that is all there is.
     """
     label = f"base ({source})" if isinstance(source, (str, Path)) else "base"
     with collected_warnings() as warnings:
@@ -61,6 +62,12 @@ def load_base(
             unfit.append(f"{name} is {base_shape}, in the experts {tuple(shape)}")
         else:
             base[name] = value
+    if source is not None:  # or else its tokenizer has been compared
+        with collected_warnings() as more:
+            unlike = token_problems(label, module, experts, shared, compare_experts=False)
+        warnings += more
+        if unlike:
+            raise MergeError(unlike)
     if unfit:
         raise MergeError([f"{label}: it does not fit the experts: {some(unfit, '; ', 2)}"])
     if doubt := unrelated_base(base, experts, shared):

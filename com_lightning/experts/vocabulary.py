@@ -15,12 +15,8 @@ from com_lightning.experts.state_dicts import plain, some
 from com_lightning.experts.tokenizers import TokenSource, find_tokenizer
 from com_lightning.experts.transformers_models import input_table, pretrained_parts
 
-_MODEL = "your model"
-_ADVICE = {
-    True: "rows of different tokens cannot be merged: name the table in `private`, with whatever else differs",
-    False: "give your model the tokenizer of the experts, or name the table in `private`",
-}
-"""Whether two experts differ, or your model and an expert -> what to do."""
+_UNLIKE = "rows of different tokens cannot be merged: name the embedding table in `private`, with whatever else differs"
+_UNLIKE_ORIGIN = "load {} with the tokenizer of the experts, or name the embedding table in `private`"
 _SIZES = ("vocab_size", "max_position_embeddings", "type_vocab_size")  # as transformers' configurations name them
 
 
@@ -45,7 +41,7 @@ def match_vocabularies(
     modules = {"model": model, **experts}
     tables = {name: rows for name, rows in _lengths(modules).items() if not matches_any(name, private or ())}
     differing = {name: rows for name, rows in tables.items() if len(set(rows.values())) > 1}
-    problems = _token_problems(model, experts, tables)
+    problems = token_problems("your model", model, experts, tables)
     if differing and not resize:
         lengths = [f"{name}: {', '.join(f'{who} {n}' for who, n in rows.items())}" for name, rows in differing.items()]
         problems.append(
@@ -140,31 +136,41 @@ def _lengthen(module: nn.Module, name: str, rows: Tensor) -> None:
                     setattr(holder, size, len(parameter))
 
 
-def _token_problems(model: nn.Module, experts: Mapping[str, nn.Module], tables: Collection[str]) -> list[str]:
-    """Returns which tokenizers give the number of a row to different tokens, or another number to a token.
+def token_problems(
+    who: str, module: nn.Module, experts: Mapping[str, nn.Module], tables: Collection[str], compare_experts: bool = True
+) -> list[str]:
+    """Find tokenizers that give the number of a row to different tokens, or another number to a token.
 
-    A number may have another token in the model than in all experts: fine-tuning gives names to reserved tokens.
+    Args:
+        who: the name of ``module`` in messages.
+        module: what the experts descend from. A number may have another token there than in the experts: fine-tuning
+            gives names to reserved tokens.
+        experts: task -> its module.
+        tables: names of the embedding tables that are merged.
+        compare_experts: whether the experts are compared with each other, too.
+
+    Returns:
+        The problems. A tokenizer that cannot be loaded is a :class:`MergeWarning`.
     """
     found: dict[str, dict[str, TokenSource]] = {}
-    for who, module in {_MODEL: model, **{f"'{task}'": expert for task, expert in experts.items()}}.items():
-        parts = pretrained_parts(module)
+    for name, holder in {who: module, **{f"'{task}'": expert for task, expert in experts.items()}}.items():
+        parts = pretrained_parts(holder)
         for place, part in parts.items():
-            table, source = input_table(part), find_tokenizer(module, part)
-            shared = any(t is table for name, t in _tables(module).items() if name in tables)
+            table, source = input_table(part), find_tokenizer(holder, part)
+            shared = any(t is table for table_name, t in _tables(holder).items() if table_name in tables)
             # In a module with several models, it is not known whose tokenizer it holds.
             if source and shared and (source.folder or len(parts) == 1):
-                found.setdefault(place, {})[who] = source
+                found.setdefault(place, {})[name] = source
     problems = []
     for sources in found.values():
         vocabularies = _vocabularies(sources)
-        base = vocabularies.pop(_MODEL, {})
-        for number, (who, tokens) in enumerate(vocabularies.items()):
-            others = [(other, vocabularies[other], True) for other in list(vocabularies)[:number]]
-            for other, known, by_number in [*others, (_MODEL, base, False)]:
-                if differing := _differing(known, tokens, other, who, by_number):
-                    problems.append(
-                        f"the tokenizers of {other} and {who} differ: {some(differing, '; ', 3)}; {_ADVICE[by_number]}"
-                    )
+        origin = vocabularies.pop(who, {})
+        for number, (name, tokens) in enumerate(vocabularies.items()):
+            others = list(vocabularies.items())[: number if compare_experts else 0]
+            for other, known in [*others, (who, origin)]:
+                if differing := _differing(known, tokens, other, name, by_number=other != who):
+                    what = f"the tokenizers of {other} and {name} differ: {some(differing, '; ', 3)}"
+                    problems.append(f"{what}; {_UNLIKE if other != who else _UNLIKE_ORIGIN.format(who)}")
                     break
     return problems
 
@@ -196,8 +202,9 @@ def _differing(one: Mapping[str, int], other: Mapping[str, int], who: str, whose
     if one == other:
         return []
     numbers = {number: token for token, number in one.items()}
-    clashes = [(n, numbers[n], token) for token, n in other.items() if by_number and numbers.get(n, token) != token]
-    moved = [(t, one[t], n) for t, n in other.items() if one.get(t, n) != n and not (by_number and n in numbers)]
+    changed = [(token, n) for token, n in other.items() if one.get(token) != n]
+    clashes = [(n, numbers[n], token) for token, n in changed if by_number and n in numbers]
+    moved = [(token, one[token], n) for token, n in changed if token in one and not (by_number and n in numbers)]
     return [
         *(f"number {n} is {first!r} in {who} and {second!r} in {whose}" for n, first, second in sorted(clashes)),
         *(f"{token!r} is number {first} in {who} and {second} in {whose}" for token, first, second in sorted(moved)),

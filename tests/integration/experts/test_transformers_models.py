@@ -126,7 +126,7 @@ def test_heads_that_the_class_does_not_have_are_told_of(tmp_path: Path) -> None:
 
     with collected_warnings() as told:
         expert = load_expert("a", tmp_path, Masked())
-    same(expert.net, BertForMaskedLM.from_pretrained(tmp_path))
+    same(expert.get_submodule("net"), BertForMaskedLM.from_pretrained(tmp_path))
     (warning,) = told
     assert "BertForMaskedLM, the class in config.json, has no place for bert.pooler.dense.bias, bert.pooler" in warning
     assert warning.endswith("left out, as from_pretrained does")

@@ -21,6 +21,7 @@ from com_lightning import (
     MergeError,
     MergeOptions,
     MergeTrainer,
+    TaskArithmetic,
     TaskLoaders,
 )
 from com_lightning.core.tensors.modules import tied_names
@@ -205,7 +206,8 @@ TABLE = "net.bert.embeddings.word_embeddings"
 
 def adapter_folder(folder: Path, seed: int, words: list[str]) -> Path:
     """With trained embeddings, and the tokenizer that they were trained with, as trainers leave it."""
-    adapted(seed, target_modules=["query"], modules_to_save=["word_embeddings", "classifier"]).save_pretrained(folder)
+    model = adapted(seed, target_modules=["query"], modules_to_save=["word_embeddings", "classifier"])
+    model.save_pretrained(str(folder))
     save_tokenizer(folder, words)
     return folder
 
@@ -253,6 +255,16 @@ def test_a_token_that_the_model_numbers_differently(tmp_path: Path) -> None:
         plan_of(experts, model)
     reserved = save_tokenizer(tmp_path / "named", [*WORDS[:-2], "reserved0", "reserved1"])
     assert plan_of(experts, TextModule(tokenizer=reserved))
+
+
+def test_a_base_with_other_tokens(tmp_path: Path) -> None:
+    folders = {who: expert_folder(tmp_path / who, seed) for seed, who in enumerate(("a", "b", "base"))}
+    for who, folder in folders.items():
+        save_tokenizer(folder, SWAPPED if who == "base" else WORDS)
+    base = str(folders.pop("base"))
+    with pytest.raises(MergeError, match=r"of base \(.*base\) and 'a' differ: 'word23' is number 29 in base") as caught:
+        make_plan(TextModule(), {**folders}, None, TaskArithmetic(), MergeOptions(base=base, private=[]))
+    assert "base) with the tokenizer of the experts" in caught.value.problems[0]
 
 
 def test_a_token_that_two_experts_number_differently(tmp_path: Path) -> None:

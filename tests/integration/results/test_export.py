@@ -174,7 +174,8 @@ def test_configurations_that_are_none(content: bytes, experts: dict[str, Any], t
 
 
 def test_odd_configurations_can_be_copied(experts: dict[str, Any], tmp_path: Path) -> None:
-    for number, names in enumerate(([[]], {}, None, 3)):
+    odd: list[Any] = [[[]], {}, None, 3]
+    for number, names in enumerate(odd):
         (experts["spam"] / "config.json").write_text(json.dumps({"architectures": names, "metadata": 3}))
         assert (export(experts["spam"], tmp_path / str(number), precision="float16") / "README.md").is_file()
 

@@ -106,8 +106,8 @@ def test_other_keys_are_an_error_that_helps(tmp_path: Path) -> None:
     with pytest.raises(MergeError) as caught:
         load_expert("a", path, Own())
     assert caught.value.problems == [
-        f"expert 'a' ({path}): keys that Own does not have: teacher.weight; if it does not need them, give its state dict "
-        "without them, or drop them in its on_load_checkpoint"
+        f"expert 'a' ({path}): keys that Own does not have: teacher.weight; if it does not need them, give its state "
+        "dict without them, or drop them in its on_load_checkpoint"
     ]
 
 
@@ -117,7 +117,7 @@ class Dropping(Own):
 
 
 def test_the_advice_works(tmp_path: Path) -> None:
-    expert = perturb(Own(), 0.1, seed=1)
+    expert: Any = perturb(Own(), 0.1, seed=1)
     path = save_lightning(expert, tmp_path / "a.ckpt")
     content = torch.load(path, weights_only=True)
     content["state_dict"]["teacher.weight"] = torch.zeros(2)
