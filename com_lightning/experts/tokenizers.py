@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -122,7 +123,8 @@ class TokenSource:
         except BaseException as error:  # a tokenizer in Rust panics with an error that is no Exception
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise MergeError([f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"]) from error
+            text = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise MergeError([_printable(text)]) from error
         if not isinstance(loaded, PreTrainedTokenizerBase):
             raise MergeError([f"its class, {type(loaded).__name__}, is no tokenizer"])
         return loaded
@@ -152,15 +154,14 @@ class TokenSource:
         return template.get("default") if isinstance(template, dict) else template
 
     @cached_property
-    def settings(self) -> dict[str, Any]:
-        """Settings of the tokenizer or processor, from its files."""
-        found: dict[str, Any] = {}
+    def settings(self) -> dict[str, str]:
+        """Settings of the tokenizer or processor, from its files, as text."""
+        found: dict[str, str] = {}
         for name, path in self.files.items():
             if _matches(name, _SETTINGS):
-                try:
-                    found.update({f"{key} of {name}": v for key, v in read_json(path).items() if key not in _NAMES})
-                except MergeError:  # whoever loads it is told
-                    continue
+                with suppress(MergeError, RecursionError):  # whoever loads it is told
+                    settings = {key: value for key, value in read_json(path).items() if key not in _NAMES}
+                    found |= {_printable(f"{key} of {name}"): json.dumps(v) for key, v in settings.items()}
         return found
 
     def write(self, target: Path) -> None:
@@ -215,7 +216,7 @@ def _differences(chosen: str, source: TokenSource, others: Mapping[str, TokenSou
     told = []
     templates = {t: other.template for t, other in others.items() if other.template not in (None, source.template)}
     for task, template in templates.items():
-        (target / f"chat_template_{task}.jinja").write_text(str(template), encoding="utf-8")
+        (target / f"chat_template_{task}.jinja").write_text(_printable(str(template)), encoding="utf-8")
     if templates:
         told.append(
             f"{target.name}: the tasks' chat templates differ; the tokenizer has that of '{chosen}', and those of "
@@ -223,21 +224,22 @@ def _differences(chosen: str, source: TokenSource, others: Mapping[str, TokenSou
         )
     for task, other in others.items():
         try:
-            lacking = [token for token in other.vocabulary if token not in source.vocabulary]
+            lacking = [repr(token) for token in other.vocabulary if token not in source.vocabulary]
         except MergeError:  # pre-flight has told of it
             lacking = []
         if lacking:
             told.append(
                 f"{target.name}: the tokenizer is that of '{chosen}'; it lacks tokens of '{task}': {some(lacking)}"
             )
-        keys = [key for key in {**source.settings, **other.settings} if _differ(source, other, key)]
+        keys = sorted({key for key, _ in source.settings.items() ^ other.settings.items()})
         if keys and source.folder and other.folder:
             told.append(f"{target.name}: the tokenizer is that of '{chosen}'; that of '{task}' differs in {some(keys)}")
     return told
 
 
-def _differ(one: TokenSource, other: TokenSource, key: str) -> bool:
-    return json.dumps(one.settings.get(key), default=str) != json.dumps(other.settings.get(key), default=str)
+def _printable(text: str) -> str:
+    """Returns a text of any file so that it can be written as UTF-8."""
+    return text.encode("utf-8", "replace").decode("utf-8")
 
 
 def _digest(path: Path) -> str:
@@ -268,7 +270,9 @@ def _expert_folder(module: nn.Module, part: nn.Module) -> Path | None:
 
 def _held(module: nn.Module, part: nn.Module) -> Any:
     """The tokenizer or processor that a module holds: one of the model's name, or the first."""
-    from transformers import FeatureExtractionMixin, ImageProcessingMixin, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers import PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.feature_extraction_utils import FeatureExtractionMixin
+    from transformers.image_processing_base import ImageProcessingMixin
 
     kinds = (ProcessorMixin, PreTrainedTokenizerBase, ImageProcessingMixin, FeatureExtractionMixin)
     held = [value for kind in kinds for value in vars(module).values() if isinstance(value, kind)]

@@ -47,6 +47,8 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
         raise MergeError([f"{label}: {problem}" for problem in problems])
     try:
         config = read_json(folder / MODEL_CONFIG)
+        if (folder / _GENERATION_CONFIG).exists():  # transformers would ignore a broken one
+            read_json(folder / _GENERATION_CONFIG)
     except MergeError as error:
         raise MergeError([f"{label}: {error.problems[0]}"]) from error
     names = architectures(config)
@@ -102,8 +104,12 @@ def architectures(config: Mapping[str, Any]) -> list[str]:
 
 def _kernels(config: Mapping[str, Any]) -> list[Any]:
     """Code of others that a configuration names, wherever in it, which transformers would download and run."""
-    inner = [kernel for value in config.values() if isinstance(value, dict) for kernel in _kernels(value)]
-    return [v for n, v in config.items() if "attn_implementation" in n and "/" in str(v)] + inner
+    kernels, rest = [], [config]
+    while rest:
+        entries = rest.pop()
+        rest += [value for value in entries.values() if isinstance(value, dict)]
+        kernels += [v for n, v in entries.items() if "attn_implementation" in n and isinstance(v, str) and "/" in v]
+    return kernels
 
 
 def _is_of_body(model: nn.Module, key: str) -> bool:

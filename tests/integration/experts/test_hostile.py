@@ -17,6 +17,7 @@ from torch import nn
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer
 from com_lightning.experts.load import load_expert
+from com_lightning.experts.tokenizers import TokenSource
 from com_lightning.results.folder import load_results
 from tests.helpers import Classifier, make_data, make_experts
 from tests.helpers.bad_files import Payload, WithBert, bert, folder_of, refused
@@ -159,14 +160,27 @@ def test_code_and_pickles_beside_weights_are_not_executed(payload: Payload, tmp_
     for name in ("training_args.bin", "optimizer.pt", "tokenizer.model"):
         torch.save(payload, folder / name)
     load_expert("a", folder, WithBert())  # the weights are fine
+    with pytest.raises(MergeError):
+        assert TokenSource(folder).vocabulary
     (folder / "config.json").write_text(json.dumps({"architectures": ["Evil"], "auto_map": remote, "model_type": "e"}))
     assert "code of the folder is not run" in refused(folder, WithBert())
 
 
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json", "notes.txt"])
+def test_links_that_lead_out_of_a_folder_are_not_followed(name: str, tmp_path: Path) -> None:
+    """Private files would be copied into the result."""
+    for kind, folder in (("x", folder_of(bert(), tmp_path / "x")), ("y", adapter(tmp_path / "y"))):
+        path = folder / name
+        path.rename(tmp_path / f"secret {kind}") if path.exists() else (tmp_path / f"secret {kind}").write_text("{}")
+        path.symlink_to(tmp_path / f"secret {kind}")
+        assert f"{name} is a link that leads out of the folder" in refused(folder, WithBert())
+
+
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "_attn_implementation_internal"])
 def test_kernels_of_others_are_not_downloaded(key: str, tmp_path: Path) -> None:
-    folder = folder_of(bert(), tmp_path / "x", **{key: "someone/kernels"})
-    assert "names code of others, someone/kernels" in refused(folder, WithBert())
+    for config in ({key: "someone/kernels"}, {"text_config": {"x": {key: "someone/kernels"}}}):
+        folder = folder_of(bert(), tmp_path / "x", **config)
+        assert "names code of others, someone/kernels" in refused(folder, WithBert())
 
 
 def adapter(folder: Path, **config: Any) -> Path:

@@ -46,7 +46,8 @@ class Hub:
         self.asked.append(f"look up {name}")
         if name not in self.models:
             raise RepositoryNotFoundError("404", response=SimpleNamespace(headers={}, request=None))  # type: ignore[arg-type]
-        files = [SimpleNamespace(rfilename=path.name) for path in self.models[name].iterdir()]
+        paths = [path.relative_to(self.models[name]) for path in self.models[name].rglob("*.*")]
+        files = [SimpleNamespace(rfilename=path.as_posix()) for path in paths]
         return SimpleNamespace(sha=COMMIT, siblings=files)
 
     def snapshot_download(self, name: str, revision: str | None = None, allow_patterns: Any = ()) -> str:
@@ -97,11 +98,14 @@ def test_nothing_is_downloaded_where_a_name_is_amiss(tmp_path: Path, monkeypatch
 
 def test_neither_code_nor_pickles_are_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = bert(tmp_path / "a", 1)
-    for name in ("modeling_a.py", "pytorch_model.bin", "training_args.bin", "tokenizer.json"):
+    wanted = ["additional_chat_templates/tools.jinja", "source.spm", "tokenizer.json"]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "onnx").mkdir()
+    for name in ("modeling_a.py", "pytorch_model.bin", "training_args.bin", "onnx/config.json", *wanted):
         (folder / name).write_text("")
     hub = Hub({"me/a": folder, "me/pickled": tmp_path / "pickled"}, monkeypatch)
     local_folders({"a": "hf://me/a"})
-    assert hub.files == ["config.json", "model.safetensors", "tokenizer.json"]
+    assert hub.files == sorted(["config.json", "model.safetensors", *wanted])
     shutil.copytree(folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("*.safetensors"))
     found, problems = local_folders({"a": "hf://me/pickled"})
     assert not found

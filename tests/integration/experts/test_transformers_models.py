@@ -114,6 +114,15 @@ def test_folders_that_are_refused(settings: dict[str, Any], told: str, tmp_path:
         load_expert("a", tmp_path, TextModule())
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("content", [b"[]", b"null", b"3", b"{", b"\xff", b"[" * 100_000])
+def test_configurations_that_are_none(name: str, content: bytes, tmp_path: Path) -> None:
+    """Transformers would fall back to its own settings for generating, without a word."""
+    (expert_folder(tmp_path, 1) / name).write_bytes(content)
+    with pytest.raises(MergeError, match=rf"{name} (holds|cannot be read)"):
+        load_expert("a", tmp_path, TextModule())
+
+
 def test_heads_that_the_class_does_not_have_are_told_of(tmp_path: Path) -> None:
     """As in the folders of the first BERTs: the class is for masked words, and the file has all heads."""
     make_bert(kind=BertForPreTraining).save_pretrained(tmp_path)

@@ -28,7 +28,7 @@ from com_lightning.core.tensors.modules import tied_names
 from com_lightning.experts.load import load_expert
 from com_lightning.plan import MergePlan, make_plan
 from tests.helpers import perturb, quiet_trainer
-from tests.helpers.adapters import adapted
+from tests.helpers.adapters import LoraModule, adapted
 from tests.helpers.running import save_lightning
 from tests.helpers.texts import WORDS, TextModule, expert_folder, make_bert, make_texts, merge, save_tokenizer
 
@@ -304,6 +304,18 @@ def test_the_tokenizer_beside_adapters_is_written(tmp_path: Path) -> None:
     written = AutoTokenizer.from_pretrained(tmp_path / "out" / "transformers")
     assert (len(written), written.chat_template) == (30, "hello")
     assert not [warning for warning in merger.report.warnings if "tokenizer" in warning]
+
+
+def test_an_adapter_that_takes_the_place_of_the_model_s_own(tmp_path: Path) -> None:
+    """Its folder is known after the PeftModel has been merged, too."""
+    experts: dict[str, Any] = {}
+    for seed, task in enumerate("ab"):
+        adapted(seed).save_pretrained(str(tmp_path / task))
+        save_tokenizer(tmp_path / task)
+        experts[task] = tmp_path / task
+    merger = ChainOfMergesCallback(experts, Average(), private=[], output_dir=str(tmp_path / "out"))
+    merger.merge(LoraModule())
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out" / "transformers")) == 30
 
 
 def test_warnings_of_writing_stand_in_the_report(tmp_path: Path) -> None:

@@ -143,7 +143,7 @@ def test_the_longest_of_several_is_written(tmp_path: Path) -> None:
     content["model"]["vocab"]["new"] = 40
     (c / "tokenizer.json").write_text(json.dumps(content))
     (told_of,) = write({"a": a, "b": b, "c": c}, tmp_path / "more")[1]
-    assert told_of == "more: the tokenizer is that of 'b'; it lacks tokens of 'c': new"
+    assert told_of == "more: the tokenizer is that of 'b'; it lacks tokens of 'c': 'new'"
 
 
 def test_templates_that_differ_are_kept_and_told_of(tmp_path: Path) -> None:
