@@ -199,7 +199,8 @@ def _folder(path: Path) -> str:
     weights = {p.name for p in path.iterdir() if p.name.startswith(("adapter_model.", "model.", "pytorch_model."))}
     for config, start in (("adapter_config.json", "adapter_model."), ("config.json", ("model.", "pytorch_model."))):
         if beside := sorted(name for name in weights if name.startswith(start)):
-            return f"{config} is missing beside {beside[0]}; save_pretrained writes both"
+            missing = "no file" if os.path.lexists(path / config) else "missing"
+            return f"{config} is {missing} beside {beside[0]}; save_pretrained writes both"
     children = sorted(
         p for p in path.iterdir() if any((p / c).is_file() for c in ("adapter_config.json", "config.json"))
     )

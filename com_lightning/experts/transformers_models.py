@@ -166,7 +166,7 @@ def writing_warnings(experts: Mapping[str, nn.Module]) -> list[str]:
             if problem := _refused_generation(part):
                 what = f"transformers would not write the {_GENERATION_CONFIG} of {name or 'the model'}: {problem}"
                 told.setdefault(f"{what}. It is written as it is, beside the weights", []).append(task)
-    return [f"expert {', '.join(repr(task) for task in tasks)}: {what}" for what, tasks in told.items()]
+    return [f"{', '.join(f'expert {task!r}' for task in tasks)}: {what}" for what, tasks in told.items()]
 
 
 def _refusal(config: Any) -> str:

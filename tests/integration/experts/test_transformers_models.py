@@ -284,7 +284,9 @@ def test_a_generation_config_that_transformers_refuses_is_written_with_the_weigh
         experts[task].net = generating(tmp_path / task, seed)
     told = [w for w in make_plan(Generating(), experts, None, Average()).parameters.warnings if "temperature" in w]
     assert len(told) == 1
-    assert told[0].startswith("expert 'a', 'b': transformers would not write the generation_config.json of net: ")
+    assert told[0].startswith(
+        "expert 'a', expert 'b': transformers would not write the generation_config.json of net: "
+    )
     callback = merge(experts, Generating(), private=[], output_dir=str(tmp_path / "out"))
     assert told[0] in callback.report.warnings
     written: Any = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "transformers")
@@ -298,7 +300,7 @@ def test_that_a_configuration_is_refused_is_known_before_the_merge(tmp_path: Pat
     for expert in experts.values():
         expert.net.config.save_pretrained = None
     (told,) = [w for w in writing_warnings(experts) if "cannot be written for from_pretrained" in w]
-    assert told.startswith("expert 'a', 'b': net cannot be written")
+    assert told.startswith("expert 'a', expert 'b': net cannot be written")
 
 
 def test_on_the_command_line_trainer(tmp_path: Path) -> None:

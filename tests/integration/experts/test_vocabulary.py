@@ -306,6 +306,21 @@ def test_the_tokenizer_beside_adapters_is_written(tmp_path: Path) -> None:
     assert not [warning for warning in merger.report.warnings if "tokenizer" in warning]
 
 
+def test_each_task_s_folder_has_its_tokenizer(tmp_path: Path) -> None:
+    """Where tables are private, because their rows are of different tokens."""
+    experts: dict[str, Any] = {task: expert_folder(tmp_path / task, seed) for seed, task in enumerate("ab")}
+    for (task, folder), words in zip(experts.items(), (WORDS, SWAPPED)):
+        tokenizer = save_tokenizer(folder, words)
+        tokenizer.chat_template = task
+        tokenizer.save_pretrained(folder)
+    merger = ChainOfMergesCallback(experts, Average(), private=[TABLE], output_dir=str(tmp_path / "out"))
+    merger.merge(TextModule(tokenizer=save_tokenizer(tmp_path / "base", WORDS[:20])))
+    for task, number in (("a", 29), ("b", 28)):
+        written = AutoTokenizer.from_pretrained(tmp_path / "out" / "transformers" / task)
+        assert (written.chat_template, written.get_vocab()[WORDS[-1]]) == (task, number)
+    assert not [warning for warning in merger.report.warnings if "token" in warning or "template" in warning]
+
+
 def test_an_adapter_that_takes_the_place_of_the_model_s_own(tmp_path: Path) -> None:
     """Its folder is known after the PeftModel has been merged, too."""
     experts: dict[str, Any] = {}

@@ -269,6 +269,19 @@ def test_the_cache_of_the_hub_is_all_links(tmp_path: Path) -> None:
     assert len(folder_problems(folder)) == 2
 
 
+@pytest.mark.parametrize("kind", ["folder", "pipe", "link to nothing", "link to itself"])
+def test_what_stands_in_place_of_a_configuration(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    (tmp_path / "model.safetensors").write_text("")
+    {
+        "folder": path.mkdir,
+        "pipe": lambda: os.mkfifo(path),
+        "link to nothing": lambda: path.symlink_to("nothing"),
+        "link to itself": lambda: path.symlink_to("config.json"),
+    }[kind]()
+    assert "config.json is no file beside model.safetensors" in refused(tmp_path)
+
+
 def test_special_files_in_a_folder_are_not_opened(tmp_path: Path) -> None:
     folder = model_folder(tmp_path / "own")
     os.mkfifo(folder / "vocab.txt")
