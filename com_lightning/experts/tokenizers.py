@@ -41,7 +41,7 @@ _FOLDER = "_expert_folder"
 
 def remember_folder(part: nn.Module, folder: Path) -> None:
     """Note the folder that the weights of a module were read from, for :func:`find_tokenizer`."""
-    setattr(part, _FOLDER, folder)
+    setattr(part, _FOLDER, str(folder))
 
 
 def source_folder(part: nn.Module) -> Path | None:
@@ -149,8 +149,9 @@ class TokenSource:
         try:
             template = getattr(self.tokenizer, "chat_template", None)
         except MergeError:
-            path = self.files.get("chat_template.jinja")
-            template = path.read_text(encoding="utf-8", errors="replace") if path else None
+            template = None
+            with suppress(KeyError, OSError):
+                template = self.files["chat_template.jinja"].read_text(encoding="utf-8", errors="replace")
         return template.get("default") if isinstance(template, dict) else template
 
     @cached_property
@@ -218,8 +219,9 @@ def _differences(chosen: str, source: TokenSource, others: Mapping[str, TokenSou
     for task, template in templates.items():
         (target / f"chat_template_{task}.jinja").write_text(_printable(str(template)), encoding="utf-8")
     if templates:
+        has = f"has that of '{chosen}'" if source.template else f"is that of '{chosen}', which has none"
         told.append(
-            f"{target.name}: the tasks' chat templates differ; the tokenizer has that of '{chosen}', and those of "
+            f"{target.name}: the tasks' chat templates differ; the tokenizer {has}, and those of "
             f"{_quoted(list(templates))} are beside it, as chat_template_<task>.jinja"
         )
     for task, other in others.items():
@@ -243,8 +245,11 @@ def _printable(text: str) -> str:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:  # whoever reads it is told
+        return str(error)
 
 
 def _quoted(tasks: Sequence[str]) -> str:

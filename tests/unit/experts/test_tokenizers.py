@@ -165,6 +165,29 @@ def test_a_template_that_one_task_has_is_not_lost(tmp_path: Path) -> None:
     assert (tokenizer.chat_template, told) == ("B", [])
 
 
+def test_a_template_of_the_shorter_of_two_tokenizers_is_kept(tmp_path: Path) -> None:
+    a, b = folder_with(tmp_path / "a", template="A"), folder_with(tmp_path / "b", [*WORDS, "x"])
+    tokenizer, (told,) = write({"a": a, "b": b}, tmp_path / "out")
+    assert (tokenizer.chat_template, len(tokenizer)) == (None, 31)
+    assert (tmp_path / "out" / "chat_template_a.jinja").read_text() == "A"
+    assert "the tokenizer is that of 'b', which has none, and those of 'a' are beside it" in told
+
+
+def test_files_that_cannot_be_read_are_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = TokenSource(folder_with(tmp_path / "a"))
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError(f"no access to {path.name}")
+
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    other = TokenSource(tmp_path / "a")
+    assert source.key == other.key
+    (told,) = write_tokenizer({"a": source, "b": other}, tmp_path / "out")
+    assert "is not written: PermissionError: no access to tokenizer.json" in told
+
+
 def test_settings_that_differ_are_told_of(tmp_path: Path) -> None:
     sources = {"a": folder_with(tmp_path / "a"), "b": folder_with(tmp_path / "b", padding_side="left")}
     _, told = write(sources, tmp_path / "out")
