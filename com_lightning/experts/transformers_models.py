@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import pickle
 import sys
 import tempfile
@@ -160,7 +162,11 @@ def writing_warnings(experts: Mapping[str, nn.Module]) -> list[str]:
     told: dict[str, list[str]] = {}
     for task, module in experts.items():
         for name, part in pretrained_parts(module).items():
-            if problem := _refusal(part.config):
+            config, left_out = _writable(part.config)
+            if left_out:
+                what = f"the {MODEL_CONFIG} of {name or 'the model'} will lack {some(left_out)}, as transformers takes them"
+                told.setdefault(f"{what} from {_GENERATION_CONFIG}; set them in generation_config", []).append(task)
+            if problem := _refusal(config):
                 what = f"{name or 'the model'} cannot be written for from_pretrained, only to checkpoints: {problem}"
                 told.setdefault(what, []).append(task)
             if problem := _refused_generation(part):
@@ -180,6 +186,22 @@ def _refusal(config: Any) -> str:
         except Exception as error:
             return " ".join(str(error).partition("\nIf you're using")[0].split()).rstrip(".")
     return ""
+
+
+def _writable(config: Any) -> tuple[Any, list[str]]:
+    """Returns a model's configuration without settings for generating, if it is refused for them, and their names."""
+    if not _refusal(config):
+        return config, []
+    from transformers import GenerationConfig
+
+    declared = {"transformers_version", "use_cache"}
+    declared |= {field.name for field in dataclasses.fields(config)} if dataclasses.is_dataclass(config) else set()
+    generating: Any = GenerationConfig
+    names = [name for name in generating().to_dict() if name in vars(config) and name not in declared]
+    rest = copy.deepcopy(config)
+    for name in names:
+        delattr(rest, name)
+    return (config, []) if _refusal(rest) else (rest, [n for n in names if getattr(config, n) is not None])
 
 
 def _refused_generation(part: Any) -> str:
@@ -233,22 +255,26 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
 
 
 def save_model(part: Any, target: Path) -> None:
-    """Write a model, with its configuration for generating even if transformers refuses to write that.
+    """Write a model, even if transformers refuses to write its settings for generating. See :func:`writing_warnings`.
 
     Args:
         part: the model.
         target: the folder.
     """
-    if not _refused_generation(part):
-        part.save_pretrained(target)
-        return
-    config = part.generation_config
+    config: Any = part.config
+    generation: Any = getattr(part, "generation_config", None)
+    refused = bool(_refused_generation(part))
     try:
-        part.generation_config = type(config)()
+        part.config, _ = _writable(config)
+        if refused:
+            part.generation_config = type(generation)()
         part.save_pretrained(target)
     finally:
-        part.generation_config = config
-    (target / _GENERATION_CONFIG).write_text(config.to_json_string(), encoding="utf-8")
+        part.config = config
+        if refused:
+            part.generation_config = generation
+    if refused:
+        (target / _GENERATION_CONFIG).write_text(generation.to_json_string(), encoding="utf-8")
 
 
 def _remove_files(folder: Path) -> None:

@@ -24,14 +24,14 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from com_lightning import Average, MergeDataModule, MergeError, MergeTrainer
+from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeError, MergeTrainer
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.errors import collected_warnings
 from com_lightning.experts.load import load_expert
 from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.plan import make_plan
 from com_lightning.results.folder import load_results
-from tests.helpers import perturb
+from tests.helpers import NAMES_OF_5, perturb
 from tests.helpers.texts import TextModule, expert_folder, make_bert, make_texts, merge, same, save_tokenizer
 
 # In
@@ -293,6 +293,29 @@ def test_a_generation_config_that_transformers_refuses_is_written_with_the_weigh
     same(written, callback.modules["a"].net)  # type: ignore[arg-type]
     assert written.generation_config.temperature == 0.7
     assert callback.modules["a"].net.generation_config.temperature == 0.7  # type: ignore[union-attr]
+
+
+def test_settings_for_generating_in_the_configuration_of_a_model(tmp_path: Path) -> None:
+    """Scripts for older versions set them there. Transformers 5 refuses to write them, and does not use them."""
+    experts: dict[str, Any] = {}
+    for seed, task in enumerate("ab", start=1):
+        experts[task] = Generating()
+        experts[task].net = make_bert(kind=BertForMaskedLM)
+        experts[task].net.config.max_length, experts[task].net.config.num_beams = 50, 4
+        perturb(experts[task].net, 0.1, seed)
+    merger = ChainOfMergesCallback(experts, Average(), private=[], output_dir=str(tmp_path / "out"))
+    model = Generating()
+    model.net = make_bert(kind=BertForMaskedLM)
+    merger.merge(model)
+    merged: Any = merger.modules["a"].net
+    same(BertForMaskedLM.from_pretrained(tmp_path / "out" / "transformers"), merged)
+    assert merged.config.max_length == 50
+    told = [warning for warning in merger.report.warnings if "generation_config" in warning]
+    if NAMES_OF_5:
+        assert told == [
+            "expert 'a', expert 'b': the config.json of net will lack max_length, num_beams, as transformers "
+            "takes them from generation_config.json; set them in generation_config"
+        ]
 
 
 def test_that_a_configuration_is_refused_is_known_before_the_merge(tmp_path: Path) -> None:

@@ -273,12 +273,13 @@ def test_the_cache_of_the_hub_is_all_links(tmp_path: Path) -> None:
 def test_what_stands_in_place_of_a_configuration(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     (tmp_path / "model.safetensors").write_text("")
-    {
+    make: dict[str, Callable[[], object]] = {
         "folder": path.mkdir,
         "pipe": lambda: os.mkfifo(path),
         "link to nothing": lambda: path.symlink_to("nothing"),
         "link to itself": lambda: path.symlink_to("config.json"),
-    }[kind]()
+    }
+    make[kind]()
     assert "config.json is no file beside model.safetensors" in refused(tmp_path)
 
 
