@@ -164,10 +164,9 @@ def writing_warnings(experts: Mapping[str, nn.Module]) -> list[str]:
         for name, part in pretrained_parts(module).items():
             config, left_out = _writable(part.config)
             if left_out:
-                what = f"the {MODEL_CONFIG} of {name or 'the model'} will lack {some(left_out)}, as transformers takes"
-                told.setdefault(f"{what} them from {_GENERATION_CONFIG}; set them in generation_config", []).append(
-                    task
-                )
+                what = f"the {MODEL_CONFIG} of {name or 'the model'} will lack {some(left_out)}"
+                why = f"transformers takes them from {_GENERATION_CONFIG}; set them in generation_config"
+                told.setdefault(f"{what}: {why}", []).append(task)
             if problem := _refusal(config):
                 what = f"{name or 'the model'} cannot be written for from_pretrained, only to checkpoints: {problem}"
                 told.setdefault(what, []).append(task)
