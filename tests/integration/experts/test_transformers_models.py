@@ -313,8 +313,8 @@ def test_settings_for_generating_in_the_configuration_of_a_model(tmp_path: Path)
     told = [warning for warning in merger.report.warnings if "generation_config" in warning]
     if NAMES_OF_5:
         assert told == [
-            "expert 'a', expert 'b': the config.json of net will lack max_length, num_beams: transformers takes them from "
-            "generation_config.json; set them in generation_config"
+            "expert 'a', expert 'b': the config.json of net will lack max_length, num_beams: transformers takes them "
+            "from generation_config.json; set them in generation_config"
         ]
 
 
