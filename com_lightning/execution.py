@@ -21,8 +21,9 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
 from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
-from com_lightning.data.padding import padding_mask, unmasked
+from com_lightning.data.padding import count_padding, describe_padding, padding_masks
 from com_lightning.data.sampling import CalibrationSample
+from com_lightning.data.smaller_batches import smaller_batches
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
@@ -172,8 +173,8 @@ def execute(
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
     )
-    everyones = peers.exchange(unmasked(tasks, report.layers))
-    report.warnings += dict.fromkeys(warning for warnings in everyones for warning in warnings)
+    report.padding, unmasked = describe_padding(peers.exchange(count_padding(tasks)), report.layers)
+    report.warnings += unmasked
     report.warnings += [warning for sample in samples.values() for warning in sample.warnings]
     return modules, report
 
@@ -250,7 +251,8 @@ def calibration_tasks(
             if batches is None:
                 moved, numbers = data.augmented(name, moved, samples[name])
         step = CalibrationStep(trainer)
-        task = Task(name, expert, moved, step, lambda batch: batch.mask, numbers, move, offload_experts)
+        task = Task(name, expert, moved, step, lambda batch: batch.masks, numbers, move, offload_experts)
+        task.cuts = smaller_batches
         task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
         tasks.append(task)
     return tasks, samples
@@ -330,7 +332,7 @@ def _on_device(
     batch = trainer.precision_plugin.convert_input(batch)
     before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
     batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
-    return Batch(batch, index, padding_mask(batch, expert, label))
+    return Batch(batch, index, padding_masks(batch, expert, label))
 
 
 def _peak_memory(device: torch.device) -> int:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.sweep.task import LayerRecord, Padding, Task
+from com_lightning.data.smaller_batches import IGNORED, USERS, tensors_in
 from com_lightning.errors import MergeError
 
 _WHERE = "give True (or 1) where data is, by calibration_mask(batch) of your module"
 
 
-def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
-    """Return the boolean mask over a batch's positions, ``True`` where data is; ``None`` if there is none.
+def padding_masks(batch: Any, expert: nn.Module, label: str) -> dict[str, Padding]:
+    """Return the masks over a batch's positions, by the name of what they were made from.
 
-    It is what the module's ``calibration_mask(batch)`` gives, or else the batch's ``attention_mask``.
+    They are what the module's ``calibration_mask(batch)`` gives, or else each ``attention_mask`` and
+    ``decoder_attention_mask`` in the batch. Without the latter, the decoder's mask comes from ``labels``, where they
+    leave out positions by -100. They may be those of the encoder too, so they are not certain.
 
     Args:
         batch: a calibration batch.
@@ -25,19 +29,28 @@ def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
         label: names task and batch in messages.
 
     Raises:
-        MergeError: if the mask is not a tensor of booleans or of 0 and 1, or if it leaves out every position.
+        MergeError: if a mask is not a tensor of booleans or of 0 and 1, or if it leaves out every position.
     """
-    origin = "its attention_mask"
     if callable(calibration_mask := getattr(expert, "calibration_mask", None)):
-        origin, mask = "what calibration_mask returns", calibration_mask(batch)
-        if mask is None:
-            return None
-    elif isinstance(batch, Mapping) and isinstance(batch.get("attention_mask"), Tensor):
-        mask = batch["attention_mask"]
-        if mask.dim() != 2:
-            return None
-    else:
-        return None
+        mask = calibration_mask(batch)
+        return {} if mask is None else {USERS: Padding(_checked(mask, "what calibration_mask returns", label))}
+    masks = {}
+    for path, value in tensors_in(batch):
+        name, key = ".".join(path), path[-1] if path else ""
+        if key in ("attention_mask", "decoder_attention_mask") and value.dim() == 2:
+            masks[name] = Padding(_checked(value, f"its {name}", label))
+        elif key == "labels" and value.dim() == 2 and not value.is_floating_point():
+            counts = value != IGNORED
+            if bool(counts.any()) and not bool(counts.all()):
+                masks[name] = Padding(counts, is_certain=False)
+    decoders = {
+        name.removesuffix("decoder_attention_mask") for name in masks if name.endswith("decoder_attention_mask")
+    }
+    return {name: padding for name, padding in masks.items() if name.removesuffix("labels") not in decoders}
+
+
+def _checked(mask: Any, origin: str, label: str) -> Tensor:
+    """A mask as a tensor of booleans."""
     if not isinstance(mask, Tensor):
         raise MergeError([f"{label}: {origin} is a {type(mask).__name__}, not a tensor; {_WHERE}"])
     start = f"{label}: {origin}, {tuple(mask.shape)} of {mask.dtype},"
@@ -50,27 +63,86 @@ def padding_mask(batch: Any, expert: nn.Module, label: str) -> Tensor | None:
     return mask.bool()
 
 
-def unmasked(tasks: Sequence[Task], records: Sequence[LayerRecord]) -> list[str]:
-    """Warn of tasks with padding that is counted as data everywhere, or in most layers that take positions."""
-    warnings = []
+@dataclass
+class PaddingCount:
+    """How much padding the batches of a task have.
+
+    Attributes:
+        samples: number of samples in batches with masks.
+        shape: of the first mask with padding; ``None``: there is no padding.
+        is_certain: whether one of the masks with padding is certain to be about positions that layers see.
+    """
+
+    samples: int = 0
+    shape: tuple[int, ...] | None = None
+    is_certain: bool = False
+
+    def add(self, other: PaddingCount) -> None:
+        """Add other batches of the task."""
+        self.samples += other.samples
+        self.shape = self.shape or other.shape
+        self.is_certain |= other.is_certain
+
+
+def count_padding(tasks: Sequence[Task]) -> dict[str, PaddingCount]:
+    """Return task -> the padding in its batches."""
+    counts = {task.name: PaddingCount() for task in tasks}
     for task in tasks:
-        masks = [mask for mask in map(task.mask, task.batches) if mask is not None and not mask.all()]
-        if not masks or not records:
+        for masks in map(task.masks, task.batches):
+            samples = len(next(iter(masks.values())).mask) if masks else 0
+            counts[task.name].add(PaddingCount(samples))
+            for padding in masks.values():
+                if not bool(padding.mask.all()):
+                    counts[task.name].add(PaddingCount(0, tuple(padding.mask.shape), padding.is_certain))
+    return counts
+
+
+def describe_padding(
+    counts: Sequence[Mapping[str, PaddingCount]], records: Sequence[LayerRecord]
+) -> tuple[list[str], list[str]]:
+    """Say in which layers padding was left out.
+
+    Args:
+        counts: what :func:`count_padding` gives in each process.
+        records: of the merged layers, if there are any.
+
+    Returns:
+        A line for each task with padding, and warnings of tasks whose padding counts as data everywhere, or in most
+        layers that take positions.
+    """
+    total: dict[str, PaddingCount] = {}
+    for of_process in counts:
+        for name, count in of_process.items():
+            total.setdefault(name, PaddingCount()).add(count)
+    lines, warnings = [], []
+    for name, count in total.items():
+        of_task = [record for record in records if record.rows.get(name)]
+        fitted = [record.name for record in of_task if name in record.masked]
+        if count.shape is None or not of_task or not (count.is_certain or fitted):
             continue
-        start = f"task '{task.name}': its padding mask, {tuple(masks[0].shape)}, fits the inputs of"
-        samples = sum(len(mask) for mask in map(task.mask, task.batches) if mask is not None)
-        fitted = [record for record in records if task.name in record.masked]
-        over_positions = [r for r in records if r in fitted or r.rows.get(task.name, 0) > samples]
+        others = [record for record in of_task if record.name not in fitted]
+        longer = [record.name for record in others if record.rows[name] > count.samples]
+        single = [record.name for record in others if record.rows[name] == count.samples]
+        parts = [f"left out in {_layers(fitted)}"]
+        parts += [f"not in {_layers(longer)} with more rows than samples"] if longer else []
+        parts += [f"{_layers(single)} with one row for each sample"] if single else []
+        lines.append(f"{name}: {'; '.join(parts)}")
+        start = f"task '{name}': its padding mask, {count.shape}, fits the inputs of"
         if not fitted:
             warnings.append(
                 f"{start} no layer, so that padding counts as data; give a mask over positions, (samples, positions), "
                 "by calibration_mask(batch)"
             )
-        elif 2 * len(fitted) < len(over_positions):
-            other = next(record.name for record in over_positions if record not in fitted)
+        elif len(fitted) < len(longer):
             warnings.append(
-                f"{start} {len(fitted)} of {len(over_positions)} layers that take positions, so that padding counts as "
-                f"data in the others, {other} first; where the model adds positions (a class token), give a mask with "
-                "them by calibration_mask(batch)"
+                f"{start} {len(fitted)} of {len(fitted) + len(longer)} layers that take positions, so that padding "
+                f"counts as data in the others, {longer[0]} first; where the model adds positions (a class token), "
+                "give a mask with them by calibration_mask(batch)"
             )
-    return warnings
+    return lines, warnings
+
+
+def _layers(names: Sequence[str]) -> str:
+    """How many layers, and the first and the last of them."""
+    ends = f" ({' to '.join(dict.fromkeys((names[0], names[-1])))})" if names else ""
+    return f"{len(names)} layer{'s' * (len(names) != 1)}{ends}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from com_lightning.core.sweep.task import Padding
 from com_lightning.errors import MergeError
 
 
@@ -26,12 +27,12 @@ class Batch:
     Attributes:
         content: the batch as the module's steps take it.
         dataloader_idx: the number of its loader.
-        mask: ``True`` at positions that are data; ``None``: at all of them.
+        masks: its padding, see :func:`~com_lightning.data.padding.padding_masks`.
     """
 
     content: Any
     dataloader_idx: int
-    mask: Tensor | None
+    masks: Mapping[str, Padding] = field(default_factory=dict)
 
 
 @dataclass

@@ -50,6 +50,7 @@ class MergeReport:
         sizes: What became of parameters, as in ``parameters`` -> number of values. Private values are counted for each
             task. Values that no calibration data reached count as averaged.
         samples: Task -> number of calibration samples.
+        padding: A line for each task with padding: in which layers it was left out.
         overlap: Task -> how many of these samples are validated too; ``None`` if that cannot be known.
         skipped: Calibration batches that were left out because they lead to NaN or infinity.
         warnings: Everything unusual that was noticed.
@@ -70,6 +71,7 @@ class MergeReport:
     sizes: dict[str, int] = field(default_factory=dict)
     samples: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, int | None] = field(default_factory=dict)
+    padding: list[str] = field(default_factory=list)
     skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -185,7 +187,7 @@ class MergeReport:
         return table(layer_rows(self))
 
     def summary(self) -> str:
-        """Data and cost in two lines, then one line for each skipped batch."""
+        """Data and cost in two lines, then one line for the padding of each task and for each skipped batch."""
         return summarize(self)
 
     def to_markdown(self) -> str:
@@ -248,12 +250,13 @@ def averaged_rows(report: MergeReport) -> list[list[str]]:
 
 
 def summarize(report: MergeReport) -> str:
-    """Data and cost in two lines, then one line for each skipped batch."""
+    """Data and cost in two lines, then one line for the padding of each task and for each skipped batch."""
     resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
     cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
     phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}
     sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
     lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
+    lines += [f"Padding of {line}." for line in report.padding]
     return "\n".join([*lines, *(f"Skipped: {batch}." for batch in report.skipped)])
 
 

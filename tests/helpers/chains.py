@@ -21,7 +21,7 @@ from transformers import (
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.sweep.task import LayerRecord, Padding, Task
 from com_lightning.core.tensors.modules import average, named_tensors, tied_names
 from tests.helpers.classifier import built
 from tests.helpers.numbers import relative
@@ -115,8 +115,13 @@ def merge(
         if states[0][name].is_floating_point():
             value = nn.Parameter(average([s[name] for s in states], importance), False)
             merged[name] = merged.get(ties[name], value)
-    tasks = [Task(f"task{i}", e, b, call, mask) for i, (e, b) in enumerate(zip(experts, batches))]
+    tasks = [Task(f"task{i}", e, b, call, only(mask)) for i, (e, b) in enumerate(zip(experts, batches))]
     return merged, merge_layers(tasks, merged, importance, rule or ChainOptions())
+
+
+def only(mask: Callable[[Any], Tensor | None]) -> Callable[[Any], dict[str, Padding]]:
+    """The masks of a task that has one, or none."""
+    return lambda batch: {} if (value := mask(batch)) is None else {"mask": Padding(value)}
 
 
 def case(name: str, count: int = 2) -> tuple[list[nn.Module], list[list[Tensor]]]:

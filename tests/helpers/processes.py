@@ -18,7 +18,7 @@ def share(tasks: list[Task], rank: int, size: int) -> list[Task]:
     """What a process gets of the tasks' batches."""
     mine = [range(rank, len(task.batches), size) for task in tasks]
     return [
-        Task(task.name, task.expert, [task.batches[n] for n in numbers], task.call, task.mask, numbers)
+        Task(task.name, task.expert, [task.batches[n] for n in numbers], task.call, task.masks, numbers)
         for task, numbers in zip(tasks, mine)
     ]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from com_lightning.core.chain.find_positions import warn_of_doubts, with_places
 from com_lightning.core.chain.find_residuals import find_residuals
 from com_lightning.core.chain.fit import Fit, fit
 from com_lightning.core.chain.gather import Gatherer
@@ -64,6 +65,7 @@ def merge_layers(
     """
     context = context or Context()
     with context.peers.shares_failures(), one_at_a_time():
+        tasks, problems = with_places(tasks, merged, context)
         repairs = options.residual and options.two_sided
         streams = ResidualStreams(find_residuals(tasks, merged, context) if repairs else {})
         metrics: Mapping[str, Sequence[Tensor | None]] = {}
@@ -72,7 +74,9 @@ def merge_layers(
         models = Models(tasks, merged, options.streams, base if options.anchor == "base" else None, task_tensors, fixed)
         solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
-        return Sweep(tasks, models, solver, context, pager=pager).run()
+        records = Sweep(tasks, models, solver, context, pager=pager).run()
+        context.warnings += warn_of_doubts(records, problems)
+        return records
 
 
 class LayerSolver(Visitor):
@@ -128,7 +132,7 @@ class LayerSolver(Visitor):
     def on_output(self, forward: CalibrationForward, layer: str, output: Any) -> None:
         batch, task = forward.id.batch, self.tasks[forward.id.batch.task]
         output = self.streams.leave(layer, forward.id, output)
-        self._output_error.add(forward.id, output, task.mask(task.batches[batch.position]))
+        self._output_error.add(forward.id, output, task.row_mask(task.batches[batch.position], layer, "output"))
 
     def shared_value(self) -> tuple[float, float] | None:
         return self._output_error.sums()
@@ -230,6 +234,7 @@ class LayerSolver(Visitor):
         record.unpaired, record.uncorrected = inputs.unpaired, inputs.uncorrected
         record.corrected_for = list(map(str, self.streams.writers.get(record.name, ())))
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
+        record.doubtful = [task.name for task in self.tasks if task.name in inputs.doubtful]
         if self.options.balance:
             record.importance = {task.name: share for task, share in zip(self.tasks, result.importance)}
         for task, means in zip(self.tasks, inputs.means(layer.weights)):

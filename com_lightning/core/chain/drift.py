@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
+from com_lightning.core.chain.find_positions import with_places
 from com_lightning.core.chain.gather import Gatherer
 from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
@@ -31,6 +32,7 @@ def measure_drift(
     """
     options = ChainOptions("merged", "expert")
     with context.peers.shares_failures():
+        tasks, _ = with_places(tasks, merged, context)
         models = Models(tasks, merged, options.streams, task_tensors=task_tensors)
         return Sweep(tasks, models, DriftMeter(tasks, options, context), context).run()
 

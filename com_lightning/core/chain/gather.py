@@ -12,7 +12,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.reduce import reduce_sums
 from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.soundness import describe_bad_inputs, is_sound
-from com_lightning.core.layers import Arguments, LayerCall, rows_with_data
+from com_lightning.core.layers import Arguments, LayerCall
 from com_lightning.core.solve.statistics import InputSums, Scratch
 from com_lightning.core.sweep.layer import Layer, forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
@@ -184,8 +184,7 @@ def _add(
     merged, expert = pair
     batch = forward_id(merged).batch
     task, module, weight = tasks[batch.task], layer.merged, layer.weights[batch.task]
-    mask = task.mask(task.batches[batch.position])
-    lead = merged.input.shape[: merged.input.dim() - merged.input.is_floating_point()]
+    mask = task.row_mask(task.batches[batch.position], layer.name)
     ours = Arguments(merged.args, merged.kwargs)
     theirs = None if expert is None else Arguments(expert.args, expert.kwargs)
     if exact:
@@ -197,7 +196,8 @@ def _add(
         drift = layer.layer_type.offset(module, ours.args, ours.kwargs, weight, drift)
     paired = layer.layer_type.gather(module, sums, LayerCall(ours, theirs, weight, mask, drift))
     inputs.uncorrected += int(layer.repairs_stream and drift is None)
-    inputs.masked |= {task.name} if rows_with_data(mask, lead) is not None else set()
+    inputs.masked |= {task.name} if mask and mask.has_applied else set()
+    inputs.doubtful |= {task.name} if mask and mask.was_doubtful else set()
     inputs.unpaired += int(expert is not None and not paired)
 
 

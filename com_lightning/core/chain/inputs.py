@@ -26,6 +26,7 @@ class LayerInputs:
         unpaired: number of calls whose rows could not be compared with the expert's.
         uncorrected: number of calls where the layer repairs a residual stream whose drift is not known.
         masked: names of tasks whose padding masks apply.
+        doubtful: names of those whose masks may belong to other rows.
         bad: batches that were left out because their sums are not finite.
         factor: factor of the summed Gram matrices, once it has been computed.
     """
@@ -34,6 +35,7 @@ class LayerInputs:
     unpaired: int = 0
     uncorrected: int = 0
     masked: set[str] = field(default_factory=set)
+    doubtful: set[str] = field(default_factory=set)
     bad: list[BadBatch] = field(default_factory=list)
     factor: Factor | None = None
     _means: list[InputMeans] = field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from com_lightning.core.layers import rows_with_data
+from com_lightning.core.layers import RowMask, rows_with_data
 from com_lightning.core.sweep.task import BatchId, ForwardId
 
 
@@ -29,13 +29,13 @@ class OutputError:
     _spare: Tensor | None = None
     """Memory of an old copy, for reuse: to allocate memory for each batch takes longer than to fill it."""
 
-    def add(self, forward: ForwardId, output: Any, mask: Tensor | None) -> None:
+    def add(self, forward: ForwardId, output: Any, mask: RowMask | None) -> None:
         """Add an output. The second output of a batch is compared with the first, from the other model.
 
         Args:
             forward: the forward that computed the output.
             output: the layer's output. Anything but a tensor of floating-point numbers is ignored.
-            mask: padding mask over positions, ``True`` at data.
+            mask: tells which rows of the output are data.
         """
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return

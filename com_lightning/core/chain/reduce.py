@@ -43,6 +43,7 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
         inputs.unpaired = sum(summary.unpaired for summary in summaries)
         inputs.uncorrected = sum(summary.uncorrected for summary in summaries)
         inputs.masked = {name for summary in summaries for name in summary.masked}
+        inputs.doubtful = {name for summary in summaries for name in summary.doubtful}
         for number, sums in enumerate(inputs.sums):
             sums.rows = sum(summary.tasks[number].rows for summary in summaries)
             sums.drift_norms, sums.moments, sums.expert_moments = DriftNorms(), Moments(), Moments()
@@ -67,7 +68,7 @@ class _Summary:
     """The statistics of a process without the matrices, small enough to send to all other processes.
 
     Attributes:
-        unpaired, uncorrected, masked: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
+        unpaired, uncorrected, masked, doubtful: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
         matrices: for each task, name of each matrix -> its shape and precision.
         tasks: all other statistics of each task.
     """
@@ -75,6 +76,7 @@ class _Summary:
     unpaired: int
     uncorrected: int
     masked: set[str]
+    doubtful: set[str]
     matrices: list[dict[str, tuple[torch.Size, torch.dtype]]]
     tasks: list[_TaskSummary]
 
@@ -86,4 +88,4 @@ class _Summary:
             _TaskSummary(sums.rows, sums.drift_norms.cpu(), sums.moments.to("cpu"), sums.expert_moments.to("cpu"))
             for sums in inputs.sums
         ]
-        return _Summary(inputs.unpaired, inputs.uncorrected, inputs.masked, formats, tasks)
+        return _Summary(inputs.unpaired, inputs.uncorrected, inputs.masked, inputs.doubtful, formats, tasks)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from com_lightning.core.chain.options import Distance
-from com_lightning.core.layers import LayerType, rows_with_data
+from com_lightning.core.layers import LayerType, RowMask, rows_with_data
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
 from com_lightning.core.sweep.distributed import Peers
@@ -117,10 +117,11 @@ def roots(
     hidden = quiet or peers.rank > 0
     with peers.shares_failures(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
         for batch in bar:
-            mask = tasks[batch.task].mask(tasks[batch.task].batches[batch.position])
+            task = tasks[batch.task]
             gradients = gather_gradients(tasks, models, batch, distance)
             with exact_products():
                 for layer, gradient in gradients.items():
+                    mask = task.row_mask(task.batches[batch.position], layer)
                     _add_gradient(by_task[batch.task], layer, gradient, mask)
         by_task = [_sum_over_processes(by_layer, peers, models.device) for by_layer in by_task]
     result: dict[str, list[Tensor | None]] = {}
@@ -148,7 +149,7 @@ def gather_gradients(tasks: Sequence[Task], models: Models, batch: BatchId, dist
     return visitor.gradients
 
 
-def _add_gradient(by_layer: dict[str, Sensitivity], layer: str, gradient: Tensor, mask: Tensor | None) -> None:
+def _add_gradient(by_layer: dict[str, Sensitivity], layer: str, gradient: Tensor, mask: RowMask | None) -> None:
     rows_index = rows_with_data(mask, gradient.shape[:-1])
     rows = gradient.flatten(0, -2).float()
     rows = rows if rows_index is None else rows[rows_index]

@@ -14,13 +14,14 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, rows_with_data, stored_parameters
+from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, RowMask, rows_with_data, stored_parameters
 from com_lightning.core.layers.registry import layer_type_of, register_layer_type
 
 __all__ = [
     "Arguments",
     "LayerCall",
     "LayerType",
+    "RowMask",
     "layer_type_of",
     "register_layer_type",
     "rows_with_data",

@@ -6,7 +6,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Size, Tensor, nn
@@ -41,6 +41,30 @@ class Arguments:
         return Arguments(tuple(map(cast, self.args)), {name: cast(value) for name, value in self.kwargs.items()})
 
 
+Layout = Literal["samples first", "positions first", "flat", "one row"]
+"""How the positions of a mask lie in a tensor: ``(samples, positions, ...)``, ``(positions, samples, ...)``,
+``(samples * positions, ...)``, or ``(positions, ...)`` once for all samples."""
+
+
+@dataclass
+class RowMask:
+    """Tells which rows of a layer's input hold data and not padding.
+
+    Attributes:
+        choices: masks that may belong to the rows, ``(samples, positions)`` or ``(positions,)``, ``True`` at data, and
+            how their positions lie in the input. ``None`` for the layout: shapes alone tell. The first that fits is
+            used.
+        is_uncertain: whether the masks may belong to other rows although they fit.
+        has_applied: whether a mask has fitted. Set by :func:`rows_with_data`.
+        was_doubtful: whether a mask has fitted that may belong to other rows. Set by :func:`rows_with_data`.
+    """
+
+    choices: Sequence[tuple[Tensor, Layout | None]]
+    is_uncertain: bool = False
+    has_applied: bool = False
+    was_doubtful: bool = False
+
+
 @dataclass(frozen=True)
 class LayerCall:
     """One call of a layer in the merged model, and the call of the expert's layer on the same batch.
@@ -49,7 +73,7 @@ class LayerCall:
         merged: the arguments in the merged model.
         expert: the arguments in the expert, if its inputs are used.
         weight: the expert's weight, ``(g, o, k)``.
-        mask: padding mask over positions: ``True`` at data. ``None``: there is no padding.
+        mask: tells which rows are data, for :func:`rows_with_data`. ``None``: there is no padding.
         stream_drift: drift of a residual stream, which is added to the target, in the form that
             :meth:`LayerType.offset` returns. It needs inputs of the same shape in both models, and sums that multiply
             the drift by the weight.
@@ -58,7 +82,7 @@ class LayerCall:
     merged: Arguments
     expert: Arguments | None
     weight: Tensor
-    mask: Tensor | None = None
+    mask: RowMask | None = None
     stream_drift: Tensor | None = None
 
     @property
@@ -308,33 +332,55 @@ def with_bias(weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.cat([weight, bias.detach().reshape(*weight.shape[:2], 1)], dim=2)
 
 
-def rows_with_data(mask: Tensor | None, lead: Size) -> Tensor | None:
+def rows_with_data(mask: RowMask | None, lead: Size) -> Tensor | None:
     """Return an index of the rows that hold data and not padding.
 
     Args:
-        mask: ``(samples, positions)`` or ``(positions,)``, ``True`` at data. ``None``: there is no padding.
-        lead: leading dimensions of the layer's input. The mask applies if it has this shape, flattened or not, or
-            transposed (positions first). With as many positions as samples, samples are taken to come first. In a
-            single row of positions (position ids), each position counts once for each sample that has data there.
+        mask: the masks that may apply. ``None``: there is no padding.
+        lead: leading dimensions of the layer's input. A mask applies if it has this shape, flattened or not, or
+            transposed (positions first). If shapes alone tell, and there are as many positions as samples, samples are
+            taken to come first. In a single row of positions (position ids), each position counts once for each sample
+            that has data there.
 
     Returns:
-        An index of flattened rows. ``None`` if the mask does not apply; then all rows are used.
+        An index of flattened rows. ``None`` if no mask applies; then all rows are used.
 
     Example::
 
-        >>> mask = torch.tensor([[True, True, False], [True, False, False]])
+        >>> mask = RowMask([(torch.tensor([[True, True, False], [True, False, False]]), None)])
         >>> rows_with_data(mask, Size([1, 3])), rows_with_data(mask, Size([2]))
         (tensor([0, 0, 1]), None)
     """
     if mask is None:
         return None
-    if lead == mask.shape or lead == (mask.numel(),):
-        return mask.flatten()
-    if mask.dim() == 2 and lead == mask.T.shape:
-        return mask.T.flatten()
-    if mask.dim() == 2 and lead in {(1, mask.shape[1]), (mask.shape[1],)}:
-        return torch.arange(mask.shape[1], device=mask.device).repeat_interleave(mask.sum(0))
-    return None
+    fitting = [
+        (data, fit)
+        for data, layout in mask.choices
+        for fit in _fitting(data, lead)
+        if layout in (None, fit) or len(data) == 1  # then all layouts come to the same thing
+    ]
+    if not fitting:
+        return None
+    mask.has_applied = True
+    may_be_samples = any(layout is None and lead == data.shape[:1] == data.shape[1:] for data, layout in mask.choices)
+    mask.was_doubtful |= mask.is_uncertain or may_be_samples or len(fitting) > 1
+    data, layout = fitting[0]
+    if layout == "one row":
+        return torch.arange(data.shape[1], device=data.device).repeat_interleave(data.sum(0))
+    return (data.T if layout == "positions first" else data).flatten()
+
+
+def _fitting(mask: Tensor, lead: Size) -> Iterator[Layout]:
+    """The layouts in which a mask fits rows of a shape. Layouts that come to the same thing are one."""
+    if lead == mask.shape:
+        yield "samples first"
+    elif lead == (mask.numel(),):
+        yield "flat"
+    if mask.dim() == 2 and len(mask) > 1:
+        if lead == mask.T.shape:
+            yield "positions first"
+        if lead in {(1, mask.shape[1]), (mask.shape[1],)}:
+            yield "one row"
 
 
 def _flat(rows: Tensor, index: Tensor | None) -> Tensor:

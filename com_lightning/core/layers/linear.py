@@ -15,6 +15,7 @@ from com_lightning.core.layers.base import (
     Arguments,
     LayerCall,
     LayerType,
+    RowMask,
     first,
     parameter_names,
     parameter_value,
@@ -120,7 +121,7 @@ def _inputs(input1: Tensor, input2: Tensor) -> tuple[Tensor, Tensor]:
     return input1, input2
 
 
-def _split(call: Arguments, mask: Tensor | None) -> Iterator[Arguments]:
+def _split(call: Arguments, mask: RowMask | None) -> Iterator[Arguments]:
     """Split a call of a bilinear layer into calls with a few inputs each, so that not all products exist at once."""
     left, right = (value.flatten(0, -2) for value in _inputs(*call.args, **call.kwargs))
     index = rows_with_data(mask, call.input.shape[:-1])

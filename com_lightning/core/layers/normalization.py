@@ -11,7 +11,15 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Size, Tensor, nn
 
-from com_lightning.core.layers.base import Arguments, LayerCall, LayerType, first, parameter_value, rows_with_data
+from com_lightning.core.layers.base import (
+    Arguments,
+    LayerCall,
+    LayerType,
+    RowMask,
+    first,
+    parameter_value,
+    rows_with_data,
+)
 from com_lightning.core.layers.registry import register_layer_type
 from com_lightning.core.solve.statistics import InputMeans, InputSums
 
@@ -250,7 +258,7 @@ class BatchNorm(PerChannel):
         return {"weight": torch.ones_like(module.running_mean), "bias": torch.zeros_like(module.running_mean)}
 
     @staticmethod
-    def _values(call: Arguments, mask: Tensor | None) -> Tensor:
+    def _values(call: Arguments, mask: RowMask | None) -> Tensor:
         """The layer's input as ``(n, channels)``, without padding."""
         values = call.input.movedim(1, -1)
         index = rows_with_data(mask, values.shape[:-1])

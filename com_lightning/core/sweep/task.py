@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from com_lightning.core.layers import RowMask
+from com_lightning.core.layers.base import Layout
 from com_lightning.core.tensors.placement import Move
 
 Stream = Literal["merged", "expert"]
@@ -35,6 +37,39 @@ class ForwardId(NamedTuple):
     stream: Stream
 
 
+@dataclass(frozen=True)
+class Padding:
+    """Which positions of a batch are data.
+
+    Attributes:
+        mask: ``(samples, positions)`` or another shape that inputs of layers have, ``True`` at data.
+        is_certain: whether to use it where only its shape shows to which layers it belongs. If not, the layers have to
+            be known.
+    """
+
+    mask: Tensor
+    is_certain: bool = True
+
+
+class Cut(NamedTuple):
+    """A small copy of a calibration batch, with fewer samples or positions.
+
+    Attributes:
+        batch: the copy.
+        samples: number of its samples.
+        positions: name of each mask -> number of its positions in the copy.
+    """
+
+    batch: Any
+    samples: int
+    positions: Mapping[str, int]
+
+
+Role = Literal["input", "output"]
+Places = Mapping[tuple[Role, str], Mapping[str, Layout]]
+"""Input or output of a layer -> name of each mask whose positions it has -> how they lie in it."""
+
+
 @dataclass
 class Task:
     """One task: its expert and its calibration data.
@@ -44,8 +79,7 @@ class Task:
         expert: the fine-tuned module, in eval mode.
         batches: the calibration batches of this process.
         call: ``call(module, batch, index)`` runs the calibration forward of one batch on a copy of the expert.
-        mask: returns the boolean mask over a batch's positions, ``True`` for data and ``False`` for padding. ``None``:
-            there is no padding.
+        masks: returns the padding of a batch, by names that all batches have in common.
         numbers: number of each batch among those of all processes. ``None``: there is one process.
         move: moves a module to the device and the precision of its forwards. The expert itself stays where it is
             stored, for instance in a mapped file. Layers are solved in its stored precision.
@@ -53,19 +87,24 @@ class Task:
         loss: ``loss(module, batch, index)`` returns the training loss, for rules that differentiate it.
         predict: ``predict(module, batch, index)`` returns logits, ``(n, classes)``, for rules that read predictions.
         size: returns the number of samples in a batch.
+        cuts: returns pairs of small copies of one of these batches, whose sizes differ. The first pair that runs shows
+            which layers have the positions of which mask.
+        places: where the positions of each mask lie. ``None``: shapes alone tell.
     """
 
     name: str
     expert: nn.Module
     batches: Sequence[Any]
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch)
-    mask: Callable[[Any], Tensor | None] = lambda batch: None
+    masks: Callable[[Any], Mapping[str, Padding]] = lambda batch: {}
     numbers: Sequence[int] | None = None
     move: Move = lambda module: module
     offload: bool = False
     loss: Callable[[nn.Module, Any, int], Tensor] | None = None
     predict: Callable[[nn.Module, Any, int], Tensor] | None = None
     size: Callable[[Any], int] = lambda batch: 1
+    cuts: Callable[[Sequence[Any]], Iterable[tuple[Cut, Cut]]] = lambda batches: ()
+    places: Places | None = None
 
     @property
     def batch_numbers(self) -> Sequence[int]:
@@ -76,6 +115,30 @@ class Task:
         """The same task with only the batches of these numbers."""
         batches = dict(zip(self.batch_numbers, self.batches))
         return replace(self, batches=[batches[number] for number in numbers], numbers=numbers)
+
+    def row_mask(self, batch: Any, layer: str, role: Role = "input") -> RowMask | None:
+        """Return the masks that apply to a layer.
+
+        Args:
+            batch: one of the batches.
+            layer: name of the layer.
+            role: whether they are for the rows of its input or of its output.
+
+        Returns:
+            The masks; ``None`` if there are none.
+        """
+        masks = self.masks(batch)
+        if not masks:
+            return None
+        place = None if self.places is None else self.places.get((role, layer))
+        if place:
+            return RowMask([(masks[name].mask, layout) for name, layout in place.items() if name in masks])
+        certain = [padding.mask for padding in masks.values() if padding.is_certain]
+        if place is None:
+            return RowMask([(mask, None) for mask in certain])
+        # The small copies had no such positions here. A model that pads its inputs itself may have them nonetheless.
+        layouts: tuple[Layout, ...] = ("samples first", "flat", "positions first")
+        return RowMask([(mask, layout) for mask in certain for layout in layouts], is_uncertain=True)
 
 
 def batch_ids(tasks: Sequence[Task]) -> Iterator[BatchId]:
@@ -104,6 +167,7 @@ class LayerRecord:
         condition, jitter: of the factorisation, see :class:`~com_lightning.core.solve.ridge.Factor`.
         rows: number of rows of each task.
         masked: tasks whose padding masks apply to the layer's inputs.
+        doubtful: those of them whose masks fit, but may belong to other rows.
         groups: number of independent regressions (rows of a table, experts of a mixture, channels).
         groups_without_data: how many of them no data reached. They keep the average.
         groups_kept_average: how many others keep the average because their solution is no better. Only rounding causes
@@ -131,6 +195,7 @@ class LayerRecord:
     jitter: float | None = None
     rows: dict[str, int] = field(default_factory=dict)
     masked: list[str] = field(default_factory=list)
+    doubtful: list[str] = field(default_factory=list)
     groups: int = 0
     groups_without_data: int = 0
     groups_kept_average: int = 0

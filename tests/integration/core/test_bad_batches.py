@@ -18,6 +18,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from tests.helpers import FEATURES, Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
+from tests.helpers.chains import only
 from tests.helpers.zoo import averages
 
 RULES = {
@@ -61,7 +62,7 @@ def merge(
     mask: Callable[[Any], Tensor | None] = lambda batch: None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
 ) -> tuple[dict[str, Tensor], list[LayerRecord], Context]:
-    tasks = [Task(f"task{n}", e, b, mask=mask, call=call) for n, (e, b) in enumerate(zip(experts, batches))]
+    tasks = [Task(f"task{n}", e, b, masks=only(mask), call=call) for n, (e, b) in enumerate(zip(experts, batches))]
     merged, run = averages(experts), Context(on_bad_batch=on_bad_batch)
     return merged, merge_layers(tasks, merged, [0.5, 0.5], rule, run), run
 

@@ -33,7 +33,7 @@ class Long(Classifier):
 @pytest.mark.parametrize(("module", "count"), [(Short(), 2), (Long(), 3)])
 def test_hooks_of_both_signatures(module: LightningModule, count: int) -> None:
     batch = next(iter(make_data(0).val_dataloader()))
-    CalibrationStep(quiet_trainer())(module, Batch(batch, 1, None), 5)
+    CalibrationStep(quiet_trainer())(module, Batch(batch, 1), 5)
     seen = module.seen
     assert isinstance(seen, tuple)
     assert seen[1:] == (5, 1)[: count - 1]
@@ -56,7 +56,7 @@ class InPlace(Classifier):
 def test_batch_objects_that_a_step_changes_stay_as_they_were() -> None:
     graph = Graph(torch.ones(2, 6))
     for _ in range(2):
-        CalibrationStep(quiet_trainer())(InPlace(), Batch(graph, 0, None), 0)
+        CalibrationStep(quiet_trainer())(InPlace(), Batch(graph, 0), 0)
     assert torch.equal(graph.x, torch.ones(2, 6))
     assert graph.notes == {"seen": 0}
 

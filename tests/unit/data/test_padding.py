@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.layers import rows_with_data
+from com_lightning.core.layers import RowMask, rows_with_data
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import perturb, relative
+from tests.helpers.chains import only
 
 LENGTHS = [[5, 3, 6, 4], [2, 6, 6, 3]]
 """Of the sequences of each task."""
@@ -45,7 +46,7 @@ def merge(
     for name, tensor in states[0].items():
         merged[name] = shared.setdefault(id(tensor), average([state[name] for state in states]))
     tasks = [
-        Task(f"task{n}", e, b, call, mask=lambda batch: batch.get("attention_mask"))
+        Task(f"task{n}", e, b, call, masks=only(lambda batch: batch.get("attention_mask")))
         for n, (e, b) in enumerate(zip(experts, batches))
     ]
     return merged, merge_layers(tasks, merged, [0.5, 0.5], ChainOptions())
@@ -206,7 +207,7 @@ def test_a_mask_fits_positions_in_any_order() -> None:
         (1, 3): [0, 0, 1],
         (3,): [0, 0, 1],
     }.items():
-        index = rows_with_data(mask, torch.Size(lead))
+        index = rows_with_data(RowMask([(mask, None)]), torch.Size(lead))
         assert index is not None
         assert index.tolist() == expected
-    assert rows_with_data(mask, torch.Size([2])) is None
+    assert rows_with_data(RowMask([(mask, None)]), torch.Size([2])) is None

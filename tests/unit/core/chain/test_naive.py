@@ -17,6 +17,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import NAMES_OF_5, built, relative
+from tests.helpers.chains import only
 
 IMPORTANCE = (0.4, 0.6)
 RULES = {
@@ -98,7 +99,7 @@ def text_tasks() -> list[Task]:
         return mask
 
     experts = built(bert)
-    return [Task(str(n), expert, batches[2 * n : 2 * n + 2], call, keep) for n, expert in enumerate(experts)]
+    return [Task(str(n), expert, batches[2 * n : 2 * n + 2], call, only(keep)) for n, expert in enumerate(experts)]
 
 
 def averaged(tasks: Sequence[Task]) -> dict[str, Tensor]:

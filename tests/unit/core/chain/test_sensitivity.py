@@ -24,6 +24,7 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
+from tests.helpers.chains import only
 
 SENSITIVE: dict[str, ChainOptions] = {
     "probabilities": ChainOptions(sensitivity="probabilities"),
@@ -231,7 +232,7 @@ def test_padding_tells_nothing() -> None:
         batch = {"input_ids": padded, "attention_mask": nn.functional.pad(torch.ones_like(ids), (0, padding))}
         tasks = tasks_of(experts, [[batch], [batch]])
         for task in tasks:
-            task.mask = lambda own: own["attention_mask"].bool()
+            task.masks = only(lambda own: own["attention_mask"].bool())
         results.append(merged_by(SENSITIVE["numbers"], tasks)[0])
     for name, value in results[0].items():
         if "embeddings" not in name:

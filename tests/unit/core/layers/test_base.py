@@ -12,7 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from com_lightning.core.layers import LayerType, base, layer_type_of
-from com_lightning.core.layers.base import Arguments, LayerCall
+from com_lightning.core.layers.base import Arguments, LayerCall, RowMask
 from com_lightning.core.layers.embedding import Embedding
 from com_lightning.core.layers.linear import Bilinear
 from com_lightning.core.layers.normalization import PerChannel
@@ -120,11 +120,11 @@ def test_bilinear(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     # In pieces, from keywords in any order, with a mask: the same statistics as of the rows that it keeps.
     keep = torch.rand(2, 6) > 0.4
     expected, entry = InputSums(bias, True), InputSums(bias, True)
-    plain = LayerCall(Arguments((left, right)), Arguments((-left, right)), weight, keep)
+    plain = LayerCall(Arguments((left, right)), Arguments((-left, right)), weight, RowMask([(keep, None)]))
     LayerType.gather(layer_type, module, expected, plain)
     monkeypatch.setattr(base, "MAX_ROW_ELEMENTS", 12 * 2)
     merged, expert = (Arguments((), {"input2": right, "input1": values}) for values in (left, -left))
-    assert layer_type.gather(module, entry, LayerCall(merged, expert, weight, keep))
+    assert layer_type.gather(module, entry, LayerCall(merged, expert, weight, RowMask([(keep, None)])))
     assert entry.rows == expected.rows == int(keep.sum())
     assert entry.gram is not None
     assert entry.drift is not None
@@ -145,9 +145,9 @@ def test_a_bilinear_layer_of_too_many_products_is_refused() -> None:
 def test_embedding_counts_equal_one_hot_rows(padding: bool) -> None:
     torch.manual_seed(0)
     table, ids, layer_type = nn.Embedding(9, 4, padding_idx=0), torch.randint(0, 9, (3, 5)), Embedding()
-    keep = torch.rand(3, 5) > 0.4 if padding else None
+    keep = torch.rand(3, 5) > 0.4
     counted, dense = InputSums(False, True), InputSums(False, True)
-    call = LayerCall(Arguments((ids,)), None, table.weight[..., None], keep)
+    call = LayerCall(Arguments((ids,)), None, table.weight[..., None], RowMask([(keep, None)]) if padding else None)
     layer_type.gather(table, counted, call)
     LayerType.gather(layer_type, table, dense, call)
     assert counted.gram is not None

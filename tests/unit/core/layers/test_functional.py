@@ -15,6 +15,7 @@ from benchmarks.naive import naive_chain
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import relative
+from tests.helpers.chains import only
 from tests.helpers.functions import Before, Function, data, experts_of, merge, solved, tokens
 
 # A function, and what must come out: the same weight as a module's, after putting it into that module's form.
@@ -320,7 +321,7 @@ def test_padding_does_not_count_in_sums_and_products() -> None:
     experts, batches = experts_of(lambda: Before(both, p=(5, 6), s=(6,))), data(4, 4, 6)
     padded = [[F.pad(x, (0, 0, 0, 1), value=torch.nan) for x in part] for part in batches]
     expected = merge(experts, batches)[0]
-    merged = merge(experts, padded, call=call, mask=keep)[0]
+    merged = merge(experts, padded, call=call, masks=only(keep))[0]
     for name in expected:
         assert relative(merged[name], expected[name]) < 1e-5, name
 

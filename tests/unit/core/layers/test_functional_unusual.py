@@ -16,6 +16,7 @@ from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from com_lightning.core.tensors.tracked import Part, Tracked, WriteCount, tracked_in
 from tests.helpers import relative
+from tests.helpers.chains import only
 from tests.helpers.functions import Before, Function, data, experts_of, merge, solved, tokens
 
 
@@ -271,8 +272,8 @@ def test_positions_in_sequence_first_order_leave_padding_out() -> None:
 
     experts, batches = experts_of(lambda: Before(lambda x, p: x + p[: len(x), None], p=(5, 6))), data(3, 4, 6)
     padded = [[F.pad(x, (0, 0, 0, 1), value=torch.nan) for x in part] for part in batches]
-    expected = merge(experts, batches, call=call, mask=keep)[0]
-    merged = merge(experts, padded, call=call, mask=keep)[0]
+    expected = merge(experts, batches, call=call, masks=only(keep))[0]
+    merged = merge(experts, padded, call=call, masks=only(keep))[0]
     assert relative(merged["p"], expected["p"]) < 1e-5
 
 

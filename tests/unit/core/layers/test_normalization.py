@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import layer_type_of
-from com_lightning.core.layers.base import Arguments, LayerCall
+from com_lightning.core.layers.base import Arguments, LayerCall, RowMask
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.layers.normalization import BatchNorm, PerChannel
 from com_lightning.core.solve.statistics import InputSums
@@ -179,7 +179,7 @@ def test_padding_is_left_out_of_the_moments(shape: tuple[int, ...]) -> None:
     layer_type, x, entry = layer_type_of(layer), batch(0, *shape), InputSums(True, True, True)
     assert isinstance(layer_type, BatchNorm)
     keep = torch.rand(shape[0], shape[2], generator=torch.Generator().manual_seed(0)) > 0.5
-    call = LayerCall(Arguments((x,)), Arguments((x + 1,)), layer_type.to_matrix(layer, layer), keep)
+    call = LayerCall(Arguments((x,)), Arguments((x + 1,)), layer_type.to_matrix(layer, layer), RowMask([(keep, None)]))
     layer_type.gather(layer, entry, call)
     rows = x.movedim(1, -1)[keep]
     assert rows.shape == (int(keep.sum()), channels)
