@@ -35,6 +35,11 @@ def collected_warnings() -> Iterator[list[str]]:
             warnings.warn_explicit(warning.message, warning.category, warning.filename, warning.lineno)
 
 
+def some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
+    """The first few of many names as text, and how many more there are."""
+    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
+
+
 def reason(error: Exception) -> str:
     """Return an error in one line. If torch lists keys, the first ones are named, and the others are counted.
 

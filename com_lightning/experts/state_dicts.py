@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors.modules import tied_names
 from com_lightning.errors import MergeError, MergeWarning
+from com_lightning.errors import some as some
 from com_lightning.experts.files import state_problems
 
 # Segments that torch.compile, FSDP and activation checkpointing put into names, wherever they wrap a module.
@@ -231,11 +232,6 @@ def load(module: nn.Module, state: Mapping[str, Any], assign: bool) -> None:
 def shape_of(value: object) -> tuple[int, ...] | str:
     """The shape of a tensor; the name of its type for anything else in a state dict."""
     return tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-
-
-def some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
-    """The first few of many names as text, and how many more there are."""
-    return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
 def group_warnings(warnings: Sequence[str], labels: Mapping[str, Any]) -> list[str]:

@@ -26,7 +26,8 @@ class ParameterOutcome:
     Attributes:
         status: One of
 
-            - ``"solved"``: merged in closed form; ``"solved in part"``: no data reached its other values;
+            - ``"solved"``: merged in closed form; ``"solved in part"``: no data, or only zeros, reached its other
+              values;
             - ``"averaged"``: averaged instead of being solved, or by a method that only averages;
             - ``"merged"``: merged by a rule that treats each parameter on its own;
             - ``"re-estimated"``: running statistics, computed from the merged model's inputs;

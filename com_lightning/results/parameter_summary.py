@@ -42,6 +42,7 @@ def summarize_parameters(
     expert = next(iter(experts.values()))
     ties, shared = tied_names(expert), set(parameters.shared)
     solved, notes = _solved_values(records, ties)
+    has_zeros = {ties[name] for record in records for name in record.zeros if name in ties}
     rules = {ties[record.name]: record.layer_type for record in records if isinstance(record, ParameterRecord)}
     estimated = {name for record in records for name in record.buffers}
     outcomes: dict[str, ParameterOutcome] = {}
@@ -60,6 +61,8 @@ def summarize_parameters(
             outcome = ParameterOutcome("solved")
         elif count:
             missed = f"no calibration data reached {tensor.numel() - count:,} of its values"
+            if first in has_zeros:
+                missed = f"calibration gave {tensor.numel() - count:,} of its values no inputs, or only zeros"
             outcome = ParameterOutcome("solved in part", missed)
         elif first in rules:
             outcome = ParameterOutcome("merged", rules[first])
@@ -89,8 +92,10 @@ def _solved_values(records: Sequence[LayerRecord], ties: Mapping[str, str]) -> t
         if record.task is not None or isinstance(record, ParameterRecord):
             continue
         for name, count in record.parameters.items():
-            reached = count - count * record.groups_without_data // max(record.groups, 1)
+            zeros = record.zeros.get(name, 0)
+            reached = count - zeros - count * record.groups_without_data // max(record.groups, 1)
             solved[ties[name]] = solved.get(ties[name], 0) + reached
             if not reached:
-                notes.setdefault(ties[name], "no calibration data reached it")
+                why = "its calibration inputs are all zero" if zeros else "no calibration data reached it"
+                notes.setdefault(ties[name], why)
     return solved, notes

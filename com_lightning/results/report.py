@@ -238,6 +238,13 @@ def _notes(layer: LayerRecord) -> list[str]:
     if missed := layer.groups_without_data:
         groups = f"{missed:,} of {layer.groups:,} {_GROUPS.get(layer.layer_type, 'groups')} "
         notes.append(f"{groups if layer.groups > 1 else ''}saw no data")
+    if zeros := layer.groups_of_zeros:
+        groups = f"{zeros:,} of {layer.groups:,} {_GROUPS.get(layer.layer_type, 'groups')} "
+        notes.append(f"{groups if layer.groups > 1 else ''}saw only zeros")
+    if layer.calls > 1:
+        notes.append(f"merged from the first of {layer.calls} calls")
+    if layer.late:
+        notes.append(f"{layer.late} forwards came after it was merged")
     if layer.groups_kept_average:
         notes.append(f"{layer.groups_kept_average:,} of {layer.groups:,} keep the average because it is better")
     return notes

@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.chain.find_positions import warn_of_doubts, with_places
@@ -27,6 +28,7 @@ from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.sweep import Extent, Sweep, Visitor
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.core.tensors import private_torch
+from com_lightning.errors import some
 
 Solution = tuple[LayerRecord, list[Extent], list[SkippedBatch]]
 """What the owner of a layer tells the others: its record, what was written, and what an earlier run skipped there."""
@@ -75,8 +77,27 @@ def merge_layers(
         solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
         records = Sweep(tasks, models, solver, context, pager=pager).run()
-        context.warnings += warn_of_doubts(records, problems)
+        context.warnings += warn_of_doubts(records, problems) + warn_of_unused_inputs(records)
         return records
+
+
+def warn_of_unused_inputs(records: Sequence[LayerRecord]) -> list[str]:
+    """Return warnings of layers that were called with inputs that do not count."""
+    warnings = []
+    if repeated := [record for record in records if record.calls > 1]:
+        most = max(repeated, key=lambda record: record.calls)
+        warnings.append(
+            f"{some([record.name for record in repeated])}: called more than once in a forward ({most.name} "
+            f"{most.calls} times) and merged from the inputs of the first call alone; if that call is not like the "
+            "others (the first step of a recurrent cell, the first token of a text that is generated), give the module "
+            "a calibration_step whose first calls have typical inputs"
+        )
+    if late := [record for record in records if record.late]:
+        warnings.append(
+            f"{some([record.name for record in late])}: reached by some forwards only after it was merged, so that "
+            "their inputs do not count; register the layers in the order in which all batches use them"
+        )
+    return warnings
 
 
 class LayerSolver(Visitor):
@@ -197,8 +218,30 @@ class LayerSolver(Visitor):
             else:
                 record.parameters[name] = record.parameters.get(name, 0) + size
         self._describe(record, layer, inputs, result)
+        self._count_zeros(record, layer, result)
         record.solving = time.perf_counter() - start
         return record, written + sweep.extents(layer)
+
+    def _count_zeros(self, record: LayerRecord, layer: Layer, result: Fit) -> None:
+        """Record what keeps the average, because no data reached it or its inputs are all zero."""
+        layer_type = layer.layer_type
+        reaches_all = layer_type.reaches_all_groups and any(record.rows.values())
+        zeros = (result.informed == 0) & ((result.reached > 0) | reaches_all)
+        record.groups_of_zeros = int(zeros.sum())
+        record.groups_without_data = int(((result.reached == 0) & ~zeros).sum())
+        if not record.groups_of_zeros:
+            return
+        is_weight = torch.zeros_like(layer.weights[0])
+        is_weight[..., : is_weight.shape[2] - int(layer_type.has_bias(layer.merged))] = zeros[:, None, None]
+        for local, values in layer_type.from_matrix(layer.merged, is_weight).items():
+            count = int(values.count_nonzero())
+            for stored, part in layer.parts.items():
+                name = self.models.packed_names.get(part.name, part.name)
+                # A parametrised weight is computed from tensors of other shapes, so all of it has to keep its value.
+                is_original = stored.startswith(f"parametrizations.{local}.") and count == values.numel()
+                if count and name in record.parameters and (stored == local or is_original):
+                    kept = part.of(self.models.merged[part.name]).numel() if is_original else count
+                    record.zeros[name] = record.zeros.get(name, 0) + kept
 
     def _write_task_tensors(
         self, layer: Layer, weights: Sequence[Tensor], means: Sequence[InputMeans] | None
@@ -220,7 +263,7 @@ class LayerSolver(Visitor):
 
     def _describe(self, record: LayerRecord, layer: Layer, inputs: LayerInputs, result: Fit) -> None:
         """Record how a layer was solved."""
-        record.groups, record.groups_without_data = len(result.reached), int((result.reached == 0).sum())
+        record.groups = len(result.reached)
         record.groups_kept_average, record.cg_steps, record.residual = (
             result.groups_kept_average,
             result.cg_steps,

@@ -22,6 +22,7 @@ from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import BatchId, Cut, LayerRecord, Places, Role, Task
+from com_lightning.errors import some
 
 Pair = tuple[int, int]
 """A size in the first and in the second small copy."""
@@ -76,9 +77,8 @@ def warn_of_doubts(records: Sequence[LayerRecord], problems: Mapping[str, str]) 
     warnings = []
     for task, names in layers.items():
         reason = f" (a forward of a smaller batch failed: {problems[task]})" if task in problems else ""
-        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
         warnings.append(
-            f"task '{task}': its padding mask fits the inputs of {', '.join(names[:3])}{others}, but these may be "
+            f"task '{task}': its padding mask fits the inputs of {some(names)}, but these may be "
             f"other rows than those that it was made for{reason}; to be sure, use batches whose numbers of samples "
             "and of positions differ from each other and from the sizes in the model"
         )

@@ -33,6 +33,7 @@ class Fit:
         groups_kept_average, cg_steps, residual: see :class:`~com_lightning.core.sweep.task.LayerRecord`.
         importance: of each task, with a sum of one.
         reached: ``(g,)``, positive for groups that data have reached.
+        informed: ``(g,)``, positive for groups whose inputs are not all zero. The others keep the average.
         task_weights: the weight of each task, if tasks keep their own biases or normalisation parameters.
     """
 
@@ -42,6 +43,7 @@ class Fit:
     cg_steps: int | None = None
     importance: Sequence[float] = ()
     reached: Tensor = field(default_factory=lambda: torch.zeros(0))
+    informed: Tensor = field(default_factory=lambda: torch.zeros(0))
     task_weights: list[Tensor] = field(default_factory=list)
 
 
@@ -104,7 +106,9 @@ def fit(
     if options.balance:
         importance = balanced(importance, [entry.drift_norms for entry in means])
     grams = [entry.gram for entry in means]
-    reached = torch.stack([gram.diagonal(dim1=-2, dim2=-1).sum(-1) for gram in grams]).sum(0)
+    squares = torch.stack([gram.diagonal(dim1=-2, dim2=-1) for gram in grams]).sum(0)
+    features = squares.shape[1] - int(layer_type.has_bias(layer.merged))
+    reached, informed = squares.sum(1), squares[:, :features].sum(1)
     averages_bias = layer_type.has_bias(layer.merged) and not options.joint
     if averages_bias:  # weight and bias do not affect each other
         for gram in grams:
@@ -112,8 +116,9 @@ def fit(
     drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
     mean = average(weights, importance) if averages_bias or layer.base is not None else weights[0]
     anchor = None
-    if layer.base is not None:  # groups without data still become the average
-        anchor = torch.where((reached > 0)[:, None, None], layer_type.to_matrix(layer.base, layer.merged), mean)
+    if layer.base is not None:  # what no data have reached still becomes the average
+        has_data = torch.stack([informed > 0] * features + [reached > 0] * (squares.shape[1] - features), -1)
+        anchor = torch.where(has_data[:, None], layer_type.to_matrix(layer.base, layer.merged), mean)
     one_sided = not options.two_sided
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
     has_task_biases = has_task_tensors and not isinstance(layer_type, PerChannel)
@@ -133,7 +138,7 @@ def fit(
         fit_task_biases(result, whole)
     elif has_task_tensors:
         result.task_weights = solve_each(grams, drifts, weights, average(weights, importance), options.ridge)
-    result.importance, result.reached = importance, reached
+    result.importance, result.reached, result.informed = importance, reached, informed
     return result
 
 

@@ -102,6 +102,8 @@ class LayerType(ABC):
 
     name: str
     """The name in the report."""
+    reaches_all_groups: bool = True
+    """Whether each row has inputs for all groups, so that a Gram matrix of zeros means inputs of zeros."""
     can_repair_stream: bool = False
     """Whether the layer can repair the drift of a residual stream that its output is added to, see :meth:`offset`."""
 

@@ -121,6 +121,7 @@ class GroupedLinear(LayerType):
     """
 
     name = "grouped linear"
+    reaches_all_groups = False
 
     def matches(self, module: nn.Module) -> bool:
         return False  # always a function call, never a module

@@ -24,6 +24,7 @@ class Scale(LayerType):
     """
 
     name = "product"
+    reaches_all_groups = False  # a masked score reaches none
 
     def matches(self, module: nn.Module) -> bool:
         return False  # always a function call, never a module

@@ -23,6 +23,7 @@ class Embedding(LayerType):
     """
 
     name = "embedding"
+    reaches_all_groups = False
 
     def matches(self, module: nn.Module) -> bool:
         return type(module).forward is nn.Embedding.forward and set(module._parameters) == {"weight"}

@@ -40,6 +40,8 @@ class FunctionCalls:
         self.newly_used: set[str] = set()
         self.solved: dict[str, list[tuple[int, int]]] = {}
         self.notes: dict[str, LayerRecord] = {}
+        self._functions: dict[tuple[str, str], dict[tuple[int, int], str]] = {}
+        """Function and parameter of each layer -> the part of the parameter -> name of the layer."""
 
     def on_use(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Callable[[Any], Any] | None:
         """Pause the forward if a function that is about to use a tracked parameter is a layer that is not solved yet.
@@ -60,10 +62,15 @@ class FunctionCalls:
             for tensor in tracked:
                 tensor.refresh(self.models.computed[tensor.part.name])
         if not any(self._is_solvable(tensor.part) for tensor in tracked):
+            self._count_again(forward, function, tracked)
             return None
         if call := recognise(function, args, kwargs, self._is_solvable) if self._is_intact(forward, tracked) else None:
             name, position = self._name_and_position(call)
             self.layers.setdefault(name, replace(call, args=()))
+            for part in call.parts.values():
+                extent = part.extent(self.models.merged[part.name])
+                self._functions.setdefault((name_of(function), part.name), {})[extent] = name
+            forward.calls[name] += 1
             if pause(name, position, tuple(map(materialized, call.args)), {}):
                 for tensor in tracked if forward.id.stream == "merged" else ():
                     tensor.refresh(self.models.computed[tensor.part.name])
@@ -79,6 +86,15 @@ class FunctionCalls:
                     self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
 
         return None if call is not None else on_result
+
+    def _count_again(self, forward: CalibrationForward, function: Callable[..., Any], used: Sequence[Tracked]) -> None:
+        """Count a further call of a layer."""
+        for tensor in used:
+            layers = self._functions.get((name_of(function), tensor.part.name))
+            layer = layers and layers.get(tensor.part.extent(self.models.merged[tensor.part.name]))
+            if layer:
+                forward.calls[layer] += 1
+                return
 
     def _is_solvable(self, part: Part) -> bool:
         """Whether a part of a parameter may still be solved, because no forward has computed with it."""

@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import Counter
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class Forward:
         seed: seed of the random state. Forwards with the same seed draw the same numbers.
         on_output: called with name and output of each watched layer that is a module and at which this forward has
             paused. If it returns something other than ``None``, that replaces the output.
+        calls: name of each layer -> how often this forward has called it so far.
+        paused_at: the layers at which it has paused.
     """
 
     module: nn.Module
@@ -58,6 +61,8 @@ class Forward:
     label: str = "forward"
     seed: int = 0
     on_output: Callable[[str, Any], Any] | None = None
+    calls: Counter[str] = field(default_factory=Counter)
+    paused_at: set[str] = field(default_factory=set)
 
 
 @dataclass(eq=False)
@@ -231,10 +236,13 @@ class _Coroutine(greenlet):
             self.parent.switch()
         forward_state.restore()
         self._last_layer = layer
+        self.forward.paused_at.add(layer)
         return True
 
     def _entering(self, name: str, position: Position) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if getcurrent() is self:
+                self.forward.calls[name] += 1
             if self.pause(name, position, args, kwargs):
                 self._paused_at = name
 

@@ -7,7 +7,8 @@ chain of merges, find residual streams, gather gradients, measure drift, and cou
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -98,6 +99,8 @@ class Sweep:
         self.bad_batches = BadBatches(tasks, self.context)
         self.function_calls = FunctionCalls(models)
         self._writes = {name: WriteCount() for name in models.merged}
+        self._calls: list[tuple[Counter[str], set[str]]] = []
+        """For each forward, how often it has called each layer, and at which layers it has paused."""
         self._record: LayerRecord | None = None
         """Record of the layer that forwards are leaving."""
 
@@ -107,7 +110,7 @@ class Sweep:
         Returns:
             Records of the layers that were reached, in order, then of the parameters that could not be solved.
         """
-        records: list[LayerRecord] = []
+        solved: dict[str, LayerRecord] = {}
         positions: dict[str, Position] = {
             name: (self.models.positions.get(name, 0),) for name in self.models.candidates
         }
@@ -119,14 +122,15 @@ class Sweep:
                 if record.note:  # function calls within the layer may still be solved
                     self.function_calls.notes[name] = record
                 else:
-                    records.append(record)
+                    solved[name] = record
                     self._record = record
+        self._count_calls(solved)
         for notes in self.context.peers.exchange(self.function_calls.notes):
             self.function_calls.notes = {**notes, **self.function_calls.notes}
         unsolved = [record for record in self.function_calls.notes.values() if not self._is_solved(record.name)]
         for record in unsolved:
             self.context.on_layer(record)
-        return records + unsolved
+        return [*solved.values(), *unsolved]
 
     def layer(self, name: str) -> Layer:
         """The layer of that name. Some forwards of this process must wait at it."""
@@ -175,6 +179,17 @@ class Sweep:
             self._record = None
         return min((layer for layer, _, _ in everyone if layer), default=None)
 
+    def _count_calls(self, records: Mapping[str, LayerRecord]) -> None:
+        """Record how often layers were called, and how many forwards of all processes came too late."""
+        calls, late = Counter[str](), Counter[str]()
+        for counts, paused_at in self._calls:
+            calls |= counts  # the larger of both
+            late.update(name for name in counts if name not in paused_at)
+        everyone = self.context.peers.exchange((calls, late))
+        for name, record in records.items():
+            record.calls = max(1, *(their_calls[name] for their_calls, _ in everyone))
+            record.late = sum(their_late[name] for _, their_late in everyone)
+
     def _forwards(self) -> list[Forward]:
         tracked: dict[tuple[int, Stream], dict[int, Tensor]] = {}
         forwards: list[Forward] = []
@@ -198,6 +213,7 @@ class Sweep:
                     forward.on_output = partial(self._on_output, forward)
                 self.visitor.on_forward(forward)
                 forwards.append(forward)
+                self._calls.append((forward.calls, forward.paused_at))
         return forwards
 
     def _on_output(self, forward: CalibrationForward, layer: str, output: Any) -> Any:
