@@ -107,14 +107,14 @@ def describe_padding(
         records: of the merged layers, if there are any.
 
     Returns:
-        A line for each task with padding, and warnings of tasks whose padding counts as data everywhere, or in most
-        layers that take positions.
+        In which layers padding was left out, one line for all tasks for which it is the same. And warnings of tasks
+        whose padding counts as data everywhere, or in most layers that take positions.
     """
     total: dict[str, PaddingCount] = {}
     for of_process in counts:
         for name, count in of_process.items():
             total.setdefault(name, PaddingCount()).add(count)
-    lines, warnings = [], []
+    lines, warnings = dict[str, list[str]](), list[str]()
     for name, count in total.items():
         of_task = [record for record in records if record.rows.get(name)]
         fitted = [record.name for record in of_task if name in record.masked]
@@ -125,8 +125,8 @@ def describe_padding(
         single = [record.name for record in others if record.rows[name] == count.samples]
         parts = [f"left out in {_layers(fitted)}"]
         parts += [f"not in {_layers(longer)} with more rows than samples"] if longer else []
-        parts += [f"{_layers(single)} with one row for each sample"] if single else []
-        lines.append(f"{name}: {'; '.join(parts)}")
+        parts += [f"{_layers(single)} with as many rows as samples"] if single else []
+        lines.setdefault("; ".join(parts), []).append(name)
         start = f"task '{name}': its padding mask, {count.shape}, fits the inputs of"
         if not fitted:
             warnings.append(
@@ -137,9 +137,10 @@ def describe_padding(
             warnings.append(
                 f"{start} {len(fitted)} of {len(fitted) + len(longer)} layers that take positions, so that padding "
                 f"counts as data in the others, {longer[0]} first; where the model adds positions (a class token), "
-                "give a mask with them by calibration_mask(batch)"
+                "give a mask with them by calibration_mask(batch); where a decoder has padding of its own, put its "
+                "decoder_attention_mask into the batch"
             )
-    return lines, warnings
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()], warnings
 
 
 def _layers(names: Sequence[str]) -> str:

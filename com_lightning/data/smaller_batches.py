@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -106,41 +106,50 @@ def _axes(batch: Batch, labels_are_own: bool) -> dict[str, _Axis]:
 def _pair(batch: Batch, axes: Mapping[str, _Axis], cuts_samples: bool, cuts_positions: bool) -> tuple[Cut, Cut] | None:
     """Two small copies; ``None`` if neither samples nor positions can be cut."""
     samples = _samples(batch)
-    masks = [axis.mask for axis in axes.values() if axis.mask is not None]
-    order = _shortest_first(masks) if cuts_samples and samples > 2 else list(range(samples))
-    numbers = [order[:3], order[:2]] if len(order) > 2 and cuts_samples else [order, order]
-    if cuts_samples and samples > 2:  # a third sample that is longer than the others, if there is one
-        lengths = [masks[0][[number]].sum() for number in order] if masks else []
-        longer = next((n for n, length in zip(order[2:], lengths[2:]) if length > lengths[1]), order[2])
-        numbers[0] = [*order[:2], longer]
-    taken = {(len(numbers[0]), len(numbers[1]))}
-    columns: dict[str, tuple[Tensor, Tensor]] = {}
-    for name, axis in axes.items():
-        if cuts_positions and axis.tensors and axis.size > 1:
-            columns[name] = _columns(axis, samples, numbers, taken)
+    everything = list(range(samples))
+    masks = {
+        name: torch.ones(samples, axis.size, dtype=torch.bool) if axis.mask is None else axis.mask.cpu()
+        for name, axis in axes.items()
+    }
+    rows, columns = (everything, everything), dict[str, tuple[Tensor, Tensor]]()
+    if cuts_samples and samples > 2:
+        order = _shortest_first(list(masks.values()))
+        choices = [([*order[:2], third], order[:2]) for third in order[2:]]
+        # Two copies of other lengths, both without positions that are padding everywhere, are best: a model may cut
+        # such positions off.
+        rows = next((choice for choice in choices if _sizes(masks.values(), choice) is not None), choices[0])
+    if cuts_positions:
+        cut = [name for name, axis in axes.items() if axis.tensors and axis.size > 1]
+        taken = {(len(rows[0]), len(rows[1]))}
+        for name in cut:
+            columns[name] = _columns(masks[name], rows, taken)
             taken.add((len(columns[name][0]), len(columns[name][1])))
-    if not columns and len(numbers[0]) == len(numbers[1]):
+    if not columns and len(rows[0]) == len(rows[1]):
         return None
     first, second = (
         Cut(
-            _cut(batch, axes, torch.tensor(rows), {name: pair[number] for name, pair in columns.items()}),
-            len(rows),
+            _cut(batch, axes, torch.tensor(numbers), {name: pair[number] for name, pair in columns.items()}),
+            len(numbers),
             {name: len(columns[name][number]) if name in columns else axis.size for name, axis in axes.items()},
         )
-        for number, rows in enumerate(numbers)
+        for number, numbers in enumerate(rows)
     )
     return first, second
 
 
-def _columns(
-    axis: _Axis, samples: int, numbers: Sequence[Sequence[int]], taken: set[tuple[int, int]]
-) -> tuple[Tensor, Tensor]:
+def _sizes(masks: Iterable[Tensor], rows: Sequence[Sequence[int]]) -> list[tuple[int, int]] | None:
+    """The numbers of positions with data in each of two sets of samples; ``None`` if they cannot be told apart."""
+    sizes = [(int(mask[rows[0]].any(0).sum()), int(mask[rows[1]].any(0).sum())) for mask in masks]
+    pairs = [(len(rows[0]), len(rows[1])), *sizes]
+    return sizes if len(set(pairs)) == len(pairs) and all(0 < two < one for one, two in pairs) else None
+
+
+def _columns(mask: Tensor, rows: Sequence[Sequence[int]], taken: set[tuple[int, int]]) -> tuple[Tensor, Tensor]:
     """The positions to keep in each copy: those with data, and one more or fewer until their numbers differ."""
-    mask = torch.ones(samples, axis.size, dtype=torch.bool) if axis.mask is None else axis.mask.cpu()
-    reached = [mask[list(rows)].any(0) for rows in numbers]
+    reached = [mask[list(numbers)].any(0) for numbers in rows]
     sizes = [max(int(entry.sum()), 1) for entry in reached]
     while sizes[0] == sizes[1] or (sizes[0], sizes[1]) in taken:
-        if sizes[0] < axis.size:
+        if sizes[0] < mask.shape[1]:
             sizes[0] += 1
         elif sizes[1] > 1:
             sizes[1] -= 1
@@ -174,7 +183,7 @@ def _select(tensor: Tensor, dim: int, index: Tensor) -> Tensor:
 
 def _shortest_first(masks: Sequence[Tensor]) -> list[int]:
     """The numbers of all samples. Those without data come last."""
-    lengths = torch.stack([mask.sum(1) for mask in masks]).cpu()
+    lengths = torch.stack([mask.sum(1) for mask in masks])
     has_data = (lengths > 0).all(0)
     order: list[int] = torch.argsort(lengths.sum(0) + (~has_data) * int(lengths.sum() + 1), stable=True).tolist()
     return order

@@ -50,7 +50,7 @@ class MergeReport:
         sizes: What became of parameters, as in ``parameters`` -> number of values. Private values are counted for each
             task. Values that no calibration data reached count as averaged.
         samples: Task -> number of calibration samples.
-        padding: A line for each task with padding: in which layers it was left out.
+        padding: In which layers padding was left out, one line for all tasks for which it is the same.
         overlap: Task -> how many of these samples are validated too; ``None`` if that cannot be known.
         skipped: Calibration batches that were left out because they lead to NaN or infinity.
         warnings: Everything unusual that was noticed.
@@ -187,7 +187,7 @@ class MergeReport:
         return table(layer_rows(self))
 
     def summary(self) -> str:
-        """Data and cost in two lines, then one line for the padding of each task and for each skipped batch."""
+        """Data and cost in two lines, then lines for the padding of tasks and for skipped batches."""
         return summarize(self)
 
     def to_markdown(self) -> str:
@@ -257,7 +257,7 @@ def averaged_rows(report: MergeReport) -> list[list[str]]:
 
 
 def summarize(report: MergeReport) -> str:
-    """Data and cost in two lines, then one line for the padding of each task and for each skipped batch."""
+    """Data and cost in two lines, then lines for the padding of tasks and for skipped batches."""
     resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
     cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
     phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}

@@ -67,9 +67,11 @@ def merge_layers(
     """
     context = context or Context()
     with context.peers.shares_failures(), one_at_a_time():
-        tasks, problems = with_places(tasks, merged, context)
         repairs = options.residual and options.two_sided
-        streams = ResidualStreams(find_residuals(tasks, merged, context) if repairs else {})
+        experts = Models(tasks, merged, ("expert",)) if repairs or any(task.has_masks for task in tasks) else None
+        tasks, problems = with_places(tasks, experts, context)
+        streams = ResidualStreams(find_residuals(tasks, merged, context, experts) if repairs else {})
+        del experts
         metrics: Mapping[str, Sequence[Tensor | None]] = {}
         if options.sensitivity:
             metrics = roots(tasks, merged, options.sensitivity, context.peers, context.quiet)

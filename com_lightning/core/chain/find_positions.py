@@ -21,22 +21,21 @@ from com_lightning.core.sweep.layer import CalibrationForward, forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.sweep import Sweep, Visitor
-from com_lightning.core.sweep.task import BatchId, Cut, LayerRecord, Places, Role, Task
+from com_lightning.core.sweep.task import BatchId, Cut, LayerRecord, Place, Places, Role, Task
+from com_lightning.errors import reason as one_line
 from com_lightning.errors import some
 
 Pair = tuple[int, int]
 """A size in the first and in the second small copy."""
 
 
-def with_places(
-    tasks: Sequence[Task], merged: Mapping[str, Tensor], context: Context
-) -> tuple[list[Task], dict[str, str]]:
+def with_places(tasks: Sequence[Task], models: Models | None, context: Context) -> tuple[list[Task], dict[str, str]]:
     """Find out which layers have the positions of which mask.
 
     Args:
         tasks: as for :func:`~com_lightning.core.chain.chain.merge_layers`. Each expert that has masks runs forward on
             two small batches.
-        merged: the tensors that are merged. They are not written.
+        models: the models of these tasks, in which the experts run. ``None``: no task has masks in this process.
         context: has the processes. For each task, all use the result of the first process that has one.
 
     Returns:
@@ -44,16 +43,14 @@ def with_places(
     """
     places: dict[str, Places] = {}
     problems: dict[str, str] = {}
-    models: Models | None = None
     for number, task in enumerate(tasks):
-        if not any(map(task.masks, task.batches)):
+        if models is None or not task.has_masks:
             continue
         for cuts in task.cuts(task.batches):
-            models = models or Models(tasks, merged, ("expert",))
             try:
                 places[task.name] = _places(tasks, models, number, cuts)
             except Exception as error:  # the user's model raises it, because it does not take batches of these sizes
-                problems.setdefault(task.name, f"{type(error).__name__}: {error}")
+                problems.setdefault(task.name, one_line(error))
                 continue
             break
     for theirs, their_problems in reversed(context.peers.exchange((places, problems))):
@@ -64,23 +61,23 @@ def with_places(
 
 
 def warn_of_doubts(records: Sequence[LayerRecord], problems: Mapping[str, str]) -> list[str]:
-    """Return a warning for each task with layers whose rows a mask may have picked by chance.
+    """Return warnings of layers whose rows a mask may have picked by chance.
 
     Args:
         records: of the merged layers.
         problems: task -> why the place of its masks is not known.
     """
-    layers: dict[str, list[str]] = defaultdict(list)
-    for record in records:
-        for task in record.doubtful:
-            layers[task].append(record.name)
+    tasks: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
+    for task in dict.fromkeys(task for record in records for task in record.doubtful):
+        names = tuple(record.name for record in records if task in record.doubtful)
+        tasks[names, problems.get(task, "")].append(task)
     warnings = []
-    for task, names in layers.items():
-        reason = f" (a forward of a smaller batch failed: {problems[task]})" if task in problems else ""
+    for (names, problem), of_tasks in tasks.items():
+        reason = f" (a forward of a smaller batch failed: {problem})" if problem else ""
         warnings.append(
-            f"task '{task}': its padding mask fits the inputs of {some(names)}, but these may be "
-            f"other rows than those that it was made for{reason}; to be sure, use batches whose numbers of samples "
-            "and of positions differ from each other and from the sizes in the model"
+            f"padding of {some(of_tasks)}: a mask fits the inputs of {some(names)}, but these may be other rows than "
+            f"those that it was made for{reason}; to be sure, use batches whose numbers of samples and of positions "
+            "differ from each other and from the sizes in the model"
         )
     return warnings
 
@@ -99,7 +96,8 @@ def _places(tasks: Sequence[Task], models: Models, number: int, cuts: tuple[Cut,
         if len(shapes) == 2 and len(shapes[0]) == len(shapes[1]):
             sizes = list(zip(shapes[0], shapes[1]))
             layouts = {name: _layout(sizes, samples, pair) for name, pair in positions.items()}
-            places[key] = {name: layout for name, layout in layouts.items() if layout is not None}
+            known = {name: layout for name, layout in layouts.items() if layout is not None}
+            places[key] = Place(known, frozenset(first for first, second in sizes[:2] if first == second))
     return places
 
 

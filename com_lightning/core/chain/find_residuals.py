@@ -45,7 +45,9 @@ _TRANSPOSES = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "movea
 _FOLLOWED_FUNCTIONS = _ADDITIONS | _PRODUCTS | _RESHAPES | _TRANSPOSES
 
 
-def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], context: Context) -> dict[str, list[Source]]:
+def find_residuals(
+    tasks: Sequence[Task], merged: Mapping[str, Tensor], context: Context, models: Models | None = None
+) -> dict[str, list[Source]]:
     """Find the layers whose output is added to a residual stream.
 
     If the forward fails for every task, this is a warning, also in ``context.warnings`` for the report, and no stream
@@ -56,6 +58,7 @@ def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], context:
             first batch.
         merged: the tensors that are merged. They are not written.
         context: has the processes. All use the result of the first process that has one.
+        models: the models of these tasks, in which the experts run. ``None``: they are made here.
 
     Returns:
         Layer -> the tensors that its output is added to and that are known before the layer is solved.
@@ -66,7 +69,8 @@ def find_residuals(tasks: Sequence[Task], merged: Mapping[str, Tensor], context:
     for batch in sorted(first_batches.values()):
         search = ResidualSearch()
         try:
-            Sweep(tasks, Models(tasks, merged, ("expert",)), search, batches=[batch]).run()
+            models = models or Models(tasks, merged, ("expert",))
+            Sweep(tasks, models, search, batches=[batch]).run()
         except Exception as error:  # the user's model raises it, perhaps because of a bad batch
             problem = problem or f"task '{tasks[batch.task].name}': {type(error).__name__}: {error}"
             continue

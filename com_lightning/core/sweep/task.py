@@ -65,9 +65,21 @@ class Cut(NamedTuple):
     positions: Mapping[str, int]
 
 
+class Place(NamedTuple):
+    """What small copies of a batch have shown about the input or output of a layer.
+
+    Attributes:
+        layouts: name of each mask whose positions it has -> how they lie in it.
+        constants: those of its first two sizes that were the same in both copies.
+    """
+
+    layouts: Mapping[str, Layout]
+    constants: frozenset[int]
+
+
 Role = Literal["input", "output"]
-Places = Mapping[tuple[Role, str], Mapping[str, Layout]]
-"""Input or output of a layer -> name of each mask whose positions it has -> how they lie in it."""
+Places = Mapping[tuple[Role, str], Place]
+"""Input or output of a layer -> its place."""
 
 
 @dataclass
@@ -111,6 +123,11 @@ class Task:
         """The number of each batch among those of all processes."""
         return range(len(self.batches)) if self.numbers is None else self.numbers
 
+    @property
+    def has_masks(self) -> bool:
+        """Whether a batch has padding masks."""
+        return any(map(self.masks, self.batches))
+
     def with_batches(self, numbers: Sequence[int]) -> Task:
         """The same task with only the batches of these numbers."""
         batches = dict(zip(self.batch_numbers, self.batches))
@@ -131,14 +148,16 @@ class Task:
         if not masks:
             return None
         place = None if self.places is None else self.places.get((role, layer))
-        if place:
-            return RowMask([(masks[name].mask, layout) for name, layout in place.items() if name in masks])
+        if place and place.layouts:
+            return RowMask([(masks[name].mask, layout) for name, layout in place.layouts.items() if name in masks])
         certain = [padding.mask for padding in masks.values() if padding.is_certain]
         if place is None:
             return RowMask([(mask, None) for mask in certain])
-        # The small copies had no such positions here. A model that pads its inputs itself may have them nonetheless.
+        # The small copies had no such positions here. A model that pads its inputs to a multiple of something may have
+        # them nonetheless. If not, a size of the model is by chance the number of positions.
         layouts: tuple[Layout, ...] = ("samples first", "flat", "positions first")
-        return RowMask([(mask, layout) for mask in certain for layout in layouts], is_uncertain=True)
+        is_uncertain = any(not place.constants.isdisjoint(mask.shape[1:]) for mask in certain)
+        return RowMask([(mask, layout) for mask in certain for layout in layouts], is_uncertain)
 
 
 def batch_ids(tasks: Sequence[Task]) -> Iterator[BatchId]:
