@@ -42,7 +42,7 @@ def summarize_parameters(
     expert = next(iter(experts.values()))
     ties, shared = tied_names(expert), set(parameters.shared)
     solved, notes = _solved_values(records, ties)
-    has_zeros = {ties[name] for record in records for name in record.zeros if name in ties}
+    has_zeros = {ties[name] for record in records for name in record.kept if name in ties}
     rules = {ties[record.name]: record.layer_type for record in records if isinstance(record, ParameterRecord)}
     estimated = {name for record in records for name in record.buffers}
     outcomes: dict[str, ParameterOutcome] = {}
@@ -92,7 +92,7 @@ def _solved_values(records: Sequence[LayerRecord], ties: Mapping[str, str]) -> t
         if record.task is not None or isinstance(record, ParameterRecord):
             continue
         for name, count in record.parameters.items():
-            zeros = record.zeros.get(name, 0)
+            zeros = record.kept.get(name, 0)
             reached = count - zeros - count * record.groups_without_data // max(record.groups, 1)
             solved[ties[name]] = solved.get(ties[name], 0) + reached
             if not reached:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from transformers import (
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Padding, Task
 from com_lightning.core.tensors.modules import average, named_tensors, tied_names
 from tests.helpers.classifier import built
@@ -106,6 +107,8 @@ def merge(
     importance: list[float] | None = None,
     call: Callable[[nn.Module, Any, int], object] = lambda module, batch, index: module(batch),
     mask: Callable[[Any], Tensor | None] = lambda batch: None,
+    context: Context | None = None,
+    base: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Tensor], list[LayerRecord]]:
     importance = importance or [1 / len(experts)] * len(experts)
     states = [{n: t for n, t, _ in named_tensors(e)} for e in experts]
@@ -116,7 +119,7 @@ def merge(
             value = nn.Parameter(average([s[name] for s in states], importance), False)
             merged[name] = merged.get(ties[name], value)
     tasks = [Task(f"task{i}", e, b, call, only(mask)) for i, (e, b) in enumerate(zip(experts, batches))]
-    return merged, merge_layers(tasks, merged, importance, rule or ChainOptions())
+    return merged, merge_layers(tasks, merged, importance, rule or ChainOptions(), context, base)
 
 
 def only(mask: Callable[[Any], Tensor | None]) -> Callable[[Any], dict[str, Padding]]:

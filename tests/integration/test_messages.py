@@ -310,17 +310,23 @@ def test_adapters_in_modules_beside_a_plain_model_are_one_problem() -> None:
 
 
 def test_rows_without_data_count_as_averaged() -> None:
-    module = nn.ModuleDict({"table": nn.Embedding(10, 2), "head": nn.Linear(2, 3), "late": nn.Linear(2, 1)})
+    layers = {"table": nn.Embedding(10, 2), "head": nn.Linear(2, 3), "late": nn.Linear(2, 1), "state": nn.Linear(2, 1)}
+    module = nn.ModuleDict({**layers, "parts": nn.Conv1d(4, 4, 1, groups=4)})
     records = [
         LayerRecord("table", "embedding", {"table.weight": 20}, groups=10, groups_without_data=7),
         LayerRecord("head", "linear", {"head.weight": 6, "head.bias": 3}, groups=1),
         LayerRecord("late", "linear", {"late.weight": 2, "late.bias": 1}, groups=1, groups_without_data=1),
+        LayerRecord("state", "linear", {"state.weight": 2, "state.bias": 1}, groups=1, kept={"state.weight": 2}),
+        LayerRecord("parts", "convolution", {"parts.weight": 4, "parts.bias": 4}, groups=4, kept={"parts.weight": 1}),
     ]
     shared = Parameters([name for name, _ in module.named_parameters()], {"a": []}, {"adapter.weight"})
     outcomes, sizes = summarize_parameters({"a": module}, shared, records, True)
-    assert sizes == {"solved": 6 + 9, "averaged": 14 + 3, "private": 0, "re-estimated": 0, "buffer": 0}
+    assert sizes == {"solved": 6 + 9 + 1 + 7, "averaged": 14 + 3 + 2 + 1, "private": 0, "re-estimated": 0, "buffer": 0}
     assert str(outcomes["table.weight"]) == "solved in part: no calibration data reached 14 of its values"
     assert str(outcomes["late.bias"]) == "averaged: no calibration data reached it"
+    assert str(outcomes["state.weight"]) == "averaged: its calibration inputs are all zero"
+    assert str(outcomes["parts.weight"]) == "solved in part: calibration gave 1 of its values no inputs, or only zeros"
+    assert {str(outcomes[name]) for name in ("state.bias", "parts.bias")} == {"solved"}
     assert str(outcomes["adapter.weight"]) == "folded"
 
 
@@ -335,6 +341,12 @@ def test_rows_without_data_count_as_averaged() -> None:
 )
 def test_notes_on_missing_data(kind: str, groups: int, idle: int, note: str) -> None:
     assert note in MergeReport(layers=[LayerRecord("x", kind, groups=groups, groups_without_data=idle)]).layer_table()
+
+
+def test_notes_on_zeros_and_calls() -> None:
+    record = LayerRecord("x", "convolution", groups=4, groups_of_zeros=3, calls=6, late=2)
+    table = MergeReport(layers=[record]).layer_table()
+    assert "3 of 4 groups saw only zeros; merged from the first of 6 calls; 2 forwards came after" in table
 
 
 def test_the_summary_is_a_sentence() -> None:

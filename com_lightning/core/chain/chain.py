@@ -243,7 +243,7 @@ class LayerSolver(Visitor):
                 is_original = stored.startswith(f"parametrizations.{local}.") and count == values.numel()
                 if count and name in record.parameters and (stored == local or is_original):
                     kept = part.of(self.models.merged[part.name]).numel() if is_original else count
-                    record.zeros[name] = record.zeros.get(name, 0) + kept
+                    record.kept[name] = record.kept.get(name, 0) + kept
 
     def _write_task_tensors(
         self, layer: Layer, weights: Sequence[Tensor], means: Sequence[InputMeans] | None

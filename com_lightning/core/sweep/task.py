@@ -190,7 +190,7 @@ class LayerRecord:
         groups: number of independent regressions (rows of a table, experts of a mixture, channels).
         groups_without_data: how many of them no data reached. They keep the average.
         groups_of_zeros: how many others had only zeros as inputs. Their weights keep the average.
-        zeros: full name of each parameter that has such weights -> how many of its values these are.
+        kept: full name of each parameter that has such weights -> how many of its values these are.
         calls: how often a forward calls the layer, at most. It is merged from the inputs of the first call.
         late: forwards that came to the layer only after it was merged, so that their inputs do not count.
         groups_kept_average: how many others keep the average because their solution is no better. Only rounding causes
@@ -222,7 +222,7 @@ class LayerRecord:
     groups: int = 0
     groups_without_data: int = 0
     groups_of_zeros: int = 0
-    zeros: dict[str, int] = field(default_factory=dict)
+    kept: dict[str, int] = field(default_factory=dict)
     calls: int = 1
     late: int = 0
     groups_kept_average: int = 0

@@ -7,10 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.output_error import OutputError
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import NonFiniteError
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import NAMES_OF_5, built
@@ -297,3 +300,81 @@ def test_one_output_at_a_time_waits_to_be_compared(monkeypatch: pytest.MonkeyPat
     merge(experts, batches)
     assert min(map(len, batches)) > 1
     assert set(waiting) == {0, 1}
+
+
+class Cell(nn.Module):
+    """A recurrent cell that starts with zeros."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wx, self.wh, self.head = nn.Linear(5, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+        self.gate = nn.Parameter(torch.randn(4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 4)
+        for _ in range(3):
+            state = torch.tanh(self.wx(x) + self.wh(state))
+            state = state + F.linear(state, self.gate)
+        return self.head(state)  # type: ignore[no-any-return]
+
+
+def test_calls_of_a_layer_are_counted_and_only_the_first_counts() -> None:
+    context = Context()
+    experts, batches = built(Cell), [[points(0)], [points(10)]]
+    _, records = merge(experts, batches, context=context)
+    assert {r.name: r.calls for r in records} == {"wx": 3, "wh": 3, "gate": 3, "head": 1}
+    [warning] = context.warnings
+    assert warning.startswith("wx, wh, gate: called more than once in a forward (wx 3 times)")
+    context = Context()
+    merge(*case("bert"), context=context)  # its table of words is tied to nothing
+    assert not context.warnings
+
+
+@pytest.mark.parametrize("rule", [ChainOptions(), ChainOptions(anchor="base", joint=False, target="merged")])
+def test_a_weight_that_saw_only_zeros_keeps_the_average(rule: ChainOptions) -> None:
+    experts, batches = built(Cell), [[points(0)], [points(10)]]
+    base = {name: torch.zeros_like(value) for name, value in tensors(experts[0]).items()}
+    merged, records = merge(experts, batches, rule, base=base if rule.anchor == "base" else None)
+    record = next(record for record in records if record.name == "wh")
+    assert (record.groups_of_zeros, record.groups_without_data) == (1, 0)
+    assert record.kept == {"wh.weight": 16}
+    mean = average([expert.wh.weight for expert in experts])  # type: ignore[union-attr]
+    torch.testing.assert_close(merged["wh.weight"], mean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("make", "kept", "groups"),
+    [
+        (lambda: nn.Linear(5, 3, bias=False), {"0.weight": 15}, (1, 0)),
+        (lambda: nn.Conv1d(2, 4, 1, groups=2), {"0.weight": 2}, (1, 0)),
+        (
+            lambda: weight_norm(nn.Linear(5, 3)),
+            {f"0.parametrizations.weight.original{n}": k for n, k in ((0, 3), (1, 15))},
+            (1, 0),
+        ),
+        (lambda: nn.Embedding(9, 2), {}, (0, 7)),
+    ],
+    ids=["linear", "grouped", "parametrised", "embedding"],
+)
+def test_zeros_are_told_from_missing_data(make: Any, kept: dict[str, int], groups: tuple[int, int]) -> None:
+    experts = built(lambda: nn.Sequential(make()))
+    inputs = {nn.Conv1d: torch.stack([torch.zeros(7, 5), torch.randn(7, 5)], 1), nn.Embedding: torch.tensor([[0, 1]])}
+    batch = inputs.get(type(experts[0][0]), torch.zeros(7, 5))  # type: ignore[index]
+    [record] = merge(experts, [[batch], [batch]])[1]
+    assert (record.groups_of_zeros, record.groups_without_data) == groups
+    assert record.kept == kept
+
+
+def test_forwards_that_come_late_to_a_layer_are_told() -> None:
+    class EitherOrder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(5, 5), nn.Linear(5, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(self.two(x)) if len(x) == 3 else self.two(self.one(x))  # type: ignore[no-any-return]
+
+    context = Context()
+    _, records = merge(built(EitherOrder), [[torch.randn(2, 5)], [torch.randn(3, 5)]], context=context)
+    assert {record.name: record.late for record in records} == {"one": 2, "two": 0}
+    assert "one: reached by some forwards only after it was merged" in context.warnings[0]
