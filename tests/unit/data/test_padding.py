@@ -15,8 +15,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers import RowMask, rows_with_data
-from com_lightning.core.sweep.task import LayerRecord, Task
+from com_lightning.core.sweep.task import LayerRecord, Padding, Task
 from com_lightning.core.tensors.modules import average, named_tensors
+from com_lightning.data.padding import count_padding, describe_padding, padding_masks
+from com_lightning.errors import MergeError
+from com_lightning.results.report import MergeReport
 from tests.helpers import perturb, relative
 from tests.helpers.chains import only
 
@@ -211,3 +214,42 @@ def test_a_mask_fits_positions_in_any_order() -> None:
         assert index is not None
         assert index.tolist() == expected
     assert rows_with_data(RowMask([(mask, None)]), torch.Size([2])) is None
+
+
+def names_and_rows(batch: Any) -> dict[str, tuple[int, bool]]:
+    masks = padding_masks(batch, nn.Module(), "task 'a', calibration batch 0")
+    return {name: (int(padding.mask.sum()), padding.is_certain) for name, padding in masks.items()}
+
+
+def test_masks_are_found_wherever_a_batch_has_them() -> None:
+    mask, labels = torch.tensor([[1, 1, 0], [1, 0, 0]]), torch.tensor([[5, -100], [5, 6]])
+    assert names_and_rows(({"attention_mask": mask}, labels)) == {"0.attention_mask": (3, True)}
+    both = {"query": {"attention_mask": mask}, "text": {"attention_mask": 1 - mask}}
+    assert names_and_rows(both) == {"query.attention_mask": (3, True), "text.attention_mask": (3, True)}
+    seq2seq = {"attention_mask": mask, "labels": labels}
+    assert names_and_rows(seq2seq) == {"attention_mask": (3, True), "labels": (3, False)}
+    with_own = {**seq2seq, "decoder_attention_mask": labels > 0}
+    assert names_and_rows(with_own) == {"attention_mask": (3, True), "decoder_attention_mask": (3, True)}
+    assert names_and_rows({"attention_mask": mask[:, None, None], "labels": labels.float()}) == {}
+    assert names_and_rows({"labels": labels.clamp_min(0)}) == {}  # nothing is left out
+    with pytest.raises(MergeError, match=r"calibration batch 0: its text\.attention_mask.*leaves out every position"):
+        names_and_rows({"text": {"attention_mask": 0 * mask}})
+
+
+def test_the_report_says_where_padding_was_left_out() -> None:
+    masks: dict[str, dict[str, Padding]] = {
+        "a": {"attention_mask": Padding(torch.tensor([[True, False], [True, True]]))},
+        "b": {"attention_mask": Padding(torch.ones(2, 2).bool())},
+        "c": {"labels": Padding(torch.tensor([[True, False], [True, True]]), is_certain=False)},
+    }
+    tasks = [Task(name, nn.Module(), [own], masks=lambda batch: batch) for name, own in masks.items()]
+    rows = {"first": (3, "ad"), "second": (3, "ad"), "conv": (9, ""), "head": (4, ""), "not reached": (0, "")}
+    records = [LayerRecord(n, "", rows=dict.fromkeys("abcd", k), masked=list(m)) for n, (k, m) in rows.items()]
+    twice = [count_padding(tasks)] * 2  # two processes
+    lines, warnings = describe_padding(twice, records)
+    first = "2 layers (first to second); not in 1 layer (conv) with more rows than samples; 1 layer (head)"
+    assert lines == [f"a: left out in {first} with as many rows as samples"]  # c's labels belong to no layer
+    assert not warnings
+    [nowhere] = describe_padding(twice, [LayerRecord("conv", "", rows={"a": 9})])[1]
+    assert nowhere.startswith("task 'a': its padding mask, (2, 2), fits the inputs of no layer")
+    assert "Padding of a: left out in 2" in MergeReport(padding=lines).summary()
