@@ -33,7 +33,7 @@ def summarize_parameters(
         parameters: Which names are shared, private, or part of a merged adapter.
         records: Records of all layers and parameters.
         by_layer: Whether the method merges layers that calibration data reach.
-        task_biases: Shared names that were solved for each task separately.
+        task_biases: Shared names that are solved for each task separately, where data reach them.
         refitted: Task -> its private names that were solved for the merged model.
 
     Returns:
@@ -50,7 +50,7 @@ def summarize_parameters(
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in shared:
             continue
-        if name in task_biases:
+        if name in task_biases and (solved.get(ties[name]) or name in estimated):
             outcomes[name] = ParameterOutcome("private, solved for each task")
             sizes["private"] += len(experts) * tensor.numel()
             continue
@@ -67,7 +67,8 @@ def summarize_parameters(
         elif first in rules:
             outcome = ParameterOutcome("merged", rules[first])
         else:
-            note = notes.get(first, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
+            layer = name.partition(".parametrizations.")[0] if ".parametrizations." in name else name.rpartition(".")[0]
+            note = notes.get(first, notes.get(layer, "no calibration forward uses it"))
             outcome = ParameterOutcome("averaged", note if by_layer else None)
         outcomes[name] = outcome
         if first == name:

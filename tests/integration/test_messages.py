@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
+from torch.nn.utils.parametrizations import weight_norm
 
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeReport
 from com_lightning.core.sweep.task import LayerRecord
@@ -328,6 +329,27 @@ def test_rows_without_data_count_as_averaged() -> None:
     assert str(outcomes["parts.weight"]) == "solved in part: calibration gave 1 of its values no inputs, or only zeros"
     assert {str(outcomes[name]) for name in ("state.bias", "parts.bias")} == {"solved"}
     assert str(outcomes["adapter.weight"]) == "folded"
+
+
+def test_what_was_not_solved_has_its_own_reason() -> None:
+    module = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2), "bound": weight_norm(nn.Linear(2, 2))})
+    records = [
+        LayerRecord("used", "linear", {"used.weight": 4, "used.bias": 2}, groups=1),
+        LayerRecord("bound", "linear", note="its weight cannot be written"),
+    ]
+    shared = Parameters([name for name, _ in module.named_parameters()], {"a": [], "b": []}, set())
+    biases = [f"{name}.bias" for name in module]
+    outcomes, sizes = summarize_parameters({"a": module, "b": module}, shared, records, True, biases)
+    assert {name: str(outcome) for name, outcome in outcomes.items()} == {
+        "used.weight": "solved",
+        "used.bias": "private, solved for each task",
+        "idle.weight": "averaged: no calibration forward uses it",
+        "idle.bias": "averaged: no calibration forward uses it",
+        "bound.bias": "averaged: its weight cannot be written",
+        "bound.parametrizations.weight.original0": "averaged: its weight cannot be written",
+        "bound.parametrizations.weight.original1": "averaged: its weight cannot be written",
+    }
+    assert (sizes["solved"], sizes["private"], sizes["averaged"]) == (4, 2 * 2, 6 + 2 + 6)
 
 
 @pytest.mark.parametrize(
