@@ -19,9 +19,10 @@ _WHERE = "give True (or 1) where data is, by calibration_mask(batch) of your mod
 def padding_masks(batch: Any, expert: nn.Module, label: str) -> dict[str, Padding]:
     """Return the masks over a batch's positions, by the name of what they were made from.
 
-    They are what the module's ``calibration_mask(batch)`` gives, or else each ``attention_mask`` and
-    ``decoder_attention_mask`` in the batch. Without the latter, the decoder's mask comes from ``labels``, where they
-    leave out positions by -100. They may be those of the encoder too, so they are not certain.
+    They are each ``attention_mask`` and ``decoder_attention_mask`` in the batch. Without the latter, a decoder's mask
+    comes from ``labels``, where they leave out positions by -100. They may be labels of the input too, so this mask is
+    not certain. What the module's ``calibration_mask(batch)`` gives replaces the masks that are no decoder's. If that
+    is ``None``, there is no padding.
 
     Args:
         batch: a calibration batch.
@@ -31,13 +32,16 @@ def padding_masks(batch: Any, expert: nn.Module, label: str) -> dict[str, Paddin
     Raises:
         MergeError: if a mask is not a tensor of booleans or of 0 and 1, or if it leaves out every position.
     """
+    masks: dict[str, Padding] = {}
     if callable(calibration_mask := getattr(expert, "calibration_mask", None)):
         mask = calibration_mask(batch)
-        return {} if mask is None else {USERS: Padding(_checked(mask, "what calibration_mask returns", label))}
-    masks = {}
+        if mask is None:
+            return {}
+        masks[USERS] = Padding(_checked(mask, "what calibration_mask returns", label))
     for path, value in tensors_in(batch):
         name, key = ".".join(path), path[-1] if path else ""
-        if key in ("attention_mask", "decoder_attention_mask") and value.dim() == 2:
+        is_mask = key == "decoder_attention_mask" or (key == "attention_mask" and USERS not in masks)
+        if is_mask and value.dim() == 2:
             masks[name] = Padding(_checked(value, f"its {name}", label))
         elif key == "labels" and value.dim() == 2 and not value.is_floating_point():
             counts = value != IGNORED

@@ -34,7 +34,8 @@ def smaller_batches(batches: Sequence[Batch]) -> Iterator[tuple[Cut, Cut]]:
         Two copies whose numbers of samples and positions differ, with as little padding as the batch allows.
     """
     batch = max(batches, key=_usefulness)
-    labels_are_own = [True, False] if any(_key(name) == "labels" for name in batch.masks) else [False]
+    has_labels = any(path and path[-1] == "labels" and tensor.dim() == 2 for path, tensor in tensors_in(batch.content))
+    labels_are_own = [True, False] if has_labels else [False]
     done: list[Any] = []
     for samples, positions in ((True, True), (True, False), (False, True)):
         for own in labels_are_own:
@@ -77,24 +78,23 @@ class _Axis:
 
 
 def _axes(batch: Batch, labels_are_own: bool) -> dict[str, _Axis]:
-    """Name of each mask -> its positions. A decoder's positions without a mask are named as its inputs."""
+    """Name of each mask -> its positions. Those of a decoder that has no mask are named after its inputs or labels."""
     axes = {
         name: _Axis(padding.mask.shape[1], padding.mask)
         for name, padding in batch.masks.items()
         if padding.mask.dim() == 2 and (labels_are_own or _key(name) != "labels")
     }
     found = [(".".join(path), tensor) for path, tensor in tensors_in(batch.content) if tensor.dim() > 1]
-    if USERS not in axes:
-        for name, tensor in found:
-            has_axis = any(_is_decoders(other, labels_are_own) and _shares(other, name) for other in axes)
-            if _key(name) == "decoder_input_ids" and not has_axis:
-                axes[name] = _Axis(tensor.shape[1], None)
+    for name, tensor in found:
+        has_axis = any(_is_decoders(other, labels_are_own) and _shares(other, name) for other in axes)
+        if _is_decoders(name, labels_are_own) and tensor.dim() == 2 and not has_axis:
+            axes[name] = _Axis(tensor.shape[1], None)
     samples = _samples(batch)
     for name, tensor in found:
         fitting = [
             other
             for other, axis in axes.items()
-            if (other == USERS or _is_decoders(other, labels_are_own) == _is_decoders(name, labels_are_own))
+            if _is_decoders(other, labels_are_own) == _is_decoders(name, labels_are_own)
             and {samples, axis.size} == set(tensor.shape[:2])
         ]
         shared = [other for other in fitting if _shares(other, name)]

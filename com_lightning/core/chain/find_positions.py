@@ -46,13 +46,14 @@ def with_places(tasks: Sequence[Task], models: Models | None, context: Context) 
     for number, task in enumerate(tasks):
         if models is None or not task.has_masks:
             continue
-        for cuts in task.cuts(task.batches):
+        cuts = iter(task.cuts(task.batches))
+        while task.name not in places:
             try:
-                places[task.name] = _places(tasks, models, number, cuts)
-            except Exception as error:  # the user's model raises it, because it does not take batches of these sizes
+                if (pair := next(cuts, None)) is None:
+                    break
+                places[task.name] = _places(tasks, models, number, pair)
+            except Exception as error:  # the user's model does not take batches of these sizes, or of this kind
                 problems.setdefault(task.name, one_line(error))
-                continue
-            break
     for theirs, their_problems in reversed(context.peers.exchange((places, problems))):
         places.update(theirs)
         problems.update(their_problems)

@@ -37,7 +37,7 @@ class ForwardId(NamedTuple):
     stream: Stream
 
 
-@dataclass(frozen=True)
+@dataclass
 class Padding:
     """Which positions of a batch are data.
 

@@ -11,7 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from com_lightning import ChainOfMergesCallback, Fisher, MergeDataModule, MergeError, RegMean, TaskLoaders
 from com_lightning.core.sweep.distributed import Alike
+from com_lightning.core.sweep.task import Padding
 from com_lightning.data.augmentation import perturbed, with_copies
+from com_lightning.data.steps import Batch
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 
@@ -109,3 +111,10 @@ def test_a_rule_that_needs_labels_refuses_copies() -> None:
     callback = ChainOfMergesCallback(dict(zip("ab", make_experts())), Fisher())
     with pytest.raises(MergeError, match=r"data\.augmented_copies: Fisher needs labels"):
         quiet_trainer(callbacks=[callback]).validate(Classifier(3), datamodule=data, verbose=False)
+
+
+def test_masks_change_with_what_they_were_made_from() -> None:
+    ids = torch.randint(1, 30, (6, 8)) * (torch.arange(8) < torch.arange(3, 9)[:, None])
+    changed = perturbed(Batch({"input_ids": ids}, 0, {"attention_mask": Padding(ids != 0)}), 3)
+    assert not torch.equal(changed.content["input_ids"], ids)
+    assert torch.equal(changed.masks["attention_mask"].mask, changed.content["input_ids"] != 0)

@@ -114,10 +114,11 @@ def test_labels_may_have_positions_of_their_own_or_not() -> None:
     assert set(pairs[1][0].positions) == {"attention_mask"}
 
 
-def test_a_decoder_has_positions_of_its_own_without_a_mask_too() -> None:
-    content = {**text([2, 3, 4, 5, 6], 6), "decoder_input_ids": torch.ones(5, 6, dtype=torch.long)}
+@pytest.mark.parametrize("name", ["decoder_input_ids", "labels"])
+def test_a_decoder_has_positions_of_its_own_without_a_mask_too(name: str) -> None:
+    content = {**text([2, 3, 4, 5, 6], 6), name: torch.ones(5, 6, dtype=torch.long)}
     first, second = next(smaller_batches([batch_of(content)]))
-    assert {"attention_mask", "decoder_input_ids"} == set(first.positions)
+    assert {"attention_mask", name} == set(first.positions)
     assert len({*sizes((first, second))}) == 3
 
 
