@@ -173,7 +173,7 @@ def execute(
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
     )
-    report.padding, unmasked = describe_padding(peers.exchange(count_padding(tasks)), report.layers)
+    report.padding, unmasked = describe_padding(peers.exchange(count_padding(tasks)), report.layers, context.unplaced)
     report.warnings += unmasked
     report.warnings += [warning for sample in samples.values() for warning in sample.warnings]
     return modules, report

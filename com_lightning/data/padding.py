@@ -102,13 +102,14 @@ def count_padding(tasks: Sequence[Task]) -> dict[str, PaddingCount]:
 
 
 def describe_padding(
-    counts: Sequence[Mapping[str, PaddingCount]], records: Sequence[LayerRecord]
+    counts: Sequence[Mapping[str, PaddingCount]], records: Sequence[LayerRecord], unplaced: Mapping[str, str]
 ) -> tuple[list[str], list[str]]:
     """Say in which layers padding was left out.
 
     Args:
         counts: what :func:`count_padding` gives in each process.
         records: of the merged layers, if there are any.
+        unplaced: task -> why shapes alone tell where its masks belong.
 
     Returns:
         In which layers padding was left out, one line for all tasks for which it is the same. And warnings of tasks
@@ -130,6 +131,9 @@ def describe_padding(
         parts = [f"left out in {_layers(fitted)}"]
         parts += [f"not in {_layers(longer)} with more rows than samples"] if longer else []
         parts += [f"{_layers(single)} with as many rows as samples"] if single else []
+        parts += [f"told by shapes alone, as a forward of a smaller batch failed ({unplaced[name]})"] * (
+            name in unplaced
+        )
         lines.setdefault("; ".join(parts), []).append(name)
         start = f"task '{name}': its padding mask, {count.shape}, fits the inputs of"
         if not fitted:

@@ -69,7 +69,7 @@ def merge_layers(
     with context.peers.shares_failures(), one_at_a_time():
         repairs = options.residual and options.two_sided
         experts = Models(tasks, merged, ("expert",)) if repairs or any(task.has_masks for task in tasks) else None
-        tasks, problems = with_places(tasks, experts, context)
+        tasks = with_places(tasks, experts, context)
         streams = ResidualStreams(find_residuals(tasks, merged, context, experts) if repairs else {})
         del experts
         metrics: Mapping[str, Sequence[Tensor | None]] = {}
@@ -79,7 +79,7 @@ def merge_layers(
         solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
         records = Sweep(tasks, models, solver, context, pager=pager).run()
-        context.warnings += warn_of_doubts(records, problems) + warn_of_unused_inputs(records)
+        context.warnings += warn_of_doubts(records, context.unplaced) + warn_of_unused_inputs(records)
         return records
 
 

@@ -33,7 +33,7 @@ def measure_drift(
     options = ChainOptions("merged", "expert")
     with context.peers.shares_failures():
         experts = Models(tasks, merged, ("expert",)) if any(task.has_masks for task in tasks) else None
-        tasks, _ = with_places(tasks, experts, context)
+        tasks = with_places(tasks, experts, context)
         del experts
         models = Models(tasks, merged, options.streams, task_tensors=task_tensors)
         return Sweep(tasks, models, DriftMeter(tasks, options, context), context).run()

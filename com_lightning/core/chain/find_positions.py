@@ -29,17 +29,15 @@ Pair = tuple[int, int]
 """A size in the first and in the second small copy."""
 
 
-def with_places(tasks: Sequence[Task], models: Models | None, context: Context) -> tuple[list[Task], dict[str, str]]:
-    """Find out which layers have the positions of which mask.
+def with_places(tasks: Sequence[Task], models: Models | None, context: Context) -> list[Task]:
+    """Return the tasks with what is known about which layers have the positions of which mask.
 
     Args:
         tasks: as for :func:`~com_lightning.core.chain.chain.merge_layers`. Each expert that has masks runs forward on
             two small batches.
         models: the models of these tasks, in which the experts run. ``None``: no task has masks in this process.
-        context: has the processes. For each task, all use the result of the first process that has one.
-
-    Returns:
-        The tasks with their places, and task -> why they could not be found.
+        context: has the processes. For each task, all use the result of the first process that has one. If there is
+            none, ``context.unplaced`` gets the reason.
     """
     places: dict[str, Places] = {}
     problems: dict[str, str] = {}
@@ -57,21 +55,21 @@ def with_places(tasks: Sequence[Task], models: Models | None, context: Context) 
     for theirs, their_problems in reversed(context.peers.exchange((places, problems))):
         places.update(theirs)
         problems.update(their_problems)
-    problems = {name: problem for name, problem in problems.items() if name not in places}
-    return [replace(task, places=places.get(task.name)) for task in tasks], problems
+    context.unplaced.update({name: problem for name, problem in problems.items() if name not in places})
+    return [replace(task, places=places.get(task.name)) for task in tasks]
 
 
-def warn_of_doubts(records: Sequence[LayerRecord], problems: Mapping[str, str]) -> list[str]:
+def warn_of_doubts(records: Sequence[LayerRecord], unplaced: Mapping[str, str]) -> list[str]:
     """Return warnings of layers whose rows a mask may have picked by chance.
 
     Args:
         records: of the merged layers.
-        problems: task -> why the place of its masks is not known.
+        unplaced: as in :class:`~com_lightning.core.sweep.context.Context`.
     """
     tasks: dict[tuple[tuple[str, ...], str], list[str]] = defaultdict(list)
     for task in dict.fromkeys(task for record in records for task in record.doubtful):
         names = tuple(record.name for record in records if task in record.doubtful)
-        tasks[names, problems.get(task, "")].append(task)
+        tasks[names, unplaced.get(task, "")].append(task)
     warnings = []
     for (names, problem), of_tasks in tasks.items():
         reason = f" (a forward of a smaller batch failed: {problem})" if problem else ""

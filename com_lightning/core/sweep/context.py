@@ -92,6 +92,7 @@ class Context:
             that layer on.
         skipped: the batches of all processes that have been skipped.
         warnings: warnings for the report.
+        unplaced: task -> why shapes alone tell where its padding masks belong.
         quiet: whether to hide progress bars.
     """
 
@@ -102,6 +103,7 @@ class Context:
     on_bad_batch: Literal["raise", "skip"] = "raise"
     skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    unplaced: dict[str, str] = field(default_factory=dict)
     quiet: bool = True
 
     def alone(self, task: str) -> Context:

@@ -246,10 +246,12 @@ def test_the_report_says_where_padding_was_left_out() -> None:
     rows = {"first": (3, "ad"), "second": (3, "ad"), "conv": (9, ""), "head": (4, ""), "not reached": (0, "")}
     records = [LayerRecord(n, "", rows=dict.fromkeys("abcd", k), masked=list(m)) for n, (k, m) in rows.items()]
     twice = [count_padding(tasks)] * 2  # two processes
-    lines, warnings = describe_padding(twice, records)
+    lines, warnings = describe_padding(twice, records, {})
     first = "2 layers (first to second); not in 1 layer (conv) with more rows than samples; 1 layer (head)"
     assert lines == [f"a: left out in {first} with as many rows as samples"]  # c's labels belong to no layer
     assert not warnings
-    [nowhere] = describe_padding(twice, [LayerRecord("conv", "", rows={"a": 9})])[1]
+    [line] = describe_padding(twice, records, {"a": "ValueError: no"})[0]
+    assert line.endswith("; told by shapes alone, as a forward of a smaller batch failed (ValueError: no)")
+    [nowhere] = describe_padding(twice, [LayerRecord("conv", "", rows={"a": 9})], {})[1]
     assert nowhere.startswith("task 'a': its padding mask, (2, 2), fits the inputs of no layer")
     assert "Padding of a: left out in 2" in MergeReport(padding=lines).summary()

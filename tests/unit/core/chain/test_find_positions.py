@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -36,7 +36,7 @@ def by_ids(module: nn.Module, batch: Batch, index: int) -> object:
 
 def merge(
     make: Callable[[], nn.Module],
-    contents: list[Mapping[str, Any]],
+    contents: Sequence[Mapping[str, Any]],
     call: Call = by_names,
     looks: bool = True,
     context: Context | None = None,
@@ -112,9 +112,9 @@ def test_as_many_samples_as_positions(make: Callable[[], nn.Module], call: Call,
 
 
 def t5() -> nn.Module:
-    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
-    config = hf.T5Config(**sizes, pad_token_id=0, decoder_start_token_id=0, dropout_rate=0.0)
-    return hf.T5ForConditionalGeneration(config)  # type: ignore[no-any-return]
+    sizes: dict[str, Any] = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    tokens: dict[str, Any] = {"pad_token_id": 0, "decoder_start_token_id": 0}
+    return hf.T5ForConditionalGeneration(hf.T5Config(**sizes, **tokens, dropout_rate=0.0))
 
 
 def translations(way: str) -> dict[str, Tensor]:
