@@ -131,9 +131,8 @@ def describe_padding(
         parts = [f"left out in {_layers(fitted)}"]
         parts += [f"not in {_layers(longer)} with more rows than samples"] if longer else []
         parts += [f"{_layers(single)} with as many rows as samples"] if single else []
-        parts += [f"told by shapes alone, as a forward of a smaller batch failed ({unplaced[name]})"] * (
-            name in unplaced
-        )
+        if name in unplaced:
+            parts.append(f"told by shapes alone, as a forward of a smaller batch failed ({unplaced[name]})")
         lines.setdefault("; ".join(parts), []).append(name)
         start = f"task '{name}': its padding mask, {count.shape}, fits the inputs of"
         if not fitted:
