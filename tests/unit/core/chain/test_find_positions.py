@@ -12,6 +12,7 @@ import transformers as hf
 from torch import Tensor, nn
 
 from com_lightning.core.chain.chain import merge_layers
+from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
@@ -254,3 +255,14 @@ def test_experts_and_batches_stay_as_they_are() -> None:
     before = copy.deepcopy(batch)
     merge(lambda: hf.BertForSequenceClassification(BERT), [batch])
     assert all(torch.equal(batch[name], before[name]) for name in before)
+
+
+def test_private_heads_are_told_apart_too() -> None:
+    experts = built(lambda: hf.BertForSequenceClassification(BERT))
+    shared = {name: value for name, value in averages(experts).items() if not name.startswith("classifier")}
+    batches = [Batch(texts(SOURCES, 6), 0, padding_masks(texts(SOURCES, 6), experts[0], "batch"))]
+    tasks = [Task(name, expert, batches, by_names, lambda b: b.masks) for name, expert in zip("ab", experts)]
+    for task in tasks:
+        task.cuts = smaller_batches
+    records, _ = refit(tasks, shared, {}, ChainOptions(refit_heads=True), Context())
+    assert {record.name: record.rows for record in records} == {f"classifier of {name}": {name: 6} for name in "ab"}
