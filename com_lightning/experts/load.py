@@ -19,7 +19,9 @@ from torch.optim.swa_utils import AveragedModel
 from com_lightning.compat import load_module
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.errors import MergeError, MergeWarning, reason
-from com_lightning.experts.adapters import ADAPTER_CONFIG, load_adapter, merge_adapter, merge_and_unload
+from com_lightning.experts.adapter_config import ADAPTER_CONFIG
+from com_lightning.experts.adapter_files import load_adapter
+from com_lightning.experts.adapters import merge_adapter, merge_and_unload
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
 from com_lightning.experts.state_dicts import ExtraKeys, fill, places, plain, plain_state, shape_of, some, submodule
@@ -60,6 +62,13 @@ def load_expert(
     label = label or f"expert '{name}'"
     if isinstance(source, nn.Module):
         source = _unwrapped(source)
+        if absent := [name for name, tensor, _ in named_tensors(source) if tensor.is_meta]:
+            raise MergeError(
+                [
+                    f"{label}: {some(absent, most=2)} are not in memory, but on the meta device (accelerate keeps them "
+                    "on disk): load the module without device_map, or with device_map='cpu'"
+                ]
+            )
     if isinstance(source, LightningModule):
         expert = copy.deepcopy(source)
     elif isinstance(source, nn.Module):

@@ -125,8 +125,8 @@ def _untied(model: LightningModule, experts: Mapping[str, LightningModule]) -> l
                 apart.setdefault((name, first), []).append(f"'{task}'")
     return [
         f"{name} and {first} are one tensor in your model, and two in {some(tasks)}: your class could not load what is "
-        "merged. Give a model that does not tie them (with transformers, tie_word_embeddings=False in its config), or "
-        "experts that do"
+        "merged. Untie them where your class makes the network, by a copy of its weight and, with transformers, "
+        "config.tie_word_embeddings = False, or give experts that tie them"
         for (name, first), tasks in apart.items()
     ]
 

@@ -35,7 +35,7 @@ def unmergeable_weights(
     shared: Collection[str],
     stored: Mapping[str, Mapping[str, torch.dtype]] | None = None,
 ) -> list[str]:
-    """Describe shared parameters that no rule can merge: quantised, complex, or in float8.
+    """Describe shared parameters that no rule can merge: quantised, complex, in float8, or matrices of integers.
 
     Args:
         modules: name for messages -> module.
@@ -67,6 +67,8 @@ def _unmergeable(tensor: Tensor, stored: torch.dtype | None) -> str | None:
         return f"is {name}, which no rule merges; name it in `private`, so that each task keeps its own"
     if dtype.is_floating_point and dtype not in _PRECISIONS:
         return f"is {name}, in which nothing can be computed; convert it to bfloat16, with its scales if it has any"
+    if not dtype.is_floating_point and tensor.dim() > 1:
+        return f"is {name}, which no rule merges; load the model without quantisation, or name it in `private`"
     return None
 
 

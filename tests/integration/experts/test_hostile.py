@@ -197,7 +197,7 @@ def test_an_adapter_executes_nothing(payload: Payload, tmp_path: Path, monkeypat
     mapping = {"base_model_class": "Evil", "parent_library": "evil_module"}
     load_expert("a", adapter(tmp_path / "one", auto_mapping=mapping), WithBert())
     told = refused(adapter(tmp_path / "two", megatron_config={"a": 1}, megatron_core="evil_module"), WithBert())
-    assert "makes PEFT load what is not in the folder" in told
+    assert "sets megatron_config, which cannot be merged or is not known to be harmless" in told
     folder = adapter(tmp_path / "three")
     (folder / "adapter_model.safetensors").unlink()
     for content in ({"x": payload}, payload):
