@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import signal
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
@@ -21,7 +19,7 @@ from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.data.datamodule import MergeDataModule
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, reason
 from com_lightning.execution import MergeResult, average_shared, execute, load_into, with_shared
 from com_lightning.experts.load import ExpertSource
 from com_lightning.experts.state_dicts import some
@@ -33,7 +31,7 @@ from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
 from com_lightning.results.loggers import log_layer, log_tasks
 from com_lightning.results.report import MergeReport
-from com_lightning.strategies import peers_of, require_mergeable, together
+from com_lightning.strategies import end_on_sigterm, peers_of, require_mergeable, together
 from com_lightning.validation import borrowed, default_trainer, single_device_trainer, validate_tasks
 
 
@@ -232,6 +230,10 @@ class ChainOfMergesCallback(Callback):
         if self.verbose and trainer.is_global_zero:
             print(f"\n{self.report}")
 
+    def on_validation_batch_end(self, trainer: Trainer, *batch: Any) -> None:
+        if self._plan is not None:
+            end_on_sigterm(trainer)
+
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._plan is not None and not self.merged:
             rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
@@ -240,8 +242,8 @@ class ChainOfMergesCallback(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._peers.explain(exception)
         try:
-            if self.merged and self._plan is not None:  # whatever a validation raised, the merge is not lost
-                self._finish()
+            if self.merged and self._plan is not None:
+                self._stopped(self._plan, exception)
         finally:
             self._leave()
 
@@ -284,8 +286,7 @@ class ChainOfMergesCallback(Callback):
                 bar.update()
                 log_layer(loggers, record, step)
                 step += 1
-                if trainer.received_sigterm:  # Lightning only takes note of the signal
-                    raise SIGTERMException(128 + signal.SIGTERM)
+                end_on_sigterm(trainer)
 
             options = self.options
             context = Context(on_layer, self._peers, memory_budget=options.budget, on_bad_batch=options.on_bad_batch)
@@ -308,6 +309,7 @@ class ChainOfMergesCallback(Callback):
             self.report.metrics[label] = validate_tasks(
                 evaluator, modules, data, label, quiet, prepared=True, peers=self._peers
             )
+            end_on_sigterm(trainer)
         self.report.choose_monitor(self.options.monitor, self.options.mode)
         self.report.compare_with_average()
         first = next(iter(self.report.metrics["merged"].values()))
@@ -329,6 +331,26 @@ class ChainOfMergesCallback(Callback):
         if self.options.output_dir and self._peers.rank == 0:
             self.save(self.options.output_dir, self.options.overwrite)
             rank_zero_info(f"The merged model is in {self.options.output_dir}.")
+
+    def _stopped(self, plan: MergePlan, cause: BaseException) -> None:
+        """Keep a merge whose validation has raised something. It is written unless a repeated command can go on."""
+        is_failure = isinstance(cause, Exception) and not self._peers.has_lost
+        has_journal = self._workplace is not None and self._workplace.journal.is_dir()
+        if is_failure or not (has_journal or "data" not in plan.method.needs):
+            what = f"failed ({reason(cause)})" if isinstance(cause, Exception) else "was interrupted"
+            self.report.warnings.append(
+                f"the validation {what}, so that metrics are missing; validate the result again"
+            )
+            self._finish()
+            return
+        with torch.inference_mode(False):
+            self.result.release(plan)
+        self._merged_from = []  # the next call merges again
+        if self.options.output_dir:
+            rank_zero_warn(
+                f"the validation was interrupted, and nothing was written to {self.options.output_dir}; run the same "
+                f"again{': it goes on from the layers that were solved' if has_journal else ''}"
+            )
 
     def _leave(self) -> None:
         """Let go of the plan with its experts, and of the lock on the output folder."""

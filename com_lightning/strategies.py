@@ -16,6 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision, TransformerEnginePrecision
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torchmetrics import Metric
 
 from com_lightning.core.sweep.distributed import ENDED, PeerError, Peers, ProcessGroup
@@ -118,6 +119,16 @@ def _is_running(process: int) -> bool:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def end_on_sigterm(trainer: Trainer) -> None:
+    """End the process if it was told to: Lightning only takes note of the signal.
+
+    Raises:
+        SIGTERMException: with the status that a process has which the signal ends.
+    """
+    if trainer.received_sigterm:
+        raise SIGTERMException(128 + signal.SIGTERM)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.tensors.modules import copy_on_same_storage
 from com_lightning.data.datamodule import MergeDataModule
-from com_lightning.strategies import alone
+from com_lightning.strategies import alone, end_on_sigterm
 
 
 def default_trainer(accelerator: str = "auto") -> Trainer:
@@ -53,10 +53,19 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
+            callbacks=[_EndsOnSigterm()],
             inference_mode=trainer.validate_loop.inference_mode,
             default_root_dir=trainer.default_root_dir,
             plugins=[LightningEnvironment()],  # that of a cluster would ask for all of its processes
         )
+
+
+class _EndsOnSigterm(Callback):
+    def on_validation_batch_end(self, trainer: Trainer, *batch: Any) -> None:
+        end_on_sigterm(trainer)
+
+    def on_test_batch_end(self, trainer: Trainer, *batch: Any) -> None:
+        end_on_sigterm(trainer)
 
 
 def validate_tasks(

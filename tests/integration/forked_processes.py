@@ -250,7 +250,12 @@ PLACES = ["early_peers", "loading", "forward", "add", "solve_or_average", "broad
 
 @pytest.mark.parametrize(
     ("place", "size", "culprit"),
-    [*((place, 2, number % 2) for number, place in enumerate(PLACES)), ("forward", 3, 0), ("broadcast", 3, 1)],
+    [
+        *((place, 2, number % 2) for number, place in enumerate(PLACES)),
+        ("forward", 3, 0),
+        ("broadcast", 3, 1),
+        ("validation", 2, 1),
+    ],
 )
 def test_a_process_that_is_killed_ends_all(place: str, size: int, culprit: int, tmp_path: Path) -> None:
     port = free_port()
@@ -265,6 +270,9 @@ def test_a_process_that_is_killed_ends_all(place: str, size: int, culprit: int, 
     finally:
         for host in hosts:
             host.kill()
+    if place == "validation":  # the same command goes on
+        assert not (tmp_path / "merged").exists()
+        assert any((tmp_path / ".merged.partial" / "journal").iterdir())
     for rank in set(range(size)) - {culprit}:
         told = (tmp_path / f"{rank}.txt").read_text()
         # A validation of Lightning's own raises what Lightning raises, with our words as a note.

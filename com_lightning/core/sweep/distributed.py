@@ -40,6 +40,8 @@ class Peers:
 
     rank = 0
     size = 1
+    has_lost = False
+    """Whether another process was killed or interrupted."""
 
     def exchange(self, value: T) -> list[T]:
         """Return the values of all processes, in the order of ranks.
@@ -151,6 +153,7 @@ class ProcessGroup(Peers):
         return values
 
     def _failure_message(self, rank: int, message: str) -> str:
+        self.has_lost = message.startswith(_INTERRUPTED)
         return f"process {rank} of {self.size} failed: {message}"
 
     @contextmanager
@@ -177,6 +180,7 @@ class ProcessGroup(Peers):
                 f"{who} did not respond within the strategy's timeout. If it is slow rather than stuck, raise the "
                 "timeout: strategy=DDPStrategy(timeout=timedelta(hours=2))"
             )
+        self.has_lost = True
         return f"{who} {ENDED}"
 
     def _roll_call(self, others: list[int]) -> tuple[list[int], dict[int, str]]:
@@ -198,6 +202,8 @@ class ProcessGroup(Peers):
 _KEY = "com_lightning"
 _LOST = ("closed by peer", "reset by peer", "broken pipe", "remote process exited", "timed out")
 """Words in the errors of gloo and NCCL after the other process has ended."""
+_INTERRUPTED = ("KeyboardInterrupt", "SystemExit", "SIGTERMException")
+"""What a process raises that was told to end."""
 
 
 def _store() -> Any:
