@@ -11,7 +11,6 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.tensors.modules import copy_on_same_storage
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
 from com_lightning.execution import MergeResult
@@ -21,7 +20,7 @@ from com_lightning.methods import MergingMethod
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.strategies import early_peers, end_with_parent, known_as_parent, require_mergeable, together
-from com_lightning.validation import borrowed, default_trainer
+from com_lightning.validation import borrowed, copy_to_run, default_trainer
 
 __all__ = ["MergeOptions", "MergeResult", "merge"]
 
@@ -94,8 +93,7 @@ def run(
             if data is not None:
                 plan.need = needed(plan, trainer, data, options.memory_budget)
         elif data is not None:
-            first = copy_on_same_storage(next(iter(plan.experts.values())))
-            assert isinstance(first, LightningModule)
+            first = copy_to_run(next(iter(plan.experts.values())))
             merger.use(plan, first)
             trainer.callbacks.append(merger)  # type: ignore[attr-defined]
             with known_as_parent():

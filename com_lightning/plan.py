@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.base_model import load_base
 from com_lightning.experts.hub import local_folders
-from com_lightning.experts.load import ExpertSource, load_expert, take_precision
+from com_lightning.experts.load import ExpertSource, SetUp, complete, lacks, load_expert, take_precision
 from com_lightning.experts.parameters import Parameters, sort_parameters
 from com_lightning.experts.similarity import non_finite_weights, unmergeable_weights
 from com_lightning.experts.state_dicts import group_warnings, some
@@ -186,8 +188,12 @@ def make_plan(
         for task in sorted(sources, key=lambda task: tasks.index(task) if task in tasks else len(tasks)):
             if (label := f"expert '{task}'") in local:
                 with _collecting(found):
-                    experts[task] = load_expert(task, local[label], model, as_stored=True)
+                    experts[task] = load_expert(task, local[label], model, as_stored=True, set_up=_set_up(task, data))
                     stored[task] = take_precision(experts[task], model)
+    built: list[str] = []
+    if experts:
+        with _collecting(found):
+            model, built = _completed(model, *next(iter(experts.items())), data, becomes_first)
     found += non_finite_weights(experts)
     with collected_warnings() as odd_tokenizers:
         found += match_vocabularies(model, experts, options.private, options.resize_embeddings)
@@ -200,7 +206,7 @@ def make_plan(
     found += unmergeable_weights(
         labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
     )
-    parameters.warnings[:0] = group_warnings(warnings, local)
+    parameters.warnings[:0] = [*built, *group_warnings(warnings, local)]
     parameters.warnings += [*odd_tokenizers, *writing_warnings(experts)]
     base: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
@@ -236,6 +242,29 @@ def make_plan(
         copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
         plan.data = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{used}{copies}.\n"
     return plan
+
+
+def _set_up(task: str, data: MergeDataModule | None) -> SetUp:
+    """What calls ``setup`` of a module of this task."""
+    return partial(data.set_up_module, task) if data is not None else lambda module: module.setup(stage="validate")
+
+
+def _completed(
+    model: LightningModule, task: str, expert: LightningModule, data: MergeDataModule | None, in_place: bool
+) -> tuple[LightningModule, list[str]]:
+    """Let ``setup`` of the model build the parameters that it lacks. Returns it, and a warning if that was so."""
+    if not is_overridden("setup", model) or not lacks(model, {n: tuple(t.shape) for n, t, _ in named_tensors(expert)}):
+        return model, []
+    before = {name for name, _, _ in named_tensors(model)}
+    model = model if in_place else copy.deepcopy(model)
+    complete(model, f"expert '{task}'", _set_up(task, data))
+    built = some([name for name, _, _ in named_tensors(model) if name not in before], most=2)
+    warning = (
+        f"{type(model).__name__}.setup builds {built or 'layers'}: a trainer that runs a merged module builds them "
+        "anew, with random values. Give it the merged checkpoint as ckpt_path, too, or build them in __init__ or "
+        "configure_model"
+    )
+    return model, [warning]
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 
 from com_lightning.analysis.compare import Compare, SeveralRules, plan_comparison, rules_to_compare
@@ -205,7 +206,11 @@ class MergeTrainer(Trainer):
         self, model: Any, datamodule: Any, folder: str, verbose: bool, stage: str
     ) -> list[dict[str, float]]:
         data = as_tasks(datamodule)
-        modules = load_results(Path(folder), model, list(data.tasks))
+        if is_overridden("setup", model):  # it may build layers from what the data know
+            data.trainer = self
+            data.prepare_data()
+            data.setup(stage)
+        modules = load_results(Path(folder), model, list(data.tasks), data.set_up_module)
         report = MergeReport(tasks=list(modules))
         quiet = self.progress_bar_callback is None
         report.metrics["merged"] = validate_tasks(single_device_trainer(self), modules, data, "merged", quiet, stage)

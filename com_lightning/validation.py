@@ -13,11 +13,13 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm.auto import tqdm
 
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.tensors.modules import copy_on_same_storage
+from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError
 from com_lightning.strategies import alone, end_on_sigterm
 
 
@@ -68,6 +70,65 @@ class _EndsOnSigterm(Callback):
         end_on_sigterm(trainer)
 
 
+def copy_to_run(module: LightningModule) -> LightningModule:
+    """A copy for a trainer, which moves and converts it. It has the same storage, unless setup may write to that."""
+    copied = copy.deepcopy(module) if is_overridden("setup", module) else copy_on_same_storage(module)
+    assert isinstance(copied, LightningModule)
+    return copied
+
+
+class _KeepsWeights(Callback):
+    """Puts the weights of a module back that its ``setup`` has built anew, or written to."""
+
+    def __init__(self, module: LightningModule, label: str) -> None:
+        self.module, self.label = module, label
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        keep_weights(pl_module, self.module, self.label)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        keep_weights(pl_module, self.module, self.label)
+
+
+@torch.no_grad()
+def keep_weights(module: LightningModule, source: LightningModule, label: str) -> None:
+    """Give a module that was set up the weights of another one.
+
+    Args:
+        module: the module.
+        source: has the weights.
+        label: what messages call the module.
+
+    Raises:
+        MergeError: if their parameters or buffers differ.
+    """
+    values = {name: tensor for name, tensor, _ in named_tensors(source)}
+    ours = {name: tensor for name, tensor, _ in named_tensors(module)}
+    for name in {**values, **ours}:
+        shapes = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (ours, values)]
+        if shapes[0] != shapes[1]:
+            raise MergeError(
+                [
+                    f"{label}: after its setup, {name} of {type(module).__name__} is {shapes[0]}, in the merge "
+                    f"{shapes[1]}; build layers in __init__ or configure_model"
+                ]
+            )
+    for name, tensor in ours.items():
+        tensor.copy_(values[name])
+
+
+@contextmanager
+def _keeping_weights(trainer: Trainer, module: LightningModule, label: str) -> Iterator[None]:
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    before = list(callbacks)
+    if is_overridden("setup", module):
+        callbacks.append(_KeepsWeights(module, label))
+    try:
+        yield
+    finally:
+        callbacks[:] = before
+
+
 def validate_tasks(
     trainer: Trainer,
     modules: Mapping[str, LightningModule],
@@ -99,9 +160,8 @@ def validate_tasks(
     # Modules moved or converted under the inference mode of an outer trainer could never be trained again.
     with torch.inference_mode(False), quiet_lightning():
         for task, module in tqdm(mine.items(), desc=f"validating {label}", leave=False, disable=quiet):
-            copied = copy_on_same_storage(module)  # Lightning moves and converts it
-            assert isinstance(copied, LightningModule)
-            with alone(copied):
+            copied = copy_to_run(module)
+            with alone(copied), _keeping_weights(trainer, module, f"task '{task}'"):
                 logged = evaluate(copied, datamodule=tasks.task(task, prepared), verbose=False)
             # Lightning returns one dictionary for each of the task's loaders.
             results[task] = {metric: float(value) for metrics in logged for metric, value in metrics.items()}

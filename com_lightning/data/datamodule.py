@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -24,7 +24,14 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data import sampling
 from com_lightning.data.augmentation import with_copies
 from com_lightning.data.sampling import CalibrationSample
-from com_lightning.data.shares import deal_out, loader_warnings, require_same_samples, warn_of_different_content
+from com_lightning.data.shares import (
+    deal_out,
+    is_iterator,
+    loader_problems,
+    loader_warnings,
+    require_same_samples,
+    warn_of_different_content,
+)
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -186,32 +193,9 @@ class MergeDataModule(LightningDataModule):
                 if "process group" in str(error):
                     problems[-1] += ". Processes start later: give a plain loader, a merge shares the data out itself"
                 continue
-            problems += self._loader_problems(name, loaders)
-        return problems
-
-    def _loader_problems(self, name: str, loaders: Mapping[str, Sequence[Any]]) -> list[str]:
-        problems = []
-        holdout = self.holdout and self.split == "val"
-        for split, parts in loaders.items():
-            if spent := [part for part, again in zip(parts, self.loaders(name, split)) if _is_spent(part, again)]:
-                problems.append(
-                    f"task '{name}': its {split} loader is one {type(spent[0]).__name__}, which can be read only once, "
-                    f"while a merge reads it several times; give a DataLoader, or let {split}_dataloader() make a new "
-                    "iterator at each call"
-                )
-                continue
-            sizes = [None if indices is None else len(indices) for indices in map(sampling.population, parts)]
-            total = sum(size or 0 for size in sizes)
-            if all(size == 0 for size in sizes):
-                problems.append(f"task '{name}': its {split} loader is empty")
-            elif holdout and None in sizes:
-                own = next((type(part).__name__ for part in parts if sampling.has_own_iter(part)), None)
-                what = f"a {own}, which has an __iter__ of its own," if own else "an iterable dataset"
-                problems.append(f"task '{name}': samples of {what} cannot be held out; use split: train")
-            elif holdout and total <= self.num_samples:
-                problems.append(
-                    f"task '{name}': all {total} samples would be held out for calibration; lower data.num_samples"
-                )
+            for split, parts in loaders.items():
+                holdout = self.num_samples if self.holdout and self.split == "val" else None
+                problems += loader_problems(f"task '{name}'", split, parts, self.loaders(name, split), holdout)
         return problems
 
     def warnings(self) -> list[str]:
@@ -313,7 +297,7 @@ class MergeDataModule(LightningDataModule):
                 combined = copy.copy(loader) if isinstance(loader, CombinedLoader) else CombinedLoader(loader)
                 combined.flattened = after
                 loader = combined if isinstance(loader, CombinedLoader) else combined.iterables
-            if any(map(_is_iterator, before)):
+            if any(map(is_iterator, before)):
                 return loader
             self._given[key] = loader
         loader = self._given[key]
@@ -322,6 +306,28 @@ class MergeDataModule(LightningDataModule):
     def loaders(self, name: str, split: str) -> list[Any]:
         """The loaders of one task: ``split`` is ``"train"``, ``"val"`` or ``"test"``."""
         return sampling.parts(self.given(name, split))
+
+    def set_up_module(self, name: str, module: LightningModule) -> None:
+        """Call ``setup("validate")`` of a module, where its trainer has the task's own datamodule.
+
+        Args:
+            name: of the task.
+            module: the module.
+        """
+        before, view = module._trainer, copy.copy(self.trainer)
+        if view is not None:
+            view.datamodule = self.tasks[name]  # type: ignore[attr-defined]
+            module.trainer = view
+        try:
+            module.setup(stage="validate")
+        finally:
+            module._trainer = before
+
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the first task's datamodule, for which this one stands."""
+        if name.startswith("_") or not (tasks := vars(self).get("tasks")):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(next(iter(tasks.values())), name)
 
     @property
     def _processes(self) -> int:
@@ -354,6 +360,12 @@ class _Task(LightningDataModule):
         self._tasks, self._name = tasks, name
         _lend_hooks(tasks.tasks[name], self)
 
+    def __getattr__(self, name: str) -> Any:
+        """Attributes of the task's own datamodule, which modules read as ``self.trainer.datamodule``."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(self._tasks.tasks[self._name], name)
+
     def setup(self, stage: str) -> None:
         self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.setup(stage)
@@ -369,15 +381,6 @@ class _UnpreparedTask(_Task):
     def prepare_data(self) -> None:
         self._tasks.trainer = self._tasks.trainer or self.trainer
         self._tasks.prepare_data()
-
-
-def _is_iterator(loader: Any) -> bool:
-    """Whether it can be iterated once only, as far as can be known. (A CombinedLoader can be iterated again.)"""
-    return isinstance(loader, Iterator) and not isinstance(loader, CombinedLoader)
-
-
-def _is_spent(loader: Any, again: Any) -> bool:
-    return _is_iterator(loader) and loader is again
 
 
 def _lend_hooks(lender: LightningDataModule, borrower: LightningDataModule) -> None:

@@ -6,10 +6,11 @@ been shared out before, by the user's own sampler or stream, or be split at rand
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.sweep.distributed import Peers
@@ -95,6 +96,44 @@ def warn_of_different_content(label: str, loader: Any, drawn: Sequence[int], pee
         f"{label} gives sample {drawn[0]} another content in each process: unless it augments by a random generator of "
         "its own, the data are split or shuffled at random in each process; seed that"
     ]
+
+
+def is_iterator(loader: Any) -> bool:
+    """Whether it can be iterated once only, as far as can be known. (A CombinedLoader can be iterated again.)"""
+    return isinstance(loader, Iterator) and not isinstance(loader, CombinedLoader)
+
+
+def loader_problems(
+    task: str, split: str, loaders: Sequence[Any], again: Sequence[Any], holdout: int | None
+) -> list[str]:
+    """Find out why a task's loaders of one split cannot be used.
+
+    Args:
+        task: what messages call the task.
+        split: ``"val"`` or ``"train"``.
+        loaders: the loaders.
+        again: what the task gives when it is asked again.
+        holdout: number of samples to hold out; ``None`` if there are none.
+
+    Returns:
+        The problem, if there is one.
+    """
+    if spent := [loader for loader, other in zip(loaders, again) if is_iterator(loader) and loader is other]:
+        return [
+            f"{task}: its {split} loader is one {type(spent[0]).__name__}, which can be read only once, while a merge "
+            f"reads it several times; give a DataLoader, or let {split}_dataloader() make a new iterator at each call"
+        ]
+    sizes = [None if indices is None else len(indices) for indices in map(sampling.population, loaders)]
+    total = sum(size or 0 for size in sizes)
+    if all(size == 0 for size in sizes):
+        return [f"{task}: its {split} loader is empty"]
+    if holdout is not None and None in sizes:
+        own = next((type(loader).__name__ for loader in loaders if sampling.has_own_iter(loader)), None)
+        what = f"a {own}, which has an __iter__ of its own," if own else "an iterable dataset"
+        return [f"{task}: samples of {what} cannot be held out; use split: train"]
+    if holdout is not None and total <= holdout:
+        return [f"{task}: all {total} samples would be held out for calibration; lower data.num_samples"]
+    return []
 
 
 def loader_warnings(label: str, loader: Any, is_sampled: bool, batch_size: int | None, processes: int) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,23 @@ _WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel
 _log = logging.getLogger(__name__)
 
 
+SetUp = Callable[[LightningModule], None]
+"""Calls ``setup`` of a module, as a trainer does before it loads a checkpoint."""
+
+_set_up: ContextVar[SetUp | None] = ContextVar("set_up", default=None)
+
+
+class SetUpError(MergeError):
+    """The ``setup`` of a module failed."""
+
+
 def load_expert(
-    name: str, source: ExpertSource, model: LightningModule, label: str | None = None, as_stored: bool = False
+    name: str,
+    source: ExpertSource,
+    model: LightningModule,
+    label: str | None = None,
+    as_stored: bool = False,
+    set_up: SetUp | None = None,
 ) -> LightningModule:
     """The module of one expert, on the CPU and in eval mode. Only tensors and plain values are unpickled.
 
@@ -52,6 +68,7 @@ def load_expert(
         label: what messages call the expert; by default ``expert 'name'``.
         as_stored: leave the tensors in the precision of the source, see :func:`take_precision`, and all submodules in
             the mode of the source.
+        set_up: is called with a module that lacks parameters of the source, if its class overrides ``setup``.
 
     Returns:
         The module; it shares no memory with ``source`` or ``model``.
@@ -60,6 +77,21 @@ def load_expert(
         MergeError: if the source cannot be read, is not safe, or does not fit. It names the file and the keys.
     """
     label = label or f"expert '{name}'"
+    token = _set_up.set(set_up)
+    try:
+        expert = _loaded(source, model, label)
+    finally:
+        _set_up.reset(token)
+    _forget_compilation(expert)
+    merge_adapter(expert, label)
+    _compile_like(expert, model)
+    if not as_stored:
+        take_precision(expert, model)
+        expert.eval()
+    return expert
+
+
+def _loaded(source: ExpertSource, model: LightningModule, label: str) -> LightningModule:
     if isinstance(source, nn.Module):
         source = _unwrapped(source)
         if absent := [name for name, tensor, _ in named_tensors(source) if tensor.is_meta]:
@@ -85,13 +117,41 @@ def load_expert(
             raise MergeError([f"{label}: cannot be loaded ({reason(error)})"]) from error
     else:
         raise MergeError([f"{label}: a {type(source).__name__} is neither a file, a folder, a module nor a state dict"])
-    _forget_compilation(expert)
-    merge_adapter(expert, label)
-    _compile_like(expert, model)
-    if not as_stored:
-        take_precision(expert, model)
-        expert.eval()
     return expert
+
+
+def lacks(module: nn.Module, state: Mapping[str, Any]) -> bool:
+    """Whether a module has not all parameters of a state dict (or name -> shape), in their shapes."""
+    ours = {plain(name): shape_of(tensor) for name, tensor, _ in named_tensors(module)}
+    shapes = {plain(name): v if isinstance(v, tuple) else shape_of(v) for name, v in state.items()}
+    return any(ours.get(name) != shape for name, shape in shapes.items())
+
+
+def complete(module: LightningModule, label: str, set_up: SetUp) -> None:
+    """Call ``setup`` of a module that lacks parameters: it may build them.
+
+    Args:
+        module: the module.
+        label: what messages call the expert that has these parameters.
+        set_up: see :func:`load_expert`.
+
+    Raises:
+        SetUpError: if it fails.
+    """
+    try:
+        set_up(module)
+    except Exception as error:
+        raise SetUpError(
+            [
+                f"{label}: {type(module).__name__} lacks some of its parameters, and its setup, which may build them, "
+                f"fails ({reason(error)}); build layers in __init__ or configure_model"
+            ]
+        ) from error
+
+
+def _complete(module: LightningModule, state: Mapping[str, Any], label: str) -> None:
+    if (set_up := _set_up.get()) and is_overridden("setup", module) and lacks(module, state):
+        complete(module, label, set_up)
 
 
 def take_precision(expert: nn.Module, model: nn.Module) -> dict[str, torch.dtype]:
@@ -154,6 +214,7 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
         The module.
 
     Raises:
+        SetUpError: if the module's ``setup`` fails.
         MergeError: if neither way makes a module.
     """
     module_class = type(model)
@@ -162,6 +223,8 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
     if not is_overridden("on_load_checkpoint", model):
         try:
             return _rebuilt(content, module_class, label)
+        except SetUpError:
+            raise
         except Exception as error:  # code of the class runs here, without weights
             extra = error if isinstance(error, ExtraKeys) else None
             _log.info("%s: read by %s.load_from_checkpoint (%s)", label, module_class.__name__, reason(error))
@@ -190,6 +253,7 @@ def _rebuilt(content: Mapping[str, Any], module_class: type[LightningModule], la
         warnings.simplefilter("ignore")  # that there are no weights
         expert = load_module(module_class, {**content, "state_dict": {}}, strict=False)
     state = plain_state(content["state_dict"])
+    _complete(expert, state, label)
     resize_to(expert, state)
     if part := fill(expert, state, label):
         raise MergeError([f"{label}: its weights are those of {part} only"])
@@ -199,6 +263,7 @@ def _rebuilt(content: Mapping[str, Any], module_class: type[LightningModule], la
 def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
     """A copy of ``model`` with a state dict in the part that it fits."""
     expert = _copy(model)
+    _complete(expert, state, label)
     _warn_of_rest(expert, fill(expert, state, label, assign), label)
     return expert
 

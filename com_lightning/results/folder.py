@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, num_bytes, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.files import read_checkpoint
-from com_lightning.experts.load import load_expert, take_precision
+from com_lightning.experts.load import SetUp, load_expert, take_precision
 from com_lightning.experts.state_dicts import fill, some
 from com_lightning.experts.transformers_models import pretrained_parts, save_pretrained
 from com_lightning.results.atomic import Workplace
@@ -223,13 +224,16 @@ def _in_precision(
     return result
 
 
-def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict[str, LightningModule]:
+def load_results(
+    folder: Path, model: LightningModule, tasks: list[str], set_up: Callable[[str, LightningModule], None] | None = None
+) -> dict[str, LightningModule]:
     """Load merged modules from a result folder.
 
     Args:
         folder: A folder that :func:`save_results` has written.
         model: A module of the merged modules' class.
         tasks: Names of the tasks to load.
+        set_up: Calls ``setup`` of a task's module, where that may build its layers.
 
     Returns:
         Task -> merged module.
@@ -245,7 +249,8 @@ def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict
             problems.append(f"{path}: no such file; {folder} has results for {', '.join(there) or 'no task'}")
             continue
         try:
-            modules[task] = _load_result(task, path if path.is_file() else common, model)
+            own = None if set_up is None else partial(set_up, task)
+            modules[task] = _load_result(task, path if path.is_file() else common, model, own)
         except MergeError as error:
             problems += error.problems
     if problems:
@@ -253,9 +258,9 @@ def load_results(folder: Path, model: LightningModule, tasks: list[str]) -> dict
     return modules
 
 
-def _load_result(task: str, path: Path, model: LightningModule) -> LightningModule:
+def _load_result(task: str, path: Path, model: LightningModule, set_up: SetUp | None) -> LightningModule:
     try:
-        return load_expert(task, path, model)
+        return load_expert(task, path, model, set_up=set_up)
     except MergeError:
         # A head of another size does not fit the model's class; the transformers folder says how to build it.
         pretrained = path.parent / PRETRAINED / task
