@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -15,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from tqdm.auto import tqdm
 
-from com_lightning.core.sweep.context import Context
+from com_lightning.core.sweep.context import Context, own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.data.datamodule import MergeDataModule
@@ -175,9 +174,10 @@ class ChainOfMergesCallback(Callback):
         """
         trainer = trainer or default_trainer("cpu")
         require_mergeable(trainer, self.options.output_dir)
-        self._begin(model, self._taken(model) or self.plan(model, None, becomes_first=False))
-        self._execute(trainer, None)
-        self._finish()
+        with own_modes():
+            self._begin(model, self._taken(model) or self.plan(model, None, becomes_first=False))
+            self._execute(trainer, None)
+            self._finish()
         if self.verbose:
             print(f"\n{self.report}")
         return self.report
@@ -205,7 +205,7 @@ class ChainOfMergesCallback(Callback):
         if pl_module is self._overwritten and "base" in self.method.needs and self.options.base is None:
             raise MergeError(["base: the model now holds the weights of an earlier merge; give base, or another model"])
         self._peers = peers_of(trainer)
-        with together(self._peers):
+        with own_modes(), together(self._peers):
             plan = self._taken(pl_module)
             self._lend = plan is not None
             self._begin(pl_module, plan or self.plan(pl_module, data, writes=trainer.is_global_zero))
@@ -215,7 +215,7 @@ class ChainOfMergesCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merged or self._plan is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:
             return
-        with torch.inference_mode(False), together(self._peers):
+        with own_modes(), together(self._peers):
             self._require_unchanged(pl_module)
             self._execute(trainer, trainer.datamodule)  # type: ignore[attr-defined]
             self._overwritten = pl_module
@@ -224,7 +224,7 @@ class ChainOfMergesCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:
             return
-        with torch.inference_mode(False), together(self._peers):
+        with own_modes(), together(self._peers):
             self._validate(trainer, self._plan, trainer.datamodule)  # type: ignore[attr-defined]
             self._finish()
         if self.verbose and trainer.is_global_zero:
@@ -275,7 +275,7 @@ class ChainOfMergesCallback(Callback):
         assert self._plan is not None
         plan, loggers, quiet, step = self._plan, trainer.loggers, _quiet(trainer), 0
         with (
-            torch.inference_mode(False),
+            own_modes(),
             tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet or data is None, leave=False) as bar,
             borrowed(trainer, loggers=[DummyLogger()]),  # calibration forwards log nowhere
         ):
@@ -323,7 +323,7 @@ class ChainOfMergesCallback(Callback):
     def _finish(self) -> None:
         """Let go of the experts, and write the result."""
         assert self._plan is not None
-        with torch.inference_mode(False):
+        with own_modes():
             self.result.release(self._plan)
         if self.report.metrics and self.report.monitor is None:
             self.report.choose_monitor(self.options.monitor, self.options.mode)
@@ -343,7 +343,7 @@ class ChainOfMergesCallback(Callback):
             )
             self._finish()
             return
-        with torch.inference_mode(False):
+        with own_modes():
             self.result.release(plan)
         self._merged_from = []  # the next call merges again
         if self.options.output_dir:

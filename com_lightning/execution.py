@@ -330,7 +330,8 @@ def load_into(model: LightningModule, module: LightningModule, lend: bool = Fals
         if lend:
             tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
         else:
-            tensor.copy_(values[name])
+            with torch.inference_mode(tensor.is_inference()):  # the user may have built the model in it
+                tensor.copy_(values[name])
 
 
 def _on_device(

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.core.sweep.context import own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError
@@ -86,7 +87,7 @@ def run(
         MergeError: with all problems at once.
     """
     data, options = None if datamodule is None else as_tasks(datamodule), merger.options
-    with borrowed(trainer):
+    with own_modes(), borrowed(trainer):
         with set_up(trainer, data, options.output_dir, dry_run):
             plan = merger.plan(model, data, becomes_first=False, writes=trainer.is_global_zero)
         if dry_run:

@@ -13,6 +13,7 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from com_lightning.analysis.compare import Compare, SeveralRules, plan_comparison, rules_to_compare
 from com_lightning.analysis.comparison import Comparison
 from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.core.sweep.context import own_modes
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.merging import as_tasks, run, set_up
 from com_lightning.methods import MergingMethod
@@ -114,7 +115,7 @@ class MergeTrainer(Trainer):
         joint = SeveralRules(rules)
         merger = ChainOfMergesCallback(sources, joint, verbose=False, baselines=False, base=base, **options)
         overwrite = merger.options.overwrite
-        with borrowed(self):
+        with own_modes(), borrowed(self):
             with set_up(self, data, output_dir, dry_run):
                 problems = output_problems(Path(output_dir), overwrite) if self.is_global_zero else []
                 plan, splits = plan_comparison(merger, model, data, rules, seeds, problems)
@@ -202,6 +203,7 @@ class MergeTrainer(Trainer):
             return super().test(model, dataloaders, ckpt_path, verbose, datamodule, **options)
         return self._evaluate_merged(model, datamodule, merged, verbose, "test")
 
+    @own_modes()
     def _evaluate_merged(
         self, model: Any, datamodule: Any, folder: str, verbose: bool, stage: str
     ) -> list[dict[str, float]]:

@@ -69,8 +69,8 @@ def perturbed(batch: Any, seed: int) -> Any:
     order = torch.randperm(samples, generator=generator)
     partner = torch.empty_like(order)
     partner[order] = order.roll(1)  # never a sample itself, if there are two
-    share = SMALLEST + (LARGEST - SMALLEST) * torch.rand(samples, 2, generator=generator)
-    start = (1 - share) * torch.rand(samples, 2, generator=generator)
+    share = SMALLEST + (LARGEST - SMALLEST) * torch.rand(samples, 2, generator=generator, dtype=torch.float32)
+    start = (1 - share) * torch.rand(samples, 2, generator=generator, dtype=torch.float32)
 
     def changed(tensor: Tensor) -> Tensor:
         if tensor.dim() < 2 or len(tensor) != samples:
@@ -78,7 +78,7 @@ def perturbed(batch: Any, seed: int) -> Any:
         axes = (1,) if tensor.dim() < 4 else (tensor.dim() - 2, tensor.dim() - 1)
         taken = torch.ones((), dtype=torch.bool)
         for number, axis in enumerate(axes):
-            place = (torch.arange(tensor.shape[axis]) + 0.5) / tensor.shape[axis]
+            place = (torch.arange(tensor.shape[axis], dtype=torch.float32) + 0.5) / tensor.shape[axis]
             first = start[:, number, None]
             inside = (place >= first) & (place < first + share[:, number, None])
             shape = [1] * tensor.dim()
@@ -86,7 +86,7 @@ def perturbed(batch: Any, seed: int) -> Any:
             taken = taken & inside.view(shape)
         result = torch.where(taken.to(tensor.device), tensor[partner.to(tensor.device)], tensor)
         if tensor.is_floating_point() and not bool(((tensor == 0) | (tensor == 1)).all()):
-            noise = torch.randn(tensor.shape, generator=generator).to(tensor)
+            noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32).to(tensor)
             result = result + NOISE * tensor.float().std().to(tensor.dtype) * noise
         return result
 

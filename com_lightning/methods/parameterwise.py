@@ -123,7 +123,7 @@ class SharedParameter:
         """
         digest = hashlib.sha256(f"{seed}/{task}/{self.name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big", signed=True))
-        return torch.rand(self.target.shape, generator=generator).to(self.device)
+        return torch.rand(self.target.shape, generator=generator, dtype=torch.float32).to(self.device)
 
     def _working(self, value: Tensor) -> Tensor:
         return value.detach().to(self.device, self.dtype)

@@ -66,7 +66,7 @@ class Sensitivity:
     def empty(outputs: int, device: torch.device) -> Sensitivity:
         """A sketch without rows."""
         columns = min(outputs, RANK)
-        return Sensitivity(torch.zeros(outputs, columns, device=device), torch.zeros((), device=device))
+        return Sensitivity(_zeros((outputs, columns), device), _zeros((), device))
 
     def add(self, gradients: Tensor, omega: Tensor) -> None:
         """Add rows ``g``, ``(n, o)``."""
@@ -93,9 +93,13 @@ class Sensitivity:
 def omega_of(layer: str, outputs: int, device: torch.device) -> Tensor:
     """``Ω``, ``(o, r)``: random numbers, the same for all tasks and processes. The identity for a small ``H``."""
     if outputs <= RANK:
-        return torch.eye(outputs, device=device)
+        return torch.eye(outputs, device=device, dtype=torch.float32)
     generator = torch.Generator().manual_seed(zlib.crc32(layer.encode()))
-    return torch.randn(outputs, RANK, generator=generator).to(device)
+    return torch.randn(outputs, RANK, generator=generator, dtype=torch.float32).to(device)
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, device=device, dtype=torch.float32)  # whatever the default precision is
 
 
 def roots(
@@ -191,7 +195,7 @@ class GradientGatherer(Visitor):
         self.gradients: dict[str, Tensor] = {}
         self._last_output: Tensor | None = None
         """Output of the last module with parameters that has run. When the forward ends, these are the predictions."""
-        self._start = torch.zeros((), device=models.device, requires_grad=True)
+        self._start = _zeros((), models.device).requires_grad_()
         """Zero, added to the first output so that autograd records the forward from there on."""
         self._layer_types: dict[str, LayerType] = {}
 
@@ -237,7 +241,7 @@ class GradientGatherer(Visitor):
 def _probe(outputs: Tensor, distance: Distance, seed: int) -> Tensor:
     """``v · f`` for random numbers ``v`` with ``E[v vᵀ] = F``, see the top of this module."""
     generator = torch.Generator().manual_seed(seed)
-    random = torch.randn(outputs.shape, generator=generator).to(outputs.device)
+    random = torch.randn(outputs.shape, generator=generator, dtype=torch.float32).to(outputs.device)
     values = outputs.float()
     dim = 1 if values.dim() > 3 else -1  # (batch, classes, height, width)
     if distance == "probabilities" and values.shape[dim] > 1:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from com_lightning.core.sweep.distributed import Peers
@@ -29,6 +30,24 @@ def one_at_a_time() -> Iterator[None]:
         yield
     finally:
         _BUSY.release()
+
+
+@contextmanager
+def own_modes() -> Iterator[None]:
+    """Within it, PyTorch computes as if the caller had set no mode: a merge depends on the trainer's precision alone.
+
+    ``torch.inference_mode``, ``torch.no_grad``, ``torch.autocast`` and a default device are undone. Modules still see
+    the caller's default precision, on which code of the merge itself does not depend.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        yield
 
 
 @dataclass
