@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -330,7 +331,8 @@ def load_into(model: LightningModule, module: LightningModule, lend: bool = Fals
         if lend:
             tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
         else:
-            with torch.inference_mode(tensor.is_inference()):  # the user may have built the model in it
+            # The user may have built the model in inference mode.
+            with torch.inference_mode() if tensor.is_inference() else nullcontext():
                 tensor.copy_(values[name])
 
 
