@@ -13,7 +13,6 @@ also sees which tensors an operation is about to read, and fetches those that ar
 from __future__ import annotations
 
 import ctypes
-import tempfile
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor, UntypedStorage
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from com_lightning.core.sweep.page_folder import PageFolder
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.allocator import return_freed_memory
 
@@ -56,7 +56,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._bytes_moved = 0
         """Bytes moved since freed memory was last returned to the system."""
         self._files = device.type == "cpu" if files is None else files
-        self._temporary: tempfile.TemporaryDirectory[str] | None = None
+        self._temporary: PageFolder | None = None
         self._pages: dict[int, _Page] = {}
         self._pages_of: dict[Hashable, _ForwardPages] = {}
         self._paused_pages: dict[_ForwardPages, None] = {}
@@ -70,7 +70,7 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.finished(forward)
         finally:
             if self._temporary is not None:
-                self._temporary.cleanup()
+                self._temporary.remove()
                 self._temporary = self.folder = None
 
     def resumed(self, forward: Hashable) -> None:
@@ -242,8 +242,8 @@ class Pager(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _write(self, owner: _ForwardPages, pages: Sequence[tuple[_Page, UntypedStorage]]) -> None:
         if self.folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="com_lightning-")
-            self.folder = Path(self._temporary.name)
+            self._temporary = PageFolder()
+            self.folder = self._temporary.path
         try:
             with open(self.folder / owner.name, "ab") as file:
                 offsets = []
