@@ -15,10 +15,12 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from com_lightning.analysis.inspection import MOST, inspect, save
 from com_lightning.compat import RENAMED_OPTIONS, with_new_names
 from com_lightning.core.sweep.distributed import PeerError
+from com_lightning.core.sweep.task import NonFiniteError
 from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
@@ -228,5 +230,5 @@ def main(args: ArgsType = None) -> None:
             run_export(given[1:])
         else:
             MergeCLI(args=args)
-    except (MergeError, PeerError) as error:
-        sys.exit(f"com-lightning: {error}")
+    except (MergeError, PeerError, NonFiniteError, MisconfigurationException) as error:
+        sys.exit("\n".join([f"com-lightning: {error}", *getattr(error, "__notes__", ())]))

@@ -15,6 +15,7 @@ from com_lightning.analysis.comparison import Comparison
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.sweep.context import own_modes
 from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.errors import MergeError, reason
 from com_lightning.merging import as_tasks, run, set_up
 from com_lightning.methods import MergingMethod
 from com_lightning.results.folder import load_results, output_problems
@@ -208,10 +209,11 @@ class MergeTrainer(Trainer):
         self, model: Any, datamodule: Any, folder: str, verbose: bool, stage: str
     ) -> list[dict[str, float]]:
         data = as_tasks(datamodule)
-        if is_overridden("setup", model):  # it may build layers from what the data know
-            data.trainer = self
-            data.prepare_data()
-            data.setup(stage)
+        data.trainer = self
+        data.prepare_data()
+        data.setup(stage)
+        if problems := _evaluation_problems(model, data, stage):
+            raise MergeError(problems)
         modules = load_results(Path(folder), model, list(data.tasks), data.set_up_module)
         report = MergeReport(tasks=list(modules))
         quiet = self.progress_bar_callback is None
@@ -220,3 +222,20 @@ class MergeTrainer(Trainer):
         if verbose:
             print(f"\n{report.monitor}\n\n{report.task_table()}")
         return list(report.metrics["merged"].values())
+
+
+def _evaluation_problems(model: LightningModule, data: MergeDataModule, stage: str) -> list[str]:
+    """Find out why tasks cannot be validated or tested: Lightning would tell of the first one only."""
+    step, split = ("validation_step", "val") if stage == "validate" else ("test_step", "test")
+    problems = []
+    if not is_overridden(step, model):
+        problems.append(f"model: {type(model).__name__} has no {step}, which `{stage}` runs; add one")
+    for name in data.tasks:
+        try:
+            given = bool(data.loaders(name, split))
+        except Exception as error:
+            problems.append(f"task '{name}': its datamodule gives no {split} loader ({reason(error)})")
+            continue
+        if not given:
+            problems.append(f"task '{name}': its datamodule gives no {split} loader; `{stage}` needs one")
+    return problems

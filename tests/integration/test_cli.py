@@ -16,7 +16,7 @@ import yaml
 from com_lightning import MergeOptions
 from com_lightning.cli import main
 from com_lightning.compat import RENAMED_OPTIONS
-from tests.helpers import Classifier
+from tests.helpers import Classifier, PointsData
 from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
 
 ROOT = Path(__file__).parents[2]
@@ -200,3 +200,36 @@ def test_a_configuration_that_cannot_be_read(content: bytes, message: str, form:
     path.write_bytes(content)
     with pytest.raises(SystemExit, match=message):
         main(["merge", *form.format(path).split()])
+
+
+def test_numbers_that_are_none_are_told_in_words(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = PointsData.val_dataloader
+
+    def broken(self: PointsData) -> Any:
+        loader = original(self)
+        loader.dataset.tensors[0][:] = float("nan")
+        return loader
+
+    monkeypatch.setattr(PointsData, "val_dataloader", broken)
+    with pytest.raises(SystemExit, match=r"com-lightning: the inputs of layer 'body\.0' hold NaN"):
+        main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}"])
+
+
+def test_what_cannot_be_tested_is_told_at_once(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={tmp_path / 'merged'}", "--method=Average"])
+    monkeypatch.setattr(PointsData, "test_dataloader", lambda self: None)
+    monkeypatch.delattr(Classifier, "test_step")
+    with pytest.raises(SystemExit) as caught:
+        main(["test", *MODEL, *DATA, *QUIET, f"--merged={tmp_path / 'merged'}"])
+    assert str(caught.value).splitlines() == [
+        "com-lightning: 3 problems:",
+        "  1. model: Classifier has no test_step, which `test` runs; add one",
+        "  2. task 'a': its datamodule gives no test loader; `test` needs one",
+        "  3. task 'b': its datamodule gives no test loader; `test` needs one",
+    ]
+    with pytest.raises(SystemExit, match="No `test_step"):  # Lightning's own words
+        main(["test", *MODEL, *DATA, *QUIET])
