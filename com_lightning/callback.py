@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
@@ -30,7 +31,7 @@ from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
 from com_lightning.results.loggers import log_layer, log_tasks
 from com_lightning.results.report import MergeReport
-from com_lightning.strategies import end_on_sigterm, peers_of, require_mergeable, together
+from com_lightning.strategies import end_on_sigterm, join_parent, peers_of, require_mergeable, together, why_alone
 from com_lightning.validation import borrowed, default_trainer, single_device_trainer, validate_tasks
 
 
@@ -97,6 +98,7 @@ class ChainOfMergesCallback(Callback):
         """Whether the module that is validated may share its tensors with the merged ones."""
         self._peers = Peers()
         self._workplace: Workplace | None = None
+        join_parent()
 
     @property
     def modules(self) -> dict[str, LightningModule]:
@@ -241,6 +243,8 @@ class ChainOfMergesCallback(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._peers.explain(exception)
+        if trainer.world_size > 1 and not dist.is_initialized() and isinstance(exception, dist.DistError):
+            exception.add_note(why_alone(trainer.global_rank, trainer.world_size, exception))
         try:
             if self.merged and self._plan is not None:
                 self._stopped(self._plan, exception)

@@ -13,9 +13,9 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from com_lightning.analysis.inspection import MOST, inspect, save
 from com_lightning.compat import RENAMED_OPTIONS, with_new_names

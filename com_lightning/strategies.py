@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Timer
 
 import torch.distributed as dist
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -78,8 +79,42 @@ def early_peers(trainer: Trainer) -> Peers:
     if isinstance(environment, LightningEnvironment) or not environment or not environment.creates_processes_externally:
         return Peers()
     environment.validate_settings(num_devices=strategy.num_processes, num_nodes=strategy.num_nodes)
-    strategy.setup_environment()  # the trainer does so again, which changes nothing
+    with _told_of_waiting(trainer):
+        strategy.setup_environment()  # the trainer does so again, which changes nothing
     return peers_of(trainer)
+
+
+WAITING = 20.0
+"""Seconds after which a process says that it waits for others to join."""
+
+
+@contextmanager
+def _told_of_waiting(trainer: Trainer) -> Iterator[None]:
+    """Say that this process waits for the others. PyTorch waits without a word, for as long as the timeout lasts.
+
+    Raises:
+        PeerError: if they do not come in time.
+    """
+    rank, size = trainer.global_rank, trainer.world_size
+    text = f"process {rank} of {size} waits for the others to start; if one was killed, end all and start them again"
+    timer = Timer(WAITING, lambda: print(f"com_lightning: {text}", file=sys.stderr, flush=True))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except RuntimeError as error:  # as torch.distributed raises
+        raise PeerError(why_alone(rank, size, error)) from error
+    finally:
+        timer.cancel()
+
+
+def why_alone(rank: int, size: int, error: BaseException) -> str:
+    """Say why a process that could not join the others could not."""
+    return (
+        f"process {rank} of {size} could not join the others: one was not started, was killed, or has another address "
+        "or port. How long it waits is the strategy's timeout: strategy=DDPStrategy(timeout=timedelta(minutes=5)) "
+        f"({' '.join(str(error).split())[:200]})"
+    )
 
 
 _PARENT = "COM_LIGHTNING_PARENT"
@@ -97,6 +132,14 @@ def known_as_parent() -> Iterator[None]:
         os.environ.pop(_PARENT, None)
 
 
+def join_parent() -> None:
+    """Do what :func:`known_as_parent` and :func:`end_with_parent` do, for a trainer that starts processes by itself."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # Lightning gives the processes that it starts other numbers
+        os.environ[_PARENT] = str(os.getpid())
+    else:
+        end_with_parent()
+
+
 def end_with_parent() -> None:
     """If Lightning started this process for a merge, have it end when the process that started it is killed.
 
@@ -107,7 +150,7 @@ def end_with_parent() -> None:
         PeerError: if the process that started this one has ended already.
     """
     parent = int(os.environ.pop(_PARENT, 0))
-    if not parent or sys.platform != "linux":
+    if parent in (0, os.getpid()) or sys.platform != "linux":
         return
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # other signals wait for the call that blocks to return
     if not _is_running(parent):
