@@ -319,14 +319,6 @@ def with_shared(
 def load_into(model: LightningModule, module: LightningModule, lend: bool = False) -> None:
     """Copy all parameters and buffers of ``module`` into ``model``, or lend it those that need no conversion."""
     values = {name: tensor for name, tensor, _ in named_tensors(module)}
-    ours = [name for name, _, _ in named_tensors(model)]
-    if differing := [name for name in dict.fromkeys([*ours, *values]) if name not in values or name not in ours]:
-        raise MergeError(
-            [
-                f"the model given to trainer.validate had other parameters when the merge was planned "
-                f"({some(differing)}); build layers in __init__ or configure_model"
-            ]
-        )
     for name, tensor, _ in named_tensors(model):
         if lend:
             tensor.data = values[name].detach().to(tensor.device, tensor.dtype)
