@@ -26,6 +26,7 @@ from com_lightning.experts.base_model import load_base
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.load import ExpertSource, SetUp, complete, lacks, load_expert, take_precision
 from com_lightning.experts.parameters import Parameters, sort_parameters
+from com_lightning.experts.settings import computed_buffers, described, differing, settings_of
 from com_lightning.experts.similarity import non_finite_weights, unmergeable_weights
 from com_lightning.experts.state_dicts import group_warnings, some
 from com_lightning.experts.transformers_models import writing_warnings
@@ -201,7 +202,9 @@ def make_plan(
     if experts:
         with _collecting(found):
             parameters = sort_parameters(model, experts, options.private)
-        found += differences(model, *next(iter(experts.items()))) if becomes_first else []
+        if becomes_first:
+            found += differences(model, *next(iter(experts.items())))
+            parameters.warnings += _other_settings(model, *next(iter(experts.items())))
     labelled = {"the model": model, **{f"expert '{task}'": expert for task, expert in experts.items()}}
     found += unmergeable_weights(
         labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
@@ -314,6 +317,18 @@ def _loss_problems(
             "known; set it to 0"
         )
     return found
+
+
+def _other_settings(model: LightningModule, task: str, expert: LightningModule) -> list[str]:
+    """Warn of what shapes outputs without being a parameter, and is not the same in the model as in its expert."""
+    settings = {"your model": settings_of(model), "its expert": settings_of(expert)}
+    found = {name: values for name, values in differing(settings).items() if name not in computed_buffers(expert)}
+    return [
+        f"the model given to trainer.validate becomes the merged model of task '{task}', but {text}. So that model, and "
+        "Lightning's own table, are not what is reported and written; take the callback's `modules`"
+        for text in [described(found)]
+        if text
+    ]
 
 
 def differences(model: LightningModule, task: str, expert: LightningModule) -> list[str]:

@@ -12,6 +12,7 @@ from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.tensors.modules import matches_any, named_tensors, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.adapters import adapter_parameters, adapter_problems
+from com_lightning.experts.settings import computed_buffers, described, differences_of_experts
 from com_lightning.experts.similarity import foreign_values, unrelated_weights
 from com_lightning.experts.state_dicts import some
 
@@ -62,8 +63,10 @@ def sort_parameters(
     adapters = set().union(*map(adapter_parameters, experts.values()))
     shapes = _shapes({"model": model, **experts})
     result = Parameters(private={task: [] for task in experts}, merged_adapters=adapters)
+    computed = _own_buffers(experts, shapes)
     for name in [name for name in shapes if name not in adapters]:
-        if not _differs(shapes[name]) if private is None else not matches_any(name, private):
+        is_shared = not _differs(shapes[name]) if private is None else not matches_any(name, private)
+        if is_shared and name not in computed:
             result.shared.append(name)
         else:
             for task in experts:
@@ -86,14 +89,27 @@ def sort_parameters(
     problems += _tie_problems(experts, shared) or _untied(model, experts)
     if problems:
         raise MergeError(problems)
-    if private is None and len(experts) > 1 and not any(result.private.values()):
+    if private is None and len(experts) > 1 and not any(set(names) - computed for names in result.private.values()):
         result.warnings.append(
             "every parameter is shared, heads included; if classes differ between tasks, name the head in `private` "
             "(an empty list says that they do not)"
         )
     expected = adapters | {name for name in shapes if matches_any(name, private or ())}
     result.warnings += foreign_values(modules, expected) + unrelated_weights(experts, shared)
+    if differences := differences_of_experts(experts, result.private):
+        result.warnings.append(
+            f"the experts differ in what shapes the outputs of shared layers: {described(differences)}. Each task keeps "
+            "its own, and its results are written separately"
+        )
     return result
+
+
+def _own_buffers(experts: Mapping[str, LightningModule], shapes: Mapping[str, Shapes]) -> set[str]:
+    """Names of buffers that are computed and not saved, and not the same everywhere. An average of them means nothing."""
+    buffers = [computed_buffers(expert) for expert in experts.values()]
+    names = set().union(*buffers)
+    own = {name for name in names if _differs(shapes[name]) or any(name not in entry for entry in buffers)}
+    return own | {n for n in names - own if any(not torch.equal(entry[n], buffers[0][n]) for entry in buffers[1:])}
 
 
 def _tie_problems(experts: Mapping[str, LightningModule], shared: set[str]) -> list[str]:

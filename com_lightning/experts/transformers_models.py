@@ -8,7 +8,7 @@ import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -211,7 +211,9 @@ def _refused_generation(part: Any) -> str:
     return _refusal(config) if config is not None and part.can_generate() else ""
 
 
-def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], folder: Path) -> list[str]:
+def save_pretrained(
+    modules: Mapping[str, nn.Module], shared: Sequence[str], folder: Path, apart: Collection[str] = ()
+) -> list[str]:
     """Write every transformers model in the merged modules so that ``from_pretrained`` loads it.
 
     Adapters that have been merged into the weights are left out. The tokenizer of a model is written with it, see
@@ -222,6 +224,7 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
         shared: names of parameters and buffers that all tasks share.
         folder: where to write. It gets one folder per task, or the model itself if the tasks' models do not differ. If
             a module has several models, each gets a folder with the name of its attribute.
+        apart: names of the models that differ between tasks in more than their parameters.
 
     Returns:
         Warnings of what is not written.
@@ -238,7 +241,7 @@ def save_pretrained(modules: Mapping[str, nn.Module], shared: Sequence[str], fol
         merged = {plain(name) for name in (*shared, *adapter_parameters(module))}
         private = {plain(name) for name in module.state_dict()} - merged
         for name, part in parts.items():
-            differs = any(key.startswith(f"{name}.") for key in private)
+            differs = name in apart or any(key.startswith(f"{name}.") for key in private)
             target = folder / task if differs else folder
             target = target / name if len(parts) > 1 else target
             if target not in tokenizers and target not in failed:  # or else it is written for an earlier task already

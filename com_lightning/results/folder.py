@@ -29,8 +29,14 @@ from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tens
 from com_lightning.errors import MergeError
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.load import SetUp, load_expert, take_precision
-from com_lightning.experts.state_dicts import fill, some
-from com_lightning.experts.transformers_models import pretrained_parts, save_pretrained
+from com_lightning.experts.settings import differing, has_configuration, settings_of
+from com_lightning.experts.state_dicts import fill, some, submodule
+from com_lightning.experts.transformers_models import (
+    MODEL_CONFIG,
+    load_pretrained,
+    pretrained_parts,
+    save_pretrained,
+)
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.html import html_report
 from com_lightning.results.model_card import model_card
@@ -161,7 +167,7 @@ def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared:
     for name, merged in ({ALL: module} if are_alike(modules) else modules).items():
         _save_checkpoint(merged, folder / f"{name}.ckpt")
         _warn_of_missing_weights(merged, folder / f"{name}.ckpt", names)
-    return save_pretrained(modules, shared, folder / PRETRAINED)
+    return save_pretrained(modules, shared, folder / PRETRAINED, _apart(modules))
 
 
 def _write_report(
@@ -185,7 +191,7 @@ def are_alike(modules: Mapping[str, LightningModule]) -> bool:
         modules: Task -> module.
 
     Returns:
-        Whether all modules have the same class, hyperparameters, weights and buffers.
+        Whether all modules have the same class, hyperparameters, weights, buffers, and settings that shape outputs.
     """
     first, *others = modules.values()
     if is_overridden("on_save_checkpoint", first) or not others:
@@ -197,7 +203,14 @@ def are_alike(modules: Mapping[str, LightningModule]) -> bool:
         and (other_state := other.state_dict()).keys() == state.keys()
         and all(_is_same(value, state[name]) for name, value in other_state.items())
         for other in others
-    )
+    ) and not differing({task: settings_of(module) for task, module in modules.items()})
+
+
+def _apart(modules: Mapping[str, LightningModule]) -> list[str]:
+    """Names of the transformers models whose configurations differ between tasks."""
+    found = differing({task: settings_of(module) for task, module in modules.items()})
+    parts = dict.fromkeys(name for module in modules.values() for name in pretrained_parts(module))
+    return [name for name in parts if any(key.startswith(f"{name}.") for key in found)]
 
 
 def _is_same(one: Any, other: Any) -> bool:
@@ -260,7 +273,7 @@ def load_results(
 
 def _load_result(task: str, path: Path, model: LightningModule, set_up: SetUp | None) -> LightningModule:
     try:
-        return load_expert(task, path, model, set_up=set_up)
+        module = load_expert(task, path, model, set_up=set_up)
     except MergeError:
         # A head of another size does not fit the model's class; the transformers folder says how to build it.
         pretrained = path.parent / PRETRAINED / task
@@ -270,8 +283,21 @@ def _load_result(task: str, path: Path, model: LightningModule, set_up: SetUp | 
             warnings.simplefilter("ignore")  # that the folder holds only a part of the module, with another head
             module = load_expert(task, pretrained, model)
         fill(module, read_checkpoint(path)["state_dict"], str(path))
-        take_precision(module, model)
-        return module
+    else:
+        _take_configurations(module, path.parent / PRETRAINED, task)
+    take_precision(module, model)
+    return module
+
+
+def _take_configurations(module: LightningModule, folder: Path, task: str) -> None:
+    """Replace each transformers model that the module's class configures otherwise than it was merged and written."""
+    parts = pretrained_parts(module)
+    for place, part in parts.items():
+        inside = place if len(parts) > 1 else ""
+        saved = next((f for f in (folder / task / inside, folder / inside) if (f / MODEL_CONFIG).is_file()), None)
+        if saved is not None and not has_configuration(part, saved):
+            name, _ = submodule(module, place)
+            module.set_submodule(name, load_pretrained(saved, f"task '{task}' ({saved})"))
 
 
 def _warn_of_missing_weights(module: LightningModule, path: Path, shared: set[str]) -> None:
