@@ -31,7 +31,7 @@ class ParameterOutcome:
             - ``"averaged"``: averaged instead of being solved, or by a method that only averages;
             - ``"merged"``: merged by a rule that treats each parameter on its own;
             - ``"re-estimated"``: running statistics, computed from the merged model's inputs;
-            - ``"buffer"``: any other buffer;
+            - ``"buffer"``: any other buffer, which each task keeps; one that was averaged counts as ``"averaged"``;
             - ``"private"``: kept by each task; ``"private, solved for each task"``: it would be shared by default;
               ``"private, solved for the merged model"``: refitted to the features of the merged model;
             - ``"folded"``: part of an adapter that was merged into its layer.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 
+import torch
 from torch import nn
 
 from com_lightning.core.sweep.task import LayerRecord
@@ -55,7 +56,9 @@ def summarize_parameters(
             sizes["private"] += len(experts) * tensor.numel()
             continue
         first, count = ties[name], solved.get(ties[name], 0)
-        if not is_parameter:
+        if not is_parameter and name not in estimated and _is_averaged(name, experts):
+            outcome = ParameterOutcome("averaged", "a buffer")
+        elif not is_parameter:
             outcome = ParameterOutcome("re-estimated" if name in estimated else "buffer")
         elif count == tensor.numel():
             outcome = ParameterOutcome("solved")
@@ -72,7 +75,8 @@ def summarize_parameters(
             outcome = ParameterOutcome("averaged", note if by_layer else None)
         outcomes[name] = outcome
         if first == name:
-            others = str(outcome) if outcome.status == "merged" or not is_parameter else "averaged"
+            named = outcome.status == "merged" or (not is_parameter and outcome.status != "averaged")
+            others = str(outcome) if named else "averaged"
             sizes["solved"] += count
             sizes[others] = sizes.get(others, 0) + tensor.numel() - count
     for task, names in parameters.private.items():
@@ -83,6 +87,12 @@ def summarize_parameters(
         outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
     outcomes.update(dict.fromkeys(parameters.merged_adapters, ParameterOutcome("folded")))
     return outcomes, sizes
+
+
+def _is_averaged(name: str, experts: Mapping[str, nn.Module]) -> bool:
+    """Whether a shared buffer is averaged: one of numbers with a fraction that is not the same in all experts."""
+    first, *others = (expert.get_buffer(name) for expert in experts.values())
+    return first.is_floating_point() and any(not torch.equal(first, other.to(first)) for other in others)
 
 
 def _solved_values(records: Sequence[LayerRecord], ties: Mapping[str, str]) -> tuple[dict[str, int], dict[str, str]]:
