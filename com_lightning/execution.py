@@ -41,6 +41,7 @@ from com_lightning.results.fingerprint import (
 from com_lightning.results.folder import save_results
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
+from com_lightning.results.verification import Trial
 
 
 @dataclass(repr=False)
@@ -53,6 +54,7 @@ class MergeResult:
         shared: names of the shared parameters and buffers.
         precision: task -> name of each tensor that is stored in another precision than the module's -> that precision.
         files: further text files to save, name -> text.
+        trials: task -> a calibration forward, with which :meth:`save` checks what it has written.
     """
 
     modules: dict[str, LightningModule] = field(default_factory=dict)
@@ -60,6 +62,7 @@ class MergeResult:
     shared: list[str] = field(default_factory=list)
     precision: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    trials: dict[str, Trial] = field(default_factory=dict)
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.folder.save_results`.
@@ -73,7 +76,9 @@ class MergeResult:
         """
         if not self.modules:
             raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
-        save_results(Path(folder), self.modules, self.shared, self.report, overwrite, self.files, self.precision)
+        save_results(
+            Path(folder), self.modules, self.shared, self.report, overwrite, self.files, self.precision, self.trials
+        )
 
     def release(self, plan: MergePlan) -> None:
         """Leave the modules as ``load_from_checkpoint`` gives them: on the CPU, trainable, without memory of experts.
@@ -92,6 +97,7 @@ class MergeResult:
                 if name not in shared or not tensor.is_floating_point():  # it may be a page of the expert's file
                     tensor.data = tensor.data.clone()
                 tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
+        self.trials = plan.trials
         self.precision = {task: plan.precision(task) for task in self.modules}
         tensors = [{name: id(tensor) for name, tensor, _ in named_tensors(m)} for m in self.modules.values()]
         self.shared = [name for name in plan.parameters.shared if len({ids[name] for ids in tensors}) == 1]
@@ -157,6 +163,8 @@ def execute(
             )
             raise
     modules = with_shared(plan, merged, job.task_tensors, job.heads)
+    if peers.size == 1:  # with several, a step that waits for the others would wait forever
+        plan.trials = {task.name: trial for task in tasks if (trial := Trial.of(task, device)) is not None}
     report = MergeReport(
         method=plan.method.describe(),
         tasks=list(plan.experts),
@@ -164,6 +172,7 @@ def execute(
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=context.skipped,
+        checks=list(plan.checks),
         warnings=plan.parameters.warnings + context.warnings + job.warnings,
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),

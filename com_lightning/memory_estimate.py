@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
 from com_lightning.core.sweep.distributed import Alike
+from com_lightning.core.tensors.allocator import free_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
@@ -46,7 +46,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     per_sample = [n / _size(samples[task.name].batches[0][0]) for n, task in zip(sizes, tasks) if task.batches]
     total = sum(size * count for size, count in zip(sizes, counts))
     device = trainer.strategy.root_device
-    free = _free(device)
+    free = free_memory(device)
     models = "merged model and expert" if len(options.streams) > 1 else f"{options.streams[0]} model"
     most = max((sample.samples for sample in samples.values()), default=0)
     one, processes = float(sum(per_sample)), trainer.world_size
@@ -79,18 +79,3 @@ def _readable(size: float) -> str:
         if size < 1000:
             return f"{size:,.1f} {unit}"
     return f"{size / 1024:,.1f} GiB"
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes of memory that nothing uses; ``None`` where that cannot be text."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:  # what the kernel would give, caches too
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        pass
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, OSError, ValueError):
-        return None

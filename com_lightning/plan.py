@@ -25,6 +25,7 @@ from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.base_model import load_base
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.load import ExpertSource, SetUp, complete, lacks, load_expert, take_precision
+from com_lightning.experts.owner import compare_with_owner
 from com_lightning.experts.parameters import Parameters, sort_parameters
 from com_lightning.experts.settings import computed_buffers, described, differing, settings_of
 from com_lightning.experts.similarity import non_finite_weights, unmergeable_weights
@@ -34,6 +35,7 @@ from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.options import MergeOptions
 from com_lightning.results.tables import table
+from com_lightning.results.verification import Trial
 
 
 @dataclass
@@ -52,6 +54,8 @@ class MergePlan:
             precision.
         base: name of each shared parameter -> its value in the base, if the method needs it.
         need: words on the memory that the calibration forwards take.
+        trials: task -> a calibration forward, to be repeated with what is written.
+        checks: what was checked, and what could not be.
     """
 
     experts: dict[str, LightningModule]
@@ -64,6 +68,8 @@ class MergePlan:
     stored: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
     base: Mapping[str, Tensor] | None = None
     need: str = "the activations of the calibration data come on top."
+    trials: dict[str, Trial] = field(default_factory=dict)
+    checks: list[str] = field(default_factory=list)
 
     def precision(self, task: str) -> dict[str, torch.dtype]:
         """Find the precision that a task's merged parameters are stored in, where it is not that of the module.
@@ -185,12 +191,14 @@ def make_plan(
     found += absent
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
+    checks: list[str] = []
     with collected_warnings() as warnings:
         for task in sorted(sources, key=lambda task: tasks.index(task) if task in tasks else len(tasks)):
             if (label := f"expert '{task}'") in local:
                 with _collecting(found):
                     experts[task] = load_expert(task, local[label], model, as_stored=True, set_up=_set_up(task, data))
                     stored[task] = take_precision(experts[task], model)
+                    checks += compare_with_owner(label, local[label], experts[task], model)
     built: list[str] = []
     if experts:
         with _collecting(found):
@@ -235,6 +243,7 @@ def make_plan(
     frozen -= {name for name, parameter in everything if parameter.requires_grad}
     training = {task: {name for name, part in e.named_modules() if part.training} for task, e in experts.items()}
     plan = MergePlan(experts, method, parameters, {}, frozen, training, stored=stored, base=base)
+    plan.checks = group_warnings(checks, local)
     for expert in experts.values():
         expert.eval()
         if method.options and data is not None:
@@ -324,8 +333,8 @@ def _other_settings(model: LightningModule, task: str, expert: LightningModule) 
     settings = {"your model": settings_of(model), "its expert": settings_of(expert)}
     found = {name: values for name, values in differing(settings).items() if name not in computed_buffers(expert)}
     return [
-        f"the model given to trainer.validate becomes the merged model of task '{task}', but {text}. So that model, and "
-        "Lightning's own table, are not what is reported and written; take the callback's `modules`"
+        f"the model given to trainer.validate becomes the merged model of task '{task}', but {text}. So that model "
+        "and Lightning's own table are not what is reported and written; take the callback's `modules`"
         for text in [described(found)]
         if text
     ]

@@ -98,14 +98,14 @@ def sort_parameters(
     result.warnings += foreign_values(modules, expected) + unrelated_weights(experts, shared)
     if differences := differences_of_experts(experts, result.private):
         result.warnings.append(
-            f"the experts differ in what shapes the outputs of shared layers: {described(differences)}. Each task keeps "
-            "its own, and its results are written separately"
+            f"the experts differ in what shapes the outputs of shared layers: {described(differences)}. Each task "
+            "keeps its own, and its results are written separately"
         )
     return result
 
 
 def _own_buffers(experts: Mapping[str, LightningModule], shapes: Mapping[str, Shapes]) -> set[str]:
-    """Names of buffers that are computed and not saved, and not the same everywhere. An average of them means nothing."""
+    """Names of buffers that are computed, not saved, and not the same everywhere. Their average means nothing."""
     buffers = [computed_buffers(expert) for expert in experts.values()]
     names = set().union(*buffers)
     own = {name for name in names if _differs(shapes[name]) or any(name not in entry for entry in buffers)}
@@ -129,10 +129,8 @@ def _tie_problems(experts: Mapping[str, LightningModule], shared: set[str]) -> l
 
 
 def _untied(model: LightningModule, experts: Mapping[str, LightningModule]) -> list[str]:
-    """Parameters that are one tensor in the model and several in experts. A checkpoint of those would be loaded wrongly.
-
-    The reverse does no harm: the model then has the same values twice.
-    """
+    """Parameters that are one tensor in the model and several in experts, whose checkpoint would be loaded wrongly."""
+    # The reverse does no harm: the model then has the same values twice.
     apart: dict[tuple[str, str], list[str]] = {}
     for task, expert in experts.items():
         tied = tied_names(expert)

@@ -2,7 +2,7 @@
 
 Two modules with the same parameters may compute different things: by the configuration of a transformers model (rotary
 embeddings, epsilons, activations), by the classes and attributes of submodules, by hyperparameters that a ``forward``
-reads, and by buffers that checkpoints leave out. :func:`settings_of` collects them, so that two modules can be compared.
+reads, and by buffers that checkpoints leave out. :func:`settings_of` collects them, so that modules can be compared.
 
 What acts in training only (dropout, momentum), in losses and metrics, or nowhere (names, paths, versions) is left out.
 An attribute or hyperparameter counts if a method that runs in a forward names it.
@@ -57,11 +57,16 @@ _IDLE_KEYS = {  # mostly of a transformers configuration; ties and the sizes of 
 }
 _IDLE_WORDS = ("drop", "momentum", "version")
 _IDLE_MODULES = ("torch.nn.modules.dropout", "torch.nn.modules.loss", "torchmetrics")
-_BASES = ("torch.nn.modules.module.", "lightning.", "lightning_fabric.")
-_BASES += ("transformers.generation", "transformers.integrations", "transformers.modeling_", "transformers.utils")
+_BASES = (
+    *("torch.nn.modules.module.", "lightning.", "lightning_fabric."),
+    *("transformers.generation", "transformers.integrations", "transformers.modeling_", "transformers.utils"),
+)
 """Modules of classes whose methods run around forwards, and name much that does not act."""
-_OTHER_METHODS = ("__", "configure_", "extra_repr", "load_", "on_", "reset_", "save_", "setup", "teardown", "train", "val")
-_OTHER_METHODS += ("_init_weights", "predict_", "test_")
+_OTHER_METHODS = (
+    *("__", "_init_weights", "configure_", "extra_repr", "load_", "on_", "predict_", "reset_", "save_", "setup"),
+    *("teardown", "test_", "train_", "training_", "val_", "validation_"),
+)
+"""Beginnings of the names of methods that do not run in a forward, or do not shape what shared layers compute."""
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, torch.dtype, torch.Size)
 
 _MISSING = "missing"
@@ -80,7 +85,7 @@ def settings_of(module: nn.Module) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name, part in module.named_modules():
         place = plain(name)
-        kind = type(part)
+        kind: Any = type(part)
         if isinstance(part, (OptimizedModule, nn.Identity)) or kind.__module__.startswith(_IDLE_MODULES):
             continue
         if "drop" in kind.__name__.lower():
@@ -157,6 +162,13 @@ def differing(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, 
 def described(found: Mapping[str, Mapping[str, Any]], most: int = 4) -> str:
     """Put the differences that :func:`differing` finds into words.
 
+    Args:
+        found: name -> label -> value.
+        most: how many are named.
+
+    Returns:
+        The text; empty if there are none.
+
     Example::
 
         >>> described({"net.eps": {"'a'": 1e-5, "'b'": 1e-3}})
@@ -170,7 +182,9 @@ def described(found: Mapping[str, Mapping[str, Any]], most: int = 4) -> str:
         groups: dict[str, list[str]] = {}
         for label, value in values.items():
             groups.setdefault(str(value) if isinstance(value, str) else repr(value), []).append(label)
-        texts.append(f"{name} is " + " and ".join(f"{value} in {some(labels, most=3)}" for value, labels in groups.items()))
+        texts.append(
+            f"{name} is " + " and ".join(f"{value} in {some(labels, most=3)}" for value, labels in groups.items())
+        )
     return some(texts, "; ", most)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from com_lightning.core.tensors.modules import tied_names
+from com_lightning.core.tensors.modules import named_tensors, tied_names
 from com_lightning.errors import MergeError, MergeWarning
 from com_lightning.errors import some as some
 from com_lightning.experts.files import state_problems
@@ -162,6 +162,13 @@ def fill(module: nn.Module, state: Mapping[str, Any], label: str, assign: bool =
             MergeWarning,
             stacklevel=2,
         )
+    for key, first in ties.items():
+        if key != first and key in state and first in state and not torch.equal(state[key], state[first]):
+            warnings.warn(
+                f"{label}: {first} and {key} differ in it, and are one tensor in your model, which takes {key}",
+                MergeWarning,
+                stacklevel=2,
+            )
     load(target, {name: state[key] for key, name in names.items()}, assign)
     return place
 
@@ -219,14 +226,24 @@ def load(module: nn.Module, state: Mapping[str, Any], assign: bool) -> None:
         state: all that the module has.
         assign: the tensors take the place of the module's tensors; otherwise copies of them do.
     """
-    ties = tied_names(module)
+    before = {name: tensor for name, tensor, _ in named_tensors(module)}
     if not assign:
         state = {key: value.detach().clone() if isinstance(value, Tensor) else value for key, value in state.items()}
     module.load_state_dict(state, assign=True)
-    for name, first in ties.items():
-        if name != first:
-            (owner, _, attribute), (first_owner, _, first_attribute) = name.rpartition("."), first.rpartition(".")
-            setattr(module.get_submodule(owner), attribute, getattr(module.get_submodule(first_owner), first_attribute))
+    # Whatever else refers to a tensor of the module (a tie, a list of weights) has to see the new values. Of several
+    # values of one tensor the last one counts, as if each were copied into it.
+    replaced: dict[int, Tensor] = {}
+    for name, old in before.items():
+        owner, _, attribute = name.rpartition(".")
+        part = module.get_submodule(owner)
+        new = getattr(part, attribute)
+        if new is not old and type(new) is type(old) and new.device == old.device:
+            old.data = new.data
+            new = old
+        replaced[id(old)] = new
+    for name, old in before.items():
+        owner, _, attribute = name.rpartition(".")
+        setattr(module.get_submodule(owner), attribute, replaced[id(old)])
 
 
 def shape_of(value: object) -> tuple[int, ...] | str:

@@ -236,7 +236,7 @@ def save_pretrained(
     tokenizers: dict[Path, dict[str, TokenSource | None]] = {}
     failed: set[Path] = set()
     for task, module in modules.items():
-        unadapted = _without_adapters(module)
+        unadapted = without_adapters(module)
         parts = pretrained_parts(unadapted)
         merged = {plain(name) for name in (*shared, *adapter_parameters(module))}
         private = {plain(name) for name in module.state_dict()} - merged
@@ -290,7 +290,7 @@ def _remove_files(folder: Path) -> None:
         folder.rmdir()
 
 
-def _without_adapters(module: nn.Module) -> nn.Module:
+def without_adapters(module: nn.Module) -> nn.Module:
     """A copy that shares the tensors of ``module``, without adapters that have been merged into the weights."""
     if "peft" not in sys.modules:
         return module

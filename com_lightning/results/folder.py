@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, num_bytes, tied_names
@@ -36,12 +36,14 @@ from com_lightning.experts.transformers_models import (
     load_pretrained,
     pretrained_parts,
     save_pretrained,
+    without_adapters,
 )
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.html import html_report
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure
 from com_lightning.results.report import MergeReport
+from com_lightning.results.verification import Trial, verify
 from com_lightning.validation import quiet_lightning
 
 ALL = "merged"
@@ -108,8 +110,9 @@ def save_results(
     overwrite: bool = False,
     files: Mapping[str, str] | None = None,
     precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
+    trials: Mapping[str, Trial] | None = None,
 ) -> None:
-    """Write the result of a merge.
+    """Write the result of a merge, and compare what was written with the modules.
 
     The folder contains
 
@@ -128,16 +131,20 @@ def save_results(
         overwrite: Whether an earlier result is replaced.
         files: Name -> text of further files.
         precision: Task -> name -> dtype of tensors that are stored in another precision than the module has.
+        trials: Task -> a calibration forward, for :func:`~com_lightning.results.verification.verify`.
 
     Raises:
         MergeError: If the folder exists and may not be overwritten, or cannot be written. It is then left as it was.
     """
     if problems := output_problems(folder, overwrite):
         raise MergeError(problems)
-    modules = _in_precision(modules, precision or {})
+    stored = _in_precision(modules, precision or {})
 
     def write(made: Path) -> None:
-        for warning in _write_weights(made, modules, shared):
+        told = _write_weights(made, stored, shared)
+        found = verify(*_written(made, modules), trials or {})
+        report.checks = [check for check in report.checks if check not in found.checks] + found.checks
+        for warning in told + found.warnings:
             rank_zero_warn(warning)
             if warning not in report.warnings:
                 report.warnings.append(warning)
@@ -168,6 +175,27 @@ def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared:
         _save_checkpoint(merged, folder / f"{name}.ckpt")
         _warn_of_missing_weights(merged, folder / f"{name}.ckpt", names)
     return save_pretrained(modules, shared, folder / PRETRAINED, _apart(modules))
+
+
+def _written(
+    folder: Path, modules: Mapping[str, LightningModule]
+) -> tuple[dict[Path, tuple[str, LightningModule]], dict[Path, tuple[str, nn.Module, str]]]:
+    """Find out which module each checkpoint, and which transformers model each folder was written from."""
+    checkpoints: dict[Path, tuple[str, LightningModule]] = {}
+    folders: dict[Path, tuple[str, nn.Module, str]] = {}
+    for task, module in modules.items():
+        path = folder / f"{task}.ckpt"
+        checkpoints.setdefault(path if path.is_file() else folder / f"{ALL}.ckpt", (task, module))
+        unadapted = without_adapters(module)
+        for place in (parts := pretrained_parts(unadapted)):
+            if saved := _saved(folder / PRETRAINED, task, place if len(parts) > 1 else ""):
+                folders.setdefault(saved, (task, unadapted, place))
+    return checkpoints, folders
+
+
+def _saved(folder: Path, task: str, inside: str) -> Path | None:
+    """The folder with a transformers model of a task: its own, or that of all tasks."""
+    return next((f for f in (folder / task / inside, folder / inside) if (f / MODEL_CONFIG).is_file()), None)
 
 
 def _write_report(
@@ -293,8 +321,7 @@ def _take_configurations(module: LightningModule, folder: Path, task: str) -> No
     """Replace each transformers model that the module's class configures otherwise than it was merged and written."""
     parts = pretrained_parts(module)
     for place, part in parts.items():
-        inside = place if len(parts) > 1 else ""
-        saved = next((f for f in (folder / task / inside, folder / inside) if (f / MODEL_CONFIG).is_file()), None)
+        saved = _saved(folder, task, place if len(parts) > 1 else "")
         if saved is not None and not has_configuration(part, saved):
             name, _ = submodule(module, place)
             module.set_submodule(name, load_pretrained(saved, f"task '{task}' ({saved})"))

@@ -53,6 +53,8 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
         description = "each task before and after the merge, and the drift of inputs from layer to layer"
         parts.append(f'<p><img alt="{description}" src="data:image/png;base64,{encoded}"></p>')
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
+    if report.checks:
+        parts += ["<h2>Checked</h2>", *(f"<p>{escape(check)}</p>" for check in report.checks)]
     if report.layers:
         note = f'<p class="note">{escape(LAYER_COLUMNS)}</p>'
         parts += ["<h2>Layers</h2>", note, _table(layer_rows(report))]

@@ -54,6 +54,8 @@ class MergeReport:
         overlap: Task -> how many of these samples are validated too; ``None`` if that cannot be known.
         skipped: Calibration batches that were left out because they lead to NaN or infinity.
         warnings: Everything unusual that was noticed.
+        checks: What was checked, and what could not be and why: for example whether the files that were written give
+            the outputs of the modules in memory.
         seconds: Duration of the merge, without validation.
         peak_memory: Peak memory in bytes: of the process on a CPU, else what was allocated on the device.
         seed: Seed of the calibration sample.
@@ -74,6 +76,7 @@ class MergeReport:
     padding: list[str] = field(default_factory=list)
     skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    checks: list[str] = field(default_factory=list)
     seconds: float = 0.0
     peak_memory: int = 0
     seed: int | None = None
@@ -198,7 +201,8 @@ class MergeReport:
         if not self.tasks:
             return "Nothing has been merged yet."
         metrics = f"{self.monitor}\n\n{self.task_table()}\n\n" if self.metrics else ""
-        return f"{metrics}{self.summary()}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
+        checks = "".join(f"\nChecked: {check}" for check in self.checks)
+        return f"{metrics}{self.summary()}{checks}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
 
 
 def task_rows(report: MergeReport) -> list[list[str]]:
@@ -317,6 +321,7 @@ def markdown_report(report: MergeReport) -> str:
         f"## Metrics\n\n`{report.monitor}`\n\n{table(task_rows(report))}" if report.metrics else "",
         summarize(report),
         "\n".join(f"- **Warning**: {warning}" for warning in report.warnings),
+        "## Checked\n\n" + "\n".join(f"- {check}" for check in report.checks) if report.checks else "",
         f"## Layers\n\n{LAYER_COLUMNS}\n\n{table(layer_rows(report))}" if report.layers else "",
         f"## Averaged parameters\n\n{table(averaged)}" if averaged else "",
         versions(report),

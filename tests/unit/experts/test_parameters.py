@@ -25,7 +25,7 @@ class Language(LightningModule):
 @pytest.mark.parametrize("private", [[], ["embedding", "head"]])
 def test_a_class_that_ties_what_experts_keep_apart_is_an_error(private: list[str]) -> None:
     experts = {"a": Language(False, 1), "b": Language(False, 2)}
-    with pytest.raises(MergeError, match=r"head.weight and embedding.weight are one .* 'a', 'b': .*tie_word_embeddings"):
+    with pytest.raises(MergeError, match=r"head.weight and embedding.weight are one .*tie_word_embeddings"):
         sort_parameters(Language(True), experts, private)
 
 

@@ -1,0 +1,255 @@
+"""Compare what was written with the module in memory, as a user would load it.
+
+A merged module is validated in memory, and used from files. Its class, its configuration and what it computes when it
+is made may turn the same weights into another model, so :func:`verify` loads each file again, with nothing from memory
+but the class, and compares tensors, settings and the outputs of all submodules on one calibration batch. What differs
+is a warning, and what could not be compared is said.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch import LightningModule
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.allocator import free_memory
+from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
+from com_lightning.errors import reason
+from com_lightning.experts.load import take_precision
+from com_lightning.experts.owner import differing_tensors, load_by_class
+from com_lightning.experts.settings import computed_buffers, described, differing, settings_of
+from com_lightning.experts.state_dicts import plain, some, submodule
+from com_lightning.experts.transformers_models import load_pretrained
+
+_SAMPLED = 256
+"""Values of each output that are compared."""
+
+Outputs = list[tuple[str, Tensor]]
+"""Name of each submodule that was called -> a sample of its output, in the order of the calls."""
+
+
+@dataclass
+class Trial:
+    """A calibration forward that can be repeated on any module of a task.
+
+    Attributes:
+        task: name of the task.
+        batch: one calibration batch, on the CPU.
+        call: runs it, ``call(module, batch, 0)``.
+        prepare: runs what comes before the first batch.
+        move: moves a module to the device and the precision of its forwards.
+        device: that device.
+    """
+
+    task: str
+    batch: Any
+    call: Callable[[nn.Module, Any, int], object]
+    prepare: Callable[[nn.Module], object]
+    move: Callable[[nn.Module], nn.Module]
+    device: torch.device
+
+    @classmethod
+    def of(cls, task: Task, device: torch.device) -> Trial | None:
+        """The trial with the first batch of a task; ``None`` if it has none."""
+        if not task.batches:
+            return None
+        prepare = getattr(task, "prepare", lambda module: None)
+        batch = move_data_to_device(task.batches[0], torch.device("cpu"))
+        return cls(task.name, batch, task.call, prepare, task.move, device)
+
+    def outputs(self, module: nn.Module) -> Outputs:
+        """Run the forward, with the same random draws each time.
+
+        Args:
+            module: it is changed and moved.
+
+        Returns:
+            What its submodules return. Of each tensor of floating-point numbers at most 256 values are taken.
+        """
+        running = self.move(module).eval()
+        result: Outputs = []
+
+        def record(name: str) -> Callable[..., None]:
+            def hook(part: nn.Module, inputs: Any, output: Any) -> None:
+                apply_to_collection(output, Tensor, lambda tensor: result.append((name, _sample(tensor))))
+
+            return hook
+
+        for name, part in running.named_modules():
+            part.register_forward_hook(record(plain(name)))
+        with kept_draws(0, self.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            self.prepare(running)
+            self.call(running, move_data_to_device(self.batch, self.device), 0)
+        return result
+
+
+@contextmanager
+def kept_draws(seed: int | None = None, device: torch.device | None = None) -> Iterator[None]:
+    """Give all random generators back as they were, and seed them meanwhile if a seed is given."""
+    states = random.getstate(), numpy.random.get_state()
+    with torch.random.fork_rng([device] if device is not None and device.type == "cuda" else []):
+        if seed is not None:
+            torch.manual_seed(seed)
+            random.seed(seed)
+            numpy.random.seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            numpy.random.set_state(states[1])
+
+
+@dataclass
+class Findings:
+    """What a comparison found.
+
+    Attributes:
+        checks: what was compared, and what could not be.
+        warnings: what differs, and what to do.
+    """
+
+    checks: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
+def verify(
+    checkpoints: Mapping[Path, tuple[str, LightningModule]],
+    folders: Mapping[Path, tuple[str, nn.Module, str]],
+    trials: Mapping[str, Trial],
+) -> Findings:
+    """Load what was written as a user would, and compare it with the modules in memory.
+
+    Args:
+        checkpoints: Lightning checkpoint -> task and its module.
+        folders: folder of ``save_pretrained`` -> task, its module, and the name of the transformers model in it.
+        trials: task -> a calibration forward, for those that have one.
+
+    Returns:
+        What was found.
+    """
+    found = Findings()
+    for path, (task, module) in checkpoints.items():
+        how = f"{type(module).__name__}.load_from_checkpoint"
+        advice = "Build the module as the expert was built, and load the file's state_dict into it"
+        advice += ", or take its network from `transformers`" if folders else ""
+        load: Callable[[], nn.Module] = partial(load_by_class, path, module)
+        _compare(found, path.name, how, advice, module, "", load, trials.get(task))
+    for path, (task, outer, place) in folders.items():
+        part = submodule(outer, place)[1]
+        how = f"{type(part).__name__}.from_pretrained"
+        label = path.relative_to(next(iter(checkpoints)).parent).as_posix()
+        advice = "Take the weights from the checkpoint"
+        _compare(found, label, how, advice, outer, place, partial(load_pretrained, path, label), trials.get(task))
+    return found
+
+
+def _compare(
+    found: Findings,
+    label: str,
+    how: str,
+    advice: str,
+    module: nn.Module,
+    place: str,
+    load: Callable[[], nn.Module],
+    trial: Trial | None,
+) -> None:
+    """Compare a module, or a part of it, with what was written of it."""
+    part = submodule(module, place)[1]
+    size = sum(4 * tensor.numel() for _, tensor, _ in named_tensors(part))
+    free = free_memory(torch.device("cpu"))
+    if free is not None and 1.5 * size > free:
+        found.checks.append(f"{label}: not compared, because that takes {1.5 * size / 2**30:.1f} GiB of memory")
+        return
+    try:
+        with kept_draws(), warnings.catch_warnings():  # making a module draws random weights
+            warnings.simplefilter("ignore")
+            loaded = load()
+    except Exception as error:  # the user's class decides what it can load
+        found.checks.append(f"{label}: not compared, because {how} cannot load it ({reason(error)})")
+        return
+    take_precision(loaded, part)
+    unsaved = [] if place else _left_out(part)
+    tensors = [name for name in differing_tensors(part, loaded) if name not in unsaved]
+    settings = differing({"memory": settings_of(part), "the file": settings_of(loaded)})
+    outputs, why_not = (
+        _differing_outputs(module, place, loaded, trial) if not unsaved else (None, "weights are missing")
+    )
+    differences = [f"{some(tensors, most=3)} {'has' if len(tensors) == 1 else 'have'} other values"] * bool(tensors)
+    if settings and outputs != "":
+        differences.append(described(settings))
+    if outputs:
+        differences.append(outputs)
+    if differences:
+        found.warnings.append(
+            f"{label}: loaded by {how}, it is not the module in memory: {'; '.join(differences)}. {advice}"
+        )
+        found.checks.append(f"{label}: loaded by {how}, it is not the module in memory, see the warning")
+        return
+    count = len(dict.fromkeys(name for name, _, _ in named_tensors(part))) - len(unsaved)
+    same = f"its {count:,} tensors{' and settings' if not settings else ''}"
+    if outputs == "":
+        assert trial is not None
+        same += f", and the outputs of its submodules on a calibration batch of '{trial.task}',"
+    text = f"{label}: loaded by {how}, {same} are those of the module in memory"
+    text += f"; without {some(unsaved, most=3)}, which the class leaves out of its checkpoints" if unsaved else ""
+    found.checks.append(text + (f"; outputs were not compared ({why_not})" if why_not else ""))
+
+
+def _left_out(module: nn.Module) -> list[str]:
+    """Names of parameters and buffers that a class leaves out of its checkpoints on its own account."""
+    saved, computed = module.state_dict().keys(), computed_buffers(module)
+    return [name for name, _, _ in named_tensors(module) if name not in saved and name not in computed]
+
+
+def _differing_outputs(module: nn.Module, place: str, loaded: nn.Module, trial: Trial | None) -> tuple[str | None, str]:
+    """Compare the outputs of all submodules.
+
+    Returns:
+        What differs in words, empty if nothing does, and ``None`` if they were not compared; and then, why not.
+    """
+    if trial is None:
+        return None, "no calibration batch is at hand"
+    try:
+        expected = trial.outputs(copy_on_same_storage(module))
+    except Exception as error:  # the user's code
+        return None, f"in memory, {reason(error)}"
+    if not expected:
+        return None, "the calibration forward calls no submodule"
+    other = loaded
+    if place:
+        other = copy_on_same_storage(module)
+        other.set_submodule(submodule(other, place)[0], loaded)
+    try:
+        actual = trial.outputs(other)
+    except Exception as error:
+        return f"its calibration forward fails ({reason(error)})", ""
+    for (name, one), (called, two) in zip(expected, actual):
+        if name != called or one.shape != two.shape:
+            return f"its calibration forward goes on otherwise at {name or 'the end'}", ""
+        precision = torch.finfo(one.dtype).eps ** 0.5
+        one, two = (torch.nan_to_num(value.double(), nan=0.0, posinf=1e30, neginf=-1e30) for value in (one, two))
+        distance = float((one - two).norm() / one.norm().clamp_min(1e-30))
+        if distance > precision:
+            return f"the outputs of {name or 'the module'} differ by {100 * distance:.2g} %", ""
+    return ("" if len(expected) == len(actual) else "its calibration forward calls other submodules"), ""
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    """A few values from all over a tensor. Other numbers than those with a fraction are left out."""
+    if not tensor.is_floating_point() or tensor.layout is not torch.strided or tensor.is_nested:
+        return torch.empty(0)
+    flat = tensor.detach().reshape(-1)
+    return flat[:: max(flat.numel() // _SAMPLED, 1)][:_SAMPLED].clone().cpu()
