@@ -75,7 +75,7 @@ class Computed(Classifier):
 
 def test_other_outputs_of_the_same_tensors_and_settings(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    merger = merged({"a": Computed(), "b": Computed()}, Computed(), tmp_path / "m", method=Average())
+    merger = merged({"a": Computed(), "b": Computed()}, Computed(), tmp_path / "m")
     (warning,) = about_files(merger)
     assert "the outputs of the module differ by" in warning
 
