@@ -141,33 +141,50 @@ def verify(
         What was found.
     """
     found = Findings()
+    expected: dict[int, tuple[Outputs, str]] = {}
     for path, (task, module) in checkpoints.items():
-        how = f"{type(module).__name__}.load_from_checkpoint"
         advice = "Build the module as the expert was built, and load the file's state_dict into it"
         advice += ", or take its network from `transformers`" if folders else ""
         load: Callable[[], nn.Module] = partial(load_by_class, path, module)
-        _compare(found, path.name, how, advice, module, "", load, trials.get(task))
+        how = f"{type(module).__name__}.load_from_checkpoint"
+        _compare(found, _Written(path.name, how, load, advice, module, "", trials.get(task), expected))
     for path, (task, outer, place) in folders.items():
-        part = submodule(outer, place)[1]
-        how = f"{type(part).__name__}.from_pretrained"
         label = path.relative_to(next(iter(checkpoints)).parent).as_posix()
+        load = partial(load_pretrained, path, label)
+        how = f"{type(submodule(outer, place)[1]).__name__}.from_pretrained"
         advice = "Take the weights from the checkpoint"
-        _compare(found, label, how, advice, outer, place, partial(load_pretrained, path, label), trials.get(task))
+        _compare(found, _Written(label, how, load, advice, outer, place, trials.get(task), expected))
     return found
 
 
-def _compare(
-    found: Findings,
-    label: str,
-    how: str,
-    advice: str,
-    module: nn.Module,
-    place: str,
-    load: Callable[[], nn.Module],
-    trial: Trial | None,
-) -> None:
+@dataclass
+class _Written:
+    """A checkpoint, or a folder of ``save_pretrained``.
+
+    Attributes:
+        label: names it in messages.
+        how: the function that a user would load it with.
+        load: loads it.
+        advice: what to do if that gives something else.
+        module: the module in memory.
+        place: name of the part of it that was written.
+        trial: a calibration forward, if there is one.
+        expected: ``id`` of a module in memory -> its outputs, and why there are none.
+    """
+
+    label: str
+    how: str
+    load: Callable[[], nn.Module]
+    advice: str
+    module: nn.Module
+    place: str
+    trial: Trial | None
+    expected: dict[int, tuple[Outputs, str]]
+
+
+def _compare(found: Findings, written: _Written) -> None:
     """Compare a module, or a part of it, with what was written of it."""
-    part = submodule(module, place)[1]
+    label, how, part = written.label, written.how, submodule(written.module, written.place)[1]
     size = sum(4 * tensor.numel() for _, tensor, _ in named_tensors(part))
     free = free_memory(torch.device("cpu"))
     if free is not None and 1.5 * size > free:
@@ -176,17 +193,15 @@ def _compare(
     try:
         with kept_draws(), warnings.catch_warnings():  # making a module draws random weights
             warnings.simplefilter("ignore")
-            loaded = load()
+            loaded = written.load()
     except Exception as error:  # the user's class decides what it can load
         found.checks.append(f"{label}: not compared, because {how} cannot load it ({reason(error)})")
         return
     take_precision(loaded, part)
-    unsaved = [] if place else _left_out(part)
+    unsaved = [] if written.place else _left_out(part)
     tensors = [name for name in differing_tensors(part, loaded) if name not in unsaved]
     settings = differing({"memory": settings_of(part), "the file": settings_of(loaded)})
-    outputs, why_not = (
-        _differing_outputs(module, place, loaded, trial) if not unsaved else (None, "weights are missing")
-    )
+    outputs, why_not = (None, "weights are missing") if unsaved else _differing_outputs(written, loaded)
     differences = [f"{some(tensors, most=3)} {'has' if len(tensors) == 1 else 'have'} other values"] * bool(tensors)
     if settings and outputs != "":
         differences.append(described(settings))
@@ -194,15 +209,15 @@ def _compare(
         differences.append(outputs)
     if differences:
         found.warnings.append(
-            f"{label}: loaded by {how}, it is not the module in memory: {'; '.join(differences)}. {advice}"
+            f"{label}: loaded by {how}, it is not the module in memory: {'; '.join(differences)}. {written.advice}"
         )
         found.checks.append(f"{label}: loaded by {how}, it is not the module in memory, see the warning")
         return
     count = len(dict.fromkeys(name for name, _, _ in named_tensors(part))) - len(unsaved)
     same = f"its {count:,} tensors{' and settings' if not settings else ''}"
     if outputs == "":
-        assert trial is not None
-        same += f", and the outputs of its submodules on a calibration batch of '{trial.task}',"
+        assert written.trial is not None
+        same += f", and the outputs of its submodules on a calibration batch of '{written.trial.task}',"
     text = f"{label}: loaded by {how}, {same} are those of the module in memory"
     text += f"; without {some(unsaved, most=3)}, which the class leaves out of its checkpoints" if unsaved else ""
     found.checks.append(text + (f"; outputs were not compared ({why_not})" if why_not else ""))
@@ -214,24 +229,24 @@ def _left_out(module: nn.Module) -> list[str]:
     return [name for name, _, _ in named_tensors(module) if name not in saved and name not in computed]
 
 
-def _differing_outputs(module: nn.Module, place: str, loaded: nn.Module, trial: Trial | None) -> tuple[str | None, str]:
+def _differing_outputs(written: _Written, loaded: nn.Module) -> tuple[str | None, str]:
     """Compare the outputs of all submodules.
 
     Returns:
         What differs in words, empty if nothing does, and ``None`` if they were not compared; and then, why not.
     """
+    trial, module = written.trial, written.module
     if trial is None:
         return None, "no calibration batch is at hand"
-    try:
-        expected = trial.outputs(copy_on_same_storage(module))
-    except Exception as error:  # the user's code
-        return None, f"in memory, {reason(error)}"
-    if not expected:
-        return None, "the calibration forward calls no submodule"
+    if id(module) not in written.expected:
+        written.expected[id(module)] = _expected(trial, module)
+    expected, why_not = written.expected[id(module)]
+    if why_not:
+        return None, why_not
     other = loaded
-    if place:
+    if written.place:
         other = copy_on_same_storage(module)
-        other.set_submodule(submodule(other, place)[0], loaded)
+        other.set_submodule(submodule(other, written.place)[0], loaded)
     try:
         actual = trial.outputs(other)
     except Exception as error:
@@ -245,6 +260,15 @@ def _differing_outputs(module: nn.Module, place: str, loaded: nn.Module, trial: 
         if distance > precision:
             return f"the outputs of {name or 'the module'} differ by {100 * distance:.2g} %", ""
     return ("" if len(expected) == len(actual) else "its calibration forward calls other submodules"), ""
+
+
+def _expected(trial: Trial, module: nn.Module) -> tuple[Outputs, str]:
+    """The outputs in memory, and why there are none."""
+    try:
+        outputs = trial.outputs(copy_on_same_storage(module))
+    except Exception as error:  # the user's code
+        return [], f"in memory, {reason(error)}"
+    return outputs, "" if outputs else "the calibration forward calls no submodule"
 
 
 def _sample(tensor: Tensor) -> Tensor:
