@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from com_lightning.compat import load_module
 from com_lightning.core.tensors.modules import named_tensors, num_bytes
 from com_lightning.errors import MergeWarning, reason
+from com_lightning.experts.adapters import merge_adapter
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
 from com_lightning.experts.load import ExpertSource, take_precision
@@ -74,6 +75,7 @@ def compare_with_owner(label: str, source: ExpertSource, expert: LightningModule
         return [f"{label}: not compared with what {how} gives, because it has more than {LARGEST // 2**20} MiB"]
     try:
         owners = load_by_class(Path(source), model)
+        merge_adapter(owners, label)  # as in the expert
     except Exception as error:  # code of the class
         return [f"{label}: not compared with what {how} gives ({reason(error)})"]
     take_precision(owners, expert)

@@ -40,6 +40,7 @@ _IDLE_KEYS = {  # mostly of a transformers configuration; ties and the sizes of 
     "initializer_factor",
     "initializer_range",
     "label2id",
+    "merged_adapters",
     "name_or_path",
     "num_labels",
     "output_attentions",

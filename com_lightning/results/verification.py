@@ -28,6 +28,7 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.allocator import free_memory
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.errors import reason
+from com_lightning.experts.adapters import merge_adapter
 from com_lightning.experts.load import take_precision
 from com_lightning.experts.owner import differing_tensors, load_by_class
 from com_lightning.experts.settings import computed_buffers, described, differing, settings_of
@@ -194,6 +195,7 @@ def _compare(found: Findings, written: _Written) -> None:
         with kept_draws(), warnings.catch_warnings():  # making a module draws random weights
             warnings.simplefilter("ignore")
             loaded = written.load()
+            merge_adapter(loaded, label)  # as in memory; what is left of adapters computes nothing
     except Exception as error:  # the user's class decides what it can load
         found.checks.append(f"{label}: not compared, because {how} cannot load it ({reason(error)})")
         return

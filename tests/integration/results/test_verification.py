@@ -15,6 +15,8 @@ from transformers import AutoModelForSequenceClassification
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule, MergeTrainer
 from com_lightning.results import verification
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+from tests.helpers.adapters import LoraModule, trained
+from tests.helpers.running import save_lightning
 from tests.helpers.texts import expert_folder, make_texts
 
 
@@ -162,3 +164,14 @@ def test_each_task_is_written_with_its_own_configuration(tmp_path: Path) -> None
     trainer = MergeTrainer(logger=False, enable_checkpointing=False, enable_progress_bar=False, accelerator="cpu")
     again = trainer.validate(Network(base), datamodule=data, merged=str(tmp_path / "m"), verbose=False)
     assert again == list(merger.report.metrics["merged"].values())
+
+
+def test_adapters_that_are_merged_into_their_layers(tmp_path: Path) -> None:
+    experts = {task: save_lightning(trained(seed), tmp_path / f"{task}.ckpt") for seed, task in enumerate("ab")}
+    data = MergeDataModule({task: make_texts(n) for n, task in enumerate("ab")}, num_samples=16)
+    merger = merged(experts, LoraModule(), tmp_path / "m", data)
+    first, *files = merger.report.checks
+    assert "LoraModule.load_from_checkpoint gives the same tensors and settings" in first
+    assert len(files) == 3
+    assert all(check.endswith("are those of the module in memory") for check in files)
+    assert not [warning for warning in merger.report.warnings if "module" in warning]
