@@ -288,7 +288,7 @@ def test_modules_are_given_back_in_the_mode_of_their_source(tmp_path: Path) -> N
     """A network that its class makes in eval mode stays so, as after ``load_from_checkpoint``."""
     first, second = make_experts()
     second.body.eval()
-    files = {"a": save_lightning(first, tmp_path / "a.ckpt"), "b": second}
+    files: dict[str, Any] = {"a": save_lightning(first, tmp_path / "a.ckpt"), "b": second}
     merger = ChainOfMergesCallback(files, baselines=False)
     quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=make_tasks(), verbose=False)
     assert all(part.training for part in merger.modules["a"].modules())

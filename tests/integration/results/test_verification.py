@@ -94,7 +94,7 @@ class Demanding(Classifier):
 class Forgetful(Classifier):
     """It leaves its head out of its checkpoints."""
 
-    strict_loading = False  # type: ignore[assignment]
+    strict_loading = False
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         return {name: value for name, value in super().state_dict(*args, **kwargs).items() if "head" not in name}

@@ -35,9 +35,9 @@ def test_a_large_one_is_not_compared_and_that_is_said(tmp_path: Path, monkeypatc
 
 def test_what_differs_is_named(tmp_path: Path) -> None:
     path = save_lightning(make_experts()[0], tmp_path / "a.ckpt")
-    expert = load_expert("a", path, Classifier())
-    expert.get_parameter("body.0.weight").data += 1
-    expert.get_submodule("body.1").eps = 1.0
+    expert: Any = load_expert("a", path, Classifier())
+    expert.body[0].weight.data += 1
+    expert.body[1].eps = 1.0
     model, before = Classifier(), torch.get_rng_state()
     with collected_warnings() as warnings:
         compare_with_owner("expert 'a'", path, expert, model)
@@ -50,7 +50,7 @@ class Referring(Classifier):
 
     def __init__(self, classes: int = 3, width: int = FEATURES) -> None:
         super().__init__(classes, width)
-        self.weights = [self.body[0].weight]
+        self.weights: list[Any] = [self.body[0].weight]
         self.body[3].weight = self.body[0].weight
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ def test_whatever_refers_to_a_weight_sees_that_of_the_file(tmp_path: Path) -> No
     torch.save(content, path)
     with collected_warnings() as warnings:
         expert: Any = load_expert("a", path, Referring())
-    loaded = Referring.load_from_checkpoint(path, weights_only=True)
+    loaded: Any = Referring.load_from_checkpoint(path, weights_only=True)
     assert expert.weights[0] is expert.body[0].weight is expert.body[3].weight
     assert torch.equal(expert.body[0].weight, loaded.body[0].weight)
     assert any("body.0.weight and body.3.weight differ" in warning for warning in warnings)
