@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
@@ -18,6 +16,7 @@ from tqdm.auto import tqdm
 from com_lightning.core.sweep.context import Context, own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
 from com_lightning.execution import MergeResult, average_shared, execute, load_into, with_shared
@@ -137,7 +136,7 @@ class ChainOfMergesCallback(Callback):
         folder = Path(options.output_dir) if options.output_dir and writes else None
         problems = output_problems(folder, options.overwrite) if folder else []
         if not becomes_first and (options.resize_embeddings or is_overridden("configure_model", model)):
-            model = copy.deepcopy(model)
+            model = copy_with_tensors(model)
         plan = make_plan(model, self.experts, data, self.method, options, problems, becomes_first)
         experts = plan.experts
         if not any(plan.parameters.private.values()):  # one file is written for all
@@ -281,7 +280,7 @@ class ChainOfMergesCallback(Callback):
         with (
             own_modes(),
             tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet or data is None, leave=False) as bar,
-            borrowed(trainer, loggers=[DummyLogger()]),  # calibration forwards log nowhere
+            borrowed(trainer),
         ):
 
             def on_layer(record: LayerRecord) -> None:

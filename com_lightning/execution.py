@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.sweep.context import Context, one_at_a_time
 from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.forward_check import check_forwards
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Placement
@@ -25,7 +26,8 @@ from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
 from com_lightning.data.padding import count_padding, describe_padding, padding_masks
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.smaller_batches import smaller_batches
-from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in
+from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in, shortened
+from com_lightning.data.trainer_view import trainer_of_task
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
@@ -154,6 +156,9 @@ def execute(
     merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.starts_from_average)
     with one_at_a_time(), torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
+            check = None
+            if plan.method.runs_calibration_forwards:
+                check = check_forwards(tasks, merged, context, shortened)
             job = MergeJob(tasks, merged, context, plan.base, device)
             records = plan.method.merge(job)
         except torch.OutOfMemoryError as error:
@@ -172,8 +177,8 @@ def execute(
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
         skipped=context.skipped,
-        checks=list(plan.checks),
-        warnings=plan.parameters.warnings + context.warnings + job.warnings,
+        checks=[*([] if check is None else [f"calibration forwards: {check}"]), *plan.checks],
+        warnings=plan.parameters.warnings + context.warnings + job.warnings + (check.warnings if check else []),
         seconds=time.perf_counter() - start,
         peak_memory=_peak_memory(device),
         seed=data.seed if data is not None else None,
@@ -183,6 +188,13 @@ def execute(
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
     )
+    if names := [record.name for record in report.layers if record.permuted]:
+        report.warnings.append(
+            f"the rows of {some(names)} come in another order in the merged model than in the experts, as proposals "
+            "that a detector sorts by score, or tokens that a mixture sorts by expert. These calls were merged "
+            "one-sided. To merge them two-sided, give the module a calibration_step(batch) in which rows keep their "
+            "places"
+        )
     report.padding, unmasked = describe_padding(peers.exchange(count_padding(tasks)), report.layers, context.unplaced)
     report.warnings += unmasked
     report.warnings += [warning for sample in samples.values() for warning in sample.warnings]
@@ -245,13 +257,14 @@ def calibration_tasks(
     tasks = []
     for name, expert in plan.experts.items():
         moved: list[Batch] = []
+        own = trainer if data is None else trainer_of_task(trainer, data, name)
         numbers: list[int] | None = None
         if "data" in plan.method.needs and data is not None:
             limit = trainer.limit_val_batches if data.split == "val" else trainer.limit_train_batches
             samples[name] = data.calibration(name, limit, peers)
             running = Placement(expert, move).module()  # whose hooks may compute on the device
             assert isinstance(running, LightningModule)
-            running.trainer = trainer
+            running.trainer = own
             for number, (batch, index) in list(zip(samples[name].numbers, samples[name].batches))[:batches]:
                 label = f"task '{name}', calibration batch {number}"
                 with data.seeded(name, number, cuda=trainer.strategy.root_device.type == "cuda"):  # hooks may augment
@@ -260,10 +273,14 @@ def calibration_tasks(
             numbers = samples[name].numbers
             if batches is None:
                 moved, numbers = data.augmented(name, moved, samples[name])
-        step = CalibrationStep(trainer)
+        step = CalibrationStep(own)
         task = Task(name, expert, moved, step, lambda batch: batch.masks, numbers, move, offload_experts)
         task.cuts = smaller_batches
-        task.loss, task.predict, task.size = TrainingLoss(trainer, name), Prediction(trainer, name), samples_in
+        task.prepare, task.size = step.prepare, samples_in
+        if step.calibration_step(expert) and is_overridden("validation_step", expert):
+            validation = CalibrationStep(own, validates=True)
+            task.validation = validation.prepare, validation
+        task.loss, task.predict = TrainingLoss(own, name), Prediction(own, name)
         tasks.append(task)
     return tasks, samples
 

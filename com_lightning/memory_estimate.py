@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
@@ -34,7 +33,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
     if options is None:
         return plan.need
     with (
-        borrowed(trainer, loggers=[DummyLogger()], validating=True, datamodule=data),
+        borrowed(trainer, validating=True, datamodule=data),
         torch.inference_mode(False),
         torch.compiler.set_stance("force_eager"),
     ):

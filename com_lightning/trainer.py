@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from com_lightning.analysis.compare import Compare, SeveralRules, plan_compariso
 from com_lightning.analysis.comparison import Comparison
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.sweep.context import own_modes
+from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
 from com_lightning.merging import as_tasks, run, set_up
@@ -129,7 +129,7 @@ class MergeTrainer(Trainer):
             compare = Compare(plan, rules, splits, output_dir, merger.options)
             self.callbacks.append(compare)  # type: ignore[attr-defined]
             with known_as_parent():
-                first = copy.deepcopy(next(iter(plan.experts.values())))
+                first = copy_with_tensors(next(iter(plan.experts.values())))
                 super().validate(first, datamodule=splits.part("report"), verbose=False)
         self._print(compare.comparison, output_dir)
         if compare.comparison is None and not returns_nothing(self):

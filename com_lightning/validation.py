@@ -12,13 +12,13 @@ import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from tqdm.auto import tqdm
 
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.data.trainer_view import muted
 from com_lightning.errors import MergeError
 from com_lightning.strategies import alone, end_on_sigterm
 
@@ -50,7 +50,7 @@ def single_device_trainer(trainer: Trainer) -> Trainer:
             precision=trainer.precision,
             limit_val_batches=trainer.limit_val_batches,
             limit_test_batches=trainer.limit_test_batches,
-            logger=DummyLogger(),  # modules may use `self.logger` in their steps
+            logger=muted(trainer.loggers),  # modules may use `self.logger` in their steps
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from tqdm.auto import tqdm
 
 from com_lightning.analysis.comparison import Comparison, Drift, Outcome, TaskMetrics
@@ -180,8 +179,7 @@ class Compare(Callback):
         peers = self._peers = peers_of(trainer)
         workplace: Workplace | None = None
         try:
-            # Calibration forwards log nowhere.
-            with torch.inference_mode(False), together(peers), borrowed(trainer, loggers=[DummyLogger()]):
+            with torch.inference_mode(False), together(peers), borrowed(trainer):
                 if peers.rank == 0:
                     workplace = Workplace(Path(self.output_dir), discard_journal=not self.options.resume)
                 self.comparison = self._compare(trainer, peers, workplace)

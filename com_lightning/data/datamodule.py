@@ -362,7 +362,7 @@ class _Task(LightningDataModule):
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the task's own datamodule, which modules read as ``self.trainer.datamodule``."""
-        if name.startswith("_"):
+        if name.startswith("_") or "_name" not in vars(self):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(self._tasks.tasks[self._name], name)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +18,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
+from com_lightning.core.sweep.distributed import NoCommunication
 from com_lightning.core.sweep.task import Padding
 from com_lightning.errors import MergeError
 
@@ -37,21 +40,48 @@ class Batch:
 
 @dataclass
 class CalibrationStep:
-    """Runs a module's ``calibration_step``, or else its ``validation_step``, with ``log`` muted."""
+    """Runs a module's ``calibration_step``, or else its ``validation_step``, with ``log`` muted.
+
+    The hooks around ``validation_step`` run as in ``trainer.validate``: those of the epoch once, before all batches.
+    ``on_validation_batch_end`` does not run: it could change no statistics, because the layers have been called before.
+    """
 
     trainer: Trainer
+    validates: bool = False
+    """Whether to run ``validation_step`` in any case."""
 
-    def __call__(self, module: nn.Module, batch: Batch, index: int) -> None:
-        model, content = _prepared(module, batch, self.trainer)
-        with self.trainer.precision_plugin.forward_context():
-            if callable(calibration_step := getattr(model, "calibration_step", None)):
-                calibration_step(content)
-                return
+    def calibration_step(self, model: nn.Module) -> Callable[[Any], Any] | None:
+        """The module's ``calibration_step``, if it is to be run."""
+        step = None if self.validates else getattr(model, "calibration_step", None)
+        return step if callable(step) else None
+
+    def prepare(self, module: nn.Module) -> None:
+        """Run what comes before the first batch."""
+        model = _attached(module, self.trainer)
+        if self.calibration_step(model) is None:
             model.on_validation_start()
             model.on_validation_epoch_start()
-            start = model.on_validation_batch_start
+
+    def __call__(self, module: nn.Module, batch: Batch, index: int) -> None:
+        model, content = _attached(module, self.trainer), _copied(batch.content)
+        if calibration_step := self.calibration_step(model):
+            with self.trainer.precision_plugin.forward_context():
+                calibration_step(content)
+            return
+        start, step = model.on_validation_batch_start, model.validation_step
+        is_watched = is_overridden("on_validation_batch_start", model)
+        with _layers_called(model, is_watched) as before:
             start(*_arguments(start, content, index, batch.dataloader_idx))
-            model.validation_step(*_arguments(model.validation_step, content, index, batch.dataloader_idx))
+        with _layers_called(model, bool(before)) as within, self.trainer.precision_plugin.forward_context():
+            step(*_arguments(step, content, index, batch.dataloader_idx))
+        if twice := sorted(before & within):
+            label = f"{type(model).__name__}: on_validation_batch_start calls {', '.join(twice[:4])}"
+            raise MergeError(
+                [
+                    f"{label}, and validation_step does so again, but a layer is merged from its first call; give the "
+                    "module a calibration_step(batch) that only runs the network on the batch"
+                ]
+            )
 
 
 @dataclass
@@ -66,8 +96,8 @@ class TrainingLoss:
     task: str
 
     def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
-        model, content = _prepared(module, batch, self.trainer)
-        with self.trainer.precision_plugin.forward_context():
+        model, content = _attached(module, self.trainer), _copied(batch.content)
+        with self.trainer.precision_plugin.forward_context(), _by_itself(self.trainer, self.task, model):
             # Lightning passes no dataloader_idx to a training_step.
             returned = model.training_step(*_arguments(model.training_step, content, index))
         loss = returned.get("loss") if isinstance(returned, Mapping) else returned
@@ -94,9 +124,9 @@ class Prediction:
     task: str
 
     def __call__(self, module: nn.Module, batch: Batch, index: int) -> Tensor:
-        model, content = _prepared(module, batch, self.trainer)
+        model, content = _attached(module, self.trainer), _copied(batch.content)
         label, advice = f"task '{self.task}', batch {index}", "override predict_step, and return logits, (n, classes)"
-        with self.trainer.precision_plugin.forward_context():
+        with self.trainer.precision_plugin.forward_context(), _by_itself(self.trainer, self.task, model):
             if is_overridden("predict_step", model):
                 source = "predict_step"
                 logits = model.predict_step(*_arguments(model.predict_step, content, index, batch.dataloader_idx))
@@ -119,14 +149,56 @@ def samples_in(batch: Batch) -> int:
     return max(extract_batch_size(batch.content), 1)
 
 
-def _prepared(module: nn.Module, batch: Batch, trainer: Trainer) -> tuple[LightningModule, Any]:
+@contextmanager
+def _layers_called(model: nn.Module, watches: bool) -> Iterator[set[str]]:
+    """The names of the modules with parameters that are called within."""
+    called: set[str] = set()
+    layers = model.named_modules() if watches else ()
+    own = [(name, layer) for name, layer in layers if any(p is not None for p in layer._parameters.values())]
+    hooks = [layer.register_forward_pre_hook(lambda *_, name=name: called.add(name)) for name, layer in own]
+    try:
+        yield called
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _by_itself(trainer: Trainer, task: str, model: nn.Module) -> AbstractContextManager[Any]:
+    """Makes a step that waits for other processes an error, if there are any."""
+    if trainer.world_size < 2:
+        return nullcontext()
+    return NoCommunication(f"task '{task}': {type(model).__name__}")
+
+
+def shortened(batch: Batch, samples: int = 2) -> Batch:
+    """Return a batch with only the first samples of another one, as far as it consists of tensors and lists."""
+    sizes = Counter[int]()
+    apply_to_collection(batch.content, Tensor, lambda tensor: sizes.update(tensor.shape[:1]))
+    size = sizes.most_common(1)[0][0] if sizes else 0
+    if size <= samples:
+        return batch
+
+    def part(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value[:samples] if value.dim() and len(value) == size else value
+        if isinstance(value, dict):
+            return type(value)({key: part(entry) for key, entry in value.items()}) if type(value) is dict else value
+        if type(value) in (list, tuple):
+            is_column = len(value) == size and not all(isinstance(e, Tensor) and len(e) == size for e in value)
+            return value[:samples] if is_column else type(value)(map(part, value))
+        return value
+
+    return Batch(part(batch.content), batch.dataloader_idx)  # nothing is gathered from it, so it needs no masks
+
+
+def _attached(module: nn.Module, trainer: Trainer) -> LightningModule:
     assert isinstance(module, LightningModule)
     module.trainer = trainer
     for part in module.modules():
         if isinstance(part, LightningModule):
             for name in ("log", "log_dict"):
                 object.__setattr__(part, name, lambda *args, **kwargs: None)
-    return module, _copied(batch.content)
+    return module
 
 
 def _copied(content: Any) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_check import Fold, adapter_layers, adapter_type
 from com_lightning.experts.state_dicts import some
@@ -38,14 +38,14 @@ def merge_and_unload(part: nn.Module, label: str) -> nn.Module:
         MergeError: if an adapter cannot be merged.
     """
     if "peft" not in sys.modules:
-        return copy.deepcopy(part)
+        return copy_with_tensors(part)
     from peft import PeftModel
 
     if unfit := [p for p in part.modules() if isinstance(p, PeftModel) and not hasattr(p.base_model, "unload")]:
         kind = adapter_kind(unfit[0].active_peft_config)
         raise MergeError([f"{label}: {kind} changes what a model computes, not its weights: there is nothing to merge"])
     try:
-        part = copy.deepcopy(part)
+        part = copy_with_tensors(part)
     except RuntimeError as error:  # adapters that PEFT ties hold tensors that cannot be copied
         raise MergeError(
             [f"{label}: cannot be copied ({reason(error)}); write it with save_pretrained, and give the folder"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Callable, Mapping
@@ -18,7 +17,7 @@ from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
 from com_lightning.compat import load_module
-from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.core.tensors.modules import copy_with_tensors, named_tensors
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_config import ADAPTER_CONFIG
 from com_lightning.experts.adapter_files import load_adapter
@@ -102,7 +101,7 @@ def _loaded(source: ExpertSource, model: LightningModule, label: str) -> Lightni
                 ]
             )
     if isinstance(source, LightningModule):
-        expert = copy.deepcopy(source)
+        expert = copy_with_tensors(source)
     elif isinstance(source, nn.Module):
         expert = _replaced(model, merge_and_unload(source, label), label)
     elif isinstance(source, Mapping):
@@ -335,7 +334,7 @@ def _compiled(module: nn.Module, like: OptimizedModule) -> nn.Module:
 
 def _copy(model: LightningModule, instead: dict[int, nn.Module] | None = None) -> LightningModule:
     """A copy; ``instead`` maps the ``id`` of a submodule to what takes its place."""
-    model = copy.deepcopy(model, instead)
+    model = copy_with_tensors(model, instead)
     _forget_compilation(model)
     return model
 

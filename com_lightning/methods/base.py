@@ -86,6 +86,11 @@ class MergingMethod(ABC):
     def __init__(self, importance: dict[str, float] | None = None) -> None:
         self.importance = importance
 
+    @property
+    def runs_calibration_forwards(self) -> bool:
+        """Whether the rule runs the module's calibration step on the tasks' data."""
+        return self.options is not None
+
     @abstractmethod
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         """Write the merged values into ``job.merged``, and return what happened at each layer, in order."""

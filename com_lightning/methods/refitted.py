@@ -37,6 +37,10 @@ class Refitted(MergingMethod):
         self.needs, self.options = method.needs | {"data"}, method.options
         self.starts_from_average = method.starts_from_average
 
+    @property
+    def runs_calibration_forwards(self) -> bool:
+        return True
+
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
         rule = ChainOptions(normalize=self.normalize, ridge=self.ridge, residual=True)

@@ -234,7 +234,8 @@ def _notes(layer: LayerRecord) -> list[str]:
     if layer.note or layer.shared_with:
         notes.append(layer.note or f"same inputs as {layer.shared_with}")
     if layer.unpaired:
-        notes.append(f"{layer.unpaired} calls merged one-sided")
+        order = f", {layer.permuted} of them because rows come in another order" if layer.permuted else ""
+        notes.append(f"{layer.unpaired} calls merged one-sided{order}")
     if layer.corrected_for:
         notes.append(f"makes up for the drift of {' and '.join(layer.corrected_for)}")
     if layer.uncorrected:

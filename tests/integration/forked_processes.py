@@ -32,6 +32,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.chain.task_tensors import task_tensors
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Alike, PeerError, Peers, ProcessGroup
+from com_lightning.core.sweep.forward_check import check_forwards
 from com_lightning.core.sweep.lockstep import running
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import named_tensors
@@ -62,6 +63,32 @@ def merge(tasks: list[Task], rule: ChainOptions, peers: Peers) -> Result:
         **{f"{name} of {task}": tensor for task, each in found.items() for name, tensor in each.items()},
         **{f"{name} of {n}": tensor for name, each in own.items() for n, tensor in enumerate(each)},
     }, records
+
+
+def gathers(module: nn.Module, batch: Tensor, index: int) -> None:
+    dist.all_reduce(module(batch))
+
+
+def check(tasks: list[Task], peers: Peers) -> str:
+    return str(
+        check_forwards(share(tasks, peers.rank, peers.size), averages([t.expert for t in tasks]), Context(peers=peers))
+    )
+
+
+def test_a_forward_that_waits_for_other_processes_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    """With 5 batches, one process would run one forward more than the other."""
+    tasks = mixture(5)
+    assert (
+        processes(2, lambda peers: check(tasks, peers), tmp_path)
+        == ["compared with plain forwards of all 2 tasks, at 4 layers"] * 2
+    )
+    tasks[1].call = gathers
+    (tmp_path / "second").mkdir()
+    for error in processes(2, lambda peers: check(tasks, peers), tmp_path / "second"):
+        assert isinstance(error, MergeError)
+        (problem,) = error.problems
+        assert problem.startswith("task 'task1': Mixture communicates with the other processes in its forward (c10d.")
+        assert "calibration_step(batch)" in problem
 
 
 class Mixture(nn.Module):

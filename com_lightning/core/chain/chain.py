@@ -162,7 +162,7 @@ class LayerSolver(Visitor):
 
     def on_left(self, record: LayerRecord | None, values: Sequence[Any]) -> None:
         error = relative_error(values)
-        if record is not None and error is not None:
+        if record is not None and error is not None and not record.permuted:
             record.residual = error
         self._output_error = OutputError()
 
@@ -276,7 +276,7 @@ class LayerSolver(Visitor):
             record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         first_layer = self.gatherer.seen.layer if self.gatherer.seen else record.name
         record.shared_with = first_layer if first_layer != record.name else None
-        record.unpaired, record.uncorrected = inputs.unpaired, inputs.uncorrected
+        record.unpaired, record.permuted, record.uncorrected = inputs.unpaired, inputs.permuted, inputs.uncorrected
         record.corrected_for = list(map(str, self.streams.writers.get(record.name, ())))
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
         record.doubtful = [task.name for task in self.tasks if task.name in inputs.doubtful]

@@ -9,6 +9,7 @@ import torch
 
 from com_lightning.core.chain.inputs import LayerInputs, SeenInputs
 from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.chain.pairing import are_permuted
 from com_lightning.core.chain.reduce import reduce_sums
 from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.soundness import describe_bad_inputs, is_sound
@@ -18,8 +19,11 @@ from com_lightning.core.sweep.layer import Layer, forward_id
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.sweep import Sweep
-from com_lightning.core.sweep.task import ForwardId, NonFiniteError, SkippedBatch, Task
+from com_lightning.core.sweep.task import BatchId, ForwardId, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import all_finite
+
+Permuted = set[tuple[BatchId, int]]
+"""Batches whose rows come in another order in the expert, with the number of these rows."""
 
 Pair = tuple[PausedCall, PausedCall | None]
 """A forward whose input the layer is solved for, and the expert's forward on the same batch, if its input is used."""
@@ -50,6 +54,7 @@ class Gatherer:
     Attributes:
         inputs: statistics of the present layer. At the owner, they include all processes. ``None``: no forward of this
             process has reached the layer, or an earlier run has solved it.
+        permuted: the rows that come in another order in the expert, as far as earlier layers have shown.
         seen: the inputs that the statistics are computed from.
         owner: the process that solves the layer.
     """
@@ -57,6 +62,7 @@ class Gatherer:
     def __init__(self, options: ChainOptions, streams: ResidualStreams) -> None:
         self.options, self.streams = options, streams
         self.inputs: LayerInputs | None = None
+        self.permuted: Permuted = set()
         self.seen: SeenInputs | None = None
         self.owner = 0
         self._complete = False
@@ -101,7 +107,9 @@ class Gatherer:
                 self.seen.layer, self.seen.exact = before.layer, before.exact
             if layer and self.seen:
                 exact = self.seen.exact
-                self.inputs = gather(layer, calls, sweep.tasks, self.options, sweep.pager, exact, self.streams)
+                self.inputs = gather(
+                    layer, calls, sweep.tasks, self.options, sweep.pager, exact, self.streams, self.permuted
+                )
                 self.seen.forget({batch.id for batch in self.inputs.bad})
             skipped = sweep.bad_batches.skip(self.inputs.bad if self.inputs else [], name)
             self.owner = reached[len(sweep.function_calls.solved) % len(reached)]  # processes take turns
@@ -123,6 +131,7 @@ def gather(
     pager: Pager | None = None,
     exact: bool = False,
     streams: ResidualStreams | None = None,
+    permuted: Permuted | None = None,
 ) -> LayerInputs:
     """Gather the statistics of one layer in this process, without batches whose sums are not finite.
 
@@ -137,6 +146,7 @@ def gather(
         pager: fetches inputs that were paged out.
         exact: gather each batch alone from the start.
         streams: the residual streams, for a layer that repairs one.
+        permuted: the rows that come in another order in the expert. Those of this layer are added.
 
     Returns:
         The statistics of all tasks.
@@ -147,17 +157,17 @@ def gather(
     for task, weight in zip(tasks, layer.weights):
         if not all_finite(weight):
             raise NonFiniteError(f"layer '{layer.name}' of expert '{task.name}' holds NaN or infinity")
-    scratch = Scratch()
+    scratch, permuted = Scratch(), set() if permuted is None else permuted
     pairs = list(_pairs(calls, options))
     inputs = LayerInputs([_empty(layer, options, scratch) for _ in tasks])
     for pair in () if exact else _fetched(pairs, pager):
-        _add(inputs, inputs.sums[forward_id(pair[0]).batch.task], layer, pair, tasks, streams)
+        _add(inputs, inputs.sums[forward_id(pair[0]).batch.task], layer, pair, tasks, streams, permuted)
     if exact or not all(is_sound(sums, _SMALLEST) for sums in inputs.sums):
         inputs = LayerInputs([_empty(layer, options, scratch) for _ in tasks])
         for pair in _fetched(pairs, pager):
             batch = forward_id(pair[0]).batch
             alone = _empty(layer, options, scratch)
-            _add(inputs, alone, layer, pair, tasks, streams, exact=True)
+            _add(inputs, alone, layer, pair, tasks, streams, permuted, exact=True)
             if is_sound(alone):
                 inputs.sums[batch.task].join(alone)
             else:
@@ -178,6 +188,7 @@ def _add(
     pair: Pair,
     tasks: Sequence[Task],
     streams: ResidualStreams | None,
+    permuted: Permuted,
     exact: bool = False,
 ) -> None:
     """Add one batch to ``sums``, in float64 if ``exact`` is set, and to the counts of ``inputs``."""
@@ -190,7 +201,15 @@ def _add(
     if exact:
         ours, theirs = ours.to(torch.float64), None if theirs is None else theirs.to(torch.float64)
     drift = None
-    if layer.repairs_stream and streams and expert is not None and expert.input.shape == merged.input.shape:
+    if theirs is not None and _comes_in_another_order(batch, ours, theirs, permuted):
+        theirs, inputs.permuted = None, inputs.permuted + 1
+    if (
+        layer.repairs_stream
+        and streams
+        and theirs is not None
+        and expert is not None
+        and expert.input.shape == merged.input.shape
+    ):
         drift = streams.drift(layer.name, batch, exact)
     if drift is not None:
         drift = layer.layer_type.offset(module, ours.args, ours.kwargs, weight, drift)
@@ -199,6 +218,18 @@ def _add(
     inputs.masked |= {task.name} if mask and mask.has_applied else set()
     inputs.doubtful |= {task.name} if mask and mask.was_doubtful else set()
     inputs.unpaired += int(expert is not None and not paired)
+
+
+def _comes_in_another_order(batch: BatchId, ours: Arguments, theirs: Arguments, permuted: Permuted) -> bool:
+    """Whether the expert has the rows in another order. If it has before one layer, it has before the next one."""
+    one, other = ours.input, theirs.input
+    if one.shape != other.shape or not one.is_floating_point() or one.dim() < 2 or not one.numel():
+        return False
+    # Tokens or proposals; of images, the images of proposals
+    rows, others = (x.flatten(0, -2) if x.dim() < 4 else x.flatten(1) for x in (one, other))
+    if (batch, len(rows)) not in permuted and are_permuted(rows, others):
+        permuted.add((batch, len(rows)))
+    return (batch, len(rows)) in permuted
 
 
 def _empty(layer: Layer, options: ChainOptions, scratch: Scratch) -> InputSums:

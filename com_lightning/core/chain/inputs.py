@@ -24,6 +24,7 @@ class LayerInputs:
     Attributes:
         sums: the sums of each task. They are empty after :meth:`means`.
         unpaired: number of calls whose rows could not be compared with the expert's.
+        permuted: how many of them have the same rows in another order.
         uncorrected: number of calls where the layer repairs a residual stream whose drift is not known.
         masked: names of tasks whose padding masks apply.
         doubtful: names of those whose masks may belong to other rows.
@@ -33,6 +34,7 @@ class LayerInputs:
 
     sums: list[InputSums]
     unpaired: int = 0
+    permuted: int = 0
     uncorrected: int = 0
     masked: set[str] = field(default_factory=set)
     doubtful: set[str] = field(default_factory=set)

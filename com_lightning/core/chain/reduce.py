@@ -41,6 +41,7 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
                     setattr(sums, name, matrix)
     if inputs is not None and peers.rank == owner:
         inputs.unpaired = sum(summary.unpaired for summary in summaries)
+        inputs.permuted = sum(summary.permuted for summary in summaries)
         inputs.uncorrected = sum(summary.uncorrected for summary in summaries)
         inputs.masked = {name for summary in summaries for name in summary.masked}
         inputs.doubtful = {name for summary in summaries for name in summary.doubtful}
@@ -68,12 +69,13 @@ class _Summary:
     """The statistics of a process without the matrices, small enough to send to all other processes.
 
     Attributes:
-        unpaired, uncorrected, masked, doubtful: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
+        unpaired, permuted, uncorrected, masked, doubtful: as in :class:`~com_lightning.core.chain.inputs.LayerInputs`.
         matrices: for each task, name of each matrix -> its shape and precision.
         tasks: all other statistics of each task.
     """
 
     unpaired: int
+    permuted: int
     uncorrected: int
     masked: set[str]
     doubtful: set[str]
@@ -88,4 +90,5 @@ class _Summary:
             _TaskSummary(sums.rows, sums.drift_norms.cpu(), sums.moments.to("cpu"), sums.expert_moments.to("cpu"))
             for sums in inputs.sums
         ]
-        return _Summary(inputs.unpaired, inputs.uncorrected, inputs.masked, inputs.doubtful, formats, tasks)
+        counts = (inputs.unpaired, inputs.permuted, inputs.uncorrected)
+        return _Summary(*counts, inputs.masked, inputs.doubtful, formats, tasks)

@@ -13,8 +13,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from com_lightning.core.tensors import private_torch
+from com_lightning.errors import MergeError
 
 T = TypeVar("T")
 
@@ -33,6 +35,32 @@ ENDED = (
 
 class PeerError(RuntimeError):
     """Another process has failed. The message is that process's error message."""
+
+
+class NoCommunication(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Raises a MergeError where a forward communicates: processes have unequal numbers of forwards, and would wait.
+
+    Args:
+        who: what the message calls the forward's module.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, who: str) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.who = who
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if private_torch.is_operator(func) and func.namespace in ("c10d", "_c10d_functional"):
+            raise MergeError(
+                [
+                    f"{self.who} communicates with the other processes in its forward ({func}), but they have unequal "
+                    "numbers of calibration batches, and would wait for each other. Merge with devices=1, or without "
+                    "all_gather, synchronised metrics and torch.distributed there: give the module a "
+                    "calibration_step(batch) that only runs the network"
+                ]
+            )
+        return func(*args, **(kwargs or {}))
 
 
 class Peers:

@@ -17,8 +17,8 @@ from __future__ import annotations
 import random
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -138,6 +138,22 @@ def lockstep(
         with ExitStack() as stack:  # close all of them, even if one raises
             for coroutine in coroutines:
                 stack.callback(coroutine.close)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run something outside of the lockstep as a forward runs: without gradients, with random numbers of a seed.
+
+    Args:
+        seed: the seed. A forward with it draws the same numbers.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        before = _TorchState.current()
+        before.seeded(seed).restore()
+        try:
+            yield
+        finally:
+            before.restore()
 
 
 def running() -> Forward | None:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from com_lightning.core.layers.candidates import Candidate, candidates
 from com_lightning.core.layers.functional import FunctionCall
 from com_lightning.core.sweep.layer import Layer
-from com_lightning.core.sweep.task import Stream, Task
+from com_lightning.core.sweep.lockstep import seeded
+from com_lightning.core.sweep.task import SEEDS_OF_TASK, Stream, Task
 from com_lightning.core.tensors import private_torch
 from com_lightning.core.tensors.attention import split_attention
 from com_lightning.core.tensors.modules import copy_module, named_tensors, tied_names
@@ -101,6 +102,7 @@ class Models:
                 self.running[number, stream] = model
                 for name, tensor in model.tensors.items() if stream == "merged" else ():
                     self.computed[self.task_tensors[name][number] if name in self.task_tensors else name] = tensor
+        self._tasks, self._prepared = list(tasks), dict[tuple[int, Stream], nn.Module]()
         self.device = placements[0].target(next(iter(merged)))[0] if merged else torch.device("cpu")
         self.tied = tied_names(self.reference)
         self.tied.update({key: key for keys in self.task_tensors.values() for key in keys})
@@ -113,6 +115,15 @@ class Models:
                 name = name.rpartition(".")[0]
         self.buffers = {name for name, _, is_parameter in named_tensors(self.reference) if not is_parameter}
         self.order = {name: number for number, name in enumerate(self.tied)}
+
+    def prepared(self, task: int, stream: Stream) -> nn.Module:
+        """Return the model that forwards of a task run in, after what comes once before all of them."""
+        if self._tasks[task].prepare is None:
+            return self.running[task, stream].module
+        if (task, stream) not in self._prepared:
+            self._prepared[task, stream] = copy_module(self.running[task, stream].module)
+            run_before_forwards(task, self._tasks[task], self._prepared[task, stream], stream)
+        return self._prepared[task, stream]
 
     def layer(self, name: str, call: FunctionCall | None = None) -> Layer:
         """Return a layer in the merged model and in every expert. ``call`` is given if the layer is a function call."""
@@ -143,6 +154,24 @@ class Models:
         if computed.data_ptr() != merged.data_ptr():
             with private_torch.unversioned_write(computed):
                 computed.copy_(merged)
+
+
+def run_before_forwards(number: int, task: Task, module: nn.Module, stream: Stream) -> None:
+    """Run what comes once before all forwards of a task.
+
+    Args:
+        number: of the task.
+        task: the task.
+        module: the copy of a model that it runs on.
+        stream: which model that is.
+    """
+    if task.prepare is not None:
+        try:
+            with seeded(SEEDS_OF_TASK * (number + 1) - 1):
+                task.prepare(module)
+        except Exception as error:
+            error.add_note(f"raised before the calibration forwards of task '{task.name}', {stream} model")
+            raise
 
 
 def _like(tensor: Tensor, value: Tensor) -> Tensor:

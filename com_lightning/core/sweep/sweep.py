@@ -25,7 +25,7 @@ from com_lightning.core.sweep.layer import CalibrationForward, Layer
 from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, WaitingLayer, lockstep
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
-from com_lightning.core.sweep.task import BatchId, ForwardId, LayerRecord, Stream, Task, batch_ids
+from com_lightning.core.sweep.task import SEEDS_OF_TASK, BatchId, ForwardId, LayerRecord, Stream, Task, batch_ids
 from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import copy_module
 from com_lightning.core.tensors.placement import is_trackable
@@ -116,7 +116,7 @@ class Sweep:
         }
         layers = lockstep(self._forwards(), positions, choose_next=self._choose_next, pager=self.pager)
         # Changed inputs are noticed by their version counters, which do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), _without_fast_path(), self.pager or nullcontext():
+        with torch.inference_mode(False), torch.no_grad(), without_fast_path(), self.pager or nullcontext():
             for name, calls in layers:
                 record = self._visit(name, self.bad_batches.good(calls))
                 if record.note:  # function calls within the layer may still be solved
@@ -200,13 +200,13 @@ class Sweep:
                 model = batch.task, stream
                 if model not in tracked:
                     tracked[model] = self._tracked(batch.task, stream)
-                module = copy_module(self.models.running[model].module, tracked[model])
+                module = copy_module(self.models.prepared(*model), tracked[model])
                 call = _Call(task, module, task.batches[batch.position], batch.number)
                 forward = CalibrationForward(
                     module=module,
                     call=partial(self.bad_batches.run, batch, call),
                     label=f"task '{task.name}', batch {batch.number}, {stream} model",
-                    seed=100_003 * batch.task + batch.number,
+                    seed=SEEDS_OF_TASK * batch.task + batch.number,
                     id=ForwardId(batch, stream),
                 )
                 if self.visitor.watches_outputs or self.bad_batches.is_skipping:
@@ -241,7 +241,7 @@ class Sweep:
 
 
 @contextmanager
-def _without_fast_path() -> Iterator[None]:
+def without_fast_path() -> Iterator[None]:
     """Keep ``nn.TransformerEncoderLayer`` from running as one fused function, in which a forward cannot pause."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

@@ -16,6 +16,10 @@ Stream = Literal["merged", "expert"]
 """The model that a forward runs in: the model as merged so far, or the expert."""
 
 
+SEEDS_OF_TASK = 100_003
+"""Number of seeds that the forwards of a task may have."""
+
+
 class BatchId(NamedTuple):
     """A calibration batch of this process.
 
@@ -96,6 +100,9 @@ class Task:
         move: moves a module to the device and the precision of its forwards. The expert itself stays where it is
             stored, for instance in a mapped file. Layers are solved in its stored precision.
         offload: whether a weight of the expert is moved only while its forward uses it.
+        prepare: ``prepare(module)`` runs what comes once before all forwards, on a copy of the expert or of the merged
+            model. Each forward runs on a copy of that copy. Layers are not merged from what is called there.
+        validation: what validates the module, as :attr:`prepare` and :attr:`call`, if that is something else.
         loss: ``loss(module, batch, index)`` returns the training loss, for rules that differentiate it.
         predict: ``predict(module, batch, index)`` returns logits, ``(n, classes)``, for rules that read predictions.
         size: returns the number of samples in a batch.
@@ -112,6 +119,8 @@ class Task:
     numbers: Sequence[int] | None = None
     move: Move = lambda module: module
     offload: bool = False
+    prepare: Callable[[nn.Module], object] | None = None
+    validation: tuple[Callable[[nn.Module], object], Callable[[nn.Module, Any, int], object]] | None = None
     loss: Callable[[nn.Module, Any, int], Tensor] | None = None
     predict: Callable[[nn.Module, Any, int], Tensor] | None = None
     size: Callable[[Any], int] = lambda batch: 1
@@ -197,6 +206,7 @@ class LayerRecord:
             this.
         cg_steps: of conjugate gradients, where errors count by their effect on predictions.
         unpaired: calls whose rows could not be matched with those of the expert. They were merged one-sided.
+        permuted: how many of them have the same rows in another order, such as proposals that a detector sorts.
         corrected_for: the tensors that the output is added to, and whose drift the layer repairs.
         uncorrected: calls where that drift was not known, because these tensors were gone, changed, or of other shapes.
         shared_with: the earlier layer whose statistics were used, because both have the same input.
@@ -228,6 +238,7 @@ class LayerRecord:
     groups_kept_average: int = 0
     cg_steps: int | None = None
     unpaired: int = 0
+    permuted: int = 0
     corrected_for: list[str] = field(default_factory=list)
     uncorrected: int = 0
     shared_with: str | None = None

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import EllipsisType
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors.state import State
 
+M = TypeVar("M", bound=nn.Module)
+
 SLICE_ELEMENTS = 2**17
 """Elements in one of :func:`row_slices`: 1 MiB in float64."""
+
 
 def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) -> nn.Module:
     """Return a copy of ``module`` with its own submodules, state and hooks, but with the same parameters and buffers.
@@ -31,7 +35,17 @@ def copy_module(module: nn.Module, tensors: Mapping[int, Tensor] | None = None) 
         >>> twin.weight is weight, twin.bias is net.bias
         (True, True)
     """
-    return State(module).copied(tensors or {})
+    return State(module).copied(tensors or {}, shares=True)
+
+
+def copy_with_tensors(module: M, instead: Mapping[int, nn.Module] | None = None) -> M:
+    """Return a copy of ``module`` that shares no parameter or buffer with it.
+
+    Args:
+        module: the module to copy.
+        instead: ``id`` of a submodule -> the module that takes its place.
+    """
+    return cast(M, State(module).copied(instead or {}, shares=False))
 
 
 def copy_on_same_storage(module: nn.Module) -> nn.Module:

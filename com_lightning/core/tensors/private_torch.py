@@ -7,7 +7,7 @@ still exists and still means the same. A new version of PyTorch that changes one
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
@@ -97,6 +97,14 @@ def is_operator(function: Any) -> bool:
 def is_mutable(operator: Any) -> bool:
     """Whether an operator writes to one of its arguments."""
     return bool(operator._schema.is_mutable)
+
+
+def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The arguments of an operator that it writes to."""
+    places = [(n, a.name) for n, a in enumerate(operator._schema.arguments) if a.alias_info and a.alias_info.is_write]
+    values = [args[number] if number < len(args) else kwargs.get(name) for number, name in places]
+    tensors = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
+    return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
 
 
 def inside_transform() -> bool:

@@ -12,11 +12,10 @@ closure, and would work on the original. So functions of the user's get closures
 from __future__ import annotations
 
 import copy
-import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterator, Mapping
-from functools import lru_cache, partial
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,8 +24,10 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
 
-_ATOMIC = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, type, ModuleType)
-_ATOMIC = (*_ATOMIC, BuiltinFunctionType, type(Ellipsis), *weakref.ProxyTypes)
+_ATOMIC: tuple[type, ...] = (
+    *(type(None), type(Ellipsis), bool, int, float, complex, str, bytes, torch.dtype, torch.device),
+    *(type, ModuleType, BuiltinFunctionType, *weakref.ProxyTypes),
+)
 _SHARED_PACKAGES = {"lightning", "pytorch_lightning", "lightning_fabric", "datasets", "tokenizers", "sentencepiece"}
 _SHARED_MODULES = (
     *("torch.utils.data", "torch.optim", "torch.amp", "torch.fx", "torch.cuda", "torch._dynamo"),
@@ -38,8 +39,8 @@ _SHARED_MODULES = (
 """Objects of classes that are defined in these, or derived from such a class, are shared."""
 
 
-@lru_cache(maxsize=None)
-def _is_shared(cls: type) -> bool:
+@cache
+def _is_shared(cls: Any) -> bool:
     if issubclass(cls, (nn.Module, Tensor, dict, list, tuple, set, frozenset, deque)):
         return False
     origins = [base.__module__ for base in cls.__mro__]
@@ -57,8 +58,9 @@ class State:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.own = {id(t) for child in module.modules() for t in (*child._parameters.values(), *child._buffers.values())}
-        """``id`` of each parameter and buffer."""
+        owners = [(*part._parameters.values(), *part._buffers.values()) for part in module.modules()]
+        self.own = {id(tensor): tensor for tensors in owners for tensor in tensors if tensor is not None}
+        """``id`` of each parameter and buffer -> the tensor."""
         self.shared: list[Any] = []
         """Objects that a copy shares."""
         self.tensors: list[Tensor] = []
@@ -77,13 +79,14 @@ class State:
         while waiting:
             owner = waiting.pop()
             for label, value in _parts(owner):
-                cls, key = type(value), id(value)
-                if cls in _COMMON and not value or issubclass(cls, _ATOMIC) or key in seen:
+                cls: Any = type(value)
+                key = id(value)
+                if (cls in _COMMON and not value) or issubclass(cls, _ATOMIC) or key in seen:
                     continue
                 seen.add(key)
                 self._from[key] = owner, label
                 if isinstance(value, Tensor):
-                    # A computed tensor cannot be copied. The forward computes it again (weight normalisation by a hook).
+                    # A computed tensor cannot be copied. The forward computes it anew (weight normalisation by a hook).
                     (self.tensors if value.is_leaf else self.shared).append(value)
                 elif cls is torch.Generator:
                     self.generators.append(value)
@@ -98,18 +101,20 @@ class State:
                     self._objects.append(value)
                     waiting.append(value)
 
-    def copied(self, tensors: Mapping[int, Tensor]) -> nn.Module:
+    def copied(self, tensors: Mapping[int, Any], shares: bool) -> nn.Module:
         """Return a copy of the module.
 
         Args:
-            tensors: ``id`` of a parameter or buffer -> the tensor that replaces it. All others are shared.
+            tensors: ``id`` of an object, such as a parameter -> what replaces it in the copy.
+            shares: whether all other parameters and buffers are shared. If not, they are copied.
         """
         try:
-            return self._copied(self.memo(tensors))
+            return self._copied({**self._memo(shares), **tensors})
         except Exception:  # whatever a class of the user's raises when an object is copied
             if not (uncopyable := self.uncopyable()):
                 raise
-        return self._copied({**self.memo(tensors), **{key: value for key, (value, _) in uncopyable.items()}})
+        shared = {key: value for key, (value, _) in uncopyable.items()}
+        return self._copied({**self._memo(shares), **shared, **tensors})
 
     def _copied(self, memo: dict[int, Any]) -> nn.Module:
         module = copy.deepcopy(self.module, memo)
@@ -117,20 +122,20 @@ class State:
             Rebinder(self.functions, memo)(module)
         return module
 
-    def memo(self, replaced: Mapping[int, Tensor]) -> dict[int, Any]:
-        """Return a memo for ``copy.deepcopy``.
-
-        Args:
-            replaced: ``id`` of a parameter or buffer -> the tensor that the copy has in its place.
-        """
+    def _memo(self, shares: bool = True) -> dict[int, Any]:
+        """A memo for ``copy.deepcopy``."""
         memo: dict[int, Any] = {id(value): value for value in self.shared}
         memo.update({id(generator): generator.clone_state() for generator in self.generators})
-        memo.update(_lazy_copies(self.tensors))
-        for child in self.module.modules():
-            for tensor in (*child._parameters.values(), *child._buffers.values()):
-                if tensor is not None:
-                    memo[id(tensor)] = replaced.get(id(tensor), tensor)
-        return memo
+        memo.update(_lazy_copies(self.tensors, self.own.values()))
+        return {**memo, **self.own} if shares else memo
+
+    def complaints(self) -> list[str]:
+        """Say what cannot be copied, so that all copies share it: the name, the class, and why."""
+        try:
+            self._copied(self._memo())
+        except Exception:  # whatever a class of the user's raises when an object is copied
+            return [why for _, why in self.uncopyable().values()]
+        return []
 
     def uncopyable(self) -> dict[int, tuple[Any, str]]:
         """Find what cannot be copied.
@@ -138,8 +143,10 @@ class State:
         Returns:
             ``id`` of each such object -> the object, and a sentence that names it and says why.
         """
-        memo, found = self.memo({}), dict[int, tuple[Any, str]]()
-        objects = [value for value in self._objects if not isinstance(value, (nn.Module, *_COMMON, MethodType, partial))]
+        memo, found = self._memo(), dict[int, tuple[Any, str]]()
+        objects = [
+            value for value in self._objects if not isinstance(value, (nn.Module, *_COMMON, MethodType, partial))
+        ]
         # Those that refer to nothing come first. What refers to them can be copied then.
         for value in sorted(objects, key=lambda value: any(True for _ in _parts(value))):
             try:
@@ -187,26 +194,31 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
         yield from attributes.items()
 
 
-def _lazy_copies(tensors: list[Tensor]) -> dict[int, Tensor]:
-    """``id`` of a tensor -> a copy that takes no memory until it, or the original, is written to.
+def _lazy_copies(tensors: list[Tensor], own: Iterable[Tensor]) -> dict[int, Tensor]:
+    """Return ``id`` of a tensor -> a copy that takes no memory until it, or the original, is written to.
 
     Such tensors may be as large as the network (averaged weights, a bank of features), and there are many forwards.
     Tensors of one storage have copies of one storage. ``copy.deepcopy`` copies the tensors that are left out here.
+
+    Args:
+        tensors: the tensors.
+        own: the parameters and buffers.
+
+    Returns:
+        The copies of those that are plain, and no views of parameters or buffers.
     """
+    plain = [tensor for tensor in tensors if _is_plain(tensor)]
+    taken = {private_torch.address(t.untyped_storage()) for t in own if plain and _is_plain(t)}
     storages: dict[int, Tensor] = {}
-    copies = {}
-    for tensor in tensors:
-        plain = type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not vars(tensor)
-        if not plain or tensor.device.type == "meta" or tensor.is_quantized or tensor.is_inference():
-            continue
-        if tensor.grad is not None or tensor.is_conj() or tensor.is_neg():
-            continue
+    copies: dict[int, Tensor] = {}
+    for tensor in plain:
         address = private_torch.address(tensor.untyped_storage())
+        if address in taken:
+            continue
         if address not in storages:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
             storages[address] = private_torch.lazy_copy(whole)
-        empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-        copied = empty.set_(  # type: ignore[call-overload]
+        copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
             storages[address].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
         )
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -214,6 +226,14 @@ def _lazy_copies(tensors: list[Tensor]) -> dict[int, Tensor]:
             nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied.requires_grad_(tensor.requires_grad)
         )
     return copies
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is nothing but numbers in memory."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type == "meta":
+        return False
+    odd = tensor.is_quantized or tensor.is_inference() or tensor.is_conj() or tensor.is_neg()
+    return not odd and tensor.grad is None and not vars(tensor)
 
 
 class Rebinder:
@@ -273,7 +293,9 @@ class Rebinder:
     def _function(self, function: FunctionType) -> FunctionType:
         if id(function) not in self._functions:
             cells = [self._cells.setdefault(id(cell), CellType()) for cell in function.__closure__ or ()]
-            made = FunctionType(function.__code__, function.__globals__, function.__name__, closure=tuple(cells) or None)
+            made = FunctionType(
+                function.__code__, function.__globals__, function.__name__, closure=tuple(cells) or None
+            )
             self._functions[id(function)] = made  # before the contents, because a function may refer to itself
             for name in ("__qualname__", "__module__", "__doc__", "__annotations__"):
                 setattr(made, name, getattr(function, name))
