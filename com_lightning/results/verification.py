@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.allocator import free_memory
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
+from com_lightning.data.steps import shortened
 from com_lightning.errors import reason
 from com_lightning.experts.adapters import merge_adapter
 from com_lightning.experts.load import take_precision
@@ -48,9 +49,9 @@ class Trial:
 
     Attributes:
         task: name of the task.
-        batch: one calibration batch, on the CPU.
+        batch: a few calibration samples, on the CPU.
         call: runs it, ``call(module, batch, 0)``.
-        prepare: runs what comes before the first batch.
+        prepare: runs what comes before the first batch, if anything does.
         move: moves a module to the device and the precision of its forwards.
         device: that device.
     """
@@ -58,18 +59,17 @@ class Trial:
     task: str
     batch: Any
     call: Callable[[nn.Module, Any, int], object]
-    prepare: Callable[[nn.Module], object]
+    prepare: Callable[[nn.Module], object] | None
     move: Callable[[nn.Module], nn.Module]
     device: torch.device
 
     @classmethod
     def of(cls, task: Task, device: torch.device) -> Trial | None:
-        """The trial with the first batch of a task; ``None`` if it has none."""
+        """The trial with the first samples of a task; ``None`` if it has none."""
         if not task.batches:
             return None
-        prepare = getattr(task, "prepare", lambda module: None)
-        batch = move_data_to_device(task.batches[0], torch.device("cpu"))
-        return cls(task.name, batch, task.call, prepare, task.move, device)
+        batch = move_data_to_device(shortened(task.batches[0]), torch.device("cpu"))
+        return cls(task.name, batch, task.call, task.prepare, task.move, device)
 
     def outputs(self, module: nn.Module) -> Outputs:
         """Run the forward, with the same random draws each time.
@@ -92,7 +92,8 @@ class Trial:
         for name, part in running.named_modules():
             part.register_forward_hook(record(plain(name)))
         with kept_draws(0, self.device), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            self.prepare(running)
+            if self.prepare is not None:
+                self.prepare(running)
             self.call(running, move_data_to_device(self.batch, self.device), 0)
         return result
 
