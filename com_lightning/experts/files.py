@@ -21,7 +21,7 @@ from com_lightning.errors import MergeError, reason
 
 _SMALL = 2**24
 """Bytes that are never too many."""
-_LONGEST_JSON = 2**26
+LONGEST_JSON = 2**26
 """Bytes that a JSON file may have."""
 TOKENIZER_FOLDERS = ("additional_chat_templates", "*processor*", "*tokenizer*")
 """Names of folders in the folder of a model whose files are read and copied, too."""
@@ -147,8 +147,8 @@ def folder_problems(folder: Path) -> list[str]:
             problems.append(f"{name} is neither a file nor a folder")
         elif path.suffix == ".bin" and (problem := archive_problem(path)):
             problems.append(f"{name}: {problem}")
-        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > _LONGEST_JSON:
-            problems.append(f"{name} has {path.stat().st_size:,} bytes; at most {_LONGEST_JSON:,} are read")
+        elif path.suffix == ".json" and path.is_file() and path.stat().st_size > LONGEST_JSON:
+            problems.append(f"{name} has {path.stat().st_size:,} bytes; at most {LONGEST_JSON:,} are read")
     for path in () if problems else sorted(folder.glob("*.index.json")):
         try:
             files = {str(name) for name in read_json(path)["weight_map"].values()}

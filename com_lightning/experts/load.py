@@ -22,6 +22,7 @@ from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_config import ADAPTER_CONFIG
 from com_lightning.experts.adapter_files import load_adapter
 from com_lightning.experts.adapters import merge_adapter, merge_and_unload
+from com_lightning.experts.construction import BoundedConstruction, TooLargeError, check_counts
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
 from com_lightning.experts.state_dicts import ExtraKeys, fill, places, plain, plain_state, shape_of, some, submodule
@@ -109,9 +110,13 @@ def _loaded(source: ExpertSource, model: LightningModule, label: str) -> Lightni
     elif isinstance(source, (str, Path)):
         label = f"{label} ({source})"
         try:
-            expert = _from_path(Path(source), model, label)
+            with BoundedConstruction(Path(source), model):
+                expert = _from_path(Path(source), model, label)
         except MergeError:
             raise
+        except TooLargeError as error:
+            message = f"{label}: it describes something much too large: {error}"
+            raise MergeError([f"{message}. If that is right, build the module yourself, and give it"]) from error
         except Exception as error:  # anything can be in a file
             raise MergeError([f"{label}: cannot be loaded ({reason(error)})"]) from error
     else:
@@ -181,6 +186,7 @@ def _from_path(path: Path, model: LightningModule, label: str) -> LightningModul
         _warn_of_differences(expert, model, label)
         return expert
     if (path / MODEL_CONFIG).is_file():
+        check_counts(path / MODEL_CONFIG)
         return _replaced(model, load_pretrained(path, label), label)
     if path.name.startswith("adapter_model.") and (path.parent / ADAPTER_CONFIG).is_file():
         raise MergeError([f"{label}: this is the file of a PEFT adapter; give its folder, {path.parent}"])
@@ -215,6 +221,7 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
     Raises:
         SetUpError: if the module's ``setup`` fails.
         MergeError: if neither way makes a module.
+        TooLargeError: if the class starts to make one that is much too large.
     """
     module_class = type(model)
     # A hook of the class may change the weights, so that the class has to read them.
@@ -222,13 +229,15 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
     if not is_overridden("on_load_checkpoint", model):
         try:
             return _rebuilt(content, module_class, label)
-        except SetUpError:
+        except (SetUpError, TooLargeError):
             raise
         except Exception as error:  # code of the class runs here, without weights
             extra = error if isinstance(error, ExtraKeys) else None
             _log.info("%s: read by %s.load_from_checkpoint (%s)", label, module_class.__name__, reason(error))
     try:
         return load_module(module_class, content, path)
+    except TooLargeError:
+        raise
     except Exception as error:
         if extra:  # it is not the hyperparameters
             raise extra from error

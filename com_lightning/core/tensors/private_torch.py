@@ -7,6 +7,7 @@ still exists and still means the same. A new version of PyTorch that changes one
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -105,6 +106,12 @@ def written(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
     values = [args[number] if number < len(args) else kwargs.get(name) for number, name in places]
     tensors = [part for value in values for part in (value if isinstance(value, (list, tuple)) else [value])]
     return [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+
+
+@functools.cache
+def takes_device(operator: Any) -> bool:
+    """Whether an operator can be told on which device its result is to be: it makes a new tensor."""
+    return any(argument.name == "device" for argument in operator._schema.arguments)
 
 
 def inside_transform() -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 import time
 from collections.abc import Callable
@@ -253,6 +254,23 @@ def test_what_claims_more_than_there_is_is_not_read(tmp_path: Path) -> None:
     with (folder / "config.json").open("wb") as file:
         file.truncate(10 * 2**30)  # takes no room on the disk
     assert "config.json has 10,737,418,240 bytes" in refused(folder, WithBert())
+
+
+@pytest.mark.parametrize("key", ["width", "classes"])
+def test_hyperparameters_that_ask_for_too_much_are_refused(key: str, tmp_path: Path) -> None:
+    content = lightning(Classifier())
+    content["hyper_parameters"] = {"classes": 3, "width": 8, key: 10**9}
+    torch.save(content, tmp_path / "merged.ckpt")
+    assert re.search(r"much too large: more than [\d,]* values would be made", refused(tmp_path / "merged.ckpt"))
+    with pytest.raises(MergeError, match="much too large"):  # as the result of a merge
+        load_results(tmp_path, Classifier(), ["a"])
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "intermediate_size", "vocab_size", "num_labels"])
+def test_configurations_that_ask_for_too_much_are_refused(key: str, tmp_path: Path) -> None:
+    folder = folder_of(bert(), tmp_path / "x", **{key: 10**9})
+    told = refused(folder, WithBert())
+    assert key in told or "values would be made" in told
 
 
 def test_lists_in_lists_take_no_time(tmp_path: Path, payload: Payload) -> None:

@@ -78,6 +78,15 @@ def test_what_an_operator_writes_to() -> None:
     ]
 
 
+def test_operators_that_make_tensors_can_be_told_where() -> None:
+    with Dispatched() as seen:
+        torch.nn.Linear(2, 3)
+        torch.zeros(2).new_zeros(3).add_(1).view(3, 1)
+    made = [str(operator.overloadpacket) for operator in seen.operators if private.takes_device(operator)]
+    assert made == ["aten.empty", "aten.empty", "aten.zeros", "aten.new_zeros"]
+    assert len(seen.operators) > len(made)
+
+
 def test_version_counts_writes_and_can_be_kept() -> None:
     tensor = torch.zeros(2)
     before = private.version(tensor)
