@@ -23,7 +23,8 @@ from com_lightning.core.sweep.distributed import PeerError
 from com_lightning.core.sweep.task import NonFiniteError
 from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
-from com_lightning.errors import MergeError, reason
+from com_lightning.errors import MergeError, paths_told, reason
+from com_lightning.experts.files import LONGEST_JSON
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
 
@@ -177,8 +178,9 @@ def run_inspect(args: Sequence[str]) -> None:
     options = parser.parse_args(args)
     experts: dict[str, str | Path] = {}
     for given in options.experts:
-        name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
-        name = name or (Path(path).stem if Path(path).is_file() else Path(path).name)
+        with paths_told("inspect"):
+            name, _, path = given.rpartition("=") if not Path(given).exists() else ("", "", given)
+            name = name or (Path(path).stem if Path(path).is_file() else Path(path).name)
         experts[name if name not in experts else path] = path
     found = inspect(experts, options.base, options.private)
     print(found.to_markdown(MOST))
@@ -201,20 +203,25 @@ def run_export(args: Sequence[str]) -> None:
 
 
 def _check_configs(args: Any) -> None:
-    """Make sure that configuration files are text.
+    """Make sure that configurations are files of text.
 
     Raises:
-        MergeError: naming a file that is not.
+        MergeError: naming one that is not.
     """
     for before, arg in zip(["", *args], args) if isinstance(args, list) else ():
         path = Path(arg.partition("=")[2] if str(arg).startswith("--config=") else arg)
         if before == "--config" or str(arg).startswith("--config="):
-            try:
-                path.read_text(encoding="utf-8")
-            except UnicodeDecodeError as error:
-                raise MergeError([f"config: {path} is not UTF-8 text ({error})"]) from error
-            except OSError:  # LightningCLI says what is wrong
-                continue
+            with paths_told(f"config: {path}"):
+                if not path.exists() or path.is_dir():  # LightningCLI says so
+                    continue
+                if not path.is_file():  # reading a pipe would wait, and a device may have no end
+                    raise MergeError([f"config: {path} is not a file"])
+                if path.stat().st_size > LONGEST_JSON:
+                    raise MergeError([f"config: {path} has {path.stat().st_size:,} bytes; at most {LONGEST_JSON:,}"])
+                try:
+                    path.read_text(encoding="utf-8")
+                except UnicodeDecodeError as error:
+                    raise MergeError([f"config: {path} is not UTF-8 text ({error})"]) from error
 
 
 def main(args: ArgsType = None) -> None:

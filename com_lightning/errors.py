@@ -40,6 +40,39 @@ def some(keys: Sequence[str], separator: str = ", ", most: int = 5) -> str:
     return separator.join(keys[:most]) + (f" and {len(keys) - most} more" if len(keys) > most else "")
 
 
+@contextmanager
+def paths_told(label: str) -> Iterator[None]:
+    """Turn what the system or Python says of a path that cannot be used into a MergeError.
+
+    Its name may be too long or hold a zero byte, it may be a circle of links, or reading it may not be permitted.
+
+    Args:
+        label: names the path in the message.
+
+    Raises:
+        MergeError: naming the path and the reason.
+        ValueError: any other than that of a zero byte, as it is.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> with paths_told("base"):
+        ...     (Path("x" * 5000) / "config.json").is_file()
+        Traceback (most recent call last):
+        ...
+        com_lightning.errors.MergeError: one problem:
+          1. base: File name too long
+    """
+    try:
+        yield
+    except OSError as error:
+        raise MergeError([f"{label}: {error.strerror or error}"]) from error
+    except ValueError as error:
+        if "null byte" not in str(error):
+            raise
+        raise MergeError([f"{label}: the name holds a zero byte"]) from error
+
+
 def reason(error: Exception) -> str:
     """Return an error in one line. If torch lists keys, the first ones are named, and the others are counted.
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from com_lightning.core.tensors.modules import matches_any
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, paths_told
 from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.state_dicts import plain_state, some
@@ -223,7 +223,8 @@ def inspect(
     local, problems = local_folders({**experts, **({"the base": base} if base else {})})
     for name, path in local.items():
         try:
-            states[name] = _tensors(Path(path))
+            with paths_told(f"expert '{name}'" if name in experts else "base"):
+                states[name] = _tensors(Path(path))
         except MergeError as error:
             problems += error.problems
     if problems:
@@ -292,13 +293,17 @@ def save(inspection: Inspection, folder: Path) -> list[str]:
 
     Returns:
         Names of the files.
+
+    Raises:
+        MergeError: If the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "inspection.md", inspection.to_markdown())
-    write_text(folder / "inspection.json", inspection.to_json())
-    if (figure := draw(inspection)) is None:
-        return ["inspection.md", "inspection.json"]
-    write_whole(folder / "inspection.png", lambda path: figure.savefig(path, format="png", dpi=130))
+    with paths_told(f"output_dir: {folder} cannot be written to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "inspection.md", inspection.to_markdown())
+        write_text(folder / "inspection.json", inspection.to_json())
+        if (figure := draw(inspection)) is None:
+            return ["inspection.md", "inspection.json"]
+        write_whole(folder / "inspection.png", lambda path: figure.savefig(path, format="png", dpi=130))
     return ["inspection.md", "inspection.json", "inspection.png"]
 
 

@@ -13,7 +13,7 @@ from com_lightning.core.tensors.modules import average, named_tensors
 from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.load import ExpertSource, load_expert
-from com_lightning.experts.similarity import unrelated_base
+from com_lightning.experts.similarity import is_finite, unrelated_base
 from com_lightning.experts.state_dicts import some
 from com_lightning.experts.vocabulary import token_problems
 
@@ -40,8 +40,8 @@ def load_base(
         Name of each shared floating-point parameter or buffer -> its value in the base; and warnings.
 
     Raises:
-        MergeError: if the base cannot be read, lacks what is shared, numbers tokens differently, or if the experts seem
-            not to descend from ``model``, where that is all there is.
+        MergeError: if the base cannot be read, lacks what is shared, holds NaN or infinity, numbers tokens differently,
+            or if the experts seem not to descend from ``model``, where that is all there is.
     """
     label = f"base ({source})" if isinstance(source, (str, Path)) else "base"
     with collected_warnings() as warnings:
@@ -70,6 +70,9 @@ def load_base(
             raise MergeError(unlike)
     if unfit:
         raise MergeError([f"{label}: it does not fit the experts: {some(unfit, '; ', 2)}"])
+    parameters = {name for name, _, is_parameter in named_tensors(module) if is_parameter}
+    if broken := [name for name, value in base.items() if name in parameters and not is_finite(value)]:
+        raise MergeError([f"{label}: NaN or infinity in {some(broken)}; give the weights that training started from"])
     if doubt := unrelated_base(base, experts, shared):
         if source is None:
             raise MergeError(

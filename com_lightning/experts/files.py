@@ -175,8 +175,15 @@ def state_problems(state: Mapping[Any, Any], limit: float = math.inf) -> list[st
     problems = []
     for name, value in state.items():
         if isinstance(value, Tensor):
-            if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            if (
+                value.is_nested
+                or value.layout != torch.strided
+                or value.is_meta
+                or value.is_quantized
+                or value.is_complex()
+            ):
                 layout = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+                layout = "nested" if value.is_nested else layout
                 layout = "complex" if value.is_complex() else layout.removeprefix("torch.")
                 problems.append(f"{name} is {layout}; give plain tensors")
             elif value.numel() * value.element_size() > limit:

@@ -24,7 +24,9 @@ def non_finite_weights(experts: Mapping[str, nn.Module]) -> list[str]:
     """Experts with NaN or infinity in their parameters. Buffers may have it, as masks of minus infinity do."""
     problems = []
     for task, expert in experts.items():
-        broken = [name for name, tensor, is_parameter in named_tensors(expert) if is_parameter and not _finite(tensor)]
+        broken = [
+            name for name, tensor, is_parameter in named_tensors(expert) if is_parameter and not is_finite(tensor)
+        ]
         if broken:
             problems.append(f"expert '{task}': NaN or infinity in {some(broken)}; its training has diverged")
     return problems
@@ -72,7 +74,7 @@ def _unmergeable(tensor: Tensor, stored: torch.dtype | None) -> str | None:
     return None
 
 
-def _finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype not in _PRECISIONS or isinstance(tensor, UninitializedParameter):
         return True
     return all_finite(tensor)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from com_lightning.core.tensors.modules import tied_names
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, paths_told
 from com_lightning.experts.files import folder_problems, leads_out, read_checkpoint, read_json
 from com_lightning.experts.state_dicts import fill, is_peft, plain_state, some
 from com_lightning.experts.tokenizers import TokenSource, find_tokenizer, write_tokenizer
@@ -58,12 +58,14 @@ def export(
         MergeError: If the folder exists, an option is wrong, or the model cannot be found or read.
     """
     problems = []
-    if output_dir.exists():
-        problems.append(f"output_dir: {output_dir} exists already; remove it, or name another")
+    with paths_told("output_dir"):
+        if output_dir.exists():
+            problems.append(f"output_dir: {output_dir} exists already; remove it, or name another")
     if precision and precision not in PRECISIONS:
         problems.append(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision}")
     try:
-        folder, checkpoint = _locate(source, task, base)
+        with paths_told("export"):
+            folder, checkpoint = _locate(source, task, base)
     except MergeError as error:
         raise MergeError(problems + error.problems) from error
     problems += _folder_problems(folder, has_weights=checkpoint is None)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import as_dtype, copy_module, named_tensors, num_bytes, tied_names
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, paths_told
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.load import SetUp, load_expert, take_precision
 from com_lightning.experts.settings import differing, has_configuration, settings_of
@@ -62,15 +62,15 @@ def output_problems(folder: Path, overwrite: bool) -> list[str]:
     Returns:
         The problems; an empty list if there are none.
     """
-    parent = Path(os.path.realpath(folder)).parent  # a link stays a link; its target is replaced
     try:
+        parent = Path(os.path.realpath(folder)).parent  # a link stays a link; its target is replaced
         exists = folder.exists()
         if exists and not overwrite:
             return [f"output_dir: {folder} exists already; remove it, name another, or set overwrite"]
         if exists and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / "report.json").exists())):
             return [f"output_dir: {folder} is not the result of a merge and is not overwritten; name another"]
-    except OSError as error:  # for example a name that is too long
-        return [f"output_dir: {folder} cannot be created ({error.strerror})"]
+    except (OSError, ValueError) as error:  # for example a name that is too long, or has a zero byte
+        return [f"output_dir: {folder} cannot be created ({getattr(error, 'strerror', None) or error})"]
     try:
         parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -285,7 +285,9 @@ def load_results(
     modules, problems = {}, []
     for task in tasks:
         path, common = folder / f"{task}.ckpt", folder / f"{ALL}.ckpt"
-        if not path.is_file() and not common.is_file():
+        with paths_told("merged"):
+            exists = path.is_file() or common.is_file()
+        if not exists:
             there = sorted(p.stem for p in folder.glob("*.ckpt")) if folder.is_dir() else []
             problems.append(f"{path}: no such file; {folder} has results for {', '.join(there) or 'no task'}")
             continue
