@@ -212,6 +212,8 @@ def _check_configs(args: Any) -> None:
         path = Path(arg.partition("=")[2] if str(arg).startswith("--config=") else arg)
         if before == "--config" or str(arg).startswith("--config="):
             with paths_told(f"config: {path}"):
+                if "\0" in str(path):  # Path.exists takes it for a missing file
+                    raise MergeError([f"config: the name {str(path)!r} holds a zero byte"])
                 if not path.exists() or path.is_dir():  # LightningCLI says so
                     continue
                 if not path.is_file():  # reading a pipe would wait, and a device may have no end

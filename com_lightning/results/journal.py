@@ -133,7 +133,7 @@ class FileJournal(FileStore, Journal):
             )
         while (file := self._file(self._count)).is_file():
             try:
-                layer, _ = _read(file)
+                layer, _ = _read(file, self._fingerprint)
             except _UNREADABLE as error:  # later layers were solved on top of this one
                 rank_zero_warn(f"{file} is damaged ({reason(error)}): this layer and all later ones are merged again")
                 break
@@ -145,7 +145,7 @@ class FileJournal(FileStore, Journal):
         if layer not in self._files:
             return None
         self.resumed += 1
-        return _read(self._files[layer])[1]
+        return _read(self._files[layer], self._fingerprint)[1]
 
     def add(self, layer: str, solved: Solved) -> None:
         if not self._count:
@@ -158,7 +158,7 @@ class FileJournal(FileStore, Journal):
             "written": json.dumps([(name, *extent) for name, extent in solved.written]),
         }
         tensors = {str(n): value.detach().cpu().contiguous() for n, value in enumerate(solved.values)}
-        metadata["checksum"] = _checksum(metadata, list(tensors.values()))
+        metadata["checksum"] = _checksum(metadata, list(tensors.values()), self._fingerprint)
         label = f"layer '{layer}' (after {self._count} others)"
         self.write(self._file(self._count).name, lambda path: save_file(tensors, path, metadata), label)
         self._count += 1
@@ -171,20 +171,20 @@ _UNREADABLE = (SafetensorError, OSError, ValueError, KeyError, TypeError, Attrib
 """What reading a damaged file may raise."""
 
 
-def _read(file: Path) -> tuple[str, Solved]:
-    """A layer, and how it was solved. The file has to be as it was written."""
+def _read(file: Path, fingerprint: Mapping[str, str]) -> tuple[str, Solved]:
+    """A layer, and how it was solved. The file has to be as it was written, in a merge of this fingerprint."""
     with safe_open(file, "pt") as content:
         metadata = dict(content.metadata())
         values = [content.get_tensor(str(number)) for number in range(len(content.keys()))]
-    if metadata.pop("checksum") != _checksum(metadata, values):
+    if metadata.pop("checksum") != _checksum(metadata, values, fingerprint):
         raise ValueError("its checksum differs")
     written = [(name, (first, last)) for name, first, last in json.loads(metadata["written"])]
     skipped = [SkippedBatch(**entry) for entry in json.loads(metadata["skipped"])]
     return metadata["layer"], Solved(LayerRecord(**json.loads(metadata["record"])), written, values, skipped)
 
 
-def _checksum(metadata: Mapping[str, str], values: Sequence[Tensor]) -> str:
-    return digest([sorted(metadata.items()), *values])
+def _checksum(metadata: Mapping[str, str], values: Sequence[Tensor], fingerprint: Mapping[str, str]) -> str:
+    return digest([sorted(metadata.items()), sorted(fingerprint.items()), *values])
 
 
 def _difference(name: str, before: str | None, now: str | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import fields
@@ -233,3 +234,33 @@ def test_what_cannot_be_tested_is_told_at_once(
     ]
     with pytest.raises(SystemExit, match="No `test_step"):  # Lightning's own words
         main(["test", *MODEL, *DATA, *QUIET])
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "huge"])
+def test_a_configuration_that_is_no_file_is_not_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        with path.open("wb") as file:
+            file.truncate(10 * 2**30)  # takes no room on the disk
+    with pytest.raises(SystemExit, match=r"is not a file|has 10,737,418,240 bytes"):
+        main(["merge", f"--config={path}"])
+
+
+@pytest.mark.parametrize("name", ["x" * 5000, "/".join(["x" * 200] * 30), "a\0b"])
+def test_names_that_no_file_can_have_are_told(name: str, tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_bytes(b"")
+    for arguments in (
+        ["inspect", name, "x.pt"],
+        ["inspect", "x.pt", "x.pt", "--base", name],
+        ["export", name, "--output_dir", str(tmp_path / "out")],
+        ["export", "x.pt", "--base", name, "--output_dir", str(tmp_path / "out")],
+        ["export", "x.pt", "--output_dir", name],
+        ["merge", "--config", name],
+    ):
+        with pytest.raises(SystemExit) as stop:
+            main(arguments)
+        assert stop.value.code

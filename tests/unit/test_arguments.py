@@ -47,7 +47,8 @@ def test_no_setting_is_compared_with_what_it_is_not(made: Any, name: str) -> Non
     """``null`` in a configuration reaches any of them as None. Whatever comes, it is told, and by its name."""
     if inspect.signature(made).parameters[name].default is not None:
         assert any(name in problem and "must be" in problem for problem in problems_of(made, **{name: None}))
-    for value in ("x", math.nan, [None], {"a": None}, object()):
+    values: list[Any] = ["x", math.nan, [None], {"a": None}, object()]
+    for value in values:
         if name == "tasks" and made is MergeDataModule:
             with pytest.raises((MergeError, TypeError, AttributeError)):
                 made(value)
@@ -114,7 +115,7 @@ def test_a_rule_of_a_user_is_checked_too() -> None:
     assert Mine(3).power == 9
     with pytest.raises(MergeError, match="power: must be a number, got None"):
         Mine(power=None)  # type: ignore[arg-type]
-    assert Mine(old_style=None).power == 4
+    assert Mine(old_style=None).power == 4  # type: ignore[arg-type]
 
 
 def test_annotations_that_only_type_checkers_know_are_left_alone() -> None:

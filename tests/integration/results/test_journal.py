@@ -216,6 +216,21 @@ def test_a_damaged_record_is_merged_again(damage: str, unfinished: Path, tmp_pat
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.filterwarnings("ignore:.*is damaged")
+def test_a_file_of_another_journal_is_merged_again(unfinished: Path, tmp_path: Path) -> None:
+    """It is whole, but its layer was solved from other samples."""
+    interrupt(tmp_path / "other" / "out", 2, seed=1)
+    for folder in (unfinished.parent, tmp_path / "other"):
+        (*_, second) = sorted((folder / ".out.partial" / "journal").glob("*.safetensors"))
+        content = second.read_bytes()
+    (*_, second) = sorted((unfinished.parent / ".out.partial" / "journal").glob("*.safetensors"))
+    second.write_bytes(content)
+    callback = merge(unfinished)
+    assert callback.report.resumed == 1
+    for ours, theirs in zip(callback.modules["a"].parameters(), merge(tmp_path / "whole").modules["a"].parameters()):
+        assert torch.equal(ours, theirs)
+
+
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff"])
 def test_a_damaged_fingerprint_is_told_and_all_is_merged_again(content: bytes, unfinished: Path) -> None:
     (unfinished.parent / ".out.partial" / "journal" / "fingerprint.json").write_bytes(content)

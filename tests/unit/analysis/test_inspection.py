@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from com_lightning.analysis.inspection import LayerDistance, inspect
+from com_lightning.analysis.inspection import LayerDistance, inspect, save
 from com_lightning.cli import main
 from com_lightning.errors import MergeError
 
@@ -122,3 +123,21 @@ def test_the_command_prints_and_writes(tmp_path: Path, capsys: pytest.CaptureFix
     }
     with pytest.raises(SystemExit, match="no such file"):
         main(["inspect", str(ahead), str(tmp_path / "none.ckpt")])
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.Tensor.to_sparse, lambda t: torch.nested.nested_tensor([t, t]), lambda t: t.to("meta")]
+)
+@pytest.mark.filterwarnings("ignore")
+def test_tensors_that_cannot_be_compared_are_told(odd: Any, tmp_path: Path) -> None:
+    for name, value in {"a": torch.ones(2, 2), "b": odd(torch.ones(2, 2))}.items():
+        torch.save({"weight": value}, tmp_path / f"{name}.pt")
+    with pytest.raises(MergeError, match=r"weight is (sparse_coo|nested|meta); give plain tensors"):
+        inspect({name: tmp_path / f"{name}.pt" for name in "ab"})
+
+
+def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    for name in "ab":
+        torch.save({"weight": torch.ones(2, 2)}, tmp_path / f"{name}.pt")
+    with pytest.raises(MergeError, match=r"output_dir: .* cannot be written to: File exists"):
+        save(inspect({name: tmp_path / f"{name}.pt" for name in "ab"}), tmp_path / "a.pt")
