@@ -76,6 +76,8 @@ def _values(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
             return math.prod(argument)
     if args and isinstance(args[0], Tensor):
         return args[0].numel()
+    if func.overloadpacket is torch.ops.aten.scalar_tensor:
+        return 1
     numbers = [abs(argument) for argument in args if isinstance(argument, (int, float))]
     largest = int(min(max(numbers, default=0), 2**63))  # arange, linspace and the like
     return largest**2 if func.overloadpacket is torch.ops.aten.eye else largest

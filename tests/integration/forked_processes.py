@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
+from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -33,7 +34,6 @@ from com_lightning.core.chain.task_tensors import task_tensors
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Alike, PeerError, Peers, ProcessGroup
 from com_lightning.core.sweep.forward_check import check_forwards
-from com_lightning.core.sweep.lockstep import running
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.methods import LOT, AdaMerging, Fisher, MergingMethod
@@ -215,7 +215,7 @@ class Mortal(Classifier):
     place, culprit = "", 0
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        if self.place == ("validation" if running() is None else "forward"):
+        if self.place == ("validation" if type(self.trainer) is Trainer else "forward"):  # or a view of it
             _die(self.culprit)
         super().validation_step(batch, batch_idx)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file
 
 from com_lightning import Average, ChainOfMergesCallback, MergeDataModule
-from com_lightning.core.sweep.lockstep import running
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 
@@ -26,7 +26,7 @@ class Stopping(Classifier):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         kind = type(self)
-        if running() is None and kind.event is not None:
+        if type(self.trainer) is Trainer and kind.event is not None:  # calibration forwards see a view of it
             kind.count += 1
             if kind.count == kind.at:
                 kind.event()

@@ -39,17 +39,18 @@ def about_files(merger: ChainOfMergesCallback) -> list[str]:
 
 def test_files_are_the_modules_in_memory_and_the_report_says_so(tmp_path: Path) -> None:
     merger = merged(pair(), Classifier(3), tmp_path / "m")
-    (check,) = merger.report.checks
+    forwards, check = merger.report.checks
+    assert forwards.startswith("calibration forwards: compared")
     assert check.startswith("merged.ckpt: loaded by Classifier.load_from_checkpoint, its 8 tensors and settings, and")
     assert "the outputs of its submodules on a calibration batch of 'a', are those of the module in memory" in check
     assert not about_files(merger)
-    assert json.loads((tmp_path / "m" / "report.json").read_text())["checks"] == [check]
-    assert f"## Checked\n\n- {check}" in (tmp_path / "m" / "report.md").read_text()
+    assert json.loads((tmp_path / "m" / "report.json").read_text())["checks"] == [forwards, check]
+    assert f"## Checked\n\n- {forwards}\n- {check}" in (tmp_path / "m" / "report.md").read_text()
     assert "<h2>Checked</h2>" in (tmp_path / "m" / "report.html").read_text()
     assert f"\nChecked: {check}" in str(merger.report)
     before = torch.get_rng_state()
     merger.save(tmp_path / "again")
-    assert merger.report.checks == [check]
+    assert merger.report.checks == [forwards, check]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -170,7 +171,7 @@ def test_adapters_that_are_merged_into_their_layers(tmp_path: Path) -> None:
     experts = {task: save_lightning(trained(seed), tmp_path / f"{task}.ckpt") for seed, task in enumerate("ab")}
     data = MergeDataModule({task: make_texts(n) for n, task in enumerate("ab")}, num_samples=16)
     merger = merged(experts, LoraModule(), tmp_path / "m", data)
-    first, *files = merger.report.checks
+    _, first, *files = merger.report.checks
     assert "LoraModule.load_from_checkpoint gives the same tensors and settings" in first
     assert len(files) == 3
     assert all(check.endswith("are those of the module in memory") for check in files)
