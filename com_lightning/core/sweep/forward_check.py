@@ -103,7 +103,7 @@ class _Check:
         self.models = Models(self.tasks, merged, ("expert",))
         self.result = ForwardCheck()
         self.result.warnings = [
-            f"task '{task.name}': all calibration forwards share what cannot be copied, {why}. If a forward changes "
+            f"task '{task.name}': all calibration forwards share what is not copied: {why}. If a forward changes "
             f"it, {_ADVICE}"
             for task in tasks
             for why in State(task.expert).complaints()

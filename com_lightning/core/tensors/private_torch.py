@@ -142,15 +142,6 @@ class WeakStorage:
         return storage
 
 
-def lazy_copy(tensor: Tensor) -> Tensor:
-    """A copy that shares the memory of the tensor until one of them is written to."""
-    try:
-        copied: Tensor = torch._lazy_clone(tensor)
-    except RuntimeError:  # memory that PyTorch has not allocated itself, such as numpy's
-        copied = tensor.clone()
-    return copied
-
-
 def inner_tensors(tensor: Tensor) -> list[Tensor] | None:
     """The tensors that a wrapper subclass (DTensor, for instance) consists of. ``None``: it is no such wrapper."""
     if not hasattr(tensor, "__tensor_flatten__"):

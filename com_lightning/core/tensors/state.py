@@ -3,7 +3,7 @@
 A forward may change whatever the module refers to: features that a hook keeps, a meter, a matrix of numpy, a generator
 of random numbers. So a copy owns all of that. Three things are shared: data and what belongs to a training (loaders,
 trainers, loggers, optimizers), which a forward does not change; tokenizers and configurations, which are large and not
-changed either; and what cannot be copied, such as a lock or an open file.
+changed either; and what cannot be copied, such as a lock or an open file, or is too large (:data:`LARGE`).
 
 ``copy.deepcopy`` copies no function. A hook that was defined within ``__init__`` may refer to the module by its
 closure, and would work on the original. So functions of the user's get closures that refer to the copy.
@@ -14,8 +14,8 @@ from __future__ import annotations
 import copy
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Iterator, Mapping
-from functools import cache, partial
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -24,6 +24,9 @@ from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
 
+LARGE = 2**26
+"""Bytes that tensors and arrays may have together, besides parameters and buffers. There is a copy for each forward,
+and averaged weights or a bank of features may be as large as the network."""
 _ATOMIC: tuple[type, ...] = (
     *(type(None), type(Ellipsis), bool, int, float, complex, str, bytes, torch.dtype, torch.device),
     *(type, ModuleType, BuiltinFunctionType, *weakref.ProxyTypes),
@@ -126,16 +129,25 @@ class State:
         """A memo for ``copy.deepcopy``."""
         memo: dict[int, Any] = {id(value): value for value in self.shared}
         memo.update({id(generator): generator.clone_state() for generator in self.generators})
-        memo.update(_lazy_copies(self.tensors, self.own.values()))
-        return {**memo, **self.own} if shares else memo
+        return {**memo, **self.own, **self._large} if shares else memo
+
+    @cached_property
+    def _large(self) -> dict[int, Any]:
+        """``id`` of each tensor and array, if all together are too large to be copied for each forward."""
+        arrays = [value for value in self._objects if isinstance(getattr(value, "nbytes", None), int)]
+        storages = {private_torch.address(t.untyped_storage()): t.untyped_storage() for t in self.tensors}
+        size = sum(value.nbytes for value in arrays) + sum(storage.nbytes() for storage in storages.values())
+        return {id(value): value for value in (*self.tensors, *arrays)} if size > LARGE else {}
 
     def complaints(self) -> list[str]:
-        """Say what cannot be copied, so that all copies share it: the name, the class, and why."""
+        """Say what is not copied, so that all copies share it: the name, the class, and why."""
+        large = [self._name(value) for value in self._large.values()]
+        found = [f"{', '.join(large[:4])}: more than {LARGE / 2**20:.0f} MiB"] if large else []
         try:
             self._copied(self._memo())
         except Exception:  # whatever a class of the user's raises when an object is copied
-            return [why for _, why in self.uncopyable().values()]
-        return []
+            found += [why for _, why in self.uncopyable().values()]
+        return found
 
     def uncopyable(self) -> dict[int, tuple[Any, str]]:
         """Find what cannot be copied.
@@ -192,48 +204,6 @@ def _parts(value: Any) -> Iterator[tuple[Any, Any]]:
     attributes = getattr(value, "__dict__", None)
     if type(attributes) is dict:
         yield from attributes.items()
-
-
-def _lazy_copies(tensors: list[Tensor], own: Iterable[Tensor]) -> dict[int, Tensor]:
-    """Return ``id`` of a tensor -> a copy that takes no memory until it, or the original, is written to.
-
-    Such tensors may be as large as the network (averaged weights, a bank of features), and there are many forwards.
-    Tensors of one storage have copies of one storage. ``copy.deepcopy`` copies the tensors that are left out here.
-
-    Args:
-        tensors: the tensors.
-        own: the parameters and buffers.
-
-    Returns:
-        The copies of those that are plain, and no views of parameters or buffers.
-    """
-    plain = [tensor for tensor in tensors if _is_plain(tensor)]
-    taken = {private_torch.address(t.untyped_storage()) for t in own if plain and _is_plain(t)}
-    storages: dict[int, Tensor] = {}
-    copies: dict[int, Tensor] = {}
-    for tensor in plain:
-        address = private_torch.address(tensor.untyped_storage())
-        if address in taken:
-            continue
-        if address not in storages:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-            storages[address] = private_torch.lazy_copy(whole)
-        copied = torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(
-            storages[address].untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
-        )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        copies[id(tensor)] = (
-            nn.Parameter(copied, tensor.requires_grad) if is_parameter else copied.requires_grad_(tensor.requires_grad)
-        )
-    return copies
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is nothing but numbers in memory."""
-    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.device.type == "meta":
-        return False
-    odd = tensor.is_quantized or tensor.is_inference() or tensor.is_conj() or tensor.is_neg()
-    return not odd and tensor.grad is None and not vars(tensor)
 
 
 class Rebinder:

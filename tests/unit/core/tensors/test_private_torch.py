@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import numpy
 import pytest
 import torch
 import torch.distributed as dist
@@ -48,22 +47,6 @@ class Sub(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls.count += 1
         return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-
-def test_a_lazy_copy_is_independent() -> None:
-    for tensor in (torch.zeros(4), torch.from_numpy(numpy.zeros(4))):
-        copied = private.lazy_copy(tensor)
-        tensor[0] = 1
-        assert copied.tolist() == [0, 0, 0, 0]
-        copied[1] = 2
-        assert tensor.tolist() == [1, 0, 0, 0]
-
-
-def test_a_lazy_copy_takes_no_memory_at_first() -> None:
-    tensor = torch.zeros(4)
-    copied = private.lazy_copy(tensor)
-    address: Any = vars(torch._C)["_data_address"]  # data_ptr() would copy
-    assert address(copied) == address(tensor)
 
 
 def test_what_an_operator_writes_to() -> None:

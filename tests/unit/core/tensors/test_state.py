@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 import weakref
@@ -171,6 +172,28 @@ def test_what_cannot_be_copied_is_shared_and_named() -> None:
     assert first.lock[0] is second.lock[0]
     ((_, why),) = State(module).uncopyable().values()
     assert why.startswith("0.meter.lock[0] (a lock): cannot pickle")
+
+
+def test_large_tensors_and_arrays_are_shared_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    module: Any = nn.Linear(2, 2)
+    module.bank, module.seen = {"features": torch.zeros(100)}, numpy.zeros(10)
+    for limit, shares in ((480, False), (479, True)):
+        monkeypatch.setattr("com_lightning.core.tensors.state.LARGE", limit)
+        copied: Any = copy_module(module)
+        assert (copied.bank["features"] is module.bank["features"]) is shares
+        assert (copied.seen is module.seen) is shares
+        assert bool(State(module).complaints()) is shares
+        own: Any = copy_with_tensors(module)
+        assert own.bank["features"] is not module.bank["features"]
+    assert "bank['features'], seen: more than" in State(module).complaints()[0]
+
+
+def test_pickled_copies_do_not_crash() -> None:
+    """A lazy copy of a storage, as PyTorch has it, ends the process when it is pickled."""
+    module: Any = nn.Linear(2, 2)
+    module.weights = torch.ones(3)
+    for copied in (copy_module(copy_module(module)), module):
+        assert pickle.loads(pickle.dumps(copied)).weights.tolist() == [1, 1, 1]
 
 
 def test_computed_tensors_anywhere_are_shared() -> None:
