@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import pickle
 import sys
 import tempfile
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -66,14 +68,14 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
             [f"{label}: {MODEL_CONFIG} {named}; code of the folder is not run. Load it yourself, and give the module"]
         )
     try:
-        loaded: Any = model_class.from_pretrained(str(folder), local_files_only=True, output_loading_info=True)
+        with _quiet():
+            model, info = _loaded(model_class, folder)
     except pickle.UnpicklingError as error:  # its text advises to load the file unsafely
         problem = f"{label}: {names[0]} cannot be loaded: its weights hold objects that safe loading refuses"
         raise MergeError([problem]) from error
     except Exception as error:
         text = " ".join(str(error).split())
         raise MergeError([f"{label}: {names[0]} cannot be loaded ({type(error).__name__}: {text})"]) from error
-    model, info = loaded
     if missing := sorted(info["missing_keys"]):
         problems.append(f"{label}: missing keys, which {names[0]} would fill at random: {some(missing)}")
     extra = sorted(info["unexpected_keys"])
@@ -96,6 +98,30 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
     assert isinstance(model, nn.Module)
     remember_folder(model, folder)
     return model
+
+
+def _loaded(model_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
+    """A model, and what was missing. It has a pooler only if the file has one: a configuration does not say so."""
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}
+    model, info = model_class.from_pretrained(str(folder), **options)
+    missing = info["missing_keys"]
+    has_choice = "add_pooling_layer" in inspect.signature(model_class).parameters
+    if missing and has_choice and all(key.startswith("pooler.") for key in missing):
+        model, info = model_class.from_pretrained(str(folder), add_pooling_layer=False, **options)
+    return model, info
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Within it, transformers does not print which keys were missing or extra: this module says so."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:

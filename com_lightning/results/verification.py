@@ -119,12 +119,21 @@ class Findings:
     """What a comparison found.
 
     Attributes:
-        checks: what was compared, and what could not be.
+        checks: what was compared, and what could not be. Files of which the same is to be said share a line.
         warnings: what differs, and what to do.
     """
 
-    checks: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    _of_files: dict[str, list[str]] = field(default_factory=dict)
+    """What is said of files -> their names."""
+
+    @property
+    def checks(self) -> list[str]:
+        return [f"{some(names, most=8)}: {text}" for text, names in self._of_files.items()]
+
+    def add(self, label: str, text: str) -> None:
+        """Say what was compared of a file, or what could not be."""
+        self._of_files.setdefault(text, []).append(label)
 
 
 def verify(
@@ -190,7 +199,7 @@ def _compare(found: Findings, written: _Written) -> None:
     size = sum(4 * tensor.numel() for _, tensor, _ in named_tensors(part))
     free = free_memory(torch.device("cpu"))
     if free is not None and 1.5 * size > free:
-        found.checks.append(f"{label}: not compared, because that takes {1.5 * size / 2**30:.1f} GiB of memory")
+        found.add(label, f"not compared, because that takes {1.5 * size / 2**30:.1f} GiB of memory")
         return
     try:
         with kept_draws(), warnings.catch_warnings():  # making a module draws random weights
@@ -198,7 +207,7 @@ def _compare(found: Findings, written: _Written) -> None:
             loaded = written.load()
             merge_adapter(loaded, label)  # as in memory; what is left of adapters computes nothing
     except Exception as error:  # the user's class decides what it can load
-        found.checks.append(f"{label}: not compared, because {how} cannot load it ({reason(error)})")
+        found.add(label, f"not compared, because {how} cannot load it ({reason(error)})")
         return
     take_precision(loaded, part)
     unsaved = [] if written.place else _left_out(part)
@@ -214,16 +223,15 @@ def _compare(found: Findings, written: _Written) -> None:
         found.warnings.append(
             f"{label}: loaded by {how}, it is not the module in memory: {'; '.join(differences)}. {written.advice}"
         )
-        found.checks.append(f"{label}: loaded by {how}, it is not the module in memory, see the warning")
+        found.add(label, f"loaded by {how}, it is not the module in memory, see the warning")
         return
     count = len(dict.fromkeys(name for name, _, _ in named_tensors(part))) - len(unsaved)
     same = f"its {count:,} tensors{' and settings' if not settings else ''}"
     if outputs == "":
-        assert written.trial is not None
-        same += f", and the outputs of its submodules on a calibration batch of '{written.trial.task}',"
-    text = f"{label}: loaded by {how}, {same} are those of the module in memory"
+        same += ", and the outputs of its submodules on calibration samples,"
+    text = f"loaded by {how}, {same} are those of the module in memory"
     text += f"; without {some(unsaved, most=3)}, which the class leaves out of its checkpoints" if unsaved else ""
-    found.checks.append(text + (f"; outputs were not compared ({why_not})" if why_not else ""))
+    found.add(label, text + (f"; outputs were not compared ({why_not})" if why_not else ""))
 
 
 def _left_out(module: nn.Module) -> list[str]:

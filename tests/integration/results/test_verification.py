@@ -42,7 +42,7 @@ def test_files_are_the_modules_in_memory_and_the_report_says_so(tmp_path: Path) 
     forwards, check = merger.report.checks
     assert forwards.startswith("calibration forwards: compared")
     assert check.startswith("merged.ckpt: loaded by Classifier.load_from_checkpoint, its 8 tensors and settings, and")
-    assert "the outputs of its submodules on a calibration batch of 'a', are those of the module in memory" in check
+    assert "the outputs of its submodules on a calibration samples, are those of the module in memory" in check
     assert not about_files(merger)
     assert json.loads((tmp_path / "m" / "report.json").read_text())["checks"] == [forwards, check]
     assert f"## Checked\n\n- {forwards}\n- {check}" in (tmp_path / "m" / "report.md").read_text()
