@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
+import logging
 import pickle
 import sys
 import tempfile
@@ -114,14 +115,14 @@ def _loaded(model_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Within it, transformers does not print which keys were missing or extra: this module says so."""
-    from transformers.utils import logging
+    from transformers.utils.logging import get_verbosity, set_verbosity
 
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
+    level = get_verbosity()
+    set_verbosity(logging.ERROR)
     try:
         yield
     finally:
-        logging.set_verbosity(level)
+        set_verbosity(level)
 
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
