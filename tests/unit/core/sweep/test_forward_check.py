@@ -223,7 +223,7 @@ def test_what_cannot_be_copied_is_told() -> None:
     made = tasks(Net)
     made[1].expert.lock = threading.Lock()  # type: ignore[assignment]
     (warning,) = check(made).warnings
-    assert warning.startswith("task 'task1': all calibration forwards share what cannot be copied, lock (a lock): ")
+    assert warning.startswith("task 'task1': all calibration forwards share what is not copied: lock (a lock): ")
 
 
 def count(self: Any, x: Tensor) -> Tensor:
