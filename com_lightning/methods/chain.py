@@ -21,8 +21,8 @@ class ClosedForm(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         importance = self.weights([task.name for task in job.tasks])
-        if self.options.private_biases:
-            job.task_tensors.update(task_tensors(job.tasks, job.merged))
+        if self.options.private_biases or self.options.task_rank:
+            job.task_tensors.update(task_tensors(job.tasks, job.merged, weights=self.options.task_rank > 0))
         records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, job.task_tensors)
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
@@ -43,6 +43,8 @@ class ClosedForm(MergingMethod):
         ridge = self.options.ridge
         if not 0 <= ridge < math.inf:
             problems.append(f"ridge: must be 0 or more, and finite, got {ridge}")
+        if self.options.task_rank < 0:
+            problems.append(f"task_rank: must be 0 or more, got {self.options.task_rank}")
         if self.options.balance and len(self.options.streams) < 2:
             problems.append("balance: needs target='expert', which measures how far the inputs of a layer have drifted")
         return problems
@@ -79,6 +81,10 @@ class ChainOfMerges(ClosedForm):
             see :mod:`com_lightning.core.solve.task_biases`). The result is one set of matrices and a small set of
             vectors for each task. Use it for models that know their task when they are used, for instance because each
             task has its own head.
+        task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, an
+            adapter that is solved with the shared weight, and its own biases and normalisation parameters as with
+            ``private_biases`` (beyond the paper, see :mod:`com_lightning.core.solve.task_adapters`). Use it for models
+            that know their task when they are used. 0: none.
         refit_heads: once the shared layers are merged, solve the private layers, such as heads, for the features of the
             merged model (beyond the paper, see :mod:`com_lightning.core.chain.heads`). The result has no more
             parameters. It takes one more forward of the experts and of the merged model. :class:`Refitted` does the
@@ -98,6 +104,7 @@ class ChainOfMerges(ClosedForm):
         private_biases: bool = False,
         refit_heads: bool = False,
         balance: bool = False,
+        task_rank: int = 0,
     ) -> None:
         super().__init__(importance)
         self.options = ChainOptions(
@@ -110,6 +117,7 @@ class ChainOfMerges(ClosedForm):
             private_biases=private_biases,
             refit_heads=refit_heads,
             balance=balance,
+            task_rank=task_rank,
         )
 
 

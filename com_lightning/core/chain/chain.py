@@ -195,9 +195,9 @@ class LayerSolver(Visitor):
     def _solve(self, sweep: Sweep, layer: Layer, inputs: LayerInputs) -> tuple[LayerRecord, list[Extent]]:
         """Solve a layer and write the merged weights."""
         start = time.perf_counter()
-        has_task_tensors = any(part.name in self.models.task_tensors for part in layer.parts.values())
+        of_tasks = {local for local, part in layer.parts.items() if part.name in self.models.task_tensors}
         metrics = self.metrics.get(layer.name, ())
-        result = fit(layer, inputs, self.options, self.importance, metrics, has_task_tensors)
+        result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
         means = inputs.means(layer.weights) if self.options.inputs == "merged" else None
         values = layer.layer_type.finish(layer.merged, result.weight, layer.experts, means, result.importance)
         record = LayerRecord(layer.name, layer.layer_type.name)

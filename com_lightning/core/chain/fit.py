@@ -1,13 +1,14 @@
 """The closed form of one layer, from the statistics of its inputs to the merged weight.
 
 :func:`fit` chooses between :func:`fit_by_ridge`, where all errors count alike, and :func:`fit_by_sensitivity`, where
-errors count by their effect on predictions. If each task gets its own biases, :func:`fit_task_biases` adds them.
+errors count by their effect on predictions. If each task gets its own biases, :func:`fit_task_biases` adds them. If it
+gets a correction of low rank, shared weight and corrections are solved in turn, see :func:`fit_corrections`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -18,10 +19,14 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.solve.ridge import Factor, factorize, residual, solve_or_average
 from com_lightning.core.solve.statistics import DriftNorms
+from com_lightning.core.solve.task_adapters import low_rank_corrections
 from com_lightning.core.solve.task_biases import centred, solve_each, with_task_biases
 from com_lightning.core.solve.weighted_ridge import solve_weighted
 from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.tensors.modules import average
+
+ROUNDS = 2
+"""How often the shared weight is solved again for what the corrections of the tasks leave."""
 
 
 @dataclass
@@ -85,7 +90,7 @@ def fit(
     options: ChainOptions,
     importance: Sequence[float],
     roots: Sequence[Tensor | None] = (),
-    has_task_tensors: bool = False,
+    of_tasks: Collection[str] = (),
 ) -> Fit:
     """Solve a layer.
 
@@ -96,7 +101,7 @@ def fit(
         importance: one weight per task, summing to one.
         roots: for each task, the root of the matrix by which errors count, see
             :mod:`~com_lightning.core.chain.sensitivity`.
-        has_task_tensors: whether each task keeps its own bias, or its own normalisation.
+        of_tasks: names, in the layer, of the parameters and buffers that each task keeps for itself.
 
     Returns:
         The solution.
@@ -121,23 +126,33 @@ def fit(
         anchor = torch.where(has_data[:, None], layer_type.to_matrix(layer.base, layer.merged), mean)
     one_sided = not options.two_sided
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
-    has_task_biases = has_task_tensors and not isinstance(layer_type, PerChannel)
+    has_task_biases = "bias" in of_tasks and not isinstance(layer_type, PerChannel)
     regression = whole.centred() if has_task_biases else whole
     if inputs.factor is None:
         inputs.factor = factorize(regression.grams, importance, options.ridge)
+    factor = inputs.factor
     usable = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
-    if usable and len(usable) == len(weights) and len(weights[0]) == 1:
-        result = fit_by_sensitivity(regression, inputs.factor, usable)
-    else:
-        result = fit_by_ridge(regression, inputs.factor, measure=one_sided and not averages_bias)
+    if len(usable) < len(weights) or len(weights[0]) > 1:
+        usable = []
+
+    def solved(entry: Regression) -> Fit:
+        if usable:
+            return fit_by_sensitivity(entry, factor, usable)
+        return fit_by_ridge(entry, factor, measure=one_sided and not averages_bias)
+
+    result = solved(regression)
     if averages_bias:
         result.weight[..., -1] = mean[..., -1]
     if one_sided and result.residual is None:
         result.residual = regression.residual(result.weight)
-    if has_task_biases:
-        fit_task_biases(result, whole)
-    elif has_task_tensors:
+    if of_tasks and isinstance(layer_type, PerChannel):
         result.task_weights = solve_each(grams, drifts, weights, average(weights, importance), options.ridge)
+    elif of_tasks:
+        result.task_weights = [result.weight] * len(weights)
+        if "weight" in of_tasks:
+            fit_corrections(result, regression, solved, options.task_rank, usable)
+        if has_task_biases:
+            fit_task_biases(result, whole)
     result.importance, result.reached, result.informed = importance, reached, informed
     return result
 
@@ -194,16 +209,41 @@ def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[T
     return result
 
 
-def fit_task_biases(result: Fit, regression: Regression) -> None:
-    """Add the bias of each task to a solved matrix, in place. The merged bias is their average.
+def fit_corrections(
+    result: Fit, regression: Regression, solved: Callable[[Regression], Fit], rank: int, roots: Sequence[Tensor]
+) -> None:
+    """Solve the shared weight and a correction of low rank for each task in turn, in place.
+
+    With corrections, the shared weight only has to do what they leave: it is solved for the experts' weights without
+    them. That has the same Gram matrices, so their factor serves again.
 
     Args:
-        result: the solution without a bias.
+        result: the solution without corrections. It gets the weight of each task.
+        regression: the regression of the layer.
+        solved: solves a regression with the same Gram matrices.
+        rank: of each correction.
+        roots: as for :func:`~com_lightning.core.solve.task_adapters.low_rank_corrections`.
+    """
+    parts = regression.grams, regression.drifts, regression.weights
+    for _ in range(ROUNDS):
+        corrections = low_rank_corrections(*parts, result.weight, rank, roots)
+        left = [weight.double() - correction for weight, correction in zip(regression.weights, corrections)]
+        result.weight = solved(replace(regression, weights=left)).weight
+    corrections = low_rank_corrections(*parts, result.weight, rank, roots)
+    result.task_weights = [result.weight + correction for correction in corrections]
+
+
+def fit_task_biases(result: Fit, regression: Regression) -> None:
+    """Add the bias of each task to its solved matrix, in place. The merged bias is their average.
+
+    Args:
+        result: the solution without a bias, with the matrix of each task.
         regression: the regression of the layer, with its bias.
     """
-    result.task_weights = with_task_biases(result.weight, regression.grams, regression.drifts, regression.weights)
+    result.task_weights = with_task_biases(result.task_weights, regression.grams, regression.drifts, regression.weights)
     shares = result.weight.new_tensor(regression.importance)[:, None, None, None]
-    result.weight = torch.stack(result.task_weights).mul_(shares).sum(0)
+    bias = torch.stack([weight[..., -1:] for weight in result.task_weights]).mul_(shares).sum(0)
+    result.weight = torch.cat([result.weight, bias], -1)
 
 
 def balanced(importance: Sequence[float], norms: Sequence[DriftNorms]) -> list[float]:

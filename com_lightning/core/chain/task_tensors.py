@@ -1,4 +1,4 @@
-"""The tensors that have one value for each task with ``private_biases``."""
+"""The tensors that have one value for each task with ``private_biases`` or ``task_rank``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import tied_names, writable_copy
 
 
-def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[str, list[Tensor]]:
+def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor], weights: bool = False) -> dict[str, list[Tensor]]:
     """Copy the biases of solved layers, and parameters and buffers of solved normalisations, for each task.
 
     Args:
         tasks: the experts.
         merged: name of each shared tensor -> its merged value. Tied parameters stay shared.
+        weights: also copy the weights of linear and convolutional layers.
 
     Returns:
         Full name -> one tensor for each task, which holds the merged value at first.
@@ -30,8 +31,12 @@ def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor]) -> dict[st
     for layer in candidates(tasks[0].expert, merged).values():
         if isinstance(layer.layer_type, PerChannel):
             names = [*layer.parameters.values(), *layer.buffers.values()]
-        elif isinstance(layer.layer_type, (Linear, Convolution)) and "bias" in layer.parameters:
-            names = [layer.parameters["bias"]]
+        elif isinstance(layer.layer_type, (Linear, Convolution)):
+            names = [layer.parameters[own] for own in ("weight", "bias") if own in layer.parameters]
+            if not weights:
+                names = [layer.parameters["bias"]] if "bias" in layer.parameters else []
+            elif "weight" not in layer.parameters or not tied.isdisjoint(names):
+                names = []
         else:
             names = []
         for name in names:

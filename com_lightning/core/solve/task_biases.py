@@ -49,13 +49,13 @@ def centred(
 
 
 def with_task_biases(
-    matrix: Tensor, grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
+    matrices: Sequence[Tensor], grams: Sequence[Tensor], drifts: Sequence[Tensor | None], weights: Sequence[Tensor]
 ) -> list[Tensor]:
-    """Compute the bias of each task from the shared matrix.
+    """Compute the bias of each task from its matrix.
 
     Args:
-        matrix: the solution ``W``, ``(g, o, k - 1)``, of the regression that :func:`centred` makes of the other
-            arguments.
+        matrices: of each task, the solution ``W``, ``(g, o, k - 1)``, of the regression that :func:`centred` makes of
+            the other arguments.
         grams: as for :func:`centred`.
         drifts: as for :func:`centred`.
         weights: as for :func:`centred`.
@@ -64,7 +64,7 @@ def with_task_biases(
         ``[W, b_i]`` for each task, ``(g, o, k)``.
     """
     result = []
-    for gram, drift, weight in zip(grams, drifts, weights):
+    for matrix, gram, drift, weight in zip(matrices, grams, drifts, weights):
         weight = weight.double()
         bias = weight[..., -1:] + (weight[..., :-1] - matrix) @ _mean(gram)
         if drift is not None:

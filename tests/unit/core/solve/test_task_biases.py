@@ -137,7 +137,7 @@ def test_the_matrix_is_the_least_squares_one_about_the_means() -> None:
     assert isinstance(gram, Tensor)
     assert isinstance(right, Tensor)
     matrix = torch.linalg.solve(gram.mT, right.mT).mT
-    solved = with_task_biases(matrix, grams, drifts, weights)
+    solved = with_task_biases([matrix] * 2, grams, drifts, weights)
     # With indicators of the tasks as further inputs it is one regression.
     inputs, outputs = [], []
     for number, (x, y, share) in enumerate(zip(rows, targets, importance)):
