@@ -32,8 +32,8 @@ class ChainOptions:
             :mod:`~com_lightning.core.chain.sensitivity`. ``None``: all errors count alike.
         private_biases: give each task its own biases and normalisation parameters, see
             :mod:`~com_lightning.core.solve.task_biases`.
-        task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, and its
-            own biases and normalisation parameters, see :mod:`~com_lightning.core.solve.task_adapters`. 0: none.
+        task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, and
+            its own biases and normalisation parameters, see :mod:`~com_lightning.core.solve.task_adapters`. 0: none.
         refit_heads: fit the private layers of each task to the merged model, see
             :mod:`~com_lightning.core.chain.heads`.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more (two-sided only), see
