@@ -54,7 +54,7 @@ def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: b
         The adapter.
 
     Raises:
-        MergeError: if the models have other modules, or differ in a tensor that no module of PEFT can hold.
+        MergeError: if the models have other modules, or PEFT cannot hold a difference.
     """
     ours = {name: tensor for name, tensor, _ in named_tensors(base)}
     theirs = {name: tensor for name, tensor, _ in named_tensors(model)}
@@ -80,8 +80,14 @@ def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: b
         adapter.whole.append(place)
     if energy:
         adapter.kept = 1.0 - left / energy
+    names = [name for name, _ in base.named_modules()]
+    for place in (*adapter.factors, *adapter.whole):
+        if other := next((n for n in names if n != place and n.endswith(place)), None) if place else None:
+            raise MergeError([f"adapter: PEFT finds modules by the end of their names, and {place} also ends {other}"])
     if not all(adapter.whole):
-        raise MergeError(["adapter: a parameter belongs to the model itself and not to a module in it, which PEFT needs"])
+        raise MergeError(
+            ["adapter: a parameter belongs to the model itself and not to a module in it, which PEFT needs"]
+        )
     return adapter
 
 
@@ -156,4 +162,3 @@ def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     roots = values[:rank].sqrt()
     return left[:, :rank] * roots, roots[:, None] * right[:rank], float(values[rank:].square().sum())
-

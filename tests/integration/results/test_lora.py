@@ -1,0 +1,110 @@
+"""The difference of two models as an adapter of PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from com_lightning.errors import MergeError
+from com_lightning.results.lora import adapter_between, write_adapter
+
+
+def bert() -> nn.Module:
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes))
+    return model
+
+
+def gpt() -> nn.Module:
+    model: nn.Module = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    return model
+
+
+def images() -> nn.Module:
+    filters = {"stem": nn.Conv2d(3, 16, 3), "norm": nn.BatchNorm2d(16), "depthwise": nn.Conv2d(16, 16, 3, 1, 1, 1, 16)}
+    return nn.Sequential(OrderedDict({**filters, "flat": nn.Flatten(), "head": nn.Linear(16 * 36, 5)}))
+
+
+def ids() -> Tensor:
+    return torch.randint(0, 50, (4, 7))
+
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], Callable[[Any], Tensor]]] = {
+    "bert": (bert, ids, lambda output: output.logits),
+    "gpt": (gpt, ids, lambda output: output.logits),
+    "images": (images, lambda: torch.randn(2, 3, 8, 8), lambda output: output),
+}
+
+
+def changed(base: nn.Module, rank: int) -> nn.Module:
+    """A copy with other norms, biases and depthwise filters, and weights that differ by that rank."""
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.is_floating_point() and (tensor.dim() == 1 or "depthwise" in name):
+                tensor.add_(0.1 * torch.rand_like(tensor))
+            elif tensor.dim() > 1 and "embed" not in name and "wte" not in name and "wpe" not in name:
+                matrix = tensor.view(len(tensor), -1)
+                matrix.add_(0.1 * torch.randn(len(matrix), rank) @ torch.randn(rank, matrix.shape[1]))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_loads_it_on_the_base_with_the_same_outputs(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build, batch, logits = MODELS[name]
+    base = build().eval()
+    model, inputs, before = changed(base, 2).eval(), batch(), copy.deepcopy(base.state_dict())
+    if name == "bert":
+        model.classifier = nn.Linear(32, 3)  # full rank: it is replaced as a whole
+    adapter = adapter_between(base, model, 2)
+    write_adapter(adapter, base, model, 2, tmp_path)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()  # type: ignore[arg-type]
+    with torch.no_grad():
+        theirs, ours, without = (logits(each(inputs)) for each in (loaded, model, base))
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+    assert (ours - without).abs().max() > 0.01
+    assert adapter.kept > 1 - 1e-6
+    stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
+    assert 4 * adapter.numel(base) <= stored <= 4 * adapter.numel(base) + 20_000
+
+
+def test_an_approximation_says_how_much_it_keeps() -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(20, 30))
+    model = changed(base, 8)
+    exact, near = adapter_between(base, model, 4), adapter_between(base, model, 4, approximate=True)
+    assert (exact.whole, exact.kept) == (["0"], 1.0)
+    assert 0.5 < near.kept < 0.99
+    up, down = near.factors["0"]
+    values = torch.linalg.svdvals((model[0].weight - base[0].weight).detach().double())  # type: ignore[index, operator]
+    left = (model[0].weight - base[0].weight).detach().double() - up @ down  # type: ignore[index, operator]
+    torch.testing.assert_close(left.square().sum(), values[4:].square().sum())
+
+
+def test_what_no_adapter_can_hold_is_an_error() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.scale = nn.Linear(3, 3), nn.Parameter(torch.ones(3))
+
+    base, model = Scaled(), Scaled()
+    model.load_state_dict(base.state_dict())
+    nn.init.zeros_(model.scale)
+    with pytest.raises(MergeError, match="belongs to the model itself"):
+        adapter_between(base, model, 1)
+    with pytest.raises(MergeError, match=r"other parameters: bias, linear.bias"):
+        adapter_between(base, nn.Linear(3, 3), 1)
+    unnamed = nn.Sequential(nn.Linear(9, 9), nn.Sequential(nn.Linear(9, 9)))
+    with pytest.raises(MergeError, match=r"0 also ends 1\.0"):
+        adapter_between(unnamed, changed(unnamed, 1), 1)
