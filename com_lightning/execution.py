@@ -41,6 +41,7 @@ from com_lightning.results.fingerprint import (
     sketch_of_experts,
 )
 from com_lightning.results.folder import save_results
+from com_lightning.results.lora import Corrections
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
 from com_lightning.results.verification import Trial
@@ -57,6 +58,7 @@ class MergeResult:
         precision: task -> name of each tensor that is stored in another precision than the module's -> that precision.
         files: further text files to save, name -> text.
         trials: task -> a calibration forward, with which :meth:`save` checks what it has written.
+        corrections: the merged model without the tasks' corrections of low rank, if they have some.
     """
 
     modules: dict[str, LightningModule] = field(default_factory=dict)
@@ -65,6 +67,7 @@ class MergeResult:
     precision: dict[str, dict[str, torch.dtype]] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     trials: dict[str, Trial] = field(default_factory=dict)
+    corrections: Corrections | None = None
 
     def save(self, folder: str | Path, overwrite: bool = False) -> None:
         """Write the result to a folder, see :func:`~com_lightning.results.folder.save_results`.
@@ -79,7 +82,15 @@ class MergeResult:
         if not self.modules:
             raise RuntimeError("nothing has been merged yet: run trainer.validate(model, datamodule=tasks) first")
         save_results(
-            Path(folder), self.modules, self.shared, self.report, overwrite, self.files, self.precision, self.trials
+            Path(folder),
+            self.modules,
+            self.shared,
+            self.report,
+            overwrite,
+            self.files,
+            self.precision,
+            self.trials,
+            self.corrections,
         )
 
     def release(self, plan: MergePlan) -> None:
@@ -99,7 +110,9 @@ class MergeResult:
                 if name not in shared or not tensor.is_floating_point():  # it may be a page of the expert's file
                     tensor.data = tensor.data.clone()
                 tensor.requires_grad_(is_parameter and tensor.is_floating_point() and name not in plan.frozen)
-        self.trials = plan.trials
+        self.trials, self.corrections = plan.trials, plan.corrections
+        for _, tensor, _ in named_tensors(self.corrections.base) if self.corrections else ():
+            tensor.data = tensor.data.cpu()
         self.precision = {task: plan.precision(task) for task in self.modules}
         tensors = [{name: id(tensor) for name, tensor, _ in named_tensors(m)} for m in self.modules.values()]
         self.shared = [name for name in plan.parameters.shared if len({ids[name] for ids in tensors}) == 1]
@@ -168,6 +181,10 @@ def execute(
             )
             raise
     modules = with_shared(plan, merged, job.task_tensors, job.heads)
+    rank = plan.method.options.task_rank if plan.method.options else 0
+    if rank:
+        names = [name for name, each in job.task_tensors.items() if each[0].dim() > 1]
+        plan.corrections = Corrections(with_shared(plan, merged, refitted=job.heads)[tasks[0].name], names, rank)
     if peers.size == 1:  # with several, a step that waits for the others would wait forever
         plan.trials = {task.name: trial for task in tasks if (trial := Trial.of(task, device)) is not None}
     report = MergeReport(
@@ -186,7 +203,7 @@ def execute(
         versions=package_versions(),
     )
     report.parameters, report.sizes = summarize_parameters(
-        plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads
+        plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads, rank
     )
     if names := [record.name for record in report.layers if record.permuted]:
         report.warnings.append(

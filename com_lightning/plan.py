@@ -34,6 +34,7 @@ from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.options import MergeOptions
+from com_lightning.results.lora import Corrections
 from com_lightning.results.tables import table
 from com_lightning.results.verification import Trial
 
@@ -55,6 +56,7 @@ class MergePlan:
         base: name of each shared parameter -> its value in the base, if the method needs it.
         need: words on the memory that the calibration forwards take.
         trials: task -> a calibration forward, to be repeated with what is written.
+        corrections: what each task adds to the weights of the merged model, if the method has that.
         checks: what was checked, and what could not be.
     """
 
@@ -69,6 +71,7 @@ class MergePlan:
     base: Mapping[str, Tensor] | None = None
     need: str = "the activations of the calibration data come on top."
     trials: dict[str, Trial] = field(default_factory=dict)
+    corrections: Corrections | None = None
     checks: list[str] = field(default_factory=list)
 
     def precision(self, task: str) -> dict[str, torch.dtype]:

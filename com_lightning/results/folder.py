@@ -11,6 +11,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from com_lightning.experts.transformers_models import (
 )
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.html import html_report
+from com_lightning.results.lora import Corrections, write_corrections
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure
 from com_lightning.results.report import MergeReport
@@ -111,6 +113,7 @@ def save_results(
     files: Mapping[str, str] | None = None,
     precision: Mapping[str, Mapping[str, torch.dtype]] | None = None,
     trials: Mapping[str, Trial] | None = None,
+    corrections: Corrections | None = None,
 ) -> None:
     """Write the result of a merge, and compare what was written with the modules.
 
@@ -121,7 +124,9 @@ def save_results(
     - ``report.json``, ``report.md``, ``report.html`` and, if matplotlib is installed, ``report.png``;
     - ``README.md``: a model card;
     - ``transformers``: any models of transformers, see
-      :func:`~com_lightning.experts.transformers_models.save_pretrained`.
+      :func:`~com_lightning.experts.transformers_models.save_pretrained`;
+    - ``adapters``: with ``task_rank``, one base and an adapter of PEFT for each task, see
+      :func:`~com_lightning.results.lora.write_corrections`.
 
     Args:
         folder: Where to write. The journal of an unfinished merge into the same folder is removed.
@@ -132,6 +137,7 @@ def save_results(
         files: Name -> text of further files.
         precision: Task -> name -> dtype of tensors that are stored in another precision than the module has.
         trials: Task -> a calibration forward, for :func:`~com_lightning.results.verification.verify`.
+        corrections: What the tasks share, where each of them has corrections of low rank.
 
     Raises:
         MergeError: If the folder exists and may not be overwritten, or cannot be written. It is then left as it was.
@@ -139,9 +145,15 @@ def save_results(
     if problems := output_problems(folder, overwrite):
         raise MergeError(problems)
     stored = _in_precision(modules, precision or {})
+    if corrections:
+        first = next(iter(modules))
+        base = _in_precision({first: corrections.base}, precision or {})[first]
+        corrections = replace(corrections, base=base)
 
     def write(made: Path) -> None:
-        told = _write_weights(made, stored, shared)
+        told = _write_weights(made, stored, shared, corrections)
+        if corrections:
+            told += write_corrections(corrections, stored, made / "adapters", _save_checkpoint)
         found = verify(*_written(made, modules), trials or {})
         report.checks = [check for check in report.checks if check not in found.checks] + found.checks
         for warning in told + found.warnings:
@@ -162,11 +174,15 @@ def save_results(
     workplace.close()
 
 
-def _write_weights(folder: Path, modules: Mapping[str, LightningModule], shared: list[str]) -> list[str]:
+def _write_weights(
+    folder: Path, modules: Mapping[str, LightningModule], shared: list[str], corrections: Corrections | None
+) -> list[str]:
     """Write all weights, and return warnings of what is not written."""
     module, names = next(iter(modules.values())), set(shared)
     ties = tied_names(module)
-    tensors = {n: t for n, t, _ in named_tensors(module) if n in names and ties[n] == n}
+    corrected = set(corrections.names) if corrections else set()
+    base = corrections.base if corrections else module
+    tensors = {n: t for n, t, _ in named_tensors(base) if n in names | corrected and ties[n] == n}
     save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, folder / "merged.safetensors")
     umask = os.umask(0)
     os.umask(umask)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
-from com_lightning.core.tensors.modules import copy_module, named_tensors, writable_copy
+from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.errors import MergeError
-from com_lightning.experts.state_dicts import some
+from com_lightning.experts.state_dicts import plain, some, submodule
+from com_lightning.experts.transformers_models import pretrained_parts, save_model, without_adapters
 
 _EXACT = 1e-4
 """Relative error of a weight's difference up to which it counts as one of low rank: rounding in float32."""
@@ -23,7 +27,7 @@ class Adapter:
 
     Attributes:
         factors: name of each layer -> ``B``, ``(o, r)``, and ``A``, ``(r, k)``, whose product is added to its weight.
-        biases: name of each of these layers -> what is added to its bias.
+        biases: name of each of these layers -> what is added to its bias; a single zero if it has none.
         whole: names of the modules that are replaced: normalisations, heads, and layers of other types.
         kept: share of the squared difference of the factored weights that the factors have, from 0 to 1.
     """
@@ -37,7 +41,7 @@ class Adapter:
         """The number of values, in a model that the adapter was made for."""
         factors = sum(part.numel() for parts in self.factors.values() for part in parts)
         whole = sum(t.numel() for name in self.whole for _, t, _ in named_tensors(model.get_submodule(name)))
-        return factors + sum(bias.numel() for bias in self.biases.values()) + whole
+        return factors + sum(bias.numel() for bias in self.biases.values() if bias.dim()) + whole
 
 
 def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: bool = False) -> Adapter:
@@ -73,13 +77,16 @@ def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: b
             total = float(matrix.square().sum())
             if approximate or error <= _EXACT**2 * total:
                 adapter.factors[place] = up, down
-                if f"{place}.bias" in theirs:
-                    adapter.biases[place] = theirs[f"{place}.bias"].detach() - ours[f"{place}.bias"].detach()
+                bias = theirs.get(f"{place}.bias")
+                adapter.biases[place] = torch.zeros(()) if bias is None else (bias - ours[f"{place}.bias"]).detach()
                 energy, left = energy + total, left + error
                 continue
         adapter.whole.append(place)
     if energy:
         adapter.kept = 1.0 - left / energy
+    adapter.whole = [place for place in adapter.whole if not _is_inside(place, adapter.whole)]
+    for place in [place for place in adapter.factors if _is_inside(place, adapter.whole)]:
+        del adapter.factors[place], adapter.biases[place]
     names = [name for name, _ in base.named_modules()]
     for place in (*adapter.factors, *adapter.whole):
         if other := next((n for n in names if n != place and n.endswith(place)), None) if place else None:
@@ -117,21 +124,89 @@ def write_adapter(adapter: Adapter, base: nn.Module, model: nn.Module, rank: int
         lora_bias=has_biases,
         init_lora_weights=False,
     )
-    replaced = {id(tensor): writable_copy(tensor) for _, tensor, _ in named_tensors(base)}
-    copied = copy_module(base, replaced)
+    copied = copy_on_same_storage(base)
     for place in adapter.whole:  # which may have another shape
-        copied.set_submodule(place, copy_module(model.get_submodule(place)))
+        copied.set_submodule(place, copy_on_same_storage(model.get_submodule(place)))
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # that a base layer has no bias
-        adapted = get_peft_model(copied, config)  # type: ignore[arg-type]
+        adapted: Any = get_peft_model(copied, config)
         layers = dict(adapted.base_model.model.named_modules())
         for place, (up, down) in adapter.factors.items():
             layer = layers[place]
             for factor, value in ((layer.lora_B["default"], up), (layer.lora_A["default"], down)):
                 factor.weight.copy_(value.view(factor.weight.shape))
             if has_biases:
-                layer.lora_B["default"].bias.copy_(adapter.biases.get(place, torch.zeros(())))
+                layer.lora_B["default"].bias.copy_(adapter.biases[place])
         adapted.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@dataclass
+class Corrections:
+    """What a merge gives where each task has a correction of low rank.
+
+    Attributes:
+        base: the merged model without corrections, with the private parameters of the first task.
+        names: names of the weights that have corrections.
+        rank: of the corrections.
+    """
+
+    base: LightningModule
+    names: list[str]
+    rank: int
+
+
+def write_corrections(
+    corrections: Corrections,
+    modules: Mapping[str, LightningModule],
+    folder: Path,
+    save: Callable[[LightningModule, Path], object],
+) -> list[str]:
+    """Write the merged model without corrections, and an adapter of PEFT for each task.
+
+    The base is ``base``, a folder for ``from_pretrained``, if a transformers model has all weights of the module. If
+    not, it is the Lightning checkpoint ``base.ckpt``, and adapters are for the whole LightningModule.
+
+    Args:
+        corrections: what the merge gives.
+        modules: task -> its merged module.
+        folder: where to write. Each task gets a folder.
+        save: writes the checkpoint of a module.
+
+    Returns:
+        Warnings of what is not written, or what needs care.
+    """
+    base = without_adapters(corrections.base)
+    parts = pretrained_parts(base)
+    place = next(iter(parts)) if len(parts) == 1 else ""
+    if not all(plain(name).startswith(f"{place}.") for name, _, _ in named_tensors(base)):
+        place = ""
+    model = submodule(base, place)[1] if place else base
+    folder.mkdir()
+    told = []
+    if place:
+        save_model(model, folder / "base")
+    else:
+        save(corrections.base, folder / "base.ckpt")
+    shapes = {name: tensor.shape for name, tensor, _ in named_tensors(model)}
+    for task, module in modules.items():
+        other = without_adapters(module)
+        other = submodule(other, place)[1] if place else other
+        try:
+            adapter = adapter_between(model, other, corrections.rank)
+            write_adapter(adapter, model, other, corrections.rank, folder / task)
+        except MergeError as error:
+            told.append(f"{folder.name}/{task} is not written: {error.problems[0]}")
+            continue
+        if resized := [name for name, tensor, _ in named_tensors(other) if tensor.shape != shapes[name]]:
+            told.append(
+                f"{folder.name}/{task}: {some(resized)} has another shape than in the base; give the base that shape "
+                "before PEFT loads the adapter"
+            )
+    return told
+
+
+def _is_inside(place: str, places: Collection[str]) -> bool:
+    return any(place.startswith(f"{outer}.") for outer in places)
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:

@@ -26,6 +26,7 @@ def summarize_parameters(
     by_layer: bool,
     task_biases: Collection[str] = (),
     refitted: Mapping[str, Collection[str]] | None = None,
+    rank: int = 0,
 ) -> tuple[dict[str, ParameterOutcome], dict[str, int]]:
     """Say what became of each parameter and buffer.
 
@@ -36,6 +37,7 @@ def summarize_parameters(
         by_layer: Whether the method merges layers that calibration data reach.
         task_biases: Shared names that are solved for each task separately, where data reach them.
         refitted: Task -> its private names that were solved for the merged model.
+        rank: Of the corrections that each task adds to the matrices among ``task_biases``.
 
     Returns:
         Name -> what became of it, and the sizes, as in :class:`~com_lightning.results.report.MergeReport`.
@@ -47,9 +49,15 @@ def summarize_parameters(
     rules = {ties[record.name]: record.layer_type for record in records if isinstance(record, ParameterRecord)}
     estimated = {name for record in records for name in record.buffers}
     outcomes: dict[str, ParameterOutcome] = {}
-    sizes = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}
+    sizes, corrections = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}, 0
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in shared:
+            continue
+        if name in task_biases and tensor.dim() > 1 and solved.get(ties[name]):
+            outcomes[name] = ParameterOutcome("solved", f"with a correction of rank {rank} for each task")
+            sizes["solved"] += tensor.numel()
+            rows, columns = tensor.flatten(1).shape
+            corrections += len(experts) * min(rank * (rows + columns), tensor.numel())
             continue
         if name in task_biases and (solved.get(ties[name]) or name in estimated):
             outcomes[name] = ParameterOutcome("private, solved for each task")
@@ -86,7 +94,7 @@ def summarize_parameters(
         solved_heads = (refitted or {}).get(task, ())
         outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
     outcomes.update(dict.fromkeys(parameters.merged_adapters, ParameterOutcome("folded")))
-    return outcomes, sizes
+    return outcomes, {**sizes, "correction": corrections} if rank else sizes
 
 
 def _is_averaged(name: str, experts: Mapping[str, nn.Module]) -> bool:

@@ -266,6 +266,7 @@ def summarize(report: MergeReport) -> str:
     resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
     cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
     phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}
+    phrases["correction"] = "in corrections of low rank, one for each task and matrix"
     sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
     lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
     lines += [f"Padding of {line}." for line in report.padding]

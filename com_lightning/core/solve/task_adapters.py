@@ -89,11 +89,13 @@ def _of_rank(matrix: Tensor, lower: Tensor, rank: int, metric: Tensor | None) ->
         inner = torch.linalg.eigh(image.mT @ image).eigenvectors[..., -rank:]
         directions = torch.linalg.qr(image @ inner).Q
     projected = directions @ (directions.mT @ weighed)
-    return projected if metric is None else torch.linalg.solve_triangular(metric.mT, projected, upper=True)
+    result: Tensor = projected if metric is None else torch.linalg.solve_triangular(metric.mT, projected, upper=True)
+    return result
 
 
 def _metric(root: Tensor) -> Tensor:
     """``S`` with ``S Sᵀ = U Uᵀ + 0.3 I``, ``(o, o)`` and lower triangular."""
     matrix = root.double() @ root.double().mT
     matrix.diagonal().add_(DAMPING)
-    return torch.linalg.cholesky(matrix)
+    lower: Tensor = torch.linalg.cholesky(matrix)
+    return lower

@@ -11,16 +11,20 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
+from com_lightning import ChainOfMerges, MergeDataModule, merge
+from com_lightning.data.datamodule import TaskLoaders
 from com_lightning.errors import MergeError
 from com_lightning.results.lora import adapter_between, write_adapter
+from tests.helpers import Classifier, make_data, make_experts
 
 
 def bert() -> nn.Module:
-    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
-    model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=50, num_labels=3, **sizes))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "num_labels": 3}
+    model: nn.Module = BertForSequenceClassification(BertConfig(vocab_size=50, intermediate_size=64, **sizes))
     return model
 
 
@@ -69,7 +73,7 @@ def test_peft_loads_it_on_the_base_with_the_same_outputs(name: str, tmp_path: Pa
     adapter = adapter_between(base, model, 2)
     write_adapter(adapter, base, model, 2, tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
-    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()  # type: ignore[arg-type]
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
         theirs, ours, without = (logits(each(inputs)) for each in (loaded, model, base))
     torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
@@ -77,6 +81,26 @@ def test_peft_loads_it_on_the_base_with_the_same_outputs(name: str, tmp_path: Pa
     assert adapter.kept > 1 - 1e-6
     stored = sum(path.stat().st_size for path in tmp_path.glob("*.safetensors"))
     assert 4 * adapter.numel(base) <= stored <= 4 * adapter.numel(base) + 20_000
+
+
+def test_a_merge_writes_one_base_and_an_adapter_for_each_task(tmp_path: Path) -> None:
+    experts = {f"task{n}": expert for n, expert in enumerate(make_experts((3, 3)))}
+    data = {task: TaskLoaders(make_data(n).val_dataloader()) for n, task in enumerate(experts)}
+    method = ChainOfMerges(task_rank=2, refit_heads=True)
+    result = merge(
+        copy.deepcopy(experts["task0"]), experts, MergeDataModule(data, num_samples=20), method, private=["head"]
+    )
+    result.save(tmp_path / "out")
+    folder, inputs = tmp_path / "out" / "adapters", torch.randn(4, 6)
+    assert result.report.parameters["body.0.weight"].detail == "with a correction of rank 2 for each task"
+    assert set(load_file(tmp_path / "out" / "merged.safetensors")) >= {"body.0.weight", "body.3.weight"}
+    for task, module in result.modules.items():
+        base = Classifier.load_from_checkpoint(folder / "base.ckpt", weights_only=True)
+        loaded = PeftModel.from_pretrained(base, str(folder / task)).eval()
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(inputs), module.eval()(inputs), rtol=1e-4, atol=1e-5)
+    sizes = [(folder / task / "adapter_model.safetensors").stat().st_size for task in experts]
+    assert max(sizes) < (folder / "base.ckpt").stat().st_size
 
 
 def test_an_approximation_says_how_much_it_keeps() -> None:
@@ -87,8 +111,8 @@ def test_an_approximation_says_how_much_it_keeps() -> None:
     assert (exact.whole, exact.kept) == (["0"], 1.0)
     assert 0.5 < near.kept < 0.99
     up, down = near.factors["0"]
-    values = torch.linalg.svdvals((model[0].weight - base[0].weight).detach().double())  # type: ignore[index, operator]
-    left = (model[0].weight - base[0].weight).detach().double() - up @ down  # type: ignore[index, operator]
+    values = torch.linalg.svdvals((model[0].weight - base[0].weight).detach().double())  # type: ignore[index]
+    left = (model[0].weight - base[0].weight).detach().double() - up @ down  # type: ignore[index]
     torch.testing.assert_close(left.square().sum(), values[4:].square().sum())
 
 

@@ -136,7 +136,7 @@ def test_no_matrix_of_that_rank_has_a_smaller_error(shape: tuple[int, int], weig
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
-        optimizer.step(closure)
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
         assert float(closure()) >= best * (1 - 1e-6)
 
 
