@@ -139,7 +139,9 @@ class ChainOfMergesCallback(Callback):
             model = copy_with_tensors(model)
         plan = make_plan(model, self.experts, data, self.method, options, problems, becomes_first)
         experts = plan.experts
-        if not any(plan.parameters.private.values()):  # one file is written for all
+        rule = plan.method.options
+        own = rule is not None and (rule.private_biases or rule.task_rank > 0)
+        if not own and not any(plan.parameters.private.values()):  # one file is written for all
             experts = dict([next(iter(experts.items()))])
         if folder and (problems := space_problems(folder, experts, options.resume)):
             raise MergeError(problems)
