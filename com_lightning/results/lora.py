@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.errors import MergeError
@@ -72,10 +73,11 @@ def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: b
         weight = f"{place}.weight"
         matrix = _matrix(layer, theirs[weight], ours[weight]) if _is_adaptable(layer) else None
         within = {weight, f"{place}.bias"}
-        if matrix is not None and within.issuperset(names) and rank * sum(matrix.shape) < matrix.numel():
+        if matrix is not None and within.issuperset(names):
             up, down, error = _factors(matrix, rank)
             total = float(matrix.square().sum())
-            if approximate or error <= _EXACT**2 * total:
+            is_smaller = rank * sum(matrix.shape) < matrix.numel()
+            if (approximate and is_smaller) or error <= _EXACT**2 * total:
                 adapter.factors[place] = up, down
                 bias = theirs.get(f"{place}.bias")
                 adapter.biases[place] = torch.zeros(()) if bias is None else (bias - ours[f"{place}.bias"]).detach()
@@ -91,6 +93,8 @@ def adapter_between(base: nn.Module, model: nn.Module, rank: int, approximate: b
     for place in (*adapter.factors, *adapter.whole):
         if other := next((n for n in names if n != place and n.endswith(place)), None) if place else None:
             raise MergeError([f"adapter: PEFT finds modules by the end of their names, and {place} also ends {other}"])
+    if not adapter.factors:
+        raise MergeError([f"adapter: no weight of a linear layer or convolution differs by rank {rank}"])
     if not all(adapter.whole):
         raise MergeError(
             ["adapter: a parameter belongs to the model itself and not to a module in it, which PEFT needs"]
@@ -233,7 +237,14 @@ def _matrix(layer: nn.Module, new: Tensor, old: Tensor) -> Tensor | None:
 
 
 def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``B`` and ``A`` of the nearest matrix of a rank, and the squared error. Both factors have the same size."""
-    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    """``B`` and ``A`` of the nearest matrix of a rank, and the squared error. Both factors have the same size.
+
+    The singular values come from a random projection: those of a large matrix take minutes, and few of them are needed.
+    """
+    with torch.random.fork_rng([]):
+        torch.manual_seed(0)
+        left, values, right = torch.svd_lowrank(matrix, min(rank + 8, *matrix.shape), niter=6)
     roots = values[:rank].sqrt()
-    return left[:, :rank] * roots, roots[:, None] * right[:rank], float(values[rank:].square().sum())
+    lacking = rank - len(roots)
+    up, down = pad(left[:, :rank] * roots, (0, lacking)), pad(roots[:, None] * right.T[:rank], (0, 0, 0, lacking))
+    return up, down, float((matrix - up @ down).square().sum())

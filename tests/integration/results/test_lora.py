@@ -107,13 +107,14 @@ def test_an_approximation_says_how_much_it_keeps() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(20, 30))
     model = changed(base, 8)
-    exact, near = adapter_between(base, model, 4), adapter_between(base, model, 4, approximate=True)
-    assert (exact.whole, exact.kept) == (["0"], 1.0)
+    near = adapter_between(base, model, 4, approximate=True)
+    with pytest.raises(MergeError, match="no weight of a linear layer or convolution differs by rank 4"):
+        adapter_between(base, model, 4)
     assert 0.5 < near.kept < 0.99
     up, down = near.factors["0"]
     values = torch.linalg.svdvals((model[0].weight - base[0].weight).detach().double())  # type: ignore[index]
     left = (model[0].weight - base[0].weight).detach().double() - up @ down  # type: ignore[index]
-    torch.testing.assert_close(left.square().sum(), values[4:].square().sum())
+    torch.testing.assert_close(left.square().sum(), values[4:].square().sum(), rtol=1e-3, atol=0)
 
 
 def test_what_no_adapter_can_hold_is_an_error() -> None:
@@ -125,6 +126,8 @@ def test_what_no_adapter_can_hold_is_an_error() -> None:
     base, model = Scaled(), Scaled()
     model.load_state_dict(base.state_dict())
     nn.init.zeros_(model.scale)
+    with torch.no_grad():
+        model.linear.weight[0] += 1
     with pytest.raises(MergeError, match="belongs to the model itself"):
         adapter_between(base, model, 1)
     with pytest.raises(MergeError, match=r"other parameters: bias, linear.bias"):
