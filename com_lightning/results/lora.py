@@ -237,9 +237,12 @@ def _matrix(layer: nn.Module, new: Tensor, old: Tensor) -> Tensor | None:
 
 
 def _factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
-    """``B`` and ``A`` of the nearest matrix of a rank, and the squared error. Both factors have the same size.
+    """Find the nearest matrix of a rank.
 
-    The singular values come from a random projection: those of a large matrix take minutes, and few of them are needed.
+    Singular vectors come from a random projection: all of a large matrix take minutes, and few of them are needed.
+
+    Returns:
+        ``B``, ``(o, r)``, and ``A``, ``(r, k)``, of the same size, and the squared error of their product.
     """
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
