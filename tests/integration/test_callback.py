@@ -204,8 +204,8 @@ def test_calibration_step_and_mask_of_the_module_are_used() -> None:
     tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(Own(3), datamodule=tasks, verbose=False)
     assert calls.count("mask") == 6
-    # One that finds what layers add to; before that, a check: of each task one batch by itself, and two in lockstep
-    assert calls.count("step") == 12 + 1 + 2 * (1 + 2)
+    # One that finds what layers add to; before that, a check: one batch of each task by itself, and three in lockstep
+    assert calls.count("step") == 12 + 1 + (2 + 3)
     assert all(0 < rows < 40 for rows in merger.report.layers[0].rows.values())
 
 

@@ -28,7 +28,7 @@ from com_lightning.core.tensors.state import State
 from com_lightning.errors import MergeError
 
 BATCHES = 2
-"""Number of batches of each task that run in the check."""
+"""Number of batches of the first task that run in the check. Of the others, which run the same class, one is enough."""
 _ADVICE = "give the module a calibration_step(batch) that only runs the network"
 
 
@@ -98,7 +98,8 @@ class _Check:
     def __init__(
         self, tasks: Sequence[Task], merged: Mapping[str, Tensor], has_peers: bool, shortened: Callable[[Any], Any]
     ) -> None:
-        self.tasks = [task.with_batches(list(task.batch_numbers)[:BATCHES]) for task in tasks]
+        counts = [BATCHES, *[1] * len(tasks)]
+        self.tasks = [task.with_batches(list(task.batch_numbers)[:count]) for task, count in zip(tasks, counts)]
         self.has_peers, self.shortened = has_peers, shortened
         self.models = Models(self.tasks, merged, ("expert",))
         self.result = ForwardCheck()

@@ -118,9 +118,8 @@ class Mixed(Global):
 
 
 def test_forwards_that_share_something_are_an_error() -> None:
-    first, second = problems(tasks(Mixed))
+    first, *_ = problems(tasks(Mixed))
     assert first.startswith("task 'task0': layer 'third' of Mixed gets the inputs of another calibration batch")
-    assert second.startswith("task 'task1': ")
     assert "calibration_step(batch)" in first
 
 
