@@ -226,10 +226,9 @@ def _compare(found: Findings, written: _Written) -> None:
         found.add(label, f"loaded by {how}, it is not the module in memory, see the warning")
         return
     count = len(dict.fromkeys(name for name, _, _ in named_tensors(part))) - len(unsaved)
-    same = f"its {count:,} tensors{' and settings' if not settings else ''}"
-    if outputs == "":
-        same += ", and the outputs of its submodules on calibration samples,"
-    text = f"loaded by {how}, {same} are those of the module in memory"
+    *others, last = [f"its {count:,} tensors", *["settings"] * (not settings), *["outputs"] * (outputs == "")]
+    same = f"{', '.join(others)} and {last}" if others else last
+    text = f"loaded by {how}, {same} are those in memory"
     text += f"; without {some(unsaved, most=3)}, which the class leaves out of its checkpoints" if unsaved else ""
     found.add(label, text + (f"; outputs were not compared ({why_not})" if why_not else ""))
 

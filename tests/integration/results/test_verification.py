@@ -41,8 +41,8 @@ def test_files_are_the_modules_in_memory_and_the_report_says_so(tmp_path: Path) 
     merger = merged(pair(), Classifier(3), tmp_path / "m")
     forwards, check = merger.report.checks
     assert forwards.startswith("calibration forwards: compared")
-    assert check.startswith("merged.ckpt: loaded by Classifier.load_from_checkpoint, its 8 tensors and settings, and")
-    assert "the outputs of its submodules on calibration samples, are those of the module in memory" in check
+    assert check.startswith("merged.ckpt: loaded by Classifier.load_from_checkpoint, its 8 tensors, settings and")
+    assert "settings and outputs are those in memory" in check
     assert not about_files(merger)
     assert json.loads((tmp_path / "m" / "report.json").read_text())["checks"] == [forwards, check]
     assert f"## Checked\n\n- {forwards}\n- {check}" in (tmp_path / "m" / "report.md").read_text()
@@ -119,8 +119,7 @@ def test_without_data_tensors_and_settings_are_compared(tmp_path: Path, monkeypa
     merger = ChainOfMergesCallback(pair(), Average(), private=[], output_dir=str(tmp_path / "m"))
     (check,) = merger.merge(Classifier(3)).checks
     assert check.endswith(
-        "8 tensors and settings are those of the module in memory; outputs were not compared "
-        "(no calibration batch is at hand)"
+        "8 tensors and settings are those in memory; outputs were not compared (no calibration batch is at hand)"
     )
     monkeypatch.setattr(verification, "free_memory", lambda device: 100)
     merger.save(tmp_path / "again")
@@ -154,7 +153,7 @@ def test_each_task_is_written_with_its_own_configuration(tmp_path: Path) -> None
         module: Any = merger.modules[task]
         with torch.no_grad():
             torch.testing.assert_close(loaded(ids).logits, module.net.eval()(ids).logits, rtol=0, atol=0)
-    assert [check.partition(":")[0] for check in merger.report.checks if check.endswith("module in memory")] == [
+    assert [check.partition(":")[0] for check in merger.report.checks if check.endswith("are those in memory")] == [
         "a.ckpt",
         "transformers/a, transformers/b",
     ]
@@ -173,5 +172,5 @@ def test_adapters_that_are_merged_into_their_layers(tmp_path: Path) -> None:
     _, first, *files = merger.report.checks
     assert "LoraModule.load_from_checkpoint gives the same tensors and settings" in first
     assert [check.partition(":")[0] for check in files] == ["a.ckpt, b.ckpt", "transformers"]
-    assert all(check.endswith("are those of the module in memory") for check in files)
+    assert all(check.endswith("outputs are those in memory") for check in files)
     assert not [warning for warning in merger.report.warnings if "module" in warning]
