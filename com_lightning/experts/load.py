@@ -110,8 +110,7 @@ def _loaded(source: ExpertSource, model: LightningModule, label: str) -> Lightni
     elif isinstance(source, (str, Path)):
         label = f"{label} ({source})"
         try:
-            with BoundedConstruction(Path(source), model):
-                expert = _from_path(Path(source), model, label)
+            expert = _from_path(Path(source), model, label)
         except MergeError:
             raise
         except TooLargeError as error:
@@ -182,18 +181,22 @@ def take_precision(expert: nn.Module, model: nn.Module) -> dict[str, torch.dtype
 def _from_path(path: Path, model: LightningModule, label: str) -> LightningModule:
     if (path / ADAPTER_CONFIG).is_file():
         expert = _copy(model)
-        load_adapter(path, expert, label)
+        with BoundedConstruction(path, model):
+            load_adapter(path, expert, label)
         _warn_of_differences(expert, model, label)
         return expert
     if (path / MODEL_CONFIG).is_file():
         check_counts(path / MODEL_CONFIG)
-        return _replaced(model, load_pretrained(path, label), label)
+        with BoundedConstruction(path, model):
+            network = load_pretrained(path, label)
+        return _replaced(model, network, label)
     if path.name.startswith("adapter_model.") and (path.parent / ADAPTER_CONFIG).is_file():
         raise MergeError([f"{label}: this is the file of a PEFT adapter; give its folder, {path.parent}"])
     content = read_checkpoint(path, label)
     if "pytorch-lightning_version" not in content:
         return _filled(model, content["state_dict"], label)
-    return _from_lightning_checkpoint(content, path, model, label)
+    with BoundedConstruction(path, model):  # the file itself is read outside of it, which is faster
+        return _from_lightning_checkpoint(content, path, model, label)
 
 
 def _from_lightning_checkpoint(
