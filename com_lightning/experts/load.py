@@ -282,6 +282,10 @@ def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, ass
 def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningModule:
     """A copy of ``model`` with a module in the place of the submodule that it has most in common with."""
     state = plain_state(part.state_dict())
+    if packed := [f"{name} is {tensor.dtype}" for name, tensor in part.named_parameters() if not _is_number(tensor)]:
+        raise MergeError(
+            [f"{label}: its weights are quantised: {some(packed, most=2)}. Dequantise it, and save it in 16 or 32 bit"]
+        )
     fitting = places(model, state)
     part_name, model_name = type(part).__name__, type(model).__name__
     if len(fitting) != 1:
@@ -304,6 +308,11 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
     _warn_of_rest(expert, place, label)
     _warn_of_differences(expert, model, label)
     return expert
+
+
+def _is_number(tensor: Tensor) -> bool:
+    """Whether a parameter holds what it stands for, and not codes for it."""
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _warn_of_rest(model: LightningModule, place: str, label: str) -> None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_model
 from com_lightning import MergeDataModule
 from com_lightning.compat import LOADS_SAFELY
 from com_lightning.core.tensors.modules import named_tensors, tied_names
+from com_lightning.errors import MergeError
 from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb
 from tests.helpers.sources import SOURCES, TASKS, TiedClassifier, as_source, merge, state_of
@@ -126,3 +127,10 @@ def test_tied_parameters_stay_tied(kind: str, tmp_path: Path) -> None:
     loaded = load_expert("a", source, TiedClassifier())
     assert tied_names(loaded) == tied_names(expert)
     torch.testing.assert_close(state_of(loaded), state_of(expert))
+
+
+def test_a_quantised_network_in_place_of_a_part_is_named_as_such() -> None:
+    network = Classifier(3).body
+    network[0].weight = torch.nn.Parameter(torch.zeros(24, 1, dtype=torch.uint8), requires_grad=False)  # as in 4 bit
+    with pytest.raises(MergeError, match=r"its weights are quantised: 0\.weight is torch\.uint8\. Dequantise it"):
+        load_expert("a", network, Classifier(3))
