@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy
 
+from com_lightning.core.tensors.weak_cache import weak_cache
 from com_lightning.errors import MergeError
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -71,7 +72,7 @@ def argument_problems(function: Callable[..., Any], given: Mapping[str, Any]) ->
     ]
 
 
-@functools.cache
+@weak_cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
         hints = get_type_hints(function)

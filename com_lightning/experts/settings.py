@@ -11,7 +11,6 @@ An attribute or hyperparameter counts if a method that runs in a forward names i
 from __future__ import annotations
 
 import enum
-import functools
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from types import BuiltinFunctionType, CodeType, FunctionType
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.core.tensors.weak_cache import weak_cache
 from com_lightning.errors import MergeError, reason
 from com_lightning.experts.state_dicts import plain, some
 from com_lightning.experts.transformers_models import pretrained_parts
@@ -219,7 +219,7 @@ def differences_of_experts(
     }
 
 
-@functools.cache
+@weak_cache
 def _named_in_forwards(kind: type) -> frozenset[str]:
     """All names and texts in the methods of a class that may run in a forward."""
     names: set[str] = set()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,28 @@ def state(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def differs(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+MERGE_AND_FORGET = """
+import gc, weakref
+from com_lightning import merge
+from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
+
+def forgotten():
+    data, trainer = {"a": make_data(0, 3), "b": make_data(1, 4)}, quiet_trainer()
+    result = merge(Classifier(3), dict(zip("ab", make_experts())), data, trainer=trainer)
+    return [weakref.ref(each) for each in (*data.values(), trainer, *result.modules.values())]
+
+references = forgotten()
+gc.collect()
+print("alive:", [type(each()).__name__ for each in references if each() is not None])
+"""
+
+
+def test_nothing_of_a_merge_stays_alive() -> None:
+    """A comparison or a sweep merges often in one process. In one of its own, because pytest keeps some frames."""
+    done = subprocess.run([sys.executable, "-c", MERGE_AND_FORGET], capture_output=True, text=True, check=True)
+    assert "alive: []" in done.stdout
 
 
 def test_with_data(tmp_path: Path) -> None:

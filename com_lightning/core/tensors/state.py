@@ -15,7 +15,7 @@ import copy
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Iterator, Mapping
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from types import BuiltinFunctionType, CellType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
+from com_lightning.core.tensors.weak_cache import weak_cache
 
 LARGE = 2**26
 """Bytes that tensors and arrays may have together, besides parameters and buffers. There is a copy for each forward,
@@ -42,7 +43,7 @@ _SHARED_MODULES = (
 """Objects of classes that are defined in these, or derived from such a class, are shared."""
 
 
-@cache
+@weak_cache
 def _is_shared(cls: Any) -> bool:
     if issubclass(cls, (nn.Module, Tensor, dict, list, tuple, set, frozenset, deque)):
         return False
