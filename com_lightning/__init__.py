@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         Refitted,
         RegMean,
         RegMeanPlusPlus,
+        TaskAdapters,
         TaskArithmetic,
     )
     from com_lightning.options import MergeOptions
@@ -69,6 +70,7 @@ __all__ = [
     "TaskArithmetic",
     "TaskLoaders",
     "TIES",
+    "TaskAdapters",
     "TSVM",
     "WUDI",
     "merge",

@@ -140,7 +140,7 @@ class ChainOfMergesCallback(Callback):
         plan = make_plan(model, self.experts, data, self.method, options, problems, becomes_first)
         experts = plan.experts
         rule = plan.method.options
-        own = rule is not None and (rule.private_biases or rule.task_rank > 0)
+        own = plan.method.has_corrections or (rule is not None and rule.private_biases)
         if not own and not any(plan.parameters.private.values()):  # one file is written for all
             experts = dict([next(iter(experts.items()))])
         if folder and (problems := space_problems(folder, experts, options.resume)):

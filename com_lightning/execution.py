@@ -181,10 +181,10 @@ def execute(
             )
             raise
     modules = with_shared(plan, merged, job.task_tensors, job.heads)
-    rank = plan.method.options.task_rank if plan.method.options else 0
-    if rank:
-        names = [name for name, each in job.task_tensors.items() if each[0].dim() > 1]
-        plan.corrections = Corrections(with_shared(plan, merged, refitted=job.heads)[tasks[0].name], names, rank)
+    if ranks := {name: record.rank for record in records for name in record.of_tasks if record.rank}:
+        names = [name for name in ranks if job.task_tensors[name][0].dim() > 1]
+        base = with_shared(plan, merged, refitted=job.heads)[tasks[0].name]
+        plan.corrections = Corrections(base, names, max(ranks.values()))
     if peers.size == 1:  # with several, a step that waits for the others would wait forever
         plan.trials = {task.name: trial for task in tasks if (trial := Trial.of(task, device)) is not None}
     report = MergeReport(
@@ -203,7 +203,7 @@ def execute(
         versions=package_versions(),
     )
     report.parameters, report.sizes = summarize_parameters(
-        plan.experts, plan.parameters, records, bool(plan.layers), job.task_tensors, job.heads, rank
+        plan.experts, plan.parameters, records, bool(plan.layers) and plan.method.merges_layers, job.heads
     )
     if names := [record.name for record in report.layers if record.permuted]:
         report.warnings.append(

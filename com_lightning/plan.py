@@ -113,7 +113,7 @@ class MergePlan:
         """Estimate the memory that is needed at least.
 
         Returns:
-            Bytes of the experts, the merged model (with ``task_rank`` one more for each task), and the statistics and
+            Bytes of the experts, the merged model (with corrections one more for each task), and the statistics and
             solution of the largest layer.
         """
         sizes = [num_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
@@ -122,7 +122,7 @@ class MergePlan:
             groups, outputs, inputs = layer.layer_type.to_matrix(layer.module, layer.module).shape
             gram, weight = groups * inputs**2, groups * outputs * inputs
             largest = max(largest, len(sizes) * (2 * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
-        copies = 1 + len(sizes) * bool(self.method.options and self.method.options.task_rank)
+        copies = 1 + len(sizes) * self.method.has_corrections
         return {"experts": sum(sizes), "merged model": max(sizes) * copies, "largest layer": largest}
 
     def __str__(self) -> str:

@@ -33,6 +33,7 @@ NAMES: dict[str, Callable[..., MergingMethod]] = {
     "regmean": com.RegMean,
     "regmean_plus_plus": com.RegMeanPlusPlus,
     "slerp": com.SLERP,
+    "task_adapters": com.TaskAdapters,
     "task_arithmetic": com.TaskArithmetic,
     "ties": com.TIES,
     "tsvm": com.TSVM,
@@ -94,8 +95,8 @@ def read_settings(listed: str) -> list[Setting]:
     """Read a rule with its settings, like a call in Python; text needs no quotes, and a list of values makes a grid.
 
     Args:
-        listed: a name, or a name called with settings. A rule within a rule is named alone. Old names of options are
-            understood. Nothing is executed.
+        listed: a name, or a name called with settings, which may be rules in the same form, without grids. Old names of
+            options are understood. Nothing is executed.
 
     Returns:
         All settings of the grid.
@@ -133,13 +134,14 @@ def _options(call: ast.expr) -> dict[str, Any]:
 
 
 def _value(node: ast.expr) -> Any:
-    if isinstance(node, ast.Name):  # text without quotes
-        return node.id
+    if isinstance(node, (ast.Name, ast.Call)):  # text without quotes, or a rule within the rule
+        return ast.unparse(node)
     return [_value(element) for element in node.elts] if isinstance(node, ast.List) else ast.literal_eval(node)
 
 
 def _make(name: str, options: dict[str, Any]) -> MergingMethod:
-    inner = {option: NAMES[value]() for option, value in options.items() if option in ("method", "matrices", "rest")}
+    rules = ("method", "matrices", "rest")
+    inner = {option: read_settings(value)[0].method for option, value in options.items() if option in rules}
     return NAMES[name](**{**options, **inner})
 
 

@@ -13,6 +13,7 @@ from com_lightning.methods.lot import LOT
 from com_lightning.methods.refitted import Refitted
 from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
 from com_lightning.methods.spherical import SLERP, KarcherMean
+from com_lightning.methods.task_adapters import TaskAdapters
 from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, TaskArithmetic
 from com_lightning.methods.wudi import WUDI
 
@@ -36,6 +37,7 @@ __all__ = [
     "RegMeanPlusPlus",
     "Refitted",
     "SLERP",
+    "TaskAdapters",
     "TaskArithmetic",
     "TIES",
     "TSVM",

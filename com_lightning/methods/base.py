@@ -91,6 +91,21 @@ class MergingMethod(ABC):
         """Whether the rule runs the module's calibration step on the tasks' data."""
         return self.options is not None
 
+    @property
+    def merges_layers(self) -> bool:
+        """Whether shared parameters are merged layer by layer, and not one by one."""
+        return self.options is not None
+
+    @property
+    def has_corrections(self) -> bool:
+        """Whether each task gets a correction of low rank of the shared weights."""
+        return bool(self.options and self.options.task_rank)
+
+    @property
+    def refits_heads(self) -> bool:
+        """Whether private layers are fitted to the merged model."""
+        return bool(self.options and self.options.refit_heads)
+
     @abstractmethod
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         """Write the merged values into ``job.merged``, and return what happened at each layer, in order."""

@@ -41,6 +41,18 @@ class Refitted(MergingMethod):
     def runs_calibration_forwards(self) -> bool:
         return True
 
+    @property
+    def merges_layers(self) -> bool:
+        return self.method.merges_layers
+
+    @property
+    def has_corrections(self) -> bool:
+        return self.method.has_corrections
+
+    @property
+    def refits_heads(self) -> bool:
+        return True
+
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
         rule = ChainOptions(normalize=self.normalize, ridge=self.ridge, residual=True)
@@ -52,6 +64,6 @@ class Refitted(MergingMethod):
         problems = [f"method: {problem}" for problem in self.method.problems(tasks)]
         if not 0 <= self.ridge < math.inf:
             problems.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
-        if (self.method.options and self.method.options.refit_heads) or isinstance(self.method, Refitted):
+        if self.method.refits_heads:
             problems.append("method: it solves private layers already")
         return problems

@@ -7,7 +7,9 @@ several names; their values are counted once, under the first one.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -24,9 +26,7 @@ def summarize_parameters(
     parameters: Parameters,
     records: Sequence[LayerRecord],
     by_layer: bool,
-    task_biases: Collection[str] = (),
     refitted: Mapping[str, Collection[str]] | None = None,
-    rank: int = 0,
 ) -> tuple[dict[str, ParameterOutcome], dict[str, int]]:
     """Say what became of each parameter and buffer.
 
@@ -35,9 +35,7 @@ def summarize_parameters(
         parameters: Which names are shared, private, or part of a merged adapter.
         records: Records of all layers and parameters.
         by_layer: Whether the method merges layers that calibration data reach.
-        task_biases: Shared names that are solved for each task separately, where data reach them.
         refitted: Task -> its private names that were solved for the merged model.
-        rank: Of the corrections that each task adds to the matrices among ``task_biases``.
 
     Returns:
         Name -> what became of it, and the sizes, as in :class:`~com_lightning.results.report.MergeReport`.
@@ -48,18 +46,17 @@ def summarize_parameters(
     has_zeros = {ties[name] for record in records for name in record.kept if name in ties}
     rules = {ties[record.name]: record.layer_type for record in records if isinstance(record, ParameterRecord)}
     estimated = {name for record in records for name in record.buffers}
+    ranks = {name: record.rank for record in records for name in record.of_tasks}
+    of_tasks = Counter[str]()
+    for record in records:
+        of_tasks.update(record.of_tasks)
     outcomes: dict[str, ParameterOutcome] = {}
     sizes, corrections = {"solved": 0, "averaged": 0, "private": 0, "re-estimated": 0, "buffer": 0}, 0
     for name, tensor, is_parameter in named_tensors(expert):
         if name not in shared:
             continue
-        if name in task_biases and tensor.dim() > 1 and solved.get(ties[name]):
-            outcomes[name] = ParameterOutcome("solved", f"with a correction of rank {rank} for each task")
-            sizes["solved"] += tensor.numel()
-            rows, columns = tensor.flatten(1).shape
-            corrections += len(experts) * min(rank * (rows + columns), tensor.numel())
-            continue
-        if name in task_biases and (solved.get(ties[name]) or name in estimated):
+        corrected = bool(ranks.get(name)) and tensor.dim() > 1
+        if name in of_tasks and not corrected:
             outcomes[name] = ParameterOutcome("private, solved for each task")
             sizes["private"] += len(experts) * tensor.numel()
             continue
@@ -87,6 +84,10 @@ def summarize_parameters(
             others = str(outcome) if named else "averaged"
             sizes["solved"] += count
             sizes[others] = sizes.get(others, 0) + tensor.numel() - count
+        if corrected:
+            words = [outcome.detail, f"with a correction of rank {ranks[name]} for each task"]
+            outcomes[name] = replace(outcome, detail=", ".join(word for word in words if word))
+            corrections += len(experts) * of_tasks[name]
     for task, names in parameters.private.items():
         tensors = {name: tensor for name, tensor, _ in named_tensors(experts[task])}
         sizes["private"] += sum(tensors[name].numel() for name in names)
@@ -94,7 +95,7 @@ def summarize_parameters(
         solved_heads = (refitted or {}).get(task, ())
         outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
     outcomes.update(dict.fromkeys(parameters.merged_adapters, ParameterOutcome("folded")))
-    return outcomes, {**sizes, "correction": corrections} if rank else sizes
+    return outcomes, {**sizes, "correction": corrections} if corrections else sizes
 
 
 def _is_averaged(name: str, experts: Mapping[str, nn.Module]) -> bool:

@@ -334,12 +334,11 @@ def test_rows_without_data_count_as_averaged() -> None:
 def test_what_was_not_solved_has_its_own_reason() -> None:
     module = nn.ModuleDict({"used": nn.Linear(2, 2), "idle": nn.Linear(2, 2), "bound": weight_norm(nn.Linear(2, 2))})
     records = [
-        LayerRecord("used", "linear", {"used.weight": 4, "used.bias": 2}, groups=1),
+        LayerRecord("used", "linear", {"used.weight": 4, "used.bias": 2}, groups=1, of_tasks={"used.bias": 2}),
         LayerRecord("bound", "linear", note="its weight cannot be written"),
     ]
     shared = Parameters([name for name, _ in module.named_parameters()], {"a": [], "b": []}, set())
-    biases = [f"{name}.bias" for name in module]
-    outcomes, sizes = summarize_parameters({"a": module, "b": module}, shared, records, True, biases)
+    outcomes, sizes = summarize_parameters({"a": module, "b": module}, shared, records, True)
     assert {name: str(outcome) for name, outcome in outcomes.items()} == {
         "used.weight": "solved",
         "used.bias": "private, solved for each task",

@@ -19,6 +19,7 @@ from com_lightning.core.chain.output_error import OutputError, relative_error
 from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.sensitivity import roots
 from com_lightning.core.chain.soundness import check_solution
+from com_lightning.core.chain.task_tensors import record_of_tasks
 from com_lightning.core.solve.statistics import InputMeans
 from com_lightning.core.sweep.context import Context, Solved, one_at_a_time
 from com_lightning.core.sweep.layer import CalibrationForward, Layer, forward_id
@@ -207,7 +208,8 @@ class LayerSolver(Visitor):
         check_solution(layer, values, self.models.merged)
         # Task tensors come first: how a layer is finished depends on what it was.
         written = self._write_task_tensors(layer, result.task_weights, means)
-        for local, part in layer.parts.items():
+        record_of_tasks(record, layer, self.models, self.options.task_rank)
+        for local, part in layer.parts.items() if not self.options.keeps_shared else ():
             whole = self.models.merged[part.name]
             size = part.of(whole).numel()
             if local in values:  # if not, the present value is as good

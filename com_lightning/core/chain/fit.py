@@ -128,19 +128,22 @@ def fit(
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
     has_task_biases = "bias" in of_tasks and not isinstance(layer_type, PerChannel)
     regression = whole.centred() if has_task_biases else whole
-    if inputs.factor is None:
-        inputs.factor = factorize(regression.grams, importance, options.ridge)
-    factor = inputs.factor
     usable = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
     if len(usable) < len(weights) or len(weights[0]) > 1:
         usable = []
 
     def solved(entry: Regression) -> Fit:
+        if inputs.factor is None:
+            inputs.factor = factorize(regression.grams, importance, options.ridge)
         if usable:
-            return fit_by_sensitivity(entry, factor, usable)
-        return fit_by_ridge(entry, factor, measure=one_sided and not averages_bias)
+            return fit_by_sensitivity(entry, inputs.factor, usable)
+        return fit_by_ridge(entry, inputs.factor, measure=one_sided and not averages_bias)
 
-    result = solved(regression)
+    if options.keeps_shared:
+        present = layer_type.to_matrix(layer.merged, layer.merged).double()
+        result = Fit(present[..., : regression.weights[0].shape[2]], 0)
+    else:
+        result = solved(regression)
     if averages_bias:
         result.weight[..., -1] = mean[..., -1]
     if one_sided and result.residual is None:
@@ -150,7 +153,8 @@ def fit(
     elif of_tasks:
         result.task_weights = [result.weight] * len(weights)
         if "weight" in of_tasks:
-            fit_corrections(result, regression, solved, options.task_rank, usable)
+            rounds = 0 if options.keeps_shared else ROUNDS
+            fit_corrections(result, regression, solved, options.task_rank, usable, rounds)
         if has_task_biases:
             fit_task_biases(result, whole)
     result.importance, result.reached, result.informed = importance, reached, informed
@@ -210,7 +214,12 @@ def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[T
 
 
 def fit_corrections(
-    result: Fit, regression: Regression, solved: Callable[[Regression], Fit], rank: int, roots: Sequence[Tensor]
+    result: Fit,
+    regression: Regression,
+    solved: Callable[[Regression], Fit],
+    rank: int,
+    roots: Sequence[Tensor],
+    rounds: int = ROUNDS,
 ) -> None:
     """Solve the shared weight and a correction of low rank for each task in turn, in place.
 
@@ -223,9 +232,10 @@ def fit_corrections(
         solved: solves a regression with the same Gram matrices.
         rank: of each correction.
         roots: as for :func:`~com_lightning.core.solve.task_adapters.low_rank_corrections`.
+        rounds: how often the shared weight is solved again. With 0 it stays as it is.
     """
     parts = regression.grams, regression.drifts, regression.weights
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         corrections = low_rank_corrections(*parts, result.weight, rank, roots)
         left = [weight.double() - correction for weight, correction in zip(regression.weights, corrections)]
         result.weight = solved(replace(regression, weights=left)).weight

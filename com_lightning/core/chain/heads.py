@@ -53,7 +53,7 @@ def refit(
         if not private:
             continue
         alone = context.alone(task.name)
-        task_records = merge_layers([_without_skipped(task, context)], private, [1.0], options, alone, fixed=fixed)
+        task_records = merge_layers([context.without_skipped(task)], private, [1.0], options, alone, fixed=fixed)
         context.skipped += alone.skipped
         records += task_records
         names = {name for record in task_records for name in (*record.parameters, *record.buffers)}
@@ -68,9 +68,3 @@ def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tenso
     buffers = {name for layer in candidates(expert, private).values() for name in layer.buffers.values()}
     parameters = {name for name, _, is_parameter in entries if is_parameter}
     return {name: tensor for name, tensor in private.items() if name in parameters | buffers}
-
-
-def _without_skipped(task: Task, context: Context) -> Task:
-    """A task without the batches that were skipped."""
-    skipped = {entry.batch for entry in context.skipped if entry.task == task.name}
-    return task.with_batches([number for number in task.batch_numbers if number not in skipped])

@@ -34,6 +34,7 @@ class ChainOptions:
             :mod:`~com_lightning.core.solve.task_biases`.
         task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, and
             its own biases and normalisation parameters, see :mod:`~com_lightning.core.solve.task_adapters`. 0: none.
+        keeps_shared: leave what tasks share as it is, and solve only what each task has for itself.
         refit_heads: fit the private layers of each task to the merged model, see
             :mod:`~com_lightning.core.chain.heads`.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more (two-sided only), see
@@ -50,6 +51,7 @@ class ChainOptions:
     sensitivity: Distance | None = None
     private_biases: bool = False
     task_rank: int = 0
+    keeps_shared: bool = False
     refit_heads: bool = False
     balance: bool = False
 

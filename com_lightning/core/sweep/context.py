@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 
 _BUSY = threading.RLock()
 
@@ -127,16 +127,32 @@ class Context:
 
     def alone(self, task: str) -> Context:
         """The same context for the private layers of a task. The task's name is added to theirs in records."""
-        suffix = f" of {task}"
+        return self.with_suffix(f" of {task}", task)
+
+    def with_suffix(self, suffix: str, task: str | None = None) -> Context:
+        """The same context for a further sweep, which has skipped no batch yet.
+
+        Args:
+            suffix: added to the names of its layers in records and in the journal.
+            task: whose layers these are, if they are private.
+
+        Returns:
+            The context.
+        """
 
         def report(record: LayerRecord) -> None:
             record.name, record.task = record.name + suffix, task
             self.on_layer(record)
 
-        return replace(self, on_layer=report, journal=_TaskJournal(self.journal, suffix), skipped=[])
+        return replace(self, on_layer=report, journal=_SuffixJournal(self.journal, suffix), skipped=[])
+
+    def without_skipped(self, task: Task) -> Task:
+        """A task without the batches that were skipped."""
+        skipped = {entry.batch for entry in self.skipped if entry.task == task.name}
+        return task.with_batches([number for number in task.batch_numbers if number not in skipped])
 
 
-class _TaskJournal(Journal):
+class _SuffixJournal(Journal):
     def __init__(self, journal: Journal, suffix: str) -> None:
         self._journal, self._suffix = journal, suffix
 

@@ -187,6 +187,9 @@ class LayerRecord:
         buffers: full names of the buffers that were re-estimated (running statistics).
         distance, cosine: for each task, relative distance and mean cosine between the merged model's and the expert's
             input: the drift on arrival.
+        of_tasks: full name of each tensor of which every task has its own values -> how many values each task keeps. A
+            correction of low rank has as many as its two factors.
+        rank: of each task's correction of the weight; 0 if there is none.
         importance: of each task, where it differs between layers.
         residual: relative squared error of the layer's output after the merge. A two-sided merge compares it with the
             expert's output on the expert's input, a one-sided merge on the merged model's input. Where the layer
@@ -221,6 +224,8 @@ class LayerRecord:
     buffers: list[str] = field(default_factory=list)
     distance: dict[str, float] = field(default_factory=dict)
     cosine: dict[str, float] = field(default_factory=dict)
+    of_tasks: dict[str, int] = field(default_factory=dict)
+    rank: int = 0
     importance: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
     ridge: float | None = None

@@ -1,0 +1,161 @@
+"""A correction of low rank for each task, on top of any rule."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from com_lightning import (
+    TIES,
+    Average,
+    ChainOfMerges,
+    MergeDataModule,
+    MergeError,
+    MergeResult,
+    MergingMethod,
+    Refitted,
+    TaskAdapters,
+    TaskArithmetic,
+    TaskLoaders,
+    merge,
+)
+from com_lightning.cli import main
+from tests.helpers import Classifier, make_data, make_experts, relative
+from tests.helpers.commands import MODEL, QUIET, base_file, expert_files
+
+INNER = {
+    "average": Average(),
+    "ties": TIES(0.5),
+    "base": TaskArithmetic(scale=0),
+    "chain": ChainOfMerges(),
+    "biases": ChainOfMerges(private_biases=True),
+}
+
+
+def base() -> Classifier:
+    """What ``make_experts`` starts from."""
+    torch.manual_seed(0)
+    return Classifier()
+
+
+def points(seed: int) -> TaskLoaders:
+    """Points that vary more in some directions than in others."""
+    x, y = next(iter(make_data(seed, count=96, batch_size=96).val_dataloader()))
+    return TaskLoaders(DataLoader(TensorDataset(x * torch.tensor([3.0, 2.0, 1.0, 0.5, 0.2, 0.1]), y), batch_size=16))
+
+
+def merged(method: MergingMethod) -> MergeResult:
+    experts = dict(zip("ab", make_experts((3, 3), scale=0.5)))
+    data = MergeDataModule({task: points(n) for n, task in enumerate("ab")}, num_samples=96)
+    return merge(Classifier(), experts, data, method, private=["head"], base=base(), baselines=False)
+
+
+def error(result: MergeResult) -> float:
+    """The larger error of both bodies' outputs, relative to the experts'."""
+    errors = []
+    for number, expert in enumerate(make_experts((3, 3), scale=0.5)):
+        x = torch.cat([batch[0] for batch in points(number).val_dataloader()])
+        body, theirs = result.modules["ab"[number]].body, expert.body
+        errors.append(relative(body(x).detach(), theirs(x).detach()))  # type: ignore[operator]
+    return max(errors)
+
+
+@pytest.mark.parametrize("data", [True, False])
+@pytest.mark.parametrize("rule", INNER)
+def test_shared_weights_stay_as_the_rule_makes_them(rule: str, data: bool) -> None:
+    without, result = merged(INNER[rule]), merged(TaskAdapters(INNER[rule], 2, data))
+    assert result.corrections is not None
+    names = [name for name in without.shared if name in result.corrections.names or name in result.shared]
+    assert len(names) >= 2
+    for name in names:
+        ours, theirs = (dict(m.named_parameters())[name] for m in (result.corrections.base, without.modules["a"]))
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("rule", INNER)
+def test_the_error_falls_with_the_rank(rule: str) -> None:
+    none = error(merged(INNER[rule]))
+    few, some, full = (error(merged(TaskAdapters(INNER[rule], rank))) for rank in (1, 3, 64))
+    assert full < some < few < none
+    assert full < 0.1  # the ridge
+
+
+@pytest.mark.parametrize("rule", INNER)
+def test_full_rank_without_data_is_the_expert(rule: str) -> None:
+    assert error(merged(TaskAdapters(INNER[rule], 64, data=False))) < 1e-5
+
+
+def test_data_make_better_corrections_than_weights_alone() -> None:
+    assert error(merged(TaskAdapters(Average(), 2))) < 0.8 * error(merged(TaskAdapters(Average(), 2, data=False)))
+
+
+def test_without_data_it_is_the_singular_value_decomposition() -> None:
+    experts, rule = dict(zip("ab", make_experts((3, 3), scale=0.5))), TaskAdapters(TaskArithmetic(scale=0), 2, False)
+    assert rule.needs == {"base"}
+    result = merge(Classifier(), experts, method=rule, private=["head"], base=base())
+    for task, expert in experts.items():
+        start, theirs = base().body[3], expert.body[3]
+        assert isinstance(start, nn.Linear)
+        assert isinstance(theirs, nn.Linear)
+        left, values, right = torch.linalg.svd((theirs.weight - start.weight).detach().double())
+        wanted = start.weight + (left[:, :2] * values[:2] @ right[:2]).float()
+        parameters = dict(result.modules[task].named_parameters())
+        torch.testing.assert_close(parameters["body.3.weight"], wanted)
+        for name, parameter in expert.named_parameters():
+            if parameter.dim() == 1 or "head" in name:
+                assert torch.equal(parameters[name], parameter), name
+
+
+def test_the_report_counts_shared_values_and_those_of_tasks() -> None:
+    report = merged(TaskAdapters(TIES(0.5), 2)).report
+    assert str(report.parameters["body.0.weight"]) == "merged by TIES, with a correction of rank 2 for each task"
+    assert report.parameters["body.0.bias"].status == "private, solved for each task"
+    assert report.sizes["correction"] == 2 * 2 * (6 + 8 + 8 + 8)
+    assert report.sizes["merged by TIES"] == 6 * 8 + 8 * 8
+    assert report.sizes["private"] == 2 * (4 * 8 + 3 * 8 + 3)
+    assert [layer.rank for layer in report.layers] == [2, 0, 2]
+    assert "averaged" not in str(merged(TaskAdapters(Average(), 2)).report.parameters["body.0.weight"].detail)
+
+
+def test_a_layer_has_one_record() -> None:
+    report = merged(TaskAdapters(ChainOfMerges(), 2)).report
+    assert [layer.name for layer in report.layers] == ["body.0", "body.1", "body.3"]
+    assert str(report.parameters["body.3.weight"]) == "solved: with a correction of rank 2 for each task"
+    chain = merged(ChainOfMerges()).report
+    assert report.layers[2].distance["a"] < chain.layers[2].distance["a"]
+
+
+@pytest.mark.parametrize(
+    ("method", "problem"),
+    [
+        (TaskAdapters(Average(), 0), "rank: must be 1 or more, got 0"),
+        (TaskAdapters(Average(), ridge=-1.0), "ridge: must be 0 or more"),
+        (TaskAdapters(ChainOfMerges(task_rank=2)), "ChainOfMerges gives each task corrections already"),
+        (TaskAdapters(TaskAdapters(Average())), "TaskAdapters gives each task corrections already"),
+        (TaskAdapters(Refitted(Average())), r"write Refitted\(method=TaskAdapters"),
+        (TaskAdapters(ChainOfMerges(refit_heads=True)), r"write Refitted\(method=TaskAdapters"),
+    ],
+)
+def test_what_cannot_be_is_an_early_error(method: MergingMethod, problem: str) -> None:
+    with pytest.raises(MergeError, match=problem):
+        merged(method)
+
+
+def test_the_command_line_writes_adapters_that_peft_loads(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    rule = ["--method=TaskAdapters", "--method.method=TIES", "--method.method.density=0.5", "--method.rank=2"]
+    files = [*expert_files(tmp_path), base_file(tmp_path)]
+    main(["merge", *MODEL, *QUIET, *files, *rule, "--method.data=false", f"--output_dir={out}"])
+    for task in "ab":
+        module = Classifier.load_from_checkpoint(out / f"{task}.ckpt", weights_only=True).eval()
+        start = Classifier.load_from_checkpoint(out / "adapters" / "base.ckpt", weights_only=True)
+        start.head = copy.deepcopy(module.head)  # which may have another shape
+        loaded, x = PeftModel.from_pretrained(start, str(out / "adapters" / task)).eval(), torch.randn(5, 6)
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), module(x), rtol=1e-4, atol=1e-5)
