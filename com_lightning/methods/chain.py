@@ -6,10 +6,12 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from torch import Tensor
+
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.chain.task_tensors import task_tensors
+from com_lightning.core.chain.task_tensors import task_tensors, without_copies
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -21,9 +23,11 @@ class ClosedForm(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         importance = self.weights([task.name for task in job.tasks])
+        own: dict[str, list[Tensor]] = {}
         if self.options.private_biases or self.options.task_rank:
-            job.task_tensors.update(task_tensors(job.tasks, job.merged, weights=self.options.task_rank > 0))
-        records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, job.task_tensors)
+            own = task_tensors(job.tasks, job.merged, weights=self.options.task_rank > 0)
+        records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, own)
+        job.task_tensors.update(without_copies(own, records))
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.chain.task_tensors import compress_differences, task_tensors
+from com_lightning.core.chain.task_tensors import compress_differences, task_tensors, without_copies
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -85,17 +85,19 @@ class TaskAdapters(MergingMethod):
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
-        job.task_tensors.update(task_tensors(job.tasks, job.merged, weights=True))
+        own = task_tensors(job.tasks, job.merged, weights=True)
         if self.data:
             assert self.options is not None
             context = replace(job.context.with_suffix(_SUFFIX), warnings=[])
             tasks = [job.context.without_skipped(task) for task in job.tasks]
             importance = self.weights([task.name for task in job.tasks])
-            solved = merge_layers(tasks, job.merged, importance, self.options, context, task_tensors=job.task_tensors)
+            solved = merge_layers(tasks, job.merged, importance, self.options, context, task_tensors=own)
             job.context.skipped += context.skipped
             job.warnings += [warning for warning in context.warnings if warning not in job.context.warnings]
         else:
-            solved = compress_differences(job.tasks, job.merged, job.task_tensors, self.rank)
+            solved = compress_differences(job.tasks, job.merged, own, self.rank)
+        job.task_tensors.clear()
+        job.task_tensors.update(without_copies(own, solved))
         return _joined(records, solved)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:

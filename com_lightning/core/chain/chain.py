@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from com_lightning.core.chain.output_error import OutputError, relative_error
 from com_lightning.core.chain.residual_stream import ResidualStreams
 from com_lightning.core.chain.sensitivity import roots
 from com_lightning.core.chain.soundness import check_solution
-from com_lightning.core.chain.task_tensors import record_of_tasks
+from com_lightning.core.chain.task_tensors import own_parts, record_of_tasks
 from com_lightning.core.solve.statistics import InputMeans
 from com_lightning.core.sweep.context import Context, Solved, one_at_a_time
 from com_lightning.core.sweep.layer import CalibrationForward, Layer, forward_id
@@ -196,7 +196,7 @@ class LayerSolver(Visitor):
     def _solve(self, sweep: Sweep, layer: Layer, inputs: LayerInputs) -> tuple[LayerRecord, list[Extent]]:
         """Solve a layer and write the merged weights."""
         start = time.perf_counter()
-        of_tasks = {local for local, part in layer.parts.items() if part.name in self.models.task_tensors}
+        of_tasks = own_parts(layer, self.models)
         metrics = self.metrics.get(layer.name, ())
         result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
         means = inputs.means(layer.weights) if self.options.inputs == "merged" else None
@@ -207,15 +207,18 @@ class LayerSolver(Visitor):
             return record, []
         check_solution(layer, values, self.models.merged)
         # Task tensors come first: how a layer is finished depends on what it was.
-        written = self._write_task_tensors(layer, result.task_weights, means)
+        written = self._write_task_tensors(layer, result.task_weights, means, of_tasks)
         record_of_tasks(record, layer, self.models, self.options.task_rank)
         for local, part in layer.parts.items() if not self.options.keeps_shared else ():
             whole = self.models.merged[part.name]
             size = part.of(whole).numel()
             if local in values:  # if not, the present value is as good
-                # A forward may be about to differentiate through what was computed with other parts of it.
-                with private_torch.unversioned_write(whole):
-                    part.write(whole, values[local])
+                copies = self.models.task_tensors.get(part.name, ()) if local not in of_tasks else ()
+                for full in (part.name, *copies):
+                    # A forward may be about to differentiate through what was computed with other parts of it.
+                    with private_torch.unversioned_write(self.models.merged[full]):
+                        part.write(self.models.merged[full], values[local])
+                written += [(full, part.extent(whole)) for full in copies]
             name = self.models.packed_names.get(part.name, part.name)
             if part.name in self.models.buffers:
                 record.buffers.append(name)
@@ -248,7 +251,11 @@ class LayerSolver(Visitor):
                     record.kept[name] = record.kept.get(name, 0) + kept
 
     def _write_task_tensors(
-        self, layer: Layer, weights: Sequence[Tensor], means: Sequence[InputMeans] | None
+        self,
+        layer: Layer,
+        weights: Sequence[Tensor],
+        means: Sequence[InputMeans] | None,
+        of_tasks: Collection[str],
     ) -> list[Extent]:
         """Write what each task keeps of its own solution for itself."""
         written: list[Extent] = []
@@ -257,12 +264,13 @@ class LayerSolver(Visitor):
             values = layer.layer_type.finish(layer.merged, weight, layer.experts[number : number + 1], of_task, [1.0])
             assert not isinstance(values, str), "what cannot be written is not merged"
             check_solution(layer, values, self.models.merged)
-            for local, part in layer.parts.items():
-                if names := self.models.task_tensors.get(part.name):
-                    tensor = self.models.merged[names[number]]
-                    with private_torch.unversioned_write(tensor):
-                        tensor.copy_(values[local].view(tensor.shape))
-                    written.append((names[number], (0, tensor.numel() - 1)))
+            for local in of_tasks:
+                part = layer.parts[local]
+                name = self.models.merged_name(part.name, number)
+                tensor = self.models.merged[name]
+                with private_torch.unversioned_write(tensor):
+                    part.write(tensor, values[local])
+                written.append((name, part.extent(tensor)))
         return written
 
     def _describe(self, record: LayerRecord, layer: Layer, inputs: LayerInputs, result: Fit) -> None:

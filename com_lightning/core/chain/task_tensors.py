@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from com_lightning.core.layers import LayerType
 from com_lightning.core.layers.candidates import candidates
-from com_lightning.core.layers.convolution import Convolution
-from com_lightning.core.layers.linear import Linear
 from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.solve.task_adapters import low_rank_corrections
 from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.task import LayerRecord, Task
-from com_lightning.core.tensors.modules import tied_names, writable_copy
+from com_lightning.core.tensors.modules import named_tensors, tied_names, writable_copy
 
 
 def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor], weights: bool = False) -> dict[str, list[Tensor]]:
@@ -25,27 +22,39 @@ def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor], weights: b
     Args:
         tasks: the experts.
         merged: name of each shared tensor -> its merged value. Tied parameters stay shared.
-        weights: also copy the weights of linear and convolutional layers.
+        weights: also copy the weights of layers that can have corrections, and parameters of modules that are no
+            layers: functions may use them, and then a sweep finds out what they are.
 
     Returns:
         Full name -> one tensor for each task, which holds the merged value at first.
     """
-    ties = list(tied_names(tasks[0].expert).items())
-    tied = {name for pair in ties if pair[0] != pair[1] for name in pair}
-    result: dict[str, list[Tensor]] = {}
-    for layer in candidates(tasks[0].expert, merged).values():
-        names: list[str] = []
+    layers = candidates(tasks[0].expert, merged)
+    names: list[str] = []
+    for layer in layers.values():
         if isinstance(layer.layer_type, PerChannel):
-            names = [*layer.parameters.values(), *layer.buffers.values()]
-        elif has_correction(layer.layer_type):
-            names = [layer.parameters[own] for own in ("weight", "bias")[not weights :] if own in layer.parameters]
-        result.update({name: [writable_copy(merged[name]) for _ in tasks] for name in names if name not in tied})
-    return result
+            names += [*layer.parameters.values(), *layer.buffers.values()]
+        elif layer.layer_type.can_have_correction:
+            names += [layer.parameters[own] for own in ("weight", "bias")[not weights :] if own in layer.parameters]
+    if weights:
+        of_layers = {name for layer in layers.values() for name in layer.parameters.values()}
+        parameters = {name for name, _, is_parameter in named_tensors(tasks[0].expert) if is_parameter}
+        names += [name for name in merged if name in parameters - of_layers and ".parametrizations." not in name]
+    ties = tied_names(tasks[0].expert)
+    tied = {name for pair in ties.items() if pair[0] != pair[1] for name in pair}
+    return {name: [writable_copy(merged[name]) for _ in tasks] for name in dict.fromkeys(names) if name not in tied}
 
 
-def has_correction(layer_type: LayerType) -> bool:
-    """Whether the weight of layers of this type can have a correction of low rank for each task."""
-    return isinstance(layer_type, (Linear, Convolution))
+def without_copies(own: Mapping[str, list[Tensor]], records: Sequence[LayerRecord]) -> dict[str, list[Tensor]]:
+    """Return those of the :func:`task_tensors` that tasks have for themselves. The others are copies of shared ones."""
+    names = {name for record in records for name in record.of_tasks}
+    return {name: tensors for name, tensors in own.items() if name in names}
+
+
+def own_parts(layer: Layer, models: Models) -> list[str]:
+    """Return the names, in a layer, of the parameters and buffers that each task has for itself."""
+    if not (layer.layer_type.can_have_correction or isinstance(layer.layer_type, PerChannel)):
+        return []
+    return [local for local, part in layer.parts.items() if part.name in models.task_tensors]
 
 
 def record_of_tasks(record: LayerRecord, layer: Layer, models: Models, rank: int) -> None:
@@ -59,11 +68,10 @@ def record_of_tasks(record: LayerRecord, layer: Layer, models: Models, rank: int
     """
     groups, outputs, inputs = layer.weights[0].shape
     inputs -= int(layer.layer_type.has_bias(layer.merged))
-    for local, part in layer.parts.items():
-        if part.name not in models.task_tensors:
-            continue
+    for local in own_parts(layer, models):
+        part = layer.parts[local]
         size = part.of(models.merged[part.name]).numel()
-        if local == "weight" and has_correction(layer.layer_type):
+        if local == "weight" and layer.layer_type.can_have_correction:
             record.rank = min(rank, outputs, inputs)
             size = min(size, groups * record.rank * (outputs + inputs))
         name = models.packed_names.get(part.name, part.name)
@@ -85,7 +93,7 @@ def compress_differences(
         rank: of the difference of each weight.
 
     Returns:
-        The record of each layer.
+        The record of each layer, and of each parameter that belongs to no layer.
     """
     models, records = Models(tasks, merged, (), task_tensors=own), []
     for name in models.candidates:
@@ -94,22 +102,55 @@ def compress_differences(
         record_of_tasks(record, layer, models, rank)
         if not record.of_tasks:
             continue
-        weights = _nearest(layer, rank) if record.rank else []
-        for local, part in layer.parts.items():
-            for number, key in enumerate(models.task_tensors.get(part.name, ())):
+        records.append(record)
+        weights: list[Tensor] = []
+        if record.rank:
+            features = layer.weights[0].shape[2] - int(layer.layer_type.has_bias(layer.merged))
+            shared = layer.layer_type.to_matrix(layer.merged, layer.merged)
+            weights = _nearest([weight[..., :features] for weight in layer.weights], shared[..., :features], rank)
+            weights = [torch.cat([weight, shared[..., features:].double()], -1) for weight in weights]
+        for local in own_parts(layer, models):
+            part = layer.parts[local]
+            for number in range(len(tasks)):
                 value = models.tensors[number][part.name]
                 if local == "weight" and weights:
                     value = layer.layer_type.from_matrix(layer.merged, weights[number])[local]
-                models.merged[key].copy_(value.view_as(models.merged[key]))
-        records.append(record)
+                target = models.merged[models.merged_name(part.name, number)]
+                target.copy_(value.view_as(target))
+    layers = models.candidates.values()
+    of_layers = {name for layer in layers for name in (*layer.parameters.values(), *layer.buffers.values())}
+    for name in own:
+        if name in of_layers:
+            continue
+        if record := _compress(name, [tensors[name] for tensors in models.tensors], merged[name], own[name], rank):
+            records.append(record)
     return records
 
 
-def _nearest(layer: Layer, rank: int) -> list[Tensor]:
-    """The weight of each task, ``(g, o, k)``, that differs from the shared one by a rank."""
-    shared = layer.layer_type.to_matrix(layer.merged, layer.merged).double()
-    features = shared.shape[2] - int(layer.layer_type.has_bias(layer.merged))
-    weights = [weight[..., :features] for weight in layer.weights]
+def _compress(
+    name: str, experts: Sequence[Tensor], shared: Tensor, own: Sequence[Tensor], rank: int
+) -> LayerRecord | None:
+    """The same for a parameter whose use is not known: a vector, a matrix or a stack of matrices, by its shape."""
+    shape = [size for size in shared.shape if size != 1]
+    record = LayerRecord(name, "parameter")
+    if len(shape) < 2:
+        record.of_tasks[name], values = shared.numel(), list(experts)
+    elif len(shape) < 4:
+        stack = [1] * (3 - len(shape)) + shape
+        record.rank = min(rank, *stack[1:])
+        record.of_tasks[name] = min(shared.numel(), stack[0] * record.rank * sum(stack[1:]))
+        values = _nearest([expert.detach().view(stack) for expert in experts], shared.detach().view(stack), rank)
+    else:
+        return None
+    for target, value in zip(own, values):
+        target.copy_(value.view_as(target))
+    return record
+
+
+def _nearest(weights: Sequence[Tensor], shared: Tensor, rank: int) -> list[Tensor]:
+    """For each weight, ``(g, o, k)``, the nearest one that differs from the shared one by a rank, in float64."""
+    features = shared.shape[2]
     grams = [torch.eye(features, device=shared.device).expand(len(shared), -1, -1)] * len(weights)
-    corrections = low_rank_corrections(grams, [None] * len(weights), weights, shared[..., :features], rank, ridge=0.0)
-    return [torch.cat([shared[..., :features] + correction, shared[..., features:]], -1) for correction in corrections]
+    shared = shared.double()
+    corrections = low_rank_corrections(grams, [None] * len(weights), weights, shared, rank, ridge=0.0)
+    return [shared + correction for correction in corrections]

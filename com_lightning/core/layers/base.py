@@ -104,6 +104,8 @@ class LayerType(ABC):
     """The name in the report."""
     reaches_all_groups: bool = True
     """Whether each row has inputs for all groups, so that a Gram matrix of zeros means inputs of zeros."""
+    can_have_correction: bool = False
+    """Whether its weight is a matrix, which can have a correction of low rank for each task."""
     can_repair_stream: bool = False
     """Whether the layer can repair the drift of a residual stream that its output is added to, see :meth:`offset`."""
 

@@ -23,6 +23,7 @@ class Convolution(LayerType):
     """
 
     name = "convolution"
+    can_have_correction = True
     can_repair_stream = True
     types: tuple[type[nn.modules.conv._ConvNd], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

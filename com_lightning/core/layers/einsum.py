@@ -22,6 +22,7 @@ class Contraction(LayerType):
     """
 
     name = "contraction"
+    can_have_correction = True
     can_repair_stream = True
 
     def __init__(self, data: str, weight: str, output: str) -> None:
@@ -121,6 +122,7 @@ class GroupedLinear(LayerType):
     """
 
     name = "grouped linear"
+    can_have_correction = True
     reaches_all_groups = False
 
     def matches(self, module: nn.Module) -> bool:

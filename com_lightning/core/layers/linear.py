@@ -34,6 +34,7 @@ class Linear(LayerType):
     """``nn.Linear``: the input is the row."""
 
     name = "linear"
+    can_have_correction = True
     can_repair_stream = True
 
     def matches(self, module: nn.Module) -> bool:

@@ -60,7 +60,7 @@ class FunctionCalls:
         tracked = list(tracked_in(args, kwargs))
         if forward.id.stream == "merged":
             for tensor in tracked:
-                tensor.refresh(self.models.computed[tensor.part.name])
+                self._refresh(tensor, forward)
         if not any(self._is_solvable(tensor.part) for tensor in tracked):
             self._count_again(forward, function, tracked)
             return None
@@ -73,7 +73,7 @@ class FunctionCalls:
             forward.calls[name] += 1
             if pause(name, position, tuple(map(materialized, call.args)), {}):
                 for tensor in tracked if forward.id.stream == "merged" else ():
-                    tensor.refresh(self.models.computed[tensor.part.name])
+                    self._refresh(tensor, forward)
                 return lambda result: forward.on_output(name, result) if forward.on_output else None
 
         def on_result(result: Any) -> None:
@@ -86,6 +86,10 @@ class FunctionCalls:
                     self.notes.setdefault(first, LayerRecord(first, "parameter", note=note))
 
         return None if call is not None else on_result
+
+    def _refresh(self, tensor: Tracked, forward: CalibrationForward) -> None:
+        """Let a tracked tensor of a merged model have the present value."""
+        tensor.refresh(self.models.computed[self.models.merged_name(tensor.part.name, forward.id.batch.task)])
 
     def _count_again(self, forward: CalibrationForward, function: Callable[..., Any], used: Sequence[Tracked]) -> None:
         """Count a further call of a layer."""

@@ -116,6 +116,10 @@ class Models:
         self.buffers = {name for name, _, is_parameter in named_tensors(self.reference) if not is_parameter}
         self.order = {name: number for number, name in enumerate(self.tied)}
 
+    def merged_name(self, name: str, task: int) -> str:
+        """Return the name, in :attr:`merged`, of the value that a task's merged model has of a shared parameter."""
+        return self.task_tensors[name][task] if name in self.task_tensors else name
+
     def prepared(self, task: int, stream: Stream) -> nn.Module:
         """Return the model that forwards of a task run in, after what comes once before all of them."""
         if self._tasks[task].prepare is None:

@@ -226,8 +226,8 @@ class Sweep:
         model = models.running[task, stream]
         for name, tensor in model.tensors.items():
             is_first = name in models.merged and name not in models.buffers and models.tied[name] == name
-            if is_first and name not in models.task_tensors and is_trackable(name, tensor):
-                writes = self._writes[name] if stream == "merged" else WriteCount()
+            if is_first and is_trackable(name, tensor):
+                writes = self._writes[models.merged_name(name, task)] if stream == "merged" else WriteCount()
                 tensors[id(tensor)] = Tracked.of(
                     tensor, Part(name), self.function_calls.on_use, writes, target=model.targets.get(name)
                 )
