@@ -11,7 +11,7 @@ from torch import Tensor
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.chain.task_tensors import task_tensors, without_copies
+from com_lightning.core.chain.task_tensors import task_tensors, warn_of_uncorrected, without_copies
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -28,6 +28,8 @@ class ClosedForm(MergingMethod):
             own = task_tensors(job.tasks, job.merged, weights=self.options.task_rank > 0)
         records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, own)
         job.task_tensors.update(without_copies(own, records))
+        if self.options.task_rank:
+            job.warnings += warn_of_uncorrected(job.tasks, job.merged, records)
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)

@@ -8,7 +8,12 @@ from dataclasses import replace
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions, Distance
-from com_lightning.core.chain.task_tensors import compress_differences, task_tensors, without_copies
+from com_lightning.core.chain.task_tensors import (
+    compress_differences,
+    task_tensors,
+    warn_of_uncorrected,
+    without_copies,
+)
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
 
@@ -98,6 +103,7 @@ class TaskAdapters(MergingMethod):
             solved = compress_differences(job.tasks, job.merged, own, self.rank)
         job.task_tensors.clear()
         job.task_tensors.update(without_copies(own, solved))
+        job.warnings += warn_of_uncorrected(job.tasks, job.merged, solved)
         return _joined(records, solved)
 
     def problems(self, tasks: Sequence[str]) -> list[str]:

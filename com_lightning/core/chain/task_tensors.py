@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.layers.normalization import PerChannel
-from com_lightning.core.solve.task_adapters import low_rank_corrections
+from com_lightning.core.solve.task_adapters import nearest_of_rank
 from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import named_tensors, tied_names, writable_copy
+from com_lightning.errors import some
 
 
 def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor], weights: bool = False) -> dict[str, list[Tensor]]:
@@ -39,8 +40,7 @@ def task_tensors(tasks: Sequence[Task], merged: Mapping[str, Tensor], weights: b
         of_layers = {name for layer in layers.values() for name in layer.parameters.values()}
         parameters = {name for name, _, is_parameter in named_tensors(tasks[0].expert) if is_parameter}
         names += [name for name in merged if name in parameters - of_layers and ".parametrizations." not in name]
-    ties = tied_names(tasks[0].expert)
-    tied = {name for pair in ties.items() if pair[0] != pair[1] for name in pair}
+    tied = _tied(tasks[0].expert)
     return {name: [writable_copy(merged[name]) for _ in tasks] for name in dict.fromkeys(names) if name not in tied}
 
 
@@ -48,6 +48,26 @@ def without_copies(own: Mapping[str, list[Tensor]], records: Sequence[LayerRecor
     """Return those of the :func:`task_tensors` that tasks have for themselves. The others are copies of shared ones."""
     names = {name for record in records for name in record.of_tasks}
     return {name: tensors for name, tensors in own.items() if name in names}
+
+
+def warn_of_uncorrected(
+    tasks: Sequence[Task], merged: Mapping[str, Tensor], records: Sequence[LayerRecord]
+) -> list[str]:
+    """Return a warning that names the shared matrices without a correction, and says why they have none."""
+    corrected = {name for record in records if record.rank for name in record.of_tasks}
+    types = {n: c.layer_type for c in candidates(tasks[0].expert, merged).values() for n in c.parameters.values()}
+    tied, named = _tied(tasks[0].expert), dict[str, list[str]]()
+    for name, tensor in merged.items():
+        if name in corrected or not isinstance(tensor, nn.Parameter) or sum(size > 1 for size in tensor.shape) < 2:
+            continue
+        why = "not solved as a matrix"
+        if name in tied:
+            why = "tied"
+        elif name in types and not types[name].can_have_correction:
+            why = types[name].name
+        named.setdefault(why, []).append(name)
+    texts = [f"{some(names)} ({why})" for why, names in named.items()]
+    return [f"no corrections, so the same for all tasks: {', '.join(texts)}"] if texts else []
 
 
 def own_parts(layer: Layer, models: Models) -> list[str]:
@@ -127,6 +147,11 @@ def compress_differences(
     return records
 
 
+def _tied(module: nn.Module) -> set[str]:
+    """Names of the parameters that have several names."""
+    return {name for pair in tied_names(module).items() if pair[0] != pair[1] for name in pair}
+
+
 def _compress(
     name: str, experts: Sequence[Tensor], shared: Tensor, own: Sequence[Tensor], rank: int
 ) -> LayerRecord | None:
@@ -149,8 +174,5 @@ def _compress(
 
 def _nearest(weights: Sequence[Tensor], shared: Tensor, rank: int) -> list[Tensor]:
     """For each weight, ``(g, o, k)``, the nearest one that differs from the shared one by a rank, in float64."""
-    features = shared.shape[2]
-    grams = [torch.eye(features, device=shared.device).expand(len(shared), -1, -1)] * len(weights)
     shared = shared.double()
-    corrections = low_rank_corrections(grams, [None] * len(weights), weights, shared, rank, ridge=0.0)
-    return [shared + correction for correction in corrections]
+    return [shared + nearest_of_rank(weight.double() - shared, rank) for weight in weights]

@@ -73,16 +73,32 @@ def low_rank_corrections(
         best = torch.cholesky_solve(right.mT, factor.lower).mT
         reached = (wide.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) & ~factor.failed
         best = torch.where(reached[:, None, None], best, 0.0)
-        if rank < min(best.shape[1:]):
-            best = _of_rank(best, factor.lower, rank, _metric(roots[number]) if roots else None)
-        corrections.append(best)
+        corrections.append(nearest_of_rank(best, rank, factor.lower, _metric(roots[number]) if roots else None))
     return corrections
 
 
-def _of_rank(matrix: Tensor, lower: Tensor, rank: int, metric: Tensor | None) -> Tensor:
-    """The matrix of a rank that is closest to ``matrix``, ``(g, o, k)``, in the norm ``|| Sᵀ · L ||``."""
+def nearest_of_rank(matrix: Tensor, rank: int, lower: Tensor | None = None, metric: Tensor | None = None) -> Tensor:
+    """Return the matrix of a rank that is nearest to a matrix, by default from its singular value decomposition.
+
+    Args:
+        matrix: ``(g, o, k)``.
+        rank: of the result.
+        lower: ``L``, ``(g, k, k)``, if distances are ``|| Sᵀ · L ||``.
+        metric: ``S``, ``(o, o)`` and lower triangular, for a matrix with one group.
+
+    Returns:
+        The nearest matrix, ``(g, o, k)``.
+
+    Example::
+
+        >>> nearest_of_rank(torch.diag(torch.tensor([3.0, 1.0]))[None], 1).round(decimals=6)
+        tensor([[[3., 0.],
+                 [0., 0.]]])
+    """
+    if rank >= min(matrix.shape[1:]):
+        return matrix
     weighed = matrix if metric is None else metric.mT @ matrix
-    image = weighed @ lower
+    image = weighed if lower is None else weighed @ lower
     if image.shape[1] <= image.shape[2]:
         directions = torch.linalg.eigh(image @ image.mT).eigenvectors[..., -rank:]
     else:  # the same directions, from the smaller of the two products

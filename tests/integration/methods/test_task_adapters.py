@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule
 from peft import PeftModel
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from com_lightning import (
     TIES,
@@ -26,7 +29,7 @@ from com_lightning import (
     merge,
 )
 from com_lightning.cli import main
-from tests.helpers import Classifier, make_data, make_experts, relative
+from tests.helpers import Classifier, make_data, make_experts, perturb, relative
 from tests.helpers.commands import MODEL, QUIET, base_file, expert_files
 
 INNER = {
@@ -159,3 +162,37 @@ def test_the_command_line_writes_adapters_that_peft_loads(tmp_path: Path) -> Non
         loaded, x = PeftModel.from_pretrained(start, str(out / "adapters" / task)).eval(), torch.randn(5, 6)
         with torch.no_grad():
             torch.testing.assert_close(loaded(x), module(x), rtol=1e-4, atol=1e-5)
+
+
+class Generator(LightningModule):
+    """A user's module around GPT-2, whose linear layers are function calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net: Any = GPT2LMHeadModel(GPT2Config(vocab_size=30, n_positions=12, n_embd=16, n_layer=2, n_head=2))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("loss", self.net(batch, labels=batch).loss)
+
+
+@pytest.mark.parametrize("method", [TaskAdapters(Average(), 2), ChainOfMerges(task_rank=2)], ids=["around", "within"])
+def test_conv1d_of_gpt_2_has_corrections_that_peft_loads(method: MergingMethod, tmp_path: Path) -> None:
+    experts = {task: perturb(Generator(), 0.1, seed=n) for n, task in enumerate("ab")}
+    batches = torch.randint(30, (3, 4, 9), generator=torch.Generator().manual_seed(0))
+    data = MergeDataModule({task: TaskLoaders(DataLoader(list(batches), batch_size=None)) for task in experts})
+    result = merge(Generator(), experts, data, method, private=[], baselines=False)
+    parameters = result.report.parameters
+    corrected = {name for name, outcome in parameters.items() if "rank 2" in str(outcome.detail)}
+    assert corrected == {n for n in parameters if n.endswith(("attn.weight", "proj.weight", "c_fc.weight"))}
+    assert len(corrected) == 8
+    [warning] = [text for text in result.report.warnings if text.startswith("no corrections")]
+    assert "net.transformer.wpe.weight (embedding)" in warning
+    assert "(tied)" in warning
+    result.save(tmp_path / "out")
+    for task, module in result.modules.items():
+        start = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "adapters" / "base")
+        loaded = PeftModel.from_pretrained(start, str(tmp_path / "out" / "adapters" / task)).eval()
+        with torch.no_grad():
+            ours, theirs = (each(batches[0]).logits for each in (module.net.eval(), loaded))  # type: ignore[operator]
+        torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
