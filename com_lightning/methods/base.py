@@ -99,7 +99,7 @@ class MergingMethod(ABC):
     @property
     def has_corrections(self) -> bool:
         """Whether each task gets a correction of low rank of the shared weights."""
-        return bool(self.options and self.options.task_rank)
+        return bool(self.options and (self.options.task_rank or self.options.task_share))
 
     @property
     def refits_heads(self) -> bool:

@@ -11,6 +11,7 @@ from torch import Tensor
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.heads import refit
 from com_lightning.core.chain.options import ChainOptions, Distance
+from com_lightning.core.chain.ranks import with_ranks
 from com_lightning.core.chain.task_tensors import task_tensors, warn_of_uncorrected, without_copies
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.methods.base import MergeJob, MergingMethod
@@ -24,11 +25,14 @@ class ClosedForm(MergingMethod):
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         importance = self.weights([task.name for task in job.tasks])
         own: dict[str, list[Tensor]] = {}
-        if self.options.private_biases or self.options.task_rank:
-            own = task_tensors(job.tasks, job.merged, weights=self.options.task_rank > 0)
-        records = merge_layers(job.tasks, job.merged, importance, self.options, job.context, job.base, own)
+        options = self.options
+        if options.task_share:
+            options = with_ranks(job.tasks, job.merged, importance, options, job.context)
+        if options.private_biases or self.has_corrections:
+            own = task_tensors(job.tasks, job.merged, weights=self.has_corrections)
+        records = merge_layers(job.tasks, job.merged, importance, options, job.context, job.base, own)
         job.task_tensors.update(without_copies(own, records))
-        if self.options.task_rank:
+        if self.has_corrections:
             job.warnings += warn_of_uncorrected(job.tasks, job.merged, records)
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
@@ -51,9 +55,22 @@ class ClosedForm(MergingMethod):
             problems.append(f"ridge: must be 0 or more, and finite, got {ridge}")
         if self.options.task_rank < 0:
             problems.append(f"task_rank: must be 0 or more, got {self.options.task_rank}")
+        problems += share_problems(self.options)
         if self.options.balance and len(self.options.streams) < 2:
             problems.append("balance: needs target='expert', which measures how far the inputs of a layer have drifted")
         return problems
+
+
+def share_problems(options: ChainOptions) -> list[str]:
+    """What is wrong with the budget of corrections."""
+    problems = []
+    if not 0 <= options.task_share < 1:
+        problems.append(f"task_share: must be at least 0 and less than 1, got {options.task_share}")
+    if options.task_share and options.task_rank:
+        problems.append("task_share: chooses the ranks itself; leave task_rank out")
+    if options.task_share and not options.sensitivity:
+        problems.append("task_share: needs sensitivity, which tells what a rank of each layer is worth; set it")
+    return problems
 
 
 class ChainOfMerges(ClosedForm):
@@ -87,10 +104,13 @@ class ChainOfMerges(ClosedForm):
             see :mod:`com_lightning.core.solve.task_biases`). The result is one set of matrices and a small set of
             vectors for each task. Use it for models that know their task when they are used, for instance because each
             task has its own head.
-        task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, an
+        task_rank: give each task a correction of this rank to the weight of every layer that has a matrix, an
             adapter that is solved with the shared weight, and its own biases and normalisation parameters as with
             ``private_biases`` (beyond the paper, see :mod:`com_lightning.core.solve.task_adapters`). Use it for models
             that know their task when they are used. 0: none.
+        task_share: in place of ``task_rank``, give each task biases, normalisation parameters and corrections with at
+            most this share of the shared parameters' values. A first chain measures what each rank of each layer
+            brings, see :mod:`com_lightning.core.chain.ranks`. It needs ``sensitivity``.
         refit_heads: once the shared layers are merged, solve the private layers, such as heads, for the features of the
             merged model (beyond the paper, see :mod:`com_lightning.core.chain.heads`). The result has no more
             parameters. It takes one more forward of the experts and of the merged model. :class:`Refitted` does the
@@ -111,6 +131,7 @@ class ChainOfMerges(ClosedForm):
         refit_heads: bool = False,
         balance: bool = False,
         task_rank: int = 0,
+        task_share: float = 0.0,
     ) -> None:
         super().__init__(importance)
         self.options = ChainOptions(
@@ -124,6 +145,7 @@ class ChainOfMerges(ClosedForm):
             refit_heads=refit_heads,
             balance=balance,
             task_rank=task_rank,
+            task_share=task_share,
         )
 
 

@@ -196,7 +196,8 @@ class LayerSolver(Visitor):
     def _solve(self, sweep: Sweep, layer: Layer, inputs: LayerInputs) -> tuple[LayerRecord, list[Extent]]:
         """Solve a layer and write the merged weights."""
         start = time.perf_counter()
-        of_tasks = own_parts(layer, self.models)
+        rank = self.options.rank_of(layer.name)
+        of_tasks = own_parts(layer, self.models, rank)
         metrics = self.metrics.get(layer.name, ())
         result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
         means = inputs.means(layer.weights) if self.options.inputs == "merged" else None
@@ -208,7 +209,7 @@ class LayerSolver(Visitor):
         check_solution(layer, values, self.models.merged)
         # Task tensors come first: how a layer is finished depends on what it was.
         written = self._write_task_tensors(layer, result.task_weights, means, of_tasks)
-        record_of_tasks(record, layer, self.models, self.options.task_rank)
+        record_of_tasks(record, layer, self.models, rank)
         for local, part in layer.parts.items() if not self.options.keeps_shared else ():
             whole = self.models.merged[part.name]
             size = part.of(whole).numel()
@@ -281,7 +282,7 @@ class LayerSolver(Visitor):
             result.cg_steps,
             result.residual,
         )
-        record.ridge = self.options.ridge
+        record.ridge, record.gains = self.options.ridge, result.gains
         if inputs.factor is not None:
             record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         first_layer = self.gatherer.seen.layer if self.gatherer.seen else record.name

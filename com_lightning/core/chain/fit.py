@@ -19,7 +19,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.solve.ridge import Factor, factorize, residual, solve_or_average
 from com_lightning.core.solve.statistics import DriftNorms
-from com_lightning.core.solve.task_adapters import low_rank_corrections
+from com_lightning.core.solve.task_adapters import low_rank_corrections, rank_gains
 from com_lightning.core.solve.task_biases import centred, solve_each, with_task_biases
 from com_lightning.core.solve.weighted_ridge import solve_weighted
 from com_lightning.core.sweep.layer import Layer
@@ -40,6 +40,7 @@ class Fit:
         reached: ``(g,)``, positive for groups that data have reached.
         informed: ``(g,)``, positive for groups whose inputs are not all zero. The others keep the average.
         task_weights: the weight of each task, if tasks keep their own biases or normalisation parameters.
+        gains: see :func:`~com_lightning.core.solve.task_adapters.rank_gains`, if they are recorded.
     """
 
     weight: Tensor
@@ -50,6 +51,7 @@ class Fit:
     reached: Tensor = field(default_factory=lambda: torch.zeros(0))
     informed: Tensor = field(default_factory=lambda: torch.zeros(0))
     task_weights: list[Tensor] = field(default_factory=list)
+    gains: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def fit(
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
     has_task_biases = "bias" in of_tasks and not isinstance(layer_type, PerChannel)
     regression = whole.centred() if has_task_biases else whole
-    usable = [root for root in roots if root is not None and len(root) == weights[0].shape[1]]
+    known = [root for root in roots if root is not None]
+    usable = [root * (len(root) / root.square().sum()).sqrt() for root in known if len(root) == weights[0].shape[1]]
     if len(usable) < len(weights) or len(weights[0]) > 1:
         usable = []
 
@@ -154,7 +157,11 @@ def fit(
         result.task_weights = [result.weight] * len(weights)
         if "weight" in of_tasks:
             rounds = 0 if options.keeps_shared else ROUNDS
-            fit_corrections(result, regression, solved, options.task_rank, usable, rounds)
+            fit_corrections(result, regression, solved, options.rank_of(layer.name), usable, rounds)
+            if options.records_gains and len(known) == len(weights):
+                effects = [share * float(root.square().sum()) / len(root) for share, root in zip(importance, known)]
+                parts = regression.grams, regression.drifts, regression.weights
+                result.gains = rank_gains(*parts, result.weight, effects, usable)
         if has_task_biases:
             fit_task_biases(result, whole)
     result.importance, result.reached, result.informed = importance, reached, informed

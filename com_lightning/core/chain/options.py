@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,8 +33,13 @@ class ChainOptions:
             :mod:`~com_lightning.core.chain.sensitivity`. ``None``: all errors count alike.
         private_biases: give each task its own biases and normalisation parameters, see
             :mod:`~com_lightning.core.solve.task_biases`.
-        task_rank: give each task a correction of this rank to the weight of every linear and convolutional layer, and
+        task_rank: give each task a correction of this rank to the weight of every layer that has a matrix, and
             its own biases and normalisation parameters, see :mod:`~com_lightning.core.solve.task_adapters`. 0: none.
+        task_share: give each task biases, normalisation parameters and corrections that have at most this share of the
+            values of the shared parameters, with ranks by what they bring, see
+            :mod:`~com_lightning.core.chain.ranks`. 0: the rank is ``task_rank`` in all layers.
+        ranks: layer -> rank of its corrections, in place of ``task_rank``. Other layers have none.
+        records_gains: record what each rank of a correction brings.
         keeps_shared: leave what tasks share as it is, and solve only what each task has for itself.
         refit_heads: fit the private layers of each task to the merged model, see
             :mod:`~com_lightning.core.chain.heads`.
@@ -51,6 +57,9 @@ class ChainOptions:
     sensitivity: Distance | None = None
     private_biases: bool = False
     task_rank: int = 0
+    task_share: float = 0.0
+    ranks: Mapping[str, int] | None = None
+    records_gains: bool = False
     keeps_shared: bool = False
     refit_heads: bool = False
     balance: bool = False
@@ -61,6 +70,10 @@ class ChainOptions:
         if self.inputs == "expert":
             return ("expert",)
         return ("merged", "expert") if self.target == "expert" else ("merged",)
+
+    def rank_of(self, layer: str) -> int:
+        """The rank of the corrections of a layer."""
+        return self.task_rank if self.ranks is None else self.ranks.get(layer, 0)
 
     @property
     def two_sided(self) -> bool:

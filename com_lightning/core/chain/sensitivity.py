@@ -76,7 +76,7 @@ class Sensitivity:
     def root(self, omega: Tensor) -> Tensor | None:
         """Return ``U``, ``(o, r)`` in float64, or ``None`` if predictions do not depend on the layer.
 
-        ``U Uᵀ`` is the Nyström approximation of ``H``, scaled to a mean diagonal of 1.
+        ``U Uᵀ`` is the Nyström approximation of ``H``, with its trace.
         """
         sketch, trace = self.sketch.double(), float(self.trace)
         if not 0 < trace < float("inf") or not bool(sketch.isfinite().all()):
@@ -86,7 +86,7 @@ class Sensitivity:
         values, vectors = torch.linalg.eigh((core + core.T) / 2)
         is_reliable = values > 1e-6 * values[-1]  # the others are below the rounding errors of float32 sums
         root = sketch @ (vectors[:, is_reliable] / values[is_reliable].sqrt())
-        scaled: Tensor = root * (len(root) / root.square().sum()).sqrt()
+        scaled: Tensor = root * (trace / root.square().sum()).sqrt()
         return scaled
 
 

@@ -70,11 +70,19 @@ def warn_of_uncorrected(
     return [f"no corrections, so the same for all tasks: {', '.join(texts)}"] if texts else []
 
 
-def own_parts(layer: Layer, models: Models) -> list[str]:
-    """Return the names, in a layer, of the parameters and buffers that each task has for itself."""
-    if not (layer.layer_type.can_have_correction or isinstance(layer.layer_type, PerChannel)):
+def own_parts(layer: Layer, models: Models, rank: int) -> list[str]:
+    """Return the names, in a layer, of the parameters and buffers that each task has for itself.
+
+    Args:
+        layer: the layer.
+        models: whose ``task_tensors`` are what tasks may have for themselves.
+        rank: of the correction of its weight, if it can have one; 0 for none.
+    """
+    is_matrix = layer.layer_type.can_have_correction
+    if not (is_matrix or isinstance(layer.layer_type, PerChannel)):
         return []
-    return [local for local, part in layer.parts.items() if part.name in models.task_tensors]
+    own = [local for local, part in layer.parts.items() if part.name in models.task_tensors]
+    return [local for local in own if rank or not is_matrix or local != "weight"]
 
 
 def record_of_tasks(record: LayerRecord, layer: Layer, models: Models, rank: int) -> None:
@@ -88,7 +96,7 @@ def record_of_tasks(record: LayerRecord, layer: Layer, models: Models, rank: int
     """
     groups, outputs, inputs = layer.weights[0].shape
     inputs -= int(layer.layer_type.has_bias(layer.merged))
-    for local in own_parts(layer, models):
+    for local in own_parts(layer, models, rank):
         part = layer.parts[local]
         size = part.of(models.merged[part.name]).numel()
         if local == "weight" and layer.layer_type.can_have_correction:
@@ -129,7 +137,7 @@ def compress_differences(
             shared = layer.layer_type.to_matrix(layer.merged, layer.merged)
             weights = _nearest([weight[..., :features] for weight in layer.weights], shared[..., :features], rank)
             weights = [torch.cat([weight, shared[..., features:].double()], -1) for weight in weights]
-        for local in own_parts(layer, models):
+        for local in own_parts(layer, models, rank):
             part = layer.parts[local]
             for number in range(len(tasks)):
                 value = models.tensors[number][part.name]
@@ -142,8 +150,8 @@ def compress_differences(
     for name in own:
         if name in of_layers:
             continue
-        if record := _compress(name, [tensors[name] for tensors in models.tensors], merged[name], own[name], rank):
-            records.append(record)
+        of_parameter = _compress(name, [tensors[name] for tensors in models.tensors], merged[name], own[name], rank)
+        records += [of_parameter] if of_parameter else []
     return records
 
 

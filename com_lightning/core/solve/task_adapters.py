@@ -65,16 +65,56 @@ def low_rank_corrections(
     """
     corrections = []
     for number, (gram, drift, weight) in enumerate(zip(grams, drifts, weights)):
-        wide = gram.double()
-        right = (weight.double() - shared) @ wide
-        if drift is not None:
-            right = right + drift.double()
-        factor = factorize([gram], [1.0], ridge)
-        best = torch.cholesky_solve(right.mT, factor.lower).mT
-        reached = (wide.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) & ~factor.failed
-        best = torch.where(reached[:, None, None], best, 0.0)
-        corrections.append(nearest_of_rank(best, rank, factor.lower, _metric(roots[number]) if roots else None))
+        best, lower = _best(gram, drift, weight, shared, ridge)
+        corrections.append(nearest_of_rank(best, rank, lower, _metric(roots[number]) if roots else None))
     return corrections
+
+
+def rank_gains(
+    grams: Sequence[Tensor],
+    drifts: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    shared: Tensor,
+    scales: Sequence[float],
+    roots: Sequence[Tensor] = (),
+    ridge: float = RIDGE,
+) -> list[float]:
+    """Return how much each further rank of the corrections lowers the loss, summed over tasks.
+
+    These are the squared singular values of ``Sᵀ B L``, see the top of this module.
+
+    Args:
+        grams: as for :func:`low_rank_corrections`.
+        drifts: as for :func:`low_rank_corrections`.
+        weights: as for :func:`low_rank_corrections`.
+        shared: as for :func:`low_rank_corrections`.
+        scales: of each task, by which its loss counts.
+        roots: as for :func:`low_rank_corrections`.
+        ridge: as for :func:`low_rank_corrections`.
+
+    Returns:
+        The gains of ranks 1, 2, ... in falling order.
+    """
+    total = torch.zeros(min(shared.shape[1:]), dtype=torch.float64, device=shared.device)
+    for number, (gram, drift, weight, scale) in enumerate(zip(grams, drifts, weights, scales)):
+        best, lower = _best(gram, drift, weight, shared, ridge)
+        image = (_metric(roots[number]).mT @ best if roots else best) @ lower
+        product = image @ image.mT if image.shape[1] <= image.shape[2] else image.mT @ image
+        total += scale * torch.linalg.eigvalsh(product).clamp(min=0.0).flip(-1).sum(0)
+    gains: list[float] = total.tolist()
+    return gains
+
+
+def _best(gram: Tensor, drift: Tensor | None, weight: Tensor, shared: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
+    """The correction of full rank ``B``, and ``L``."""
+    wide = gram.double()
+    right = (weight.double() - shared) @ wide
+    if drift is not None:
+        right = right + drift.double()
+    factor = factorize([gram], [1.0], ridge)
+    best = torch.cholesky_solve(right.mT, factor.lower).mT
+    reached = (wide.diagonal(dim1=-2, dim2=-1).sum(-1) > 0) & ~factor.failed
+    return torch.where(reached[:, None, None], best, 0.0), factor.lower
 
 
 def nearest_of_rank(matrix: Tensor, rank: int, lower: Tensor | None = None, metric: Tensor | None = None) -> Tensor:

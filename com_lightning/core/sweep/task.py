@@ -190,6 +190,7 @@ class LayerRecord:
         of_tasks: full name of each tensor of which every task has its own values -> how many values each task keeps. A
             correction of low rank has as many as its two factors.
         rank: of each task's correction of the weight; 0 if there is none.
+        gains: how much less the predictions err with each further rank, if that was asked for.
         importance: of each task, where it differs between layers.
         residual: relative squared error of the layer's output after the merge. A two-sided merge compares it with the
             expert's output on the expert's input, a one-sided merge on the merged model's input. Where the layer
@@ -226,6 +227,7 @@ class LayerRecord:
     cosine: dict[str, float] = field(default_factory=dict)
     of_tasks: dict[str, int] = field(default_factory=dict)
     rank: int = 0
+    gains: list[float] = field(default_factory=list)
     importance: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
     ridge: float | None = None

@@ -180,7 +180,8 @@ class Generator(LightningModule):
 def test_conv1d_of_gpt_2_has_corrections_that_peft_loads(method: MergingMethod, tmp_path: Path) -> None:
     experts = {task: perturb(Generator(), 0.1, seed=n) for n, task in enumerate("ab")}
     batches = torch.randint(30, (3, 4, 9), generator=torch.Generator().manual_seed(0))
-    data = MergeDataModule({task: TaskLoaders(DataLoader(list(batches), batch_size=None)) for task in experts})
+    texts: Any = list(batches)
+    data = MergeDataModule({task: TaskLoaders(DataLoader(texts, batch_size=None)) for task in experts})
     result = merge(Generator(), experts, data, method, private=[], baselines=False)
     parameters = result.report.parameters
     corrected = {name for name, outcome in parameters.items() if "rank 2" in str(outcome.detail)}
@@ -194,5 +195,17 @@ def test_conv1d_of_gpt_2_has_corrections_that_peft_loads(method: MergingMethod, 
         start = GPT2LMHeadModel.from_pretrained(tmp_path / "out" / "adapters" / "base")
         loaded = PeftModel.from_pretrained(start, str(tmp_path / "out" / "adapters" / task)).eval()
         with torch.no_grad():
-            ours, theirs = (each(batches[0]).logits for each in (module.net.eval(), loaded))  # type: ignore[operator]
+            ours, theirs = (each(batches[0]).logits for each in (module.eval().net, loaded))  # type: ignore[operator]
         torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+def test_a_share_of_the_model_for_each_task() -> None:
+    result = merged(ChainOfMerges(task_share=0.7, sensitivity="probabilities", normalize=False))
+    own = sum(result.report.sizes[what] for what in ("correction", "private")) / 2 - (3 * 8 + 3)
+    shared = sum(p.numel() for p in Classifier().body.parameters())
+    assert 0.4 * shared < own <= 0.7 * shared
+    assert error(result) < error(merged(ChainOfMerges(sensitivity="probabilities", normalize=False)))
+    wrong = ChainOfMerges(task_share=1.5, task_rank=2)
+    with pytest.raises(MergeError) as caught:
+        merged(wrong)
+    assert [text.split(":")[0] for text in caught.value.problems] == ["task_share"] * 3
