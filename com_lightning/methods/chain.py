@@ -38,11 +38,6 @@ class ClosedForm(MergingMethod):
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)
             records += head_records
-        if self.options.sensitivity and all(record.cg_steps is None for record in records):
-            job.warnings.append(
-                "sensitivity: the predictions have no gradient (is validation_step under torch.no_grad?), so all "
-                "errors count alike; a calibration_step, if the module has one, runs in place of validation_step"
-            )
         return records
 
     def describe(self) -> dict[str, Any]:

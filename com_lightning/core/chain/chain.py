@@ -76,6 +76,11 @@ def merge_layers(
         metrics: Mapping[str, Sequence[Tensor | None]] = {}
         if options.sensitivity:
             metrics = roots(tasks, merged, options.sensitivity, context.peers, context.quiet)
+            if all(root is None for of_layer in metrics.values() for root in of_layer):
+                context.warnings.append(
+                    "sensitivity: the predictions have no gradient (is validation_step under torch.no_grad?), so all "
+                    "errors count alike; a calibration_step, if the module has one, runs in place of validation_step"
+                )
         models = Models(tasks, merged, options.streams, base if options.anchor == "base" else None, task_tensors, fixed)
         solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
