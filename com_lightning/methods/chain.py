@@ -33,7 +33,7 @@ class ClosedForm(MergingMethod):
         records = merge_layers(job.tasks, job.merged, importance, options, job.context, job.base, own)
         job.task_tensors.update(without_copies(own, records))
         if self.has_corrections:
-            job.warnings += warn_of_uncorrected(job.tasks, job.merged, records)
+            job.warnings += warn_of_uncorrected(job.tasks, job.merged, records, options.ranks)
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)

@@ -51,9 +51,23 @@ def without_copies(own: Mapping[str, list[Tensor]], records: Sequence[LayerRecor
 
 
 def warn_of_uncorrected(
-    tasks: Sequence[Task], merged: Mapping[str, Tensor], records: Sequence[LayerRecord]
+    tasks: Sequence[Task],
+    merged: Mapping[str, Tensor],
+    records: Sequence[LayerRecord],
+    ranks: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """Return a warning that names the shared matrices without a correction, and says why they have none."""
+    """Return a warning that names the shared matrices without a correction, and says why they have none.
+
+    Args:
+        tasks: the experts.
+        merged: name of each shared tensor -> its merged value.
+        records: of all layers.
+        ranks: layer -> rank, if the ranks of layers were chosen.
+
+    Returns:
+        The warning, or none.
+    """
+    passed_over = {name for record in records if (ranks or {}).get(record.name) == 0 for name in record.parameters}
     corrected = {name for record in records if record.rank for name in record.of_tasks}
     types = {n: c.layer_type for c in candidates(tasks[0].expert, merged).values() for n in c.parameters.values()}
     tied, named = _tied(tasks[0].expert), dict[str, list[str]]()
@@ -61,7 +75,9 @@ def warn_of_uncorrected(
         if name in corrected or not isinstance(tensor, nn.Parameter) or sum(size > 1 for size in tensor.shape) < 2:
             continue
         why = "not solved as a matrix"
-        if name in tied:
+        if name in passed_over:
+            why = "other layers gain more"
+        elif name in tied:
             why = "tied"
         elif name in types and not types[name].can_have_correction:
             why = types[name].name

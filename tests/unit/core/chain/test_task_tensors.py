@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
-from com_lightning.core.chain.task_tensors import compress_differences, task_tensors, without_copies
+from com_lightning.core.chain.task_tensors import (
+    compress_differences,
+    task_tensors,
+    warn_of_uncorrected,
+    without_copies,
+)
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, copy_module, named_tensors
 from tests.helpers import built, relative
@@ -123,3 +128,15 @@ def test_a_chain_with_corrections_solves_what_functions_use() -> None:
     for name in ("table", "scale"):
         assert name in {name for record in records for name in record.parameters}
         assert all(torch.equal(tensor, merged[name]) for tensor in own[name])
+
+
+def test_what_has_no_correction_is_named_with_the_reason() -> None:
+    module = nn.Sequential(nn.Embedding(4, 3), nn.Linear(3, 3), nn.Linear(3, 2), nn.Linear(2, 2))
+    records = [
+        LayerRecord("1", "linear", {"1.weight": 9, "1.bias": 3}),
+        LayerRecord("2", "linear", {"2.weight": 6, "2.bias": 2}, of_tasks={"2.weight": 5}, rank=1),
+    ]
+    ranks, merged = {"1": 0, "2": 1}, dict(module.named_parameters())
+    [warning] = warn_of_uncorrected([Task("a", module, [])], merged, records, ranks)
+    reasons = "0.weight (embedding), 1.weight (other layers gain more), 3.weight (not solved as a matrix)"
+    assert warning == f"no corrections, so the same for all tasks: {reasons}"
