@@ -17,8 +17,8 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 
 import numpy
 
-from com_lightning.core.tensors.weak_cache import weak_cache
 from com_lightning.errors import MergeError
+from com_lightning.weak_cache import weak_cache
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

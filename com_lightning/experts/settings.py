@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 
 from com_lightning.core.tensors.modules import named_tensors
-from com_lightning.core.tensors.weak_cache import weak_cache
 from com_lightning.errors import MergeError, reason
 from com_lightning.experts.state_dicts import plain, some
 from com_lightning.experts.transformers_models import pretrained_parts
+from com_lightning.weak_cache import weak_cache
 
 _IDLE_KEYS = {  # mostly of a transformers configuration; ties and the sizes of tables show in the parameters
     "architectures",

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors import private_torch
-from com_lightning.core.tensors.weak_cache import weak_cache
+from com_lightning.weak_cache import weak_cache
 
 LARGE = 2**26
 """Bytes that tensors and arrays may have together, besides parameters and buffers. There is a copy for each forward,
