@@ -17,9 +17,11 @@ if TYPE_CHECKING:
         DELLA,
         LOT,
         SLERP,
+        TACT,
         TIES,
         TSVM,
         WUDI,
+        ACTMat,
         AdaMerging,
         Average,
         Breadcrumbs,
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 __all__ = [
+    "ACTMat",
     "AdaMerging",
     "Average",
     "Breadcrumbs",
@@ -67,6 +70,7 @@ __all__ = [
     "RegMeanPlusPlus",
     "Refitted",
     "SLERP",
+    "TACT",
     "TaskArithmetic",
     "TaskLoaders",
     "TIES",

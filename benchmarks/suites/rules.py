@@ -16,6 +16,7 @@ from benchmarks.suites.suite import Suite
 from com_lightning import MergeError, MergingMethod
 
 NAMES: dict[str, Callable[..., MergingMethod]] = {
+    "actmat": com.ACTMat,
     "ada_merging": com.AdaMerging,
     "average": com.Average,
     "breadcrumbs": com.Breadcrumbs,
@@ -34,6 +35,7 @@ NAMES: dict[str, Callable[..., MergingMethod]] = {
     "regmean_plus_plus": com.RegMeanPlusPlus,
     "slerp": com.SLERP,
     "task_adapters": com.TaskAdapters,
+    "tact": com.TACT,
     "task_arithmetic": com.TaskArithmetic,
     "ties": com.TIES,
     "tsvm": com.TSVM,
@@ -60,6 +62,9 @@ RULES = (
     "iso_cts",
     "iso_cts(scale=[0.4,0.7,1,1.3,1.6,2])",
     "wudi",
+    "actmat",
+    "tact",
+    "tact(density=[0.1,0.2,0.3,0.5,0.7])",
     "regmean",
     "regmean(ridge=[0.001,0.01,0.1])",
     "regmean_plus_plus",

@@ -3,6 +3,7 @@
 from importlib import import_module
 from pkgutil import iter_modules
 
+from com_lightning.methods.actmat import TACT, ACTMat
 from com_lightning.methods.adamerging import AdaMerging
 from com_lightning.methods.averaging import Average
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
@@ -18,6 +19,7 @@ from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, T
 from com_lightning.methods.wudi import WUDI
 
 __all__ = [
+    "ACTMat",
     "AdaMerging",
     "Average",
     "Breadcrumbs",
@@ -39,6 +41,7 @@ __all__ = [
     "SLERP",
     "TaskAdapters",
     "TaskArithmetic",
+    "TACT",
     "TIES",
     "TSVM",
     "WUDI",

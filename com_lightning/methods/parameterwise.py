@@ -111,6 +111,12 @@ class SharedParameter:
             total.add_(vector(task), alpha=self.share(task))
         return total
 
+    def as_matrix(self) -> SharedParameter:
+        """The same parameter with its second and all further dimensions as one, as a convolution acts on a patch."""
+        values = {task: value.detach().flatten(1) for task, value in self.values.items()}
+        origin = None if self.origin is None else self.origin.detach().flatten(1)
+        return replace(self, values=values, origin=origin, target=self.target.detach().flatten(1), _base=None)
+
     def zeros(self) -> Tensor:
         """Zeros of its shape."""
         return torch.zeros(self.target.shape, dtype=self.dtype, device=self.device)

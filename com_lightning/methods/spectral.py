@@ -6,39 +6,16 @@ All other task vectors (biases, normalisations, convolutions) are averaged, as i
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from com_lightning.methods.parameterwise import ParameterRule, SharedParameter, scale_problems
+from com_lightning.methods.matrices import MatrixRule
+from com_lightning.methods.parameterwise import SharedParameter
 
 
-class _Spectral(ParameterRule):
-    needs = frozenset({"base"})
-
-    def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:
-        super().__init__(importance)
-        self.scale = scale
-
-    @abstractmethod
-    def merged_vector(self, parameter: SharedParameter) -> Tensor | None:
-        """The merged task matrix; ``None`` if the rule does not apply."""
-
-    def combine(self, parameter: SharedParameter) -> Tensor | None:
-        vector = self.merged_vector(parameter) if len(parameter.target.shape) == 2 else None
-        if vector is None:
-            if self.scale == 1:
-                return None
-            vector = parameter.sum() / len(parameter.tasks)
-        return vector.mul_(self.scale).add_(parameter.base())
-
-    def problems(self, tasks: Sequence[str]) -> list[str]:
-        return super().problems(tasks) + scale_problems(self.scale)
-
-
-class TSVM(_Spectral):
+class TSVM(MatrixRule):
     """TSV-M: the leading singular vectors of each task matrix, made orthogonal to those of the other tasks, summed.
 
     Gargiulo et al., "Task Singular Vectors: Reducing Task Interference in Model Merging", arXiv 2412.00081,
@@ -74,7 +51,7 @@ class TSVM(_Spectral):
         return merged
 
 
-class IsoC(_Spectral):
+class IsoC(MatrixRule):
     """Iso-C: the sum of the task matrices, with all its singular values replaced by their mean.
 
     Marczak et al., "No Task Left Behind: Isotropic Model Merging with Common and Task-Specific Subspaces",
@@ -96,7 +73,7 @@ class IsoC(_Spectral):
         return merged.mul_(values.mean())
 
 
-class IsoCTS(_Spectral):
+class IsoCTS(MatrixRule):
     """Iso-CTS: like Iso-C, but directions of each task replace the smallest singular directions of the sum.
 
     Marczak et al., arXiv 2502.04959, section 4. The leading ``k`` singular vectors of the sum span the common subspace.

@@ -15,9 +15,11 @@ from com_lightning.methods import (
     DARE,
     DELLA,
     SLERP,
+    TACT,
     TIES,
     TSVM,
     WUDI,
+    ACTMat,
     Average,
     Breadcrumbs,
     Combined,
@@ -94,6 +96,8 @@ RULES: dict[str, MergingMethod] = {
     "IsoC": IsoC(),
     "IsoCTS": IsoCTS(),
     "WUDI": WUDI(10),
+    "ACTMat": ACTMat(),
+    "TACT": TACT(),
     "Combined": Combined(TSVM(), TaskArithmetic()),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -19,9 +19,11 @@ from com_lightning.methods import (
     DARE,
     DELLA,
     SLERP,
+    TACT,
     TIES,
     TSVM,
     WUDI,
+    ACTMat,
     Average,
     Breadcrumbs,
     Combined,
@@ -37,7 +39,7 @@ from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 from tests.helpers import relative
 from tests.helpers.rules import SHAPES, close, every_rule, few, make_job, make_values, merge, named, records
 
-SCALED = [TaskArithmetic, TIES, DARE, Breadcrumbs, DELLA, TSVM, IsoC, IsoCTS]
+SCALED = [TaskArithmetic, TIES, DARE, Breadcrumbs, DELLA, TSVM, IsoC, IsoCTS, ACTMat, TACT]
 
 
 @every_rule
@@ -65,6 +67,7 @@ def test_the_same_again(rule: MergingMethod) -> None:
         DELLA(0, 0, 1.0),
         Breadcrumbs(1.0, 0.0, 1 / 3),
         KarcherMean(),
+        ACTMat(),
         Combined(KarcherMean(), TIES(1.0)),
     ],
     ids=lambda rule: type(rule).__name__,
@@ -87,7 +90,17 @@ def test_scale_0_gives_the_base(kind: Any) -> None:
 
 @pytest.mark.parametrize(
     "rule",
-    [TaskArithmetic(1.0), TIES(1.0), DARE(0.0, 1.0), Breadcrumbs(1.0, 0.0, 1.0), TSVM(), WUDI(), KarcherMean()],
+    [
+        TaskArithmetic(1.0),
+        TIES(1.0),
+        DARE(0.0, 1.0),
+        Breadcrumbs(1.0, 0.0, 1.0),
+        TSVM(),
+        WUDI(),
+        ACTMat(),
+        TACT(1.0),
+        KarcherMean(),
+    ],
     ids=lambda rule: type(rule).__name__,
 )
 def test_one_expert_is_given_back(rule: MergingMethod) -> None:
@@ -176,6 +189,8 @@ def test_each_parameter_is_told_of_once(rule: MergingMethod) -> None:
     assert len({record.name for record in told}) == len(told)
     spectral = isinstance(rule, (TSVM, IsoC, IsoCTS, WUDI))
     expected = {"matrix", "wide"} if spectral else set() if isinstance(rule, Average) else set(SHAPES)
+    if isinstance(rule, ACTMat):
+        expected = {"matrix", "wide", "conv"}
     if isinstance(rule, Combined):
         expected -= {"conv"}  # which TSV-M has no say in
     assert {record.name for record in told} == expected
@@ -237,6 +252,10 @@ BAD: list[tuple[MergingMethod, str]] = [
     (SLERP(1.1), "t: must be between 0 and 1"),
     (KarcherMean(0), "steps: must be 1 or more"),
     (IsoCTS(common=1.1), "common: must be between 0 and 1"),
+    (ACTMat(rtol=1.0), "rtol: must be 0 or more and below 1, got 1.0"),
+    (ACTMat(math.inf), "scale: must be a finite number"),
+    (TACT(0.0), "density: must be above 0"),
+    (TACT(rtol=-0.1), "rtol: must be 0 or more"),
     (WUDI(0), "steps: must be 1 or more"),
     (WUDI(learning_rate=0.0), "learning_rate: must be above 0"),
     (TaskArithmetic(importance={"a": 1}), "no weight for b, c"),

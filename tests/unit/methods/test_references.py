@@ -15,9 +15,11 @@ from com_lightning.methods import (
     DARE,
     DELLA,
     SLERP,
+    TACT,
     TIES,
     TSVM,
     WUDI,
+    ACTMat,
     Breadcrumbs,
     IsoC,
     IsoCTS,
@@ -65,6 +67,8 @@ CASES: dict[str, MergingMethod] = {
     "iso_c": IsoC(0.8),
     "iso_cts": IsoCTS(0.8, 0.5),
     "wudi": WUDI(),
+    "actmat": ACTMat(),
+    "tact": TACT(),
 }
 
 
