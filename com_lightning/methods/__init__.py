@@ -10,11 +10,13 @@ from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.methods.chain import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.methods.combined import Combined
 from com_lightning.methods.fisher import Fisher
+from com_lightning.methods.larv import LARV
 from com_lightning.methods.lot import LOT
 from com_lightning.methods.refitted import Refitted
 from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
 from com_lightning.methods.spherical import SLERP, KarcherMean
 from com_lightning.methods.task_adapters import TaskAdapters
+from com_lightning.methods.svc import SVC
 from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, TaskArithmetic
 from com_lightning.methods.wudi import WUDI
 
@@ -31,6 +33,7 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "KarcherMean",
+    "LARV",
     "LOT",
     "MergeJob",
     "MergingMethod",
@@ -41,6 +44,7 @@ __all__ = [
     "SLERP",
     "TaskAdapters",
     "TaskArithmetic",
+    "SVC",
     "TACT",
     "TIES",
     "TSVM",

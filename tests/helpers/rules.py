@@ -14,7 +14,9 @@ from com_lightning.core.tensors.modules import average
 from com_lightning.methods import (
     DARE,
     DELLA,
+    LARV,
     SLERP,
+    SVC,
     TACT,
     TIES,
     TSVM,
@@ -98,6 +100,9 @@ RULES: dict[str, MergingMethod] = {
     "WUDI": WUDI(10),
     "ACTMat": ACTMat(),
     "TACT": TACT(),
+    "SVC": SVC(TaskArithmetic()),
+    "LARV": LARV(TSVM()),
+    "LARV, continuous": LARV(TIES(0.5), "continuous"),
     "Combined": Combined(TSVM(), TaskArithmetic()),
 }
 every_rule = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)

@@ -60,7 +60,7 @@ def test_a_rule_around_others_needs_what_they_need() -> None:
 def test_every_rule_is_public() -> None:
     rules = {rule for rule in vars(methods).values() if isinstance(rule, type) and issubclass(rule, MergingMethod)}
     public = {rule.__name__ for rule in rules if not rule.__abstractmethods__ and rule.__module__ != "__main__"}
-    inner = {"ClosedForm", "TaskVectorRule", "MatrixRule"}
+    inner = {"ClosedForm", "OnTop", "TaskVectorRule", "MatrixRule"}
     assert public - inner <= {*com_lightning.__all__}
     assert public - inner <= {*methods.__all__}
 

@@ -18,14 +18,18 @@ from com_lightning.core.sweep.task import NonFiniteError, Task
 from com_lightning.methods import (
     DARE,
     DELLA,
+    LARV,
     SLERP,
+    SVC,
     TACT,
     TIES,
     TSVM,
     WUDI,
     ACTMat,
+    AdaMerging,
     Average,
     Breadcrumbs,
+    ChainOfMerges,
     Combined,
     IsoC,
     IsoCTS,
@@ -35,6 +39,7 @@ from com_lightning.methods import (
     ParameterRecord,
     TaskArithmetic,
 )
+from com_lightning.methods.on_top import OnTop
 from com_lightning.methods.parameterwise import ParameterRule, SharedParameter
 from tests.helpers import relative
 from tests.helpers.rules import SHAPES, close, every_rule, few, make_job, make_values, merge, named, records
@@ -68,6 +73,8 @@ def test_the_same_again(rule: MergingMethod) -> None:
         Breadcrumbs(1.0, 0.0, 1 / 3),
         KarcherMean(),
         ACTMat(),
+        SVC(Average()),
+        LARV(KarcherMean(), strength=0.0),
         Combined(KarcherMean(), TIES(1.0)),
     ],
     ids=lambda rule: type(rule).__name__,
@@ -99,6 +106,7 @@ def test_scale_0_gives_the_base(kind: Any) -> None:
         WUDI(),
         ACTMat(),
         TACT(1.0),
+        SVC(TaskArithmetic(1.0)),
         KarcherMean(),
     ],
     ids=lambda rule: type(rule).__name__,
@@ -110,7 +118,7 @@ def test_one_expert_is_given_back(rule: MergingMethod) -> None:
 
 @every_rule
 def test_importance_0_leaves_an_expert_out(rule: MergingMethod) -> None:
-    if isinstance(rule, (SLERP, Combined)):
+    if isinstance(rule, (SLERP, Combined, OnTop)):
         return
     base, experts = make_values(3)
     weighted = type(rule)(importance={"a": 2, "b": 2, "c": 0})
@@ -256,6 +264,11 @@ BAD: list[tuple[MergingMethod, str]] = [
     (ACTMat(math.inf), "scale: must be a finite number"),
     (TACT(0.0), "density: must be above 0"),
     (TACT(rtol=-0.1), "rtol: must be 0 or more"),
+    (SVC(TIES(), 0.0), "floor: must be above 0 and at most 1, got 0"),
+    (SVC(TIES(0.0)), "method: density: must be above 0"),
+    (SVC(ChainOfMerges()), "method: SVC goes on top of rules that merge task vectors"),
+    (LARV(SVC(AdaMerging())), "method: method: SVC goes on top"),
+    (LARV(TIES(), strength=1.1), "strength: must be between 0 and 1, got 1.1"),
     (WUDI(0), "steps: must be 1 or more"),
     (WUDI(learning_rate=0.0), "learning_rate: must be above 0"),
     (TaskArithmetic(importance={"a": 1}), "no weight for b, c"),

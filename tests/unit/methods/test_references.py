@@ -15,6 +15,7 @@ from com_lightning.methods import (
     DARE,
     DELLA,
     SLERP,
+    SVC,
     TACT,
     TIES,
     TSVM,
@@ -69,6 +70,8 @@ CASES: dict[str, MergingMethod] = {
     "wudi": WUDI(),
     "actmat": ACTMat(),
     "tact": TACT(),
+    "svc": SVC(TaskArithmetic()),
+    "svc_tsvm": SVC(TSVM(), 1.0),
 }
 
 
