@@ -24,8 +24,8 @@ class ACTMat(MatrixRule):
     unchanged, but for the directions below ``rtol``. We had the abstract and the authors' code, not the full text.
 
     A convolution is a matrix of its flattened kernels, which act on patches. Other parameters that are no matrices are
-    averaged. The authors' code averages convolutions, too. We compute in float64: the covariances square the task
-    matrices' condition.
+    averaged, and so are embedding tables, whose inputs are tokens. The authors' code averages convolutions, and
+    matrices with a side of 20,000 or more. We compute in float64: the covariances square the task matrices' condition.
 
     Args:
         scale: factor of what is added to the base, also for the averaged parameters; 1 in the paper.
@@ -34,7 +34,7 @@ class ACTMat(MatrixRule):
         importance: task -> its weight, relative to the others. The default is uniform. It multiplies ``C_i``.
     """
 
-    flattens = True
+    flattens, merges_tables = True, False
 
     def __init__(
         self, scale: float = 1.0, rtol: float | None = None, importance: dict[str, float] | None = None

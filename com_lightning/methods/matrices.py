@@ -11,7 +11,7 @@ from com_lightning.methods.parameterwise import ParameterRule, SharedParameter, 
 
 
 class MatrixRule(ParameterRule):
-    """``W_base + scale × merged_vector`` for matrices ``(m, n)``; all other parameters are averaged.
+    """``W_base + scale × merged_vector`` for matrices of ``m`` outputs and ``n`` inputs; the rest is averaged.
 
     Args:
         scale: factor of what is added to the base, also for the averaged parameters; 0 gives the base.
@@ -20,7 +20,9 @@ class MatrixRule(ParameterRule):
 
     needs = frozenset({"base"})
     flattens = False
-    """Whether a convolution ``(m, ...)`` counts as a matrix of its flattened kernels. If not, it is averaged."""
+    """Whether a convolution counts as a matrix ``(m, ...)`` of its flattened kernels. If not, it is averaged."""
+    merges_tables = True
+    """Whether an embedding's table counts as a matrix ``(entries, n)``. If not, it is averaged."""
 
     def __init__(self, scale: float, importance: dict[str, float] | None = None) -> None:
         super().__init__(importance)
@@ -31,16 +33,16 @@ class MatrixRule(ParameterRule):
         """The merged task matrix, as a new tensor; ``None`` if the rule does not apply."""
 
     def combine(self, parameter: SharedParameter) -> Tensor | None:
-        vector, dimensions = None, parameter.target.dim()
-        if dimensions == 2:
-            vector = self.merged_vector(parameter)
-        elif dimensions > 2 and self.flattens:
-            vector = self.merged_vector(parameter.as_matrix())
-        if vector is None:
-            if self.scale == 1:
-                return None
-            vector = parameter.sum() / len(parameter.tasks)
-        return vector.view(parameter.target.shape).mul_(self.scale).add_(parameter.base())
+        dimensions = parameter.target.dim()
+        counts = dimensions == 2 or (dimensions > 2 and self.flattens)
+        if counts and (self.merges_tables or parameter.rows != "entries"):
+            merged = self.merged_vector(parameter.as_matrix())
+        else:
+            merged = None
+        if merged is None and self.scale == 1:
+            return None
+        vector = parameter.sum() / len(parameter.tasks) if merged is None else parameter.from_matrix(merged)
+        return vector.mul_(self.scale).add_(parameter.base())
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         return super().problems(tasks) + scale_problems(self.scale)

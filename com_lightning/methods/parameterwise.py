@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import EllipsisType
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class SharedParameter:
         origin: value in the base. ``None`` if the rule does not need the base.
         target: the merged parameter.
         device: where to compute.
+        rows: what the first dimension counts: the layer's outputs, its inputs (transposed convolutions, transformers'
+            Conv1D), or the entries of an embedding's table.
     """
 
     name: str
@@ -42,6 +45,7 @@ class SharedParameter:
     origin: Tensor | None
     target: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    rows: Literal["outputs", "inputs", "entries"] = "outputs"
     _holds: bool = False
     _base: Tensor | None = None
 
@@ -112,10 +116,19 @@ class SharedParameter:
         return total
 
     def as_matrix(self) -> SharedParameter:
-        """The same parameter with its second and all further dimensions as one, as a convolution acts on a patch."""
-        values = {task: value.detach().flatten(1) for task, value in self.values.items()}
-        origin = None if self.origin is None else self.origin.detach().flatten(1)
-        return replace(self, values=values, origin=origin, target=self.target.detach().flatten(1), _base=None)
+        """The same parameter as a matrix, see :meth:`to_matrix`."""
+        values = {task: self.to_matrix(value) for task, value in self.values.items()}
+        origin, target = None if self.origin is None else self.to_matrix(self.origin), self.to_matrix(self.target)
+        return replace(self, values=values, origin=origin, target=target, rows="outputs", _base=None)
+
+    def to_matrix(self, value: Tensor) -> Tensor:
+        """A value as a matrix ``(outputs, inputs)``: of a convolution, as it acts on a flattened patch."""
+        flat = value.detach().flatten(1)
+        return flat.T if self.rows == "inputs" else flat
+
+    def from_matrix(self, matrix: Tensor) -> Tensor:
+        """A value as it is stored, from :meth:`to_matrix`."""
+        return (matrix.T if self.rows == "inputs" else matrix).reshape(self.target.shape)
 
     def zeros(self) -> Tensor:
         """Zeros of its shape."""
@@ -136,6 +149,7 @@ class SharedParameter:
 
 
 Combine = Callable[[SharedParameter], "Tensor | None"]
+_INPUTS_FIRST = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 class ParameterRule(MergingMethod):
@@ -201,6 +215,7 @@ def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[S
     """The parameters of a job. A tied parameter is there once."""
     counted = [task for task in job.tasks if weights[task.name] > 0]
     states = {task.name: {name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in counted}
+    rows = _rows(counted[0].expert)
     seen: set[int] = set()
     for name, target in job.merged.items():
         if isinstance(target, nn.Parameter) and target.numel() and id(target) not in seen:
@@ -208,7 +223,20 @@ def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[S
             values = {task: state[name] for task, state in states.items()}
             origin = job.base[name] if job.base is not None else None
             device = job.device or target.device
-            yield SharedParameter(name, values, {task: weights[task] for task in values}, origin, target, device)
+            shares = {task: weights[task] for task in values}
+            kind = rows.get(id(values[counted[0].name]), "outputs")
+            yield SharedParameter(name, values, shares, origin, target, device, kind)
+
+
+def _rows(expert: nn.Module) -> dict[int, Literal["inputs", "entries"]]:
+    """``id`` of each weight whose first dimension does not count a layer's outputs -> what it counts."""
+    rows: dict[int, Literal["inputs", "entries"]] = {}
+    for part in expert.modules():
+        if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
+            rows[id(part.weight)] = "entries"
+        elif isinstance(part, _INPUTS_FIRST) or type(part).__name__ == "Conv1D":  # of transformers; torch has Conv1d
+            rows.setdefault(id(part.weight), "inputs")
+    return rows
 
 
 def scale_problems(scale: float) -> list[str]:

@@ -23,9 +23,9 @@ class SVC(OnTop):
 
     With ``α`` of 1, singular values can only shrink. Below 1, those that the merge has weakened grow, by up to ``1/α``,
     and so the scale of the rule below matters less. Identical experts come back if the rule below keeps their
-    direction. Vectors stay as the rule below merges them, as in the authors' code. A convolution is a matrix of its
-    flattened kernels; the authors' code leaves these out, too. Where a rule makes all singular values equal
-    (:class:`IsoC`, :class:`IsoCTS`), the directions ``u_r`` are arbitrary, and so is the result.
+    direction. Vectors and embedding tables stay as the rule below merges them, as in the authors' code. A convolution
+    is a matrix of its flattened kernels; the authors' code leaves these out, too. Where a rule makes all singular
+    values equal (:class:`IsoC`, :class:`IsoCTS`), the directions ``u_r`` are arbitrary, and so is the result.
 
     Args:
         method: the rule below, such as :class:`TaskArithmetic`. It must merge each parameter on its own, or be Average.
@@ -46,13 +46,16 @@ class SVC(OnTop):
         below = self.below(parameters)
 
         def combine(parameter: SharedParameter) -> Tensor:
-            merged = below(parameter)
-            return merged if merged.dim() < 2 else self._calibrated(merged, parameter.as_matrix()).view(merged.shape)
+            merged, base = below(parameter), parameter.base()
+            if merged.dim() < 2 or parameter.rows == "entries":
+                return merged
+            change = self._calibrated(parameter.to_matrix(merged - base), parameter.as_matrix())
+            return parameter.from_matrix(change).add_(base)
 
         return combine
 
-    def _calibrated(self, merged: Tensor, parameter: SharedParameter) -> Tensor:
-        left, values, right = torch.linalg.svd(merged.flatten(1) - parameter.base(), full_matrices=False)
+    def _calibrated(self, change: Tensor, parameter: SharedParameter) -> Tensor:
+        left, values, right = torch.linalg.svd(change, full_matrices=False)
         floor = 1 / len(parameter.tasks) if self.floor is None else self.floor
         answers = values[:, None] * right
         divisor = torch.zeros_like(values)
@@ -62,7 +65,7 @@ class SVC(OnTop):
             coefficient = ((answers * own).sum(1) / size).where(size > 0, 0.0)
             divisor.add_(coefficient.clamp_(min=floor), alpha=parameter.weights[task])
         result: Tensor = (left * (values / divisor)) @ right
-        return result.add_(parameter.base())
+        return result
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         return super().problems(tasks) + ([] if self.floor is None else self._out_of(0, 1, floor=self.floor))

@@ -41,6 +41,9 @@ class WUDI(ParameterRule):
     def combine(self, parameter: SharedParameter) -> Tensor | None:
         if parameter.target.dim() != 2:
             return None
+        return parameter.from_matrix(self._merged_vector(parameter.as_matrix())).add_(parameter.base())
+
+    def _merged_vector(self, parameter: SharedParameter) -> Tensor:
         merged = parameter.sum()
         gram, target = merged.new_zeros(merged.shape[1], merged.shape[1]), torch.zeros_like(merged)
         for task in parameter.tasks:
@@ -55,7 +58,7 @@ class WUDI(ParameterRule):
         for _ in range(self.steps):
             merged.grad = (merged.detach() @ gram).sub_(target).mul_(2)
             adam.step()
-        return merged.detach().add_(parameter.base())
+        return merged.detach()
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         problems = super().problems(tasks) + self._out_of(0, 1, learning_rate=self.learning_rate)

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.distributed import Peers
@@ -169,6 +170,41 @@ def test_buffers_and_empty_parameters_stay_averaged(rule: MergingMethod) -> None
     base = {name: torch.zeros_like(value) for name, value in merged.items()}
     rule.merge(MergeJob([Task(t, e, []) for t, e in zip("abc", experts)], merged, Context(), base))
     assert merged["running_mean"].tolist() == [7.0] * 4
+
+
+def change_of(rule: MergingMethod, layers: list[nn.Module]) -> Tensor:
+    """What a rule adds to the first of these, the base, from the others."""
+    base, *experts = layers
+    merged: dict[str, Tensor] = {"weight": nn.Parameter(torch.zeros_like(base.weight))}  # type: ignore[arg-type]
+    tasks = [Task(task, expert.requires_grad_(False), []) for task, expert in zip("ab", experts)]
+    rule.merge(MergeJob(tasks, merged, Context(), {"weight": base.weight.detach()}))  # type: ignore[union-attr]
+    return merged["weight"].detach() - base.weight.detach()  # type: ignore[operator, union-attr]
+
+
+@pytest.mark.parametrize("rule", [ACTMat(), TACT(), SVC(TaskArithmetic()), WUDI(100, 1e-3), TSVM(), IsoCTS()], ids=str)
+def test_layers_that_store_their_inputs_first(rule: MergingMethod) -> None:
+    """They are merged as the same layers with their outputs first."""
+    torch.manual_seed(0)
+    plain = [nn.Linear(5, 8, bias=False).double() for _ in range(3)]
+    stored = [Conv1D(8, 5).double() for _ in plain]
+    for one, other in zip(plain, stored):
+        other.weight = nn.Parameter(one.weight.detach().T.clone())
+    assert relative(change_of(rule, [*stored]).T, change_of(rule, [*plain])) < 1e-6
+    if isinstance(rule, (ACTMat, SVC)):
+        up = [nn.ConvTranspose2d(3, 2, 2, bias=False).double() for _ in range(3)]
+        down = [nn.Linear(3, 8, bias=False).double() for _ in up]
+        for layer, dense in zip(up, down):
+            dense.weight = nn.Parameter(layer.weight.detach().flatten(1).T.clone())
+        assert relative(change_of(rule, [*up]).flatten(1).T, change_of(rule, [*down])) < 1e-9
+
+
+@pytest.mark.parametrize(("rule", "below"), [(ACTMat(), Average()), (SVC(DARE()), DARE())], ids=str)
+def test_tables_are_no_matrices_of_inputs(rule: MergingMethod, below: MergingMethod) -> None:
+    torch.manual_seed(0)
+    tables: list[nn.Module] = [nn.Embedding(7, 4).double() for _ in range(3)]
+    base, one, two = (table.weight.detach() for table in tables)  # type: ignore[union-attr, operator]
+    experts = {"a": {"weight": one}, "b": {"weight": two}}
+    assert relative(change_of(rule, tables), merge(below, {"weight": base}, experts)["weight"] - base) < 1e-9
 
 
 @every_rule
