@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from com_lightning.methods.averaging import Average
-from com_lightning.methods.base import MergingMethod
+from com_lightning.methods.base import MergingMethod, Need
 from com_lightning.methods.parameterwise import Combine, ParameterRule, SharedParameter
 
 
@@ -22,7 +22,7 @@ class OnTop(ParameterRule):
     def __init__(self, method: MergingMethod) -> None:
         super().__init__(method.importance)
         self.method = method
-        self.needs = method.needs | {"base"}
+        self.needs = frozenset[Need]([*method.needs, "base"])
 
     @abstractmethod
     def combiner(self, parameters: Sequence[SharedParameter]) -> Combine: ...
@@ -30,7 +30,7 @@ class OnTop(ParameterRule):
     def combine(self, parameter: SharedParameter) -> Tensor | None:
         return self.combiner([parameter])(parameter)
 
-    def below(self, parameters: Sequence[SharedParameter]) -> Combine:
+    def below(self, parameters: Sequence[SharedParameter]) -> Callable[[SharedParameter], Tensor]:
         """What the rule below makes of a parameter; the average, where it has none of its own."""
         rule = self.method.combiner(parameters) if isinstance(self.method, ParameterRule) else None
 

@@ -20,6 +20,8 @@ from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import all_finite, average, named_tensors, row_slices
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 
+Rows = Literal["outputs", "inputs", "entries"]
+
 
 @dataclass
 class SharedParameter:
@@ -45,7 +47,7 @@ class SharedParameter:
     origin: Tensor | None
     target: Tensor
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    rows: Literal["outputs", "inputs", "entries"] = "outputs"
+    rows: Rows = "outputs"
     _holds: bool = False
     _base: Tensor | None = None
 
@@ -228,9 +230,9 @@ def shared_parameters(job: MergeJob, weights: Mapping[str, float]) -> Iterator[S
             yield SharedParameter(name, values, shares, origin, target, device, kind)
 
 
-def _rows(expert: nn.Module) -> dict[int, Literal["inputs", "entries"]]:
+def _rows(expert: nn.Module) -> dict[int, Rows]:
     """``id`` of each weight whose first dimension does not count a layer's outputs -> what it counts."""
-    rows: dict[int, Literal["inputs", "entries"]] = {}
+    rows: dict[int, Rows] = {}
     for part in expert.modules():
         if isinstance(part, (nn.Embedding, nn.EmbeddingBag)):
             rows[id(part.weight)] = "entries"

@@ -174,11 +174,11 @@ def test_buffers_and_empty_parameters_stay_averaged(rule: MergingMethod) -> None
 
 def change_of(rule: MergingMethod, layers: list[nn.Module]) -> Tensor:
     """What a rule adds to the first of these, the base, from the others."""
-    base, *experts = layers
-    merged: dict[str, Tensor] = {"weight": nn.Parameter(torch.zeros_like(base.weight))}  # type: ignore[arg-type]
-    tasks = [Task(task, expert.requires_grad_(False), []) for task, expert in zip("ab", experts)]
-    rule.merge(MergeJob(tasks, merged, Context(), {"weight": base.weight.detach()}))  # type: ignore[union-attr]
-    return merged["weight"].detach() - base.weight.detach()  # type: ignore[operator, union-attr]
+    base = layers[0].get_parameter("weight").detach()
+    merged: dict[str, Tensor] = {"weight": nn.Parameter(torch.zeros_like(base))}
+    tasks = [Task(task, expert.requires_grad_(False), []) for task, expert in zip("ab", layers[1:])]
+    rule.merge(MergeJob(tasks, merged, Context(), {"weight": base}))
+    return merged["weight"].detach() - base
 
 
 @pytest.mark.parametrize("rule", [ACTMat(), TACT(), SVC(TaskArithmetic()), WUDI(100, 1e-3), TSVM(), IsoCTS()], ids=str)
@@ -186,7 +186,7 @@ def test_layers_that_store_their_inputs_first(rule: MergingMethod) -> None:
     """They are merged as the same layers with their outputs first."""
     torch.manual_seed(0)
     plain = [nn.Linear(5, 8, bias=False).double() for _ in range(3)]
-    stored = [Conv1D(8, 5).double() for _ in plain]
+    stored: list[nn.Module] = [Conv1D(8, 5).double() for _ in plain]  # type: ignore[no-untyped-call]
     for one, other in zip(plain, stored):
         other.weight = nn.Parameter(one.weight.detach().T.clone())
     assert relative(change_of(rule, [*stored]).T, change_of(rule, [*plain])) < 1e-6
@@ -202,7 +202,7 @@ def test_layers_that_store_their_inputs_first(rule: MergingMethod) -> None:
 def test_tables_are_no_matrices_of_inputs(rule: MergingMethod, below: MergingMethod) -> None:
     torch.manual_seed(0)
     tables: list[nn.Module] = [nn.Embedding(7, 4).double() for _ in range(3)]
-    base, one, two = (table.weight.detach() for table in tables)  # type: ignore[union-attr, operator]
+    base, one, two = (table.get_parameter("weight").detach() for table in tables)
     experts = {"a": {"weight": one}, "b": {"weight": two}}
     assert relative(change_of(rule, tables), merge(below, {"weight": base}, experts)["weight"] - base) < 1e-9
 

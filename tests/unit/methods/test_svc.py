@@ -65,7 +65,8 @@ def test_the_scale_below_does_not_matter_above_the_floor() -> None:
 def coefficients(merged: Tensor, vectors: list[Tensor]) -> Tensor:
     left = torch.linalg.svd(merged, full_matrices=False)[0]
     own = torch.stack([left.T @ vector for vector in vectors])
-    return ((left.T @ merged) * own).sum(2) / own.square().sum(2)
+    result: Tensor = ((left.T @ merged) * own).sum(2) / own.square().sum(2)
+    return result
 
 
 def test_importance_weights_the_mean() -> None:
