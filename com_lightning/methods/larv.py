@@ -39,8 +39,9 @@ class LARV(OnTop):
 
     With tiers, the third of the layers with the lowest scores gets the factor ``1 − strength``, the next one 1, and the
     last one ``1 + strength``. The continuous factor is ``1 + strength tanh(3 (score − 1))``; the paper has it as an
-    ablation. Both ``e`` and ``c`` are means over tasks, so all tasks get the same factor. The mean over tasks, the size
-    of the tiers and their strength are ours. Vectors and matrices that no expert has changed are left as they are.
+    ablation, with a strength of 0.5. Both ``e`` and ``c`` are means over tasks, so all tasks get the same factor. These
+    means, the size of the tiers and their strength are ours; choose the strength on held-out data. Vectors, and
+    matrices that no expert has changed, are left as they are.
 
     Args:
         method: the rule below, such as :class:`IsoC`. It must merge each parameter on its own, or be Average. Its
@@ -50,11 +51,11 @@ class LARV(OnTop):
 
     Example::
 
-        LARV(IsoC(), strength=0.3)
+        LARV(IsoC(), strength=0.1)
     """
 
     def __init__(
-        self, method: MergingMethod, gate: Literal["tiers", "continuous"] = "tiers", strength: float = 0.5
+        self, method: MergingMethod, gate: Literal["tiers", "continuous"] = "tiers", strength: float = 0.2
     ) -> None:
         super().__init__(method)
         self.gate, self.strength = gate, strength

@@ -34,7 +34,7 @@ def test_a_strength_of_0_changes_nothing(below: MergingMethod) -> None:
 def test_task_vectors_are_scaled_before_they_are_merged() -> None:
     """The rule below sees experts that have moved further, or less far: here, trimming over the whole model does."""
     base, experts = make_values()
-    rule = LARV(TIES(0.3))
+    rule = LARV(TIES(0.3), strength=0.5)
     scales = factors(rule, base, experts)
     assert sorted(scales.values()) == [0.5, 1.0, 1.5]
     moved = [{n: base[n] + scales.get(n, 1.0) * (expert[n] - base[n]) for n in SHAPES} for expert in experts]
@@ -70,7 +70,7 @@ def test_the_scores() -> None:
         for place, (e, c) in enumerate(zip(contrast, conflict), 1)
     ]
     expected = {name: 1 + 0.5 * math.tanh(3 * (score - 1)) for name, score in zip(MATRICES, scores)}
-    assert factors(LARV(TaskArithmetic(), "continuous"), base, experts) == pytest.approx(expected)
+    assert factors(LARV(TaskArithmetic(), "continuous", 0.5), base, experts) == pytest.approx(expected)
 
 
 def test_deep_layers_count_for_more() -> None:
@@ -79,7 +79,14 @@ def test_deep_layers_count_for_more() -> None:
     matrix, change = torch.randn(2, 6, 5, generator=generator, dtype=torch.float64)
     base = {f"layer{number}": matrix for number in range(6)}
     expert = {name: value + 0.1 * change for name, value in base.items()}
-    assert list(factors(LARV(TaskArithmetic()), base, [expert]).values()) == [0.5, 0.5, 1.0, 1.0, 1.5, 1.5]
+    assert list(factors(LARV(TaskArithmetic(), strength=0.5), base, [expert]).values()) == [
+        0.5,
+        0.5,
+        1.0,
+        1.0,
+        1.5,
+        1.5,
+    ]
     scales = list(factors(LARV(TaskArithmetic(), "continuous"), base, [expert]).values())
     assert scales == sorted(scales)
     assert scales[0] < scales[-1]
