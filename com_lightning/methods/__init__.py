@@ -15,8 +15,8 @@ from com_lightning.methods.lot import LOT
 from com_lightning.methods.refitted import Refitted
 from com_lightning.methods.spectral import TSVM, IsoC, IsoCTS
 from com_lightning.methods.spherical import SLERP, KarcherMean
-from com_lightning.methods.task_adapters import TaskAdapters
 from com_lightning.methods.svc import SVC
+from com_lightning.methods.task_adapters import TaskAdapters
 from com_lightning.methods.task_vectors import DARE, DELLA, TIES, Breadcrumbs, TaskArithmetic
 from com_lightning.methods.wudi import WUDI
 
