@@ -8,8 +8,10 @@ from pathlib import Path
 
 from benchmarks.suites import SUITES, make_suite
 from benchmarks.suites.packages import CACHE_VARIABLE, cache_folder
+from benchmarks.suites.results import Results
 from benchmarks.suites.rules import settings_for
 from benchmarks.suites.runner import run
+from benchmarks.suites.tables import show
 from com_lightning import MergeError
 
 
@@ -35,6 +37,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--oracle", action="store_true", help="also train one model on the data of all tasks at once, as an upper bound"
     )
     parser.add_argument("--again", action="store_true", help="measure again what has been measured before")
+    parser.add_argument("--tables", action="store_true", help="only write tables and pictures of what is measured")
     parser.add_argument("--train-only", action="store_true", help="only train missing checkpoints")
     parser.add_argument(
         "--cache",
@@ -59,6 +62,9 @@ def main(arguments: list[str] | None = None) -> None:
     output = choices if options.split == "val" else Path("benchmarks/results") / suite.name
     if options.output:
         output, choices = options.output, options.output.with_name(f"{options.output.name}-val")
+    if options.tables:
+        print(show(Results(suite, output, options.split), suite.folder(0).parent.name))
+        return
     print(
         run(
             suite,

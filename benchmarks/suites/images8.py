@@ -94,6 +94,7 @@ class Images8(Suite):
     """The tasks with the vision transformer."""
 
     name = "images8"
+    title = "Eight image tasks, vision transformer"
     tasks = tuple(source if view == "plain" else f"{source}-{view}" for source in PACKAGES for view in VIEWS)
     base_recipe = Recipe(steps=1200, batch_size=128, learning_rate=2e-3)
     recipe = Recipe(steps=800, batch_size=64, learning_rate=1e-3)
@@ -117,7 +118,7 @@ class Images8(Suite):
         expert.net.load_state_dict(base.net.state_dict())  # type: ignore[union-attr]
         return expert  # type: ignore[no-any-return]
 
-    def data(self, task: str) -> LightningDataModule:
+    def data(self, task: str) -> ViewData:
         return ViewData(task, self.expert_recipe(task).batch_size)
 
 
@@ -125,6 +126,7 @@ class Images8ResNet(Images8):
     """The tasks with the ResNet."""
 
     name = "images8-resnet"
+    title = "Eight image tasks, ResNet"
     base_recipe = Recipe(steps=500, batch_size=128, learning_rate=5e-3)
     recipe = Recipe(steps=300, batch_size=64, learning_rate=3e-3)
     fashion_recipe = Recipe(steps=600, batch_size=64, learning_rate=3e-3)

@@ -108,6 +108,7 @@ class LM4(Suite):
     """Four kinds of text."""
 
     name = "lm4"
+    title = "Four kinds of text, causal language model"
     tasks = tuple(texts.KINDS)
     metric = "perplexity"
     lower_is_better = True
@@ -130,7 +131,7 @@ class LM4(Suite):
         expert.load_state_dict(base.state_dict())
         return expert
 
-    def data(self, task: str) -> LightningDataModule:
+    def data(self, task: str) -> KindData:
         return KindData(task, batch_size=self.expert_recipe(task).batch_size)
 
     def settings(self) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule, LightningModule, seed_everything
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
 
+from benchmarks.suites.images8 import ImageClassifier
 from benchmarks.suites.modules import OneCycle
-from benchmarks.suites.suite import Recipe, Suite, trained_or_kept
+from benchmarks.suites.suite import Experts, Suite, trained_or_kept
 from com_lightning.core.tensors.modules import matches_any
 
 JOINT = "joint training"
@@ -20,6 +21,11 @@ JOINT = "joint training"
 
 class Joint(OneCycle):
     """The modules of all tasks, which share every tensor that is not private. A step gets a batch of each task.
+
+    Images of all tasks go through the network as one batch, so that batch normalisation is trained with the statistics
+    that it is used with later: those of the mixture of all tasks. Task by task, each batch would be normalised by the
+    statistics of its own task, which one model does not have when it is used. Other networks treat each sample by
+    itself. For them, one batch per task means the same, and needs less padding.
 
     Args:
         modules: task -> untrained module.
@@ -44,8 +50,21 @@ class Joint(OneCycle):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> Tensor:
         modules: Mapping[str, Any] = self.tasks  # type: ignore[assignment]
-        losses: list[Tensor] = [modules[task].training_step(part, batch_idx) for task, part in batch.items()]
+        if all(isinstance(modules[task], ImageClassifier) for task in batch):
+            losses = self._mixed(batch)
+        else:
+            losses = [modules[task].training_step(part, batch_idx) for task, part in batch.items()]
         return sum(losses[1:], losses[0]) / len(losses)
+
+    def _mixed(self, batch: Mapping[str, Any]) -> list[Tensor]:
+        """The loss of each task, with the features of all tasks computed at once."""
+        modules: Mapping[str, Any] = self.tasks  # type: ignore[assignment]
+        images = [part[0] for part in batch.values()]
+        features = modules[next(iter(batch))].features([torch.cat(images)]).split([len(each) for each in images])
+        return [
+            nn.functional.cross_entropy(modules[task].head(own), modules[task].labels(part))
+            for (task, part), own in zip(batch.items(), features)
+        ]
 
 
 class JointData(LightningDataModule):
@@ -64,27 +83,28 @@ class JointData(LightningDataModule):
         return CombinedLoader(loaders, "max_size_cycle")
 
 
-def train_jointly(suite: Suite, seed: int) -> dict[str, LightningModule]:
+def train_jointly(suite: Suite, seed: int, experts: Experts) -> dict[str, LightningModule]:
     """Train one model on all tasks, or load it from the cache.
 
-    Training takes as many steps as the longest training of an expert, with a batch of every task in each step, so that
-    no task gets less training than its expert.
+    Training is described by :meth:`~benchmarks.suites.suite.Suite.joint_recipe`.
 
     Args:
-        suite: the suite, with the base to start from.
-        seed: seed of base, heads and order of batches.
+        suite: the suite.
+        seed: seed of heads and order of batches.
+        experts: these experts' base is the start.
 
     Returns:
         Task -> module; the modules share all tensors that are not private.
     """
-    base = suite.load(seed).base
     modules = {}
     for task in suite.tasks:
         seed_everything(seed, verbose=False)
-        modules[task] = suite.expert_module(task, base)
-    recipe: Recipe = replace(suite.recipe, steps=max(suite.expert_recipe(task).steps for task in suite.tasks))
+        modules[task] = suite.expert_module(task, experts.base)
+    recipe = suite.joint_recipe()
     joint = Joint(modules, tuple(suite.private), **recipe.optimizer())
     data = {task: suite.data(task) for task in suite.tasks}
+    for each in data.values():
+        each.batch_size = recipe.batch_size
     trained_or_kept(joint, lambda: JointData(data), recipe, suite.folder(seed) / "joint.ckpt", seed)
     return modules
 

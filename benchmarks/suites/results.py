@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.suites.renamed import current_name, current_settings
+from benchmarks.suites.renamed import current_settings, is_removed
+from benchmarks.suites.rules import canonical
 from benchmarks.suites.suite import Suite
 
 EXPERT = "expert"  # method of the experts' own entry
@@ -34,12 +35,16 @@ class Entry:
         samples: calibration samples per task; 0 if the method reads none.
         source: the split that these samples come from.
         trained: name of the folder of base and experts, which stands for the settings of their training.
+        experts: digest of the weights of base and experts. Training on another machine, or with another PyTorch, gives
+            others. Empty in entries that are older than this attribute.
         values: task -> metric.
         seconds: duration of the merge, without validation. The machine may have been busy, so it does not show speed.
         settings: all settings of the method.
         versions: package -> version.
         chosen: for a grid, the setting that was measured.
         tried: for a grid, each setting -> its mean normalised metric on val, by which the choice was made.
+        size: numbers of values: ``"model"`` (one expert), ``"shared"`` (by all tasks), and ``"per_task"`` (what each
+            task has beside its private layers, which the expert has too). Empty if they are not known.
     """
 
     method: str
@@ -48,25 +53,39 @@ class Entry:
     source: str
     trained: str
     values: dict[str, float]
+    experts: str = ""
     seconds: float = 0.0
     settings: dict[str, object] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     chosen: str = ""
     tried: dict[str, float] = field(default_factory=dict)
+    size: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def read(cls, content: Mapping[str, Any]) -> Entry:
         """An entry of a file, with today's names of options."""
         entry = cls(**content)
-        entry.method, entry.chosen = current_name(entry.method), current_name(entry.chosen)
-        entry.tried = {current_name(setting): score for setting, score in entry.tried.items()}
         entry.settings = current_settings(entry.settings)
+        entry.method, entry.chosen = (canonical(name, entry.settings) for name in (entry.method, entry.chosen))
+        entry.tried = {canonical(setting, entry.settings): score for setting, score in entry.tried.items()}
         return entry
 
     @property
     def key(self) -> tuple[object, ...]:
         """Identifies an entry."""
-        return self.method, self.seed, self.samples, self.source, self.trained
+        return self.method, self.seed, self.samples, self.source, self.trained, self.experts
+
+    def replaces(self, other: Entry) -> bool:
+        """Whether another entry is out of date: the same row of the same experts, or of earlier ones.
+
+        Experts themselves are not: rows that were measured with earlier ones are compared with them.
+        """
+        same = self.key[:-1] == other.key[:-1]
+        return same and (self.method != EXPERT or self.experts == other.experts)
+
+    def share(self, what: str) -> float:
+        """A number of values, ``"shared"`` or ``"per_task"``, as a share of one model's; NaN if it is not known."""
+        return self.size[what] / self.size["model"] if self.size else math.nan
 
 
 @dataclass
@@ -98,6 +117,11 @@ class Row:
         """Standard deviation between seeds; 0 for a single seed."""
         return spread(self.scores)
 
+    @property
+    def per_task(self) -> float:
+        """Values that each task has beside its private layers, as a share of one model's; NaN if not known."""
+        return statistics.mean(entry.share("per_task") for entry in self.entries)
+
 
 class Results:
     """The entries of a suite in a JSON file, which is complete after each of them.
@@ -110,20 +134,38 @@ class Results:
 
     def __init__(self, suite: Suite, path: Path, split: str = "test") -> None:
         self.suite, self.path, self.split = suite, path, split
+        self._entries: list[Entry] = []
+        self._read: tuple[int, ...] = ()
 
     def entries(self) -> list[Entry]:
-        """All entries of the file."""
+        """All entries of the file but those of options that have been removed since."""
         file = self.path.with_suffix(".json")
-        return [Entry.read(entry) for entry in json.loads(file.read_text())["entries"]] if file.exists() else []
+        if not file.exists():
+            return []
+        state = (stat := file.stat()).st_mtime_ns, stat.st_size, stat.st_ino
+        if self._read != state:  # reading hundreds of names takes a second
+            stored = json.loads(file.read_text())["entries"]
+            self._entries = [Entry.read(entry) for entry in stored if not is_removed(entry["method"])]
+            self._read = state
+        return list(self._entries)
 
     def find(self, key: tuple[object, ...]) -> Entry | None:
         """The entry with a key."""
         return next((entry for entry in self.entries() if entry.key == key), None)
 
     def add(self, entry: Entry) -> None:
-        """Store an entry, and replace an earlier one with the same key. Several processes may do so at once."""
+        """Store an entry, and remove those that it replaces. Several processes may do so at once."""
         with locked(self.path):
-            entries = [other for other in self.entries() if other.key != entry.key] + [entry]
+            entries = [other for other in self.entries() if not entry.replaces(other)] + [entry]
+            used = {(each.seed, each.trained, each.experts) for each in entries if each.method != EXPERT}
+            newest = {(each.seed, each.trained): each.experts for each in entries if each.method == EXPERT}
+            entries = [
+                each
+                for each in entries
+                if each.method != EXPERT
+                or each.experts == newest[each.seed, each.trained]
+                or (each.seed, each.trained, each.experts) in used
+            ]
             content = {
                 "suite": self.suite.name,
                 "tasks": self.suite.tasks,
@@ -133,9 +175,13 @@ class Results:
             }
             write(self.path.with_suffix(".json"), json.dumps(content, indent=1, default=str) + "\n")
 
+    def newest(self, trained: str) -> dict[int, Entry]:
+        """Seed -> the entry of the experts that were measured last."""
+        return {entry.seed: entry for entry in self.entries() if entry.method == EXPERT and entry.trained == trained}
+
     def normalized(self, entry: Entry) -> list[float] | None:
         """The normalised metric of each task; ``None`` if the experts of this seed were not measured."""
-        expert = self.find((EXPERT, entry.seed, 0, "", entry.trained))
+        expert = self.find((EXPERT, entry.seed, 0, "", entry.trained, entry.experts))
         if expert is None:
             return None
         return [self.suite.normalized(value, expert.values[task]) for task, value in entry.values.items()]
@@ -144,9 +190,26 @@ class Results:
         """The mean normalised metric; NaN if there is none."""
         return self.suite.mean(values) if (values := self.normalized(entry)) else math.nan
 
-    def rows(self, trained: str) -> list[Row]:
-        """The merges of experts with the same training settings, best first."""
+    def rows(self, trained: str, earlier: bool = False) -> list[Row]:
+        """The merges of experts with the same training settings, best first.
+
+        Args:
+            trained: stands for these settings.
+            earlier: instead of merges of the newest experts, those of earlier experts, where no row of the newest ones
+                has the same label. No row mixes both.
+        """
+        newest = {seed: entry.experts for seed, entry in self.newest(trained).items()}
+        if any(newest.values()):  # experts without a digest are older than all others, whatever their seed
+            newest = {seed: digest or "none" for seed, digest in newest.items()}
         entries = [entry for entry in self.entries() if entry.trained == trained and entry.method != EXPERT]
+        rows = self._rows([entry for entry in entries if entry.experts == newest.get(entry.seed, entry.experts)])
+        if not earlier:
+            return rows
+        known = {(row.label, row.samples) for row in rows}
+        old = self._rows([entry for entry in entries if entry.experts != newest.get(entry.seed, entry.experts)])
+        return [row for row in old if (row.label, row.samples) not in known]
+
+    def _rows(self, entries: Sequence[Entry]) -> list[Row]:
         sources = {entry.source for entry in entries if entry.samples}
         usual = "val" if "val" in sources else next(iter(sources), "")
         grouped: dict[tuple[str, int], list[Entry]] = {}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter, signature
 from itertools import product
 from typing import Any
 
 import com_lightning as com
-from benchmarks.suites.renamed import current_name, is_removed
+from benchmarks.suites.calls import Call
+from benchmarks.suites.renamed import changed_since, current_name, is_removed
 from benchmarks.suites.suite import Suite
 from com_lightning import MergeError, MergingMethod
 
@@ -30,7 +32,7 @@ NAMES: dict[str, Callable[..., MergingMethod]] = {
     "karcher_mean": com.KarcherMean,
     "larv": com.LARV,
     "lot": com.LOT,
-    "one_sided": partial(com.ChainOfMerges, target="merged"),
+    "one_sided": partial(com.ChainOfMerges, target="merged", normalize=True, refit_heads=False),
     "refitted": com.Refitted,
     "regmean": com.RegMean,
     "regmean_plus_plus": com.RegMeanPlusPlus,
@@ -95,7 +97,7 @@ class Setting:
     """A rule with all its settings.
 
     Attributes:
-        name: the rule as it was listed. All settings of one grid share it.
+        name: the rule as it was listed, in its :func:`canonical` form. All settings of one grid share it.
         label: the rule and its settings.
         method: the rule.
     """
@@ -109,7 +111,7 @@ def read_settings(listed: str) -> list[Setting]:
     """Read a rule with its settings, like a call in Python; text needs no quotes, and a list of values makes a grid.
 
     Args:
-        listed: a name, or a name called with settings, which may be rules in the same form, without grids. Old names of
+        listed: a name, or a name called with settings. A rule within a rule is written in the same way. Old names of
             options are understood. Nothing is executed.
 
     Returns:
@@ -124,43 +126,68 @@ def read_settings(listed: str) -> list[Setting]:
         ['ties(density=0.1)', 'ties(density=0.2)']
     """
     listed = current_name(listed)
-    name = _plain(listed)
-    if name not in NAMES:
-        near = difflib.get_close_matches(name, NAMES, 1)
-        raise MergeError([f"there is no rule '{name}'{f'; did you mean {near[0]}?' if near else ''}"])
     if is_removed(listed):
         raise MergeError([f"{listed}: this option has been removed"])
     try:
-        options = _options(ast.parse(listed.strip(), mode="eval").body)
-        grid = [value if isinstance(value, list) else [value] for value in options.values()]
-        points = [dict(zip(options, values)) for values in product(*grid)]
-        return [Setting(_label(name, options), _label(name, point), _make(name, point)) for point in points]
+        call = Call.parse(listed)
+        grid = [value if isinstance(value, list) else [value] for value in call.options.values()]
+        points = [Call(call.rule, dict(zip(call.options, values))) for values in product(*grid)]
+        methods = [_make(point) for point in points]
+        return [Setting(str(_canonical(call)), str(_canonical(p)), method) for p, method in zip(points, methods)]
+    except MergeError:
+        raise
     except (SyntaxError, TypeError, ValueError) as error:
         raise MergeError([f"{listed}: {error}"]) from error
 
 
-def _options(call: ast.expr) -> dict[str, Any]:
-    if not isinstance(call, ast.Call):
-        return {}
-    if call.args or any(keyword.arg is None for keyword in call.keywords):
-        raise ValueError("settings are written as name=value")
-    return {str(keyword.arg): _value(keyword.value) for keyword in call.keywords}
+def canonical(name: str, settings: Mapping[str, Any] | None = None) -> str:
+    """The one name of a method: without settings that are defaults today, and in the order of the rule's signature.
+
+    Args:
+        name: a name as listed. What is not the name of a rule, such as ``expert``, is returned as it is.
+        settings: the stored settings of a measurement, if the name comes from one. Defaults may have changed since.
+
+    Example::
+
+        >>> canonical("ties(scale=[1, 2], density=0.2)")
+        'ties(scale=[1, 2])'
+    """
+    name = current_name(name)
+    if _plain(name) not in NAMES:
+        return name
+    call = Call.parse(name)
+    return str(_canonical(Call(call.rule, {**changed_since(call.rule, settings or {}), **call.options})))
 
 
-def _value(node: ast.expr) -> Any:
-    if isinstance(node, (ast.Name, ast.Call)):  # text without quotes, or a rule within the rule
-        return ast.unparse(node)
-    return [_value(element) for element in node.elts] if isinstance(node, ast.List) else ast.literal_eval(node)
+def _canonical(call: Call) -> Call:
+    parameters = _parameters(call.rule)
+    options = {}
+    for name in sorted(call.options, key=lambda name: list(parameters).index(name) if name in parameters else math.inf):
+        value = _with_rules(parameters.get(name), call.options[name])
+        if isinstance(value, Call):
+            value = _canonical(value)
+        if name not in parameters or value != parameters[name].default:
+            options[name] = value
+    return Call(call.rule, options)
 
 
-def _make(name: str, options: dict[str, Any]) -> MergingMethod:
-    rules = ("method", "matrices", "rest")
-    inner = {option: read_settings(value)[0].method for option, value in options.items() if option in rules}
-    return NAMES[name](**{**options, **inner})
+def _make(call: Call) -> MergingMethod:
+    if call.rule not in NAMES:
+        near = difflib.get_close_matches(call.rule, NAMES, 1)
+        raise MergeError([f"there is no rule '{call.rule}'{f'; did you mean {near[0]}?' if near else ''}"])
+    parameters = _parameters(call.rule)
+    values = {name: _with_rules(parameters.get(name), value) for name, value in call.options.items()}
+    return NAMES[call.rule](**{name: _make(v) if isinstance(v, Call) else v for name, v in values.items()})
 
 
-def _label(name: str, options: dict[str, Any]) -> str:
-    return f"{name}({', '.join(f'{option}={value}' for option, value in options.items())})" if options else name
+def _with_rules(parameter: Parameter | None, value: Any) -> Any:
+    """The value of a setting, with names of rules where a parameter takes a rule."""
+    takes_rule = parameter is not None and "MergingMethod" in str(parameter.annotation)
+    return Call(value) if takes_rule and isinstance(value, str) and value in NAMES else value
+
+
+def _parameters(rule: str) -> Mapping[str, Parameter]:
+    return signature(NAMES[rule]).parameters
 
 
 def settings_for(suite: Suite, methods: Sequence[str] | None = None) -> list[Setting]:

@@ -9,10 +9,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from benchmarks.suites.oracle import JOINT, train_jointly
@@ -23,8 +25,11 @@ from benchmarks.suites.tables import VAL_SAMPLES, show
 from com_lightning import ChainOfMergesCallback, MergeDataModule, MergingMethod
 from com_lightning.analysis.compare import reseeded
 from com_lightning.core.chain.options import ChainOptions
+from com_lightning.core.tensors.modules import matches_any, named_tensors
+from com_lightning.results.report import MergeReport
 from com_lightning.validation import quiet_lightning
 
+Batches = dict[tuple[str, str], list[Any]]  # (split, task) -> batches to measure on
 CALIBRATION_BATCH = 32  # decides how much memory paused forwards need; AdaMerging takes one step per batch
 
 
@@ -84,6 +89,9 @@ def run(
 class _Bench:
     """The experts of one seed, with the measurements of them and of their merges.
 
+    Rows and experts are compared by the digest of the experts' weights, so experts are loaded even if nothing is
+    missing.
+
     Attributes:
         choices: the results of all settings of grids on val.
     """
@@ -99,18 +107,31 @@ class _Bench:
         """The experts, loaded or trained when they are first needed."""
         return self.suite.load(self.seed)
 
+    @cached_property
+    def _task_data(self) -> dict[str, LightningDataModule]:
+        return {task: self.suite.data(task) for task in self.suite.tasks}
+
+    @cached_property
+    def _batches(self) -> Batches:
+        return {}
+
     def measure_experts(self, results: Results) -> None:
         """Measure the experts, with which all merges are compared."""
         entry = self._entry(EXPERT)
-        if not results.find(entry.key):
-            entry.values = evaluate(self.suite, self.loaded.experts, self._data(1), results.split)
-            self._keep(results, entry)
+        if earlier := results.find(entry.key):
+            newest = results.newest(entry.trained).get(self.seed)
+            if newest is not None and newest.experts != entry.experts:  # as after the cache was put back
+                results.add(earlier)
+            return
+        entry.values = evaluate(self.suite, self.loaded.experts, self._data(1), results.split, self._batches)
+        self._keep(results, entry)
 
     def measure_oracle(self, results: Results) -> None:
         """Measure joint training, which no merge can be expected to beat."""
         entry = self._entry(JOINT)
         if not results.find(entry.key) or self.again:
-            entry.values = evaluate(self.suite, train_jointly(self.suite, self.seed), self._data(1), results.split)
+            modules = train_jointly(self.suite, self.seed, self.loaded)
+            entry.values = evaluate(self.suite, modules, self._data(1), results.split, self._batches)
             self._keep(results, entry)
 
     def measured(self, results: Results, name: str, settings: Sequence[Setting], samples: int) -> Entry:
@@ -134,18 +155,20 @@ class _Bench:
         data = self._data(samples, 1 if "loss" in method.needs else CALIBRATION_BATCH)
         merger = merge(self.suite, self.loaded, data, method, self.seed)
         entry.seconds, entry.settings = round(merger.report.seconds, 2), method.describe()
+        entry.size = sizes(self.suite, merger.report, self.loaded.experts)
         held_out = results.split == entry.source == "val"
-        entry.values = evaluate(self.suite, merger.modules, data, results.split, held_out)
+        batches = {} if held_out else self._batches
+        entry.values = evaluate(self.suite, merger.modules, data, results.split, batches, held_out)
         self._keep(results, entry)
         return entry
 
     def _entry(self, name: str, samples: int = 0, source: str = "") -> Entry:
-        return Entry(
-            name, self.seed, samples, source, self.suite.folder(self.seed).parent.name, {}, versions=versions()
-        )
+        trained, digest = self.suite.folder(self.seed).parent.name, self.loaded.digest
+        return Entry(name, self.seed, samples, source, trained, {}, digest, versions=versions())
 
     def _data(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> MergeDataModule:
-        data = self.suite.merge_data(samples, self.seed, split=self.source, batch_size=batch_size)
+        options = {"split": self.source, "batch_size": batch_size, "holdout": False}
+        data = MergeDataModule(self._task_data, samples, seed=self.seed, **options)
         data.setup("validate")
         for task, task_data in data.tasks.items():
             if (there := len(getattr(task_data, f"{self.source}_dataloader")().dataset)) < samples:
@@ -188,6 +211,7 @@ def evaluate(
     modules: Mapping[str, LightningModule],
     data: MergeDataModule,
     split: str,
+    batches: Batches,
     held_out: bool = False,
 ) -> dict[str, float]:
     """Measure each task's module on a split; on val, on the first :data:`VAL_SAMPLES` samples.
@@ -197,6 +221,7 @@ def evaluate(
         modules: task -> module.
         data: the data of all tasks.
         split: ``"test"`` or ``"val"``.
+        batches: the batches of earlier calls, which are kept there.
         held_out: whether to leave out samples of val that were used for calibration.
 
     Returns:
@@ -204,21 +229,42 @@ def evaluate(
     """
     values = {}
     for task, module in tqdm(modules.items(), desc="testing", leave=False):
-        task_data = data.tasks[task]
-        task_data.setup("test" if split == "test" else "validate")
-        loader = task_data.test_dataloader() if split == "test" else task_data.val_dataloader()
-        if held_out:
-            loader = (
-                MergeDataModule(data.tasks, data.num_samples, "val", holdout=True, seed=data.seed)
-                .task(task, prepared=True)
-                .val_dataloader()
-            )
+        if (split, task) not in batches:
+            batches[split, task] = _read_batches(data, task, split, held_out)
         with quiet_lightning():
-            trainer = _trainer(limit_val_batches=max(VAL_SAMPLES // loader.batch_size, 1))
+            trainer = _trainer()
             measure = trainer.test if split == "test" else trainer.validate
+            loader = DataLoader(batches[split, task], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
             logged = measure(module, dataloaders=loader, verbose=False)[0]
         values[task] = float(logged[f"{split}_{suite.metric}"])
     return values
+
+
+def _read_batches(data: MergeDataModule, task: str, split: str, held_out: bool) -> list[Any]:
+    task_data = data.tasks[task]
+    task_data.setup("test" if split == "test" else "validate")
+    if split == "test":
+        return list(task_data.test_dataloader())
+    loader = task_data.val_dataloader()
+    if held_out:
+        others = MergeDataModule(data.tasks, data.num_samples, "val", holdout=True, seed=data.seed)
+        loader = others.task(task, prepared=True).val_dataloader()
+    return list(islice(loader, max(VAL_SAMPLES // loader.batch_size, 1)))
+
+
+def sizes(suite: Suite, report: MergeReport, experts: Mapping[str, LightningModule]) -> dict[str, int]:
+    """How many values a merge consists of, see :class:`~benchmarks.suites.results.Entry`."""
+    counts = dict(report.sizes)
+    private, corrections = counts.pop("private", 0), counts.pop("correction", 0)
+    heads = sum(
+        tensor.numel()
+        for expert in experts.values()
+        for name, tensor, _ in named_tensors(expert)
+        if matches_any(name, suite.private)
+    )
+    shared, per_task = sum(counts.values()), (private - heads) // len(experts)
+    model = shared + per_task + heads // len(experts)
+    return {"model": model, "shared": shared, "per_task": per_task + corrections // len(experts)}
 
 
 def _is_of(entry: Entry, settings: Sequence[Setting], seed: int) -> bool:

@@ -10,8 +10,8 @@ import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,7 +20,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer, see
 from lightning.pytorch.callbacks import TQDMProgressBar
 
 from benchmarks.suites.packages import cache_folder
-from com_lightning import MergeDataModule
+from benchmarks.suites.splits import SplitData
 from com_lightning.validation import quiet_lightning
 
 
@@ -51,6 +51,16 @@ class Experts:
     base: LightningModule
     experts: dict[str, LightningModule] = field(default_factory=dict)
 
+    @cached_property
+    def digest(self) -> str:
+        """Stands for all weights: other experts have another digest, though they were trained in the same way."""
+        digest = hashlib.blake2b(digest_size=6)
+        for module in (self.base, *self.experts.values()):
+            for name, tensor in module.state_dict().items():
+                digest.update(name.encode())
+                digest.update(tensor.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
+
 
 class Suite(ABC):
     """Tasks, their experts and their data.
@@ -59,6 +69,7 @@ class Suite(ABC):
 
     Attributes:
         name: name of the suite, its files and its command.
+        title: what it is called in tables and pictures.
         tasks: the tasks, in the order of tables.
         metric: logged by ``test_step`` as ``test_<metric>`` and by ``validation_step`` as ``val_<metric>``.
         lower_is_better: whether the metric is a perplexity rather than an accuracy.
@@ -70,6 +81,7 @@ class Suite(ABC):
     """
 
     name: ClassVar[str]
+    title: ClassVar[str]
     tasks: ClassVar[Sequence[str]]
     metric: ClassVar[str] = "acc"
     lower_is_better: ClassVar[bool] = False
@@ -92,12 +104,20 @@ class Suite(ABC):
         """The expert of a task before it is trained: the base with a fresh head."""
 
     @abstractmethod
-    def data(self, task: str) -> LightningDataModule:
+    def data(self, task: str) -> SplitData:
         """The train, val and test data of a task."""
 
     def expert_recipe(self, task: str) -> Recipe:
         """How the expert of a task is trained."""
         return self.recipe
+
+    def joint_recipe(self) -> Recipe:
+        """How one model is trained on all tasks. A step has a batch of this size from each task.
+
+        By default there are as many steps as in the longest training of an expert, and batches of the same size, so
+        that no task gets less training than its expert.
+        """
+        return replace(self.recipe, steps=max(self.expert_recipe(task).steps for task in self.tasks))
 
     def settings(self) -> dict[str, Any]:
         """Everything that trained modules depend on, in plain values; other settings use another folder."""
@@ -125,10 +145,6 @@ class Suite(ABC):
             trained_or_kept(expert, partial(self.data, task), self.expert_recipe(task), path, seed)
             experts.experts[task] = expert
         return experts
-
-    def merge_data(self, samples: int, seed: int, **options: Any) -> MergeDataModule:
-        """The data of all tasks; see :class:`~com_lightning.MergeDataModule`."""
-        return MergeDataModule({task: self.data(task) for task in self.tasks}, samples, seed=seed, **options)
 
     def normalized(self, value: float, expert: float) -> float:
         """The share of the expert's performance that is left: 1 is as good as the expert, more is better."""

@@ -7,10 +7,11 @@ import shlex
 import statistics
 from collections.abc import Iterator, Sequence
 
+from benchmarks.suites.calls import Call
 from benchmarks.suites.oracle import JOINT
-from benchmarks.suites.pictures import draw_bars, draw_samples
-from benchmarks.suites.renamed import is_removed
-from benchmarks.suites.results import EXPERT, Entry, Results, Row, locked, spread, write
+from benchmarks.suites.pictures import draw_bars, draw_samples, draw_size
+from benchmarks.suites.results import Entry, Results, Row, locked, spread, write
+from benchmarks.suites.size import lines, series, size_table
 from com_lightning.results.tables import table
 
 MAIN_SAMPLES = 256  # the number of calibration samples in the main table, if there are several
@@ -28,6 +29,8 @@ def show(results: Results, trained: str) -> str:
         if several := _by_samples(rows):
             average = next((row for row in main if row.label == "average"), None)
             draw_samples(results, several, average)
+        if by_size := series(main):
+            draw_size(results, by_size, lines(main))
     return text
 
 
@@ -51,13 +54,14 @@ def _by_samples(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
 def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]:
     suite, main, several = results.suite, _main(rows), _by_samples(rows)
     lower = suite.lower_is_better
-    experts = [entry for entry in results.entries() if entry.method == EXPERT and entry.trained == trained]
+    earlier = _main(results.rows(trained, earlier=True))
+    experts = list(results.newest(trained).values())
     entries = [entry for row in rows for entry in row.entries]
     what = "experts' perplexity / merged" if lower else "merged accuracy / expert's"
     sources = " or ".join(sorted({entry.source for row in main for entry in row.entries if entry.samples}))
     number = next((row.samples for row in main if row.samples), 0)
     calibrated = f"{number} calibration samples a task from {sources}" if number else "no calibration data"
-    yield f"# {suite.name}"
+    yield f"# {suite.title}"
     yield (
         f"Normalised ({what}, %) on {results.split} data, {calibrated}; mean over seeds of base, experts, sample and "
         "random choices, best first; spread: the standard deviation of the mean over tasks between seeds."
@@ -73,17 +77,33 @@ def _parts(results: Results, trained: str, rows: Sequence[Row]) -> Iterator[str]
             "rule was not calibrated on. Only the chosen setting was measured on test."
         )
         yield _chosen(main)
-    if removed := sorted({row.label for row in rows if is_removed(row.label)}):
-        yield f"Rows with options that have been removed since: {', '.join(f'`{label}`' for label in removed)}."
     if several:
         yield "By calibration samples a task (mean normalised, %, ± spread):"
         yield _samples(several)
+    if by_size := series(main):
+        yield (
+            "Accuracy against size. A task has the shared model, and its own values: biases, norms and corrections. "
+            "Its head, which its expert has too, is not counted. All tasks: shared values and those of all tasks, as a "
+            f"share of {len(suite.tasks)} experts."
+        )
+        yield size_table(by_size, lines(main))
     yield "Perplexity:" if lower else "Accuracy (%):"
     yield _absolute(results, experts, main)
+    if earlier:
+        yield (
+            "Measured earlier, with experts of another run of the same training, and normalised by these experts. Rows "
+            "of this table and of those above differ by the experts too:"
+        )
+        yield _relative(results, earlier)
     for command in _commands(results, rows, sorted({entry.seed for entry in experts})):
         yield f"`{command}`"
-    versions = sorted({", ".join(f"{k} {v}" for k, v in e.versions.items()) for e in [*experts, *entries]})
-    yield f"{'; '.join(versions)}. Trained as `{trained}`."
+    yield f"{_versions([*experts, *entries])}. Trained as `{trained}`."
+    if earlier:
+        yield f"Measured earlier: {_versions([entry for row in earlier for entry in row.entries])}."
+
+
+def _versions(entries: Sequence[Entry]) -> str:
+    return "; ".join(sorted({", ".join(f"{k} {v}" for k, v in entry.versions.items()) for entry in entries}))
 
 
 def _relative(results: Results, rows: Sequence[Row]) -> str:
@@ -113,7 +133,11 @@ def _chosen(rows: Sequence[Row]) -> str:
     seeds = sorted({entry.seed for row in grids for entry in row.entries})
     lines = [["chosen on val (mean normalised there, %)", "of", *(f"seed {seed}" for seed in seeds)]]
     for row in grids:
-        by_seed = {e.seed: f"`{e.chosen}` ({100 * e.tried[e.chosen]:.1f})" for e in row.entries}
+        grid = Call.parse(row.entries[0].method).grid
+        by_seed = {
+            e.seed: f"`{', '.join(f'{name}={e.settings.get(name)}' for name in grid)}` ({100 * e.tried[e.chosen]:.1f})"
+            for e in row.entries
+        }
         lines.append([row.label, str(len(row.entries[0].tried)), *(by_seed.get(seed, "") for seed in seeds)])
     return table(lines)
 
@@ -146,7 +170,7 @@ def _commands(results: Results, rows: Sequence[Row], seeds: Sequence[int]) -> It
     numbers: dict[tuple[str, str], set[int]] = {}
     entries = [entry for row in rows for entry in row.entries]
     oracle = ["--oracle"] * any(entry.method == JOINT for entry in entries)
-    for entry in (entry for entry in entries if entry.method != JOINT and not is_removed(entry.method)):
+    for entry in (entry for entry in entries if entry.method != JOINT):
         numbers.setdefault((entry.source, entry.method), set()).update([entry.samples] if entry.samples else [])
     groups: dict[tuple[str, tuple[int, ...]], list[str]] = {}
     for (source, method), own in numbers.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, cast
 
-from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch import LightningModule
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -98,6 +98,7 @@ class Texts6(Suite):
     """The tasks with all weights fine-tuned."""
 
     name = "texts6"
+    title = "Six text tasks, MiniLM"
     tasks = tuple(CLASSES)
     recipe = Recipe(steps=200, batch_size=16, learning_rate=1e-4, warmup=0.1)
     rank = 0
@@ -108,7 +109,7 @@ class Texts6(Suite):
     def expert_module(self, task: str, base: LightningModule) -> LightningModule:
         return TextClassifier(CLASSES[task], self.rank, **self.expert_recipe(task).optimizer())
 
-    def data(self, task: str) -> LightningDataModule:
+    def data(self, task: str) -> TextData:
         return TextData(task, self.expert_recipe(task).batch_size)
 
     def settings(self) -> dict[str, Any]:
@@ -119,6 +120,7 @@ class Lora6(Texts6):
     """The tasks with LoRA adapters; the heads are trained beside them."""
 
     name = "lora6"
+    title = "Six text tasks, LoRA adapters of MiniLM"
     version = 2
     recipe = Recipe(steps=200, batch_size=16, learning_rate=1e-3, warmup=0.1)
     rank = 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,9 +17,12 @@ from torch.utils.data import TensorDataset
 from benchmarks.suites import SUITES, ablation, make_suite
 from benchmarks.suites.__main__ import main
 from benchmarks.suites.results import Entry, Results
+from benchmarks.suites.rules import canonical, read_settings
+from benchmarks.suites.size import series
 from benchmarks.suites.splits import SplitData
 from benchmarks.suites.suite import Experts, Recipe, Suite
 from benchmarks.suites.tables import show
+from com_lightning import TIES, MergeError, Refitted
 
 
 class Point(LightningModule):
@@ -50,7 +54,7 @@ class PointData(SplitData):
 class Points(Suite):
     """Two tasks whose experts are at 1, the base being at 0: task arithmetic is at twice its scale."""
 
-    name = "points"
+    name = title = "points"
     tasks = ("a", "b")
     private = ()
     recipe = Recipe(1, 1, 1.0)
@@ -106,7 +110,7 @@ def test_a_setting_is_chosen_on_val(points: list[tuple[str, float, int]], tmp_pa
     assert _counted(points)["val", 0.8] == 100 + 2 * 1000  # a batch is validated by the merge itself
     table = (tmp_path / "out.md").read_text()
     assert "| task_arithmetic(scale=val) " in table
-    assert "`task_arithmetic(scale=0.2)` (160.0)" in table
+    assert "`scale=0.2` (160.0)" in table
     assert shlex.quote(LISTED) in table
 
 
@@ -216,13 +220,12 @@ def test_numbers_of_samples_have_a_table(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("points")
-def test_old_names_of_options_are_understood_and_removed_options_said(tmp_path: Path) -> None:
-    old = ("chain(refit_private=True, balance=worst)", "chain(perturbed_copies=1)")
+def test_old_names_of_options_are_understood_and_removed_options_left_out(tmp_path: Path) -> None:
+    old = ("chain(private_biases=True, balance=worst)", "chain(perturbed_copies=1)")
     results = _results(tmp_path, {(name, 0, 256): 0.5 for name in old})
     table = show(results, results.entries()[0].trained)
-    assert "| chain(refit_heads=True, balance=True) " in table
-    assert "removed since: `chain(perturbed_copies=1)`." in table
-    assert "perturbed_copies" not in next(line for line in table.splitlines() if line.startswith("`python"))
+    assert "| chain(private_biases=True, balance=True) " in table
+    assert "perturbed_copies" not in table
 
 
 @pytest.mark.usefixtures("points")
@@ -233,7 +236,91 @@ def test_an_ablation_has_a_column_for_each_suite(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(ablation, "SUITES", {"points": "", "other": ""})
     monkeypatch.setattr(ablation, "make_suite", lambda name: make_suite("points"))
     table = ablation.ablation(tmp_path)
-    assert _methods(table) == [["average", "residual (the default)", "joint training"]]
+    assert _methods(table) == [["average", "chain (the default)", "joint training"]]
     assert "| 60.0 ± 14.1 (2) |     - |" in table
     assert (tmp_path / "ablation.md").read_text() == table
     assert (tmp_path / "ablation.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("listed", "expected"),
+    [
+        ("ties(scale=[1, 2], density=0.2)", "ties(scale=[1, 2])"),
+        ("refitted(ridge=0.5, method=ties(density=0.3, scale=1))", "refitted(method=ties(density=0.3), ridge=0.5)"),
+        ("combined(rest=average, matrices=tsvm)", "combined(matrices=tsvm, rest=average)"),
+        ("joint training", "joint training"),
+    ],
+)
+def test_a_method_has_one_name(listed: str, expected: str) -> None:
+    assert canonical(listed) == expected
+    assert canonical(expected) == expected
+
+
+def test_rules_within_rules_have_settings() -> None:
+    (setting,) = read_settings("refitted(method=ties(density=0.3))")
+    assert isinstance(setting.method, Refitted)
+    assert isinstance(setting.method.method, TIES)
+    assert setting.method.method.density == 0.3
+    with pytest.raises(MergeError, match="did you mean ties"):
+        read_settings("refitted(method=tees(density=0.3))")
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("heads", [{"refit_private": True}, {"refit_heads": False}, {}])
+def test_an_old_row_has_the_name_that_means_its_settings_today(normalize: bool, heads: Mapping[str, bool]) -> None:
+    """Whatever the defaults are today, the name makes a rule with the settings of the measurement."""
+    stored = {"class": "ChainOfMerges", "normalize": normalize, **heads, "balance": "worst"}
+    entry = Entry.read({**asdict(Entry("chain(balance=worst)", 0, 256, "val", "", {})), "settings": stored})
+    (setting,) = read_settings(entry.method)
+    assert setting.label == entry.method
+    options = setting.method.options
+    assert options is not None
+    assert (options.normalize, options.refit_heads) == (normalize, any(heads.values()))
+    assert options.balance
+
+
+@pytest.mark.usefixtures("points")
+def test_results_of_other_experts_are_kept_apart(tmp_path: Path) -> None:
+    results = _results(tmp_path, {("chain", 0, 256): 0.5, ("chain", 1, 256): 0.5, ("ties", 0, 0): 0.4})
+    trained = results.entries()[0].trained
+    results.add(Entry("expert", 0, 0, "", trained, dict.fromkeys("ab", 0.8), "anew"))
+    results.add(Entry("chain", 0, 256, "val", trained, dict.fromkeys("ab", 0.6), "anew"))
+    assert [(row.label, row.scores) for row in results.rows(trained)] == [("chain", [pytest.approx(0.75)])]
+    (old,) = results.rows(trained, earlier=True)
+    assert (old.label, old.scores) == ("ties", [0.4])  # compared with its own expert
+    table = show(results, trained)
+    above, _, below = table.partition("Measured earlier, with experts of another run")
+    assert "| ties " in below
+    assert "| ties " not in above
+    results.add(Entry("ties", 0, 0, "", trained, dict.fromkeys("ab", 0.2), "anew"))
+    assert not results.rows(trained, earlier=True)
+    old_experts = [entry.seed for entry in results.entries() if entry.method == "expert" and not entry.experts]
+    assert old_experts == [1]  # nothing is compared with the other one any more
+
+
+@pytest.mark.usefixtures("points")
+def test_tables_need_no_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    results = _results(tmp_path, {("ties", 0, 0): 0.4})
+    monkeypatch.setattr(Points, "load", lambda *_: pytest.fail("experts are not needed"))
+    main(["points", "--tables", "--output", str(results.path)])
+    assert "| ties " in results.path.with_suffix(".md").read_text()
+
+
+def test_accuracy_is_shown_against_size(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    suite, results = make_suite("points"), Results(make_suite("points"), tmp_path / "out")
+    trained = suite.folder(0).parent.name
+    results.add(Entry("expert", 0, 0, "", trained, dict.fromkeys("ab", 1.0)))
+    for name, own, value in (("chain", 0, 0.5), ("chain(task_rank=8)", 40, 0.9), ("chain(task_rank=1)", 5, 0.7)):
+        size = {"model": 1000, "shared": 1000, "per_task": own}
+        results.add(Entry(name, 0, 256, "val", trained, dict.fromkeys("ab", value), size=size))
+    found = series(results.rows(trained))
+    assert {name: [row.mean for row in rows] for name, rows in found.items()} == {"chain": [0.5, 0.7, 0.9]}
+    table = show(results, trained)
+    (line,) = (line for line in table.splitlines() if line.startswith("| chain, rank 8 "))
+    assert [cell.strip() for cell in line.split("|")][2:5] == ["4.00", "54.0", "90.0"]
+    assert (tmp_path / "out-size.png").stat().st_size > 1000
+
+
+def test_a_row_knows_its_size(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
+    main(["points", "--seeds", "0", "--output", str(tmp_path / "out"), "--methods", "average"])
+    assert _entries(tmp_path / "out.json")["average", 0]["size"] == {"model": 1000, "shared": 1000, "per_task": 0}

@@ -1,0 +1,73 @@
+"""Accuracy against size: rules that give each task a correction of low rank, grouped by everything but the rank."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from benchmarks.suites.calls import Call
+from benchmarks.suites.labels import short
+from benchmarks.suites.oracle import JOINT
+from benchmarks.suites.results import Row
+from benchmarks.suites.rules import NAMES, canonical
+from com_lightning.results.tables import table
+
+_SIZES = ("task_rank", "rank", "task_share", "share")
+"""Settings that say how large corrections are."""
+
+
+def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows with corrections, by rule: name -> rows, from small to large.
+
+    A series begins with the same rule without corrections, if it was measured: with private biases, or as one model.
+    """
+    by_label = {row.label: row for row in rows}
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        call = _call(row.label)
+        options = {name: value for name, value in call.options.items() if name not in _SIZES} if call else {}
+        if call is None or len(options) == len(call.options) or not row.per_task >= 0:
+            continue
+        rest = Call(call.rule, options)
+        name = short(str(rest))
+        if name not in found:
+            starts = [rest, Call(call.rule, {**options, "private_biases": True})] if call.rule == "chain" else []
+            known = [by_label.get(canonical(str(start))) for start in starts]
+            found[name] = [start for start in known if start is not None and start.per_task >= 0]
+        found[name].append(row)
+    return {name: sorted(each, key=lambda row: row.per_task) for name, each in found.items()}
+
+
+def lines(rows: Sequence[Row]) -> list[Row]:
+    """What the series are compared with: joint training, and the chain as one model."""
+    return [row for row in rows if row.label in (JOINT, canonical("chain"))]
+
+
+def size_table(found: Mapping[str, Sequence[Row]], compared: Sequence[Row]) -> str:
+    """One line for each row, from small to large."""
+    cells = [["rule", "values a task (% of the model)", "all tasks (% of the experts)", "mean normalised (%)", "seeds"]]
+    for row in compared:
+        size = ["-", "-"] if row.label == JOINT else _sizes(row)
+        cells.append([short(row.label), *size, _mean(row), str(len(row.scores))])
+    for name, rows in found.items():
+        cells += [[_name(name, row), *_sizes(row), _mean(row), str(len(row.scores))] for row in rows]
+    return table(cells)
+
+
+def _call(label: str) -> Call | None:
+    return Call.parse(label) if label.partition("(")[0] in NAMES and ", samples of " not in label else None
+
+
+def _name(series_name: str, row: Row) -> str:
+    call = _call(row.label)
+    sizes = [f"{n.removeprefix('task_')} {v}" for n, v in call.options.items() if n in _SIZES] if call else []
+    return ", ".join([series_name, *sizes]) if sizes else short(row.label)
+
+
+def _sizes(row: Row) -> list[str]:
+    per_task, tasks = row.per_task, len(row.entries[0].values)
+    shared = sum(entry.share("shared") for entry in row.entries) / len(row.entries)
+    return [f"{100 * per_task:.2f}", f"{100 * (shared / tasks + per_task):.1f}"]
+
+
+def _mean(row: Row) -> str:
+    return f"{100 * row.mean:.1f}" + (f" ± {100 * row.spread:.1f}" if len(row.scores) > 1 else "")
