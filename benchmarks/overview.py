@@ -8,27 +8,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from benchmarks.suites import make_suite
-from benchmarks.suites.ablation import ROWS
-from benchmarks.suites.pictures import GREY, WITH_DATA, WITHOUT
-from benchmarks.suites.results import Results
+from benchmarks.suites.ablation import main_rows
+from benchmarks.suites.overview import best_without_data
+from benchmarks.suites.pictures import GREY
+from benchmarks.suites.pictures import colour as bar_colour
+from benchmarks.suites.rules import canonical
 from benchmarks.suites.tables import MAIN_SAMPLES
 
 SUITE = "images8"
 AS_THEY_ARE = {
     "average": "average",
-    "best of ten rules without data": "",
+    "best of the rules without data": "",
     "RegMean": "regmean",
     "RegMean++": "regmean_plus_plus",
-    "chain": "chain",
-    "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=True)",
+    "chain": "chain(refit_heads=False)",
 }
 REFITTED = {
     "RegMean": "refitted(method=regmean)",
     "RegMean++": "refitted(method=regmean_plus_plus)",
-    "chain": "chain(refit_heads=True)",
-    "… with sensitivity, balance": "chain(sensitivity=probabilities, refit_heads=True, balance=True)",
-    "… and private biases": "chain(sensitivity=probabilities, private_biases=True, refit_heads=True, balance=True)",
+    "chain (the default)": "chain",
+    "… with sensitivity, balance": "chain(sensitivity=probabilities, balance=True)",
+    "chain, adapters of rank 2": "chain(task_rank=2)",
+    "chain, adapters of rank 8": "chain(task_rank=8)",
 }
 """Bar -> method: with the experts' heads, and with heads that are solved for the merged model."""
 TASKS = ("#4c72b0", "#dd8452", "#55a868")
@@ -76,18 +77,17 @@ def _scheme(axes: Axes) -> None:
 
 
 def _bars(axes: Axes, folder: Path) -> None:
-    suite = make_suite(SUITE)
-    measured = Results(suite, folder / SUITE).rows(suite.folder(0).parent.name)
-    rows = {row.label: row for row in measured if row.samples in (0, MAIN_SAMPLES)}
-    free = [row for row in measured if row.samples == 0 and row.label not in (*ROWS.values(), "expert")]
+    rows = main_rows(folder)[SUITE]
     groups = (AS_THEY_ARE, "heads as they are"), (REFITTED, "heads refitted")
     position, places, labels = 0.0, list[float](), list[str]()
     for bars, what in groups:
         axes.text(-2, position, what, ha="right", va="center", fontsize=9, fontweight="bold")
         for label, method in bars.items():
             position += 1
-            row = rows[method] if method else max(free, key=lambda row: row.mean)
-            colour = GREY if method == "average" else WITH_DATA if method else WITHOUT
+            row = rows.get(canonical(method)) if method else best_without_data(rows)
+            if row is None:
+                raise SystemExit(f"{SUITE} was not measured with {method or 'any rule without data'}")
+            colour = GREY if method == "average" else bar_colour(row)
             axes.barh(position, 100 * row.mean, xerr=100 * row.spread, color=colour, height=0.72, error_kw={"lw": 1})
             axes.text(100 * (row.mean + row.spread) + 1.5, position, f"{100 * row.mean:.0f}", va="center", fontsize=8.5)
             places.append(position)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 from benchmarks.suites.calls import Call
@@ -43,11 +44,12 @@ BASE = Call("task_arithmetic", {"scale": 0})
 """The base, as a rule: task arithmetic at a scale of 0."""
 
 
-def short(name: str) -> str:
+def short(name: str, ranks: bool = True) -> str:
     """The short name of a method.
 
     Args:
         name: its canonical name, or the label of its row. What is not the name of a rule is returned as it is.
+        ranks: whether a rule whose corrections have a rank is named with it, also if that is the default.
 
     Example::
 
@@ -57,24 +59,33 @@ def short(name: str) -> str:
         'TIES, tuned, heads refitted'
     """
     text, comma, rest = name.partition(", samples of ")
-    return _short(Call.parse(text)) + comma + rest if text.partition("(")[0] in NAMES else name
+    return _short(Call.parse(text), ranks) + comma + rest if text.partition("(")[0] in NAMES else name
 
 
-def _short(call: Call) -> str:
+def with_rank(call: Call) -> Mapping[str, Any]:
+    """The settings of a call, with the rank of ``task_adapters`` also where it is the default."""
+    if call.rule != "task_adapters":
+        return call.options
+    return {"rank": signature(NAMES[call.rule]).parameters["rank"].default, **call.options}
+
+
+def _short(call: Call, ranks: bool = True) -> str:
     if call == BASE:
         return "base"
-    options = dict(call.options)
+    options = dict(with_rank(call) if ranks else call.options)
     if call.rule in ("refitted", "task_adapters"):
         inner = options.pop("method", "chain")
-        parts = [_short(inner if isinstance(inner, Call) else Call(inner))]
+        parts = [_short(inner if isinstance(inner, Call) else Call(inner), ranks)]
     else:
         parts = [_RULES.get(call.rule, call.rule.replace("_", " "))]
     if call.rule == "refitted":
         options["refit_heads"] = True
     if call.rule == "task_adapters" and options.get("data", True):
-        parts.append("solved")
+        parts.append("corrections")
     tuned = [name for name, value in options.items() if value == "val" or isinstance(value, list)]
     parts += ["tuned"] * bool(tuned)
+    # How corrections are made comes before their rank.
+    options = dict(sorted(options.items(), key=lambda option: option[0] != "data"))
     parts += [_option(name, value) for name, value in options.items() if name not in tuned]
     return ", ".join(parts)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from benchmarks.suites.calls import Call
-from benchmarks.suites.labels import short
+from benchmarks.suites.labels import short, with_rank
 from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.results import Row
 from benchmarks.suites.rules import NAMES, canonical
@@ -18,19 +19,18 @@ _SIZES = ("task_rank", "rank", "task_share", "share")
 def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     """The rows with corrections, by rule: name -> rows, from small to large.
 
-    A series begins with the same rule without corrections, if it was measured: with private biases, or as one model.
+    A series begins with the same rule without corrections, if it was measured: as one model, and with private biases.
     """
     by_label = {row.label: row for row in rows}
     found: dict[str, list[Row]] = {}
     for row in rows:
         call = _call(row.label)
-        options = {name: value for name, value in call.options.items() if name not in _SIZES} if call else {}
-        if call is None or len(options) == len(call.options) or not row.per_task >= 0:
+        if call is None or not _size_settings(call) or not row.per_task >= 0:
             continue
-        rest = Call(call.rule, options)
-        name = short(str(rest))
+        rest = _without_size(call)
+        name = short(str(rest), ranks=False)
         if name not in found:
-            starts = [rest, Call(call.rule, {**options, "private_biases": True})] if call.rule == "chain" else []
+            starts = [rest, Call(rest.rule, {**rest.options, "private_biases": True})] if rest.rule == "chain" else []
             known = [by_label.get(canonical(str(start))) for start in starts]
             found[name] = [start for start in known if start is not None and start.per_task >= 0]
         found[name].append(row)
@@ -57,9 +57,22 @@ def _call(label: str) -> Call | None:
     return Call.parse(label) if label.partition("(")[0] in NAMES and ", samples of " not in label else None
 
 
+def _without_size(call: Call) -> Call:
+    options = {n: _without_size(v) if isinstance(v, Call) else v for n, v in call.options.items() if n not in _SIZES}
+    return Call(call.rule, options)
+
+
+def _size_settings(call: Call) -> dict[str, Any]:
+    """The settings of a rule, and of the rules within it, that say how large corrections are."""
+    inner = [_size_settings(value) for value in call.options.values() if isinstance(value, Call)]
+    settings = {name: value for each in inner for name, value in each.items()}
+    return {**settings, **{name: value for name, value in with_rank(call).items() if name in _SIZES}}
+
+
 def _name(series_name: str, row: Row) -> str:
     call = _call(row.label)
-    sizes = [f"{n.removeprefix('task_')} {v}" for n, v in call.options.items() if n in _SIZES] if call else []
+    settings = _size_settings(call) if call else {}
+    sizes = [f"{name.removeprefix('task_')} {value}" for name, value in settings.items()]
     return ", ".join([series_name, *sizes]) if sizes else short(row.label)
 
 
