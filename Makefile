@@ -45,7 +45,8 @@ bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.speed
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
 
-# Many hours: training, then every rule, also with settings chosen on val. `make bench-lm4` runs one suite, and
+# `make -j2 bench-suites ARGS="--seeds 0 --methods ablation adapters --oracle"` measures the main rows of one seed, two
+# suites at a time, each on one core. Many hours without arguments: training, then every rule, also with settings chosen on val. `make bench-lm4` runs one suite, and
 # `make bench-lm4 ARGS="--seeds 0 --methods chain"` some of it. What is trained, and what is measured already, is kept.
 bench-suites: $(SUITES:%=bench-%)
 

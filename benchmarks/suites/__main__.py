@@ -4,15 +4,43 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.suites import SUITES, make_suite
+from benchmarks.suites.ablation import ROWS
+from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.packages import CACHE_VARIABLE, cache_folder
 from benchmarks.suites.results import Results
 from benchmarks.suites.rules import settings_for
 from benchmarks.suites.runner import run
+from benchmarks.suites.suite import Suite
 from benchmarks.suites.tables import show
 from com_lightning import MergeError
+
+ADAPTERS = (
+    *(f"chain(task_rank={rank})" for rank in (2, 4, 1, 8, 16)),
+    *(f"task_adapters(method=task_arithmetic(scale=0), data=False, rank={rank})" for rank in (2, 4, 1, 8, 16)),
+    *(f"chain(sensitivity=probabilities, task_rank={rank})" for rank in (2, 4, 1, 8)),
+    *(f"task_adapters(method=task_arithmetic(scale=0), rank={rank})" for rank in (2, 4, 1, 8, 16)),
+)
+"""Accuracy against size: the chain's adapters, and each expert alone, as the base and a correction from SVD or data."""
+SETS: Mapping[str, Sequence[str]] = {
+    "ablation": [method for method in ROWS.values() if method != JOINT],
+    "adapters": ADAPTERS,
+}
+"""Name -> methods that it stands for, the most important ones first."""
+
+
+def expanded(suite: Suite, methods: Sequence[str] | None) -> list[str] | None:
+    """Methods with those of sets that are named; without those of sets that change nothing where nothing is private."""
+    if methods is None:
+        return None
+    found = []
+    for listed in methods:
+        some = SETS.get(listed, [listed])
+        found += [each for each in some if suite.private or listed not in SETS or "refit" not in each]
+    return list(dict.fromkeys(found))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -25,8 +53,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--methods",
         nargs="+",
-        help="names, with settings in brackets; from a list of values, one is chosen on val: 'ties(density=[0.1,0.2])' "
-        "(default: all rules, see benchmarks/suites/rules.py)",
+        help="names, with settings in brackets; from a list of values, one is chosen on val: 'ties(scale=[0.5,1])'; "
+        "'ablation' and 'adapters' stand for many (default: all rules, see benchmarks/suites/rules.py)",
     )
     parser.add_argument("--samples", type=int, nargs="+", default=[256], help="calibration samples per task")
     parser.add_argument("--source", choices=["val", "train"], default="val", help="split of the calibration samples")
@@ -50,7 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
         os.environ[CACHE_VARIABLE] = str(options.cache)
     suite = make_suite(options.suite)
     try:
-        settings = settings_for(suite, options.methods)  # report mistakes before anything is trained
+        settings = settings_for(suite, expanded(suite, options.methods))  # report mistakes before anything is trained
     except MergeError as error:
         parser.error(str(error))
     if options.train_only:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from benchmarks.suites import SUITES, make_suite
+from benchmarks.suites import COLUMNS, SUITES, make_suite
 from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.pictures import GREY, colour, draw_row_bars
 from benchmarks.suites.results import Results, Row, write
@@ -63,7 +63,7 @@ def ablation(folder: Path) -> str:
     for label, method in ROWS.items():
         labels.setdefault(canonical(method), label)  # an option's default may have become what a row says of it
     shown = {label: method for method, label in labels.items() if any(method in rows for rows in measured.values())}
-    lines = [["", *SUITES]]
+    lines = [["", *(COLUMNS.get(name, name) for name in SUITES)]]
     lines += [[label, *(cell(rows.get(method)) for rows in measured.values())] for label, method in shown.items()]
     text = (
         "# What each option brings\n\n"
@@ -95,7 +95,7 @@ def _draw(measured: Mapping[str, Mapping[str, Row]], shown: Mapping[str, str], p
         for place, method in enumerate(shown.values()):
             if row := rows.get(method):
                 draw_row_bars(axes, [(place, row)], colour(row))
-        axes.set_title(make_suite(name).title.replace(", ", ",\n", 1), fontsize=9)
+        axes.set_title(COLUMNS.get(name, name), fontsize=9)
         axes.set_xlim(0, 119)
         axes.axvline(100, color=GREY, linewidth=0.8, linestyle=":")
     figure.axes[0].set_yticks(range(len(shown)), list(shown), fontsize=8)

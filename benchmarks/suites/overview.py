@@ -9,7 +9,7 @@ import argparse
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks.suites import SUITES, make_suite
+from benchmarks.suites import COLUMNS, SUITES
 from benchmarks.suites.ablation import main_rows
 from benchmarks.suites.labels import short
 from benchmarks.suites.oracle import JOINT
@@ -47,18 +47,23 @@ SIZES = (0.01, 0.02, 0.05, 0.1)
 def overview(folder: Path) -> str:
     """Write ``overview.md`` to the folder of the suites' results. Returns the text."""
     measured = main_rows(folder)
-    titles = [make_suite(name).title for name in SUITES]
-    text = (
-        "# The suites in one table\n\n"
-        f"Mean normalised metric (merged / expert; for the language model, perplexity of expert / merged) on test "
-        f"data, %; ± the standard deviation between seeds. {MAIN_SAMPLES} calibration samples a task. {JOINT}: no "
-        "merge, but one model trained on the data of all tasks at once.\n\n"
-        f"{table([['', *titles], *_main(measured)])}\n\n"
-        "Adapters: each rule with the largest rank that was measured and fits, of at most so many values per task, as "
-        "a share of the model. Biases and norms are counted, heads are not. In brackets: the share.\n\n"
-        f"{table([['', *titles], *_by_size(measured)])}\n\n"
-        "`python -m benchmarks.suites.overview`, from the results of `python -m benchmarks.suites SUITE`.\n"
-    )
+    titles = [COLUMNS.get(name, name) for name in SUITES]
+    by_size = _by_size(measured)
+    parts = [
+        "# The suites in one table",
+        "Mean normalised metric (merged / expert; for the language model, perplexity of expert / merged) on test data, "
+        f"%; ± the standard deviation between seeds. {MAIN_SAMPLES} calibration samples a task. {JOINT}: no merge, but "
+        "one model trained on the data of all tasks at once.",
+        table([["", *titles], *_main(measured)]),
+    ]
+    if by_size:
+        parts += [
+            "Adapters: each rule with the largest rank that was measured and fits, of at most so many values per task, "
+            "as a share of the model. Biases and norms are counted, heads are not. In brackets: the share.",
+            table([["", *titles], *by_size]),
+        ]
+    parts.append("`python -m benchmarks.suites.overview`, from the results of `python -m benchmarks.suites SUITE`.")
+    text = "\n\n".join(parts) + "\n"
     write(folder / "overview.md", text)
     return text
 
