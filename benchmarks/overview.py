@@ -95,7 +95,7 @@ def _bars(axes: Axes, folder: Path) -> None:
         position += 1.1
     axes.set_yticks(places, labels, fontsize=8.5)
     axes.set_ylim(position - 0.4, -0.7)
-    axes.set_xlim(0, 100)
+    axes.set_xlim(0, 105)
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"eight image tasks in one small ViT: accuracy, % of the experts' ({MAIN_SAMPLES} samples a task)",
                    fontsize=9.5, loc="right")  # fmt: skip

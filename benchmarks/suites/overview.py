@@ -15,7 +15,7 @@ from benchmarks.suites.labels import short
 from benchmarks.suites.oracle import JOINT
 from benchmarks.suites.results import Row, write
 from benchmarks.suites.rules import canonical
-from benchmarks.suites.size import series
+from benchmarks.suites.size import has_corrections, series
 from benchmarks.suites.tables import MAIN_SAMPLES
 from com_lightning.results.tables import table
 
@@ -105,7 +105,7 @@ def _by_size(measured: Mapping[str, Mapping[str, Row]]) -> list[list[str]]:
 
 
 def _best(rows: list[Row], size: float) -> str:
-    fitting = [row for row in rows if 0 < row.per_task <= size]
+    fitting = [row for row in rows if has_corrections(row) and row.per_task <= size]
     row = max(fitting, key=lambda row: row.per_task, default=None)
     return "-" if row is None else f"{_cell(row)} ({100 * row.per_task:.1f})"
 

@@ -89,13 +89,13 @@ def draw_samples(results: Results, several: Mapping[str, Mapping[int, Row]], ave
     _save(figure, results, "-samples.png")
 
 
-def draw_size(results: Results, series: Mapping[str, Sequence[Row]], lines: Sequence[Row]) -> None:
+def draw_size(results: Results, series: Mapping[str, Sequence[Row]], lines: Mapping[str, Row]) -> None:
     """Accuracy against what each task adds to the shared model: ``<suite>-size.png``.
 
     Args:
         results: the suite and where the picture is written.
         series: name -> its rows, from small to large.
-        lines: rows without a size of their own, as horizontal lines: joint training and one shared model.
+        lines: name -> row that all others are compared with, as a horizontal line.
     """
     figure = Figure(figsize=(7.5, 4.8), layout="constrained")
     axes = figure.subplots()
@@ -108,12 +108,14 @@ def draw_size(results: Results, series: Mapping[str, Sequence[Row]], lines: Sequ
         chained = name.startswith("chain")
         style: dict[str, Any] = {"marker": "o" if chained else "s", "markersize": 4, "capsize": 2, "linewidth": 1.4}
         color = next(ours) if chained else next(others)
-        axes.errorbar(sizes, values, spreads, label=name, color=color, linestyle="-" if chained else "--", **style)
-    for row, line in zip(lines, ("--", ":", "-.") * len(lines)):
-        axes.axhline(100 * row.mean, color="#666666", linewidth=1, linestyle=line, label=short(row.label))
+        label = f"{name}, adapters" if chained else name
+        axes.errorbar(sizes, values, spreads, label=label, color=color, linestyle="-" if chained else "--", **style)
+    for (name, row), line in zip(lines.items(), ("--", ":", "-.") * len(lines)):
+        axes.axhline(100 * row.mean, color="#666666", linewidth=1, linestyle=line, label=name)
     axes.axhline(100, color=GREY, linewidth=0.8)
     axes.set_xscale("symlog", linthresh=1)
     largest = max((100 * row.per_task for rows in series.values() for row in rows), default=1)
+    axes.set_xlim(left=-0.05)
     ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 2 * largest]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()

@@ -167,8 +167,9 @@ class _Bench:
         return Entry(name, self.seed, samples, source, trained, {}, digest, versions=versions())
 
     def _data(self, samples: int, batch_size: int = CALIBRATION_BATCH) -> MergeDataModule:
-        options = {"split": self.source, "batch_size": batch_size, "holdout": False}
-        data = MergeDataModule(self._task_data, samples, seed=self.seed, **options)
+        data = MergeDataModule(
+            self._task_data, samples, self.source, holdout=False, batch_size=batch_size, seed=self.seed
+        )
         data.setup("validate")
         for task, task_data in data.tasks.items():
             if (there := len(getattr(task_data, f"{self.source}_dataloader")().dataset)) < samples:
@@ -234,7 +235,8 @@ def evaluate(
         with quiet_lightning():
             trainer = _trainer()
             measure = trainer.test if split == "test" else trainer.validate
-            loader = DataLoader(batches[split, task], batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
+            dataset: Any = batches[split, task]  # a loader accepts a list
+            loader = DataLoader[Any](dataset, batch_size=None)
             logged = measure(module, dataloaders=loader, verbose=False)[0]
         values[task] = float(logged[f"{split}_{suite.metric}"])
     return values

@@ -37,17 +37,26 @@ def series(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return {name: sorted(each, key=lambda row: row.per_task) for name, each in found.items()}
 
 
-def lines(rows: Sequence[Row]) -> list[Row]:
-    """What the series are compared with: joint training, and the chain as one model."""
-    return [row for row in rows if row.label in (JOINT, canonical("chain"))]
+def lines(rows: Sequence[Row]) -> dict[str, Row]:
+    """What the series are compared with, name -> row: joint training, and the chain as one model."""
+    names = {JOINT: JOINT, canonical("chain"): "one model for all tasks (the default)"}
+    return {names[row.label]: row for row in rows if row.label in names}
 
 
-def size_table(found: Mapping[str, Sequence[Row]], compared: Sequence[Row]) -> str:
-    """One line for each row, from small to large."""
+def has_corrections(row: Row) -> bool:
+    """Whether a row is one of a rule that gives each task corrections of low rank."""
+    call = _call(row.label)
+    return call is not None and bool(_size_settings(call))
+
+
+def size_table(found: Mapping[str, Sequence[Row]], compared: Mapping[str, Row]) -> str:
+    """One line for each row of each series, from small to large, and for each row that they are compared with."""
     cells = [["rule", "values a task (% of the model)", "all tasks (% of the experts)", "mean normalised (%)", "seeds"]]
-    for row in compared:
-        size = ["-", "-"] if row.label == JOINT else _sizes(row)
-        cells.append([short(row.label), *size, _mean(row), str(len(row.scores))])
+    in_series = [row for rows in found.values() for row in rows]
+    for name, row in compared.items():
+        if row not in in_series:
+            size = ["-", "-"] if row.label == JOINT else _sizes(row)
+            cells.append([name, *size, _mean(row), str(len(row.scores))])
     for name, rows in found.items():
         cells += [[_name(name, row), *_sizes(row), _mean(row), str(len(row.scores))] for row in rows]
     return table(cells)

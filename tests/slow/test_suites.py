@@ -138,7 +138,11 @@ def test_no_sample_is_in_two_splits_or_twice_in_one(name: str) -> None:
         data = suite.data(task)
         for stage in ("fit", "test"):
             data.setup(stage)
-        loaders = {"val": data.val_dataloader(), "test": data.test_dataloader(), "train": data.train_dataloader()}
+        loaders: dict[str, Any] = {
+            "val": data.val_dataloader(),
+            "test": data.test_dataloader(),
+            "train": data.train_dataloader(),
+        }
         parts = {
             part: [_key(loader.dataset[i]) for i in range(len(loader.dataset))] for part, loader in loaders.items()
         }
