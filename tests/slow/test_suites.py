@@ -43,6 +43,8 @@ def _stand_ins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         cached.cache_clear()
     for name in SUITES:
         suite = make_suite(name)
+        if hasattr(suite, "joint_batch_size"):
+            monkeypatch.setattr(type(suite), "joint_batch_size", 8)
         for recipe in ("base_recipe", "recipe", "fashion_recipe"):
             if isinstance(whole := getattr(suite, recipe, None), Recipe):
                 monkeypatch.setattr(type(suite), recipe, replace(whole, steps=3, batch_size=8))

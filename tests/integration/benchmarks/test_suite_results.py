@@ -15,9 +15,11 @@ from lightning.pytorch import LightningModule
 from torch.utils.data import TensorDataset
 
 from benchmarks.suites import SUITES, ablation, make_suite
-from benchmarks.suites.__main__ import main
+from benchmarks.suites.__main__ import expanded, main
+from benchmarks.suites.images8 import ResNetClassifier
+from benchmarks.suites.oracle import Joint
 from benchmarks.suites.results import Entry, Results
-from benchmarks.suites.rules import canonical, read_settings
+from benchmarks.suites.rules import canonical, read_settings, settings_for
 from benchmarks.suites.size import series
 from benchmarks.suites.splits import SplitData
 from benchmarks.suites.suite import Experts, Recipe, Suite
@@ -326,3 +328,29 @@ def test_accuracy_is_shown_against_size(points: list[tuple[str, float, int]], tm
 def test_a_row_knows_its_size(points: list[tuple[str, float, int]], tmp_path: Path) -> None:
     main(["points", "--seeds", "0", "--output", str(tmp_path / "out"), "--methods", "average"])
     assert _entries(tmp_path / "out.json")["average", 0]["size"] == {"model": 1000, "shared": 1000, "per_task": 0}
+
+
+def test_joint_training_normalises_the_images_of_all_tasks_as_one_batch() -> None:
+    torch.manual_seed(0)
+    modules = {task: ResNetClassifier(10) for task in "ab"}
+    joint = Joint(modules, ("head",), learning_rate=1e-3, weight_decay=0.0, warmup=0.2).train()
+    convolution, norm = modules["a"].net[0], modules["a"].net[1]
+    assert norm is modules["b"].net[1] or norm.weight is modules["b"].net[1].weight
+    norm.momentum = 1.0  # the statistics of the last batch
+    batch = {task: (torch.randn(4, 1, 28, 28) + shift, torch.arange(4)) for task, shift in (("a", -2.0), ("b", 3.0))}
+    loss = joint.training_step(batch, 0)
+    images = torch.cat([part[0] for part in batch.values()])
+    torch.testing.assert_close(norm.running_mean, convolution(images).mean((0, 2, 3)))
+    loss.backward()
+    assert all(module.head.weight.grad.any() for module in modules.values())
+
+
+@pytest.mark.parametrize("name", ["images8", "lm4"])
+def test_a_set_stands_for_its_methods(name: str) -> None:
+    """Where nothing is private, there are no heads to refit."""
+    methods = expanded(make_suite(name), ["ablation", "average", "refitted(method=tsvm)"])
+    assert methods is not None
+    assert len(set(methods)) == len(methods)
+    assert methods[-1] == "refitted(method=tsvm)"  # asked for by its name
+    assert any("refit" in method for method in methods[:-1]) == (name == "images8")
+    assert settings_for(make_suite(name), methods)
