@@ -122,8 +122,8 @@ def read_settings(listed: str) -> list[Setting]:
 
     Example::
 
-        >>> [setting.label for setting in read_settings("ties(density=[0.1,0.2])")]
-        ['ties(density=0.1)', 'ties(density=0.2)']
+        >>> [setting.label for setting in read_settings("ties(density=[0.1,0.3])")]
+        ['ties(density=0.1)', 'ties(density=0.3)']
     """
     listed = current_name(listed)
     if is_removed(listed):
