@@ -119,15 +119,14 @@ def draw_size(results: Results, series: Mapping[str, Sequence[Row]], lines: Mapp
     ticks = [tick for tick in (0, 0.5, 1, 2, 5, 10, 20, 50, 100) if tick <= 2 * largest]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    # What fails by far would press everything else together.
     lowest = min((100 * row.mean for rows in series.values() for row in rows), default=0)
-    axes.set_ylim(max(lowest - 3, 40), 102)
+    axes.set_ylim(max(lowest - 3, 0), 102)
     axes.set_title(results.suite.title, fontsize=10)
     axes.set_xlabel(
         "values that each task adds, % of the model (heads, which experts have too, not counted)", fontsize=9
     )
     axes.set_ylabel(_what(results), fontsize=9)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    figure.legend(frameon=False, fontsize=8, ncols=3, loc="outside lower center")
     axes.grid(alpha=0.3)
     _save(figure, results, "-size.png")
 
