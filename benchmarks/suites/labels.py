@@ -10,6 +10,7 @@ from benchmarks.suites.calls import Call
 from benchmarks.suites.rules import NAMES
 
 _RULES: Mapping[str, str] = {
+    "actmat": "ACTMat",
     "ada_merging": "AdaMerging",
     "breadcrumbs": "Model Breadcrumbs",
     "dare": "DARE",
@@ -18,10 +19,13 @@ _RULES: Mapping[str, str] = {
     "iso_c": "Iso-C",
     "iso_cts": "Iso-CTS",
     "karcher_mean": "Karcher mean",
+    "larv": "LARV",
     "lot": "LOT Merging",
     "one_sided": "chain, one-sided",
     "regmean": "RegMean",
     "regmean_plus_plus": "RegMean++",
+    "svc": "SVC",
+    "tact": "TACT",
     "task_arithmetic": "task arithmetic",
     "ties": "TIES",
     "tsvm": "TSV-M",
@@ -73,9 +77,10 @@ def _short(call: Call, ranks: bool = True) -> str:
     if call == BASE:
         return "base"
     options = dict(with_rank(call) if ranks else call.options)
-    if call.rule in ("refitted", "task_adapters"):
+    if call.rule in ("larv", "refitted", "svc", "task_adapters"):  # on top of another rule
         inner = options.pop("method", "chain")
         parts = [_short(inner if isinstance(inner, Call) else Call(inner), ranks)]
+        parts += [_RULES[call.rule]] if call.rule in _RULES else []
     else:
         parts = [_RULES.get(call.rule, call.rule.replace("_", " "))]
     if call.rule == "refitted":
