@@ -25,6 +25,7 @@ from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, paths_told, reason
 from com_lightning.experts.files import LONGEST_JSON
+from com_lightning.results.adapter_export import export_adapters, export_lora
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
 
@@ -191,15 +192,40 @@ def run_inspect(args: Sequence[str]) -> None:
 def run_export(args: Sequence[str]) -> None:
     """``com-lightning export``, which needs neither the module's class nor data."""
     parser = argparse.ArgumentParser(
-        prog="com-lightning export", description="A folder for transformers' from_pretrained, with a model card."
+        prog="com-lightning export",
+        description="A folder for transformers' from_pretrained, or adapters for PEFT, with a model card.",
     )
     parser.add_argument("source", type=Path, help="folder of a merge, or a checkpoint")
     parser.add_argument("--output_dir", type=Path, required=True, help="where to; it does not exist yet")
     parser.add_argument("--task", help="which, where the tasks of a merge have parameters of their own")
     parser.add_argument("--base", type=Path, help="of a checkpoint: folder of a transformers model of the same class")
     parser.add_argument("--precision", choices=list(PRECISIONS), help="of the weights (default: as they are)")
+    adapters = parser.add_argument_group("adapters").add_mutually_exclusive_group()
+    adapters.add_argument("--adapters", action="store_true", help="of a merge with task_rank: its base and adapters")
+    adapters.add_argument(
+        "--rank", type=int, help="write a LoRA of this rank over --base, which approximates the model"
+    )
+    parser.add_argument("--base_name", help="what adapters name as their base, e.g. on the Hub (default: its folder)")
+    parser.add_argument("--lora_only", action="store_true", help="with --rank: no biases, norms and heads")
     options = parser.parse_args(args)
-    print(f"written to {export(**vars(options))}; to publish it: hf upload NAME {options.output_dir}")
+    source, folder, base, rank = options.source, options.output_dir, options.base, options.rank
+    common = {"task": options.task, "precision": options.precision}
+    problems = ["base: of --adapters lies in the folder of the merge; give none"] * bool(options.adapters and base)
+    problems += ["rank: needs --base, the model that the experts were fine-tuned from"] * (
+        rank is not None and not base
+    )
+    problems += ["lora_only: is for --rank"] * (options.lora_only and rank is None)
+    problems += ["base_name: is for adapters"] * bool(options.base_name and rank is None and not options.adapters)
+    if problems:
+        raise MergeError(problems)
+    if options.adapters:
+        export_adapters(source, folder, base_name=options.base_name, **common)
+    elif rank is not None:
+        names = {"base_name": options.base_name, "lora_only": options.lora_only}
+        print(*export_lora(source, folder, base, rank, **common, **names).notes(), sep="\n")
+    else:
+        export(source, folder, base=base, **common)
+    print(f"written to {folder}; to publish it: hf upload NAME {folder}")
 
 
 def _check_configs(args: Any) -> None:

@@ -32,6 +32,7 @@ from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
 from com_lightning.plan import MergePlan
+from com_lightning.results.corrections import Corrections
 from com_lightning.results.fingerprint import (
     combined,
     fingerprint_of_base,
@@ -41,7 +42,6 @@ from com_lightning.results.fingerprint import (
     sketch_of_experts,
 )
 from com_lightning.results.folder import save_results
-from com_lightning.results.lora import Corrections
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
 from com_lightning.results.verification import Trial

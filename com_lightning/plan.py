@@ -34,7 +34,7 @@ from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.experts.vocabulary import match_vocabularies
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.options import MergeOptions
-from com_lightning.results.lora import Corrections
+from com_lightning.results.corrections import Corrections
 from com_lightning.results.tables import table
 from com_lightning.results.verification import Trial
 

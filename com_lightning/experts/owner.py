@@ -8,6 +8,7 @@ in both ways, and compared.
 from __future__ import annotations
 
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -92,12 +93,13 @@ def compare_with_owner(label: str, source: ExpertSource, expert: LightningModule
     return [f"{label}: {how} gives another module, see the warning"]
 
 
-def differing_tensors(one: nn.Module, other: nn.Module) -> list[str]:
+def differing_tensors(one: nn.Module, other: nn.Module, up_to_rounding: bool = False) -> list[str]:
     """Find the parameters and saved buffers that are not equal. Buffers that are computed count as settings.
 
     Args:
         one: a module.
         other: another one.
+        up_to_rounding: whether tensors count as equal whose relative distance is that of rounding.
 
     Returns:
         Their names.
@@ -107,11 +109,15 @@ def differing_tensors(one: nn.Module, other: nn.Module) -> list[str]:
         for module in (one, other)
         for computed in [computed_buffers(module)]
     )
-    return [n for n in {**ours, **theirs} if n not in ours or n not in theirs or not _equal(ours[n], theirs[n])]
+    equal = partial(_equal, up_to_rounding=up_to_rounding)
+    return [n for n in {**ours, **theirs} if n not in ours or n not in theirs or not equal(ours[n], theirs[n])]
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
+def _equal(one: Tensor, other: Tensor, up_to_rounding: bool) -> bool:
     if one.shape != other.shape:
         return False
     other = other.to(one)
+    if up_to_rounding and one.is_floating_point():
+        distance = (one.double() - other.double()).norm() / one.double().norm().clamp_min(1e-30)
+        return bool(distance <= max(2 * torch.finfo(one.dtype).eps, 1e-4)) or torch.equal(one, other)
     return torch.equal(one, other) or bool(torch.isclose(one, other, rtol=0, atol=0, equal_nan=True).all())

@@ -101,6 +101,43 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
     return model
 
 
+def load_as(model: Any, folder: Path, label: str) -> tuple[nn.Module, list[str]]:
+    """Load the transformers model in a folder into the class and the configuration of another model.
+
+    Args:
+        model: a transformers model, for example one with a head that the folder does not have.
+        folder: as transformers' ``save_pretrained`` writes it.
+        label: names it in messages.
+
+    Returns:
+        The model, and the names of parameters that the folder lacks, which are random.
+
+    Raises:
+        MergeError: if it cannot be loaded, or is another model: most of the parameters are missing, or have other
+            shapes.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
+    try:
+        with _quiet():
+            loaded, info = type(model).from_pretrained(str(folder), config=copy.deepcopy(model.config), **options)
+    except Exception as error:
+        raise MergeError([f"{label}: {type(model).__name__} cannot be loaded ({reason(error)})"]) from error
+    sizes = {name: tensor.numel() for name, tensor in loaded.named_parameters()}
+    mismatched = {str(entry[0]) if isinstance(entry, tuple) else str(entry) for entry in info["mismatched_keys"]}
+    missing = sorted({*info["missing_keys"], *mismatched} & sizes.keys())
+    if sum(sizes[name] for name in missing) > sum(sizes.values()) / 2:
+        raise MergeError(
+            [f"{label}: is another model than the {type(model).__name__}: it lacks {some(missing)}; name its base"]
+        )
+    table = input_table(loaded)
+    tables = {name for name, part in loaded.named_modules() if part is table}
+    if resized := [name for name in missing if name.rpartition(".")[0] in tables]:
+        raise MergeError(
+            [f"{label}: {resized[0]} has another shape than in the merged model; resize it first, and save it"]
+        )
+    return loaded, missing
+
+
 def _loaded(model_class: Any, folder: Path) -> tuple[Any, dict[str, Any]]:
     """A model, and what was missing. It has a pooler only if the file has one: a configuration does not say so."""
     options: dict[str, Any] = {"local_files_only": True, "output_loading_info": True}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -57,46 +57,67 @@ def export(
     Raises:
         MergeError: If the folder exists, an option is wrong, or the model cannot be found or read.
     """
+    problems = output_problems(output_dir, precision)
+    try:
+        with paths_told("export"):
+            folder, checkpoint = locate(source, task, base)
+    except MergeError as error:
+        raise MergeError(problems + error.problems) from error
+    problems += model_folder_problems(folder, has_weights=checkpoint is None)
+    if problems:
+        raise MergeError(problems)
+    dtype = PRECISIONS[precision] if precision else None
+    model: Any = load_source(folder, checkpoint) if checkpoint else None
+    history = merge_card(source)
+
+    def write(made: Path) -> None:
+        if model is None:
+            copy_model(folder, made, dtype)
+        else:
+            save_model(model.to(dtype) if dtype else model, made)
+            for warning in write_tokenizer({"the model": find_tokenizer(model, model)}, made):
+                rank_zero_warn(warning)
+        classes = architectures(read_json(made / MODEL_CONFIG)) or ["AutoModel"]
+        card = pretrained_card(classes[0], source.name, history)
+        (made / "README.md").write_text(card, encoding="utf-8")
+
+    publish(output_dir, write)
+    return output_dir
+
+
+def output_problems(output_dir: Path, precision: str | None) -> list[str]:
+    """What is wrong with the options that every export has."""
     problems = []
     with paths_told("output_dir"):
         if output_dir.exists():
             problems.append(f"output_dir: {output_dir} exists already; remove it, or name another")
     if precision and precision not in PRECISIONS:
         problems.append(f"precision: must be one of {', '.join(PRECISIONS)}; got {precision}")
-    try:
-        with paths_told("export"):
-            folder, checkpoint = _locate(source, task, base)
-    except MergeError as error:
-        raise MergeError(problems + error.problems) from error
-    problems += _folder_problems(folder, has_weights=checkpoint is None)
-    if problems:
-        raise MergeError(problems)
-    dtype = PRECISIONS[precision] if precision else None
-    model: Any = _load(folder, checkpoint) if checkpoint else None
-    merge_card = _merge_card(source)
+    return problems
 
-    def write(made: Path) -> None:
-        if model is None:
-            _copy(folder, made, dtype)
-        else:
-            save_model(model.to(dtype) if dtype else model, made)
-            for warning in write_tokenizer({"the model": find_tokenizer(model, model)}, made):
-                rank_zero_warn(warning)
-        classes = architectures(read_json(made / MODEL_CONFIG)) or ["AutoModel"]
-        card = pretrained_card(classes[0], source.name, merge_card)
-        (made / "README.md").write_text(card, encoding="utf-8")
 
+def publish(output_dir: Path, write: Callable[[Path], None]) -> None:
+    """Write a folder whole or not at all.
+
+    Args:
+        output_dir: the folder.
+        write: writes its files into another one, which then takes its place.
+
+    Raises:
+        MergeError: if it cannot be written.
+    """
     workplace = Workplace(output_dir)
     try:
         workplace.publish(write)
+    except MergeError:
+        raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise MergeError([f"output_dir: {output_dir} could not be written ({error})"]) from error
     finally:
         workplace.close()
-    return output_dir
 
 
-def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Path | None]:
+def locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Path | None]:
     """The folder of a transformers model, and the checkpoint with its weights if they are not in that folder."""
     if source.is_dir():
         if (source / MODEL_CONFIG).is_file():
@@ -116,7 +137,7 @@ def _locate(source: Path, task: str | None, base: Path | None) -> tuple[Path, Pa
     return base, source
 
 
-def _folder_problems(folder: Path, has_weights: bool) -> list[str]:
+def model_folder_problems(folder: Path, has_weights: bool) -> list[str]:
     """Check the folder of a transformers model, which has to have weights if they are not taken from a checkpoint."""
     problems = folder_problems(folder)
     try:
@@ -139,7 +160,7 @@ def _missing_weights(folder: Path) -> list[str]:
     return ["has no weights, only a configuration; give a checkpoint of the merge, with this folder as its base"]
 
 
-def _merge_card(source: Path) -> str:
+def merge_card(source: Path) -> str:
     """The model card of the merge that the source belongs to; empty if there is none."""
     for folder in (source, *source.parents[:3]):
         if (folder / "report.json").is_file():
@@ -149,7 +170,7 @@ def _merge_card(source: Path) -> str:
     return ""
 
 
-def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
+def copy_model(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
     """Copy the files of a model, converted to another precision if one is given."""
     for name, path in TokenSource(folder).files.items():
         if "/" in name:
@@ -174,9 +195,11 @@ def _copy(folder: Path, made: Path, dtype: torch.dtype | None) -> None:
             (made / path.name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _load(folder: Path, checkpoint: Path) -> nn.Module:
+def load_source(folder: Path, checkpoint: Path | None) -> nn.Module:
     """The transformers model of a folder, with weights from a checkpoint of a module that holds such a model."""
     model = load_pretrained(folder, str(folder))
+    if checkpoint is None:
+        return model
     state = plain_state(read_checkpoint(checkpoint)["state_dict"])
     if adapters := sorted(filter(is_peft, state)):
         problem = (

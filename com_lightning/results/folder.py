@@ -40,8 +40,8 @@ from com_lightning.experts.transformers_models import (
     without_adapters,
 )
 from com_lightning.results.atomic import Workplace
+from com_lightning.results.corrections import Corrections, write_corrections
 from com_lightning.results.html import html_report
-from com_lightning.results.lora import Corrections, write_corrections
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure
 from com_lightning.results.report import MergeReport
@@ -52,6 +52,8 @@ ALL = "merged"
 """Name of the one checkpoint that is written if all tasks have the same module."""
 PRETRAINED = "transformers"
 """Name of the folder with models of transformers."""
+ADAPTERS = "adapters"
+"""Name of the folder with a base and the tasks' adapters."""
 
 
 def output_problems(folder: Path, overwrite: bool) -> list[str]:
@@ -126,7 +128,7 @@ def save_results(
     - ``transformers``: any models of transformers, see
       :func:`~com_lightning.experts.transformers_models.save_pretrained`;
     - ``adapters``: with ``task_rank``, one base and an adapter of PEFT for each task, see
-      :func:`~com_lightning.results.lora.write_corrections`.
+      :func:`~com_lightning.results.corrections.write_corrections`.
 
     Args:
         folder: Where to write. The journal of an unfinished merge into the same folder is removed.
@@ -152,9 +154,12 @@ def save_results(
 
     def write(made: Path) -> None:
         told = _write_weights(made, stored, shared, corrections)
+        adapters: dict[Path, tuple[str, nn.Module, str]] = {}
         if corrections:
-            told += write_corrections(corrections, stored, made / "adapters", _save_checkpoint)
-        found = verify(*_written(made, modules), trials or {})
+            name = f"{folder}/{ADAPTERS}"
+            more, adapters = write_corrections(corrections, stored, made / ADAPTERS, _save_checkpoint, name)
+            told += more
+        found = verify(*_written(made, modules), trials or {}, adapters)
         report.checks = [check for check in report.checks if check not in found.checks] + found.checks
         for warning in told + found.warnings:
             rank_zero_warn(warning)

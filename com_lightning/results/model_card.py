@@ -83,6 +83,63 @@ def pretrained_card(model_class: str, source: str, merge_card: str = "") -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def adapter_card(name: str, model_class: str, base: str, notes: Sequence[str] = (), merge_card: str = "") -> str:
+    """The model card of an adapter of PEFT.
+
+    Args:
+        name: of the adapter's folder.
+        model_class: name of the class of the model that it is for.
+        base: folder or name of that model.
+        notes: what is to be known of it, each a paragraph.
+        merge_card: the card of the merge if it is known. How it was made is taken over.
+
+    Returns:
+        The text.
+    """
+    metadata = {"library_name": "peft", "base_model": base, "tags": ["lora", "merge", "model-merging"]}
+    _, _, history = merge_card.partition("\n## How it was made\n")
+    is_checkpoint = base.endswith(".ckpt")
+    load = f'load_from_checkpoint("{base}", weights_only=True)' if is_checkpoint else f'from_pretrained("{base}")'
+    lines = ["from peft import PeftModel", *[f"from transformers import {model_class}"] * (not is_checkpoint), ""]
+    lines += [f"base = {model_class}.{load}", f'model = PeftModel.from_pretrained(base, "{name}").eval()']
+    parts = [
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
+        f"# {name.rpartition('/')[2]}: an adapter of PEFT",
+        *notes,
+        "## How to load it",
+        "\n".join(["```python", *lines, "```"]),
+        f"## How it was made\n{history}".rstrip().removesuffix(_FULL_REPORT).rstrip() if history else "",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def adapters_card(model_class: str, tasks: Sequence[str], rank: int, is_plain: bool) -> str:
+    """How to load one base with many adapters.
+
+    Args:
+        model_class: name of the base's class.
+        tasks: names of the adapters' folders.
+        rank: the largest rank.
+        is_plain: whether it is a causal language model with adapters that engines load.
+
+    Returns:
+        The text.
+    """
+    first, *others = tasks
+    lines = ["from peft import PeftModel", f"from transformers import {model_class}", ""]
+    lines += [f'base = {model_class}.from_pretrained("base")']
+    lines += [f'model = PeftModel.from_pretrained(base, "{first}", adapter_name="{first}").eval()']
+    lines += [f'model.load_adapter("{task}", adapter_name="{task}")' for task in others]
+    lines += [f'model.set_adapter("{tasks[-1]}")  # the task of the next forwards']
+    parts = [f"# One model and {len(tasks)} adapters: {', '.join(tasks)}", "\n".join(["```python", *lines, "```"])]
+    if is_plain:
+        largest = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+        names = " ".join(f"{task}={task}" for task in tasks)
+        serve = f"vllm serve base --enable-lora --max-lora-rank {largest} --lora-modules {names}"
+        parts.append(f"An engine for many adapters:\n\n```bash\n{serve}\n```")
+    return "\n\n".join(parts) + "\n"
+
+
 def _expert(report: MergeReport, task: str, module_class: str | None) -> str:
     samples = report.samples.get(task)
     described = f" `{module_class}`" if module_class else ""

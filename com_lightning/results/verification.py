@@ -35,6 +35,7 @@ from com_lightning.experts.owner import differing_tensors, load_by_class
 from com_lightning.experts.settings import computed_buffers, described, differing, settings_of
 from com_lightning.experts.state_dicts import plain, some, submodule
 from com_lightning.experts.transformers_models import load_pretrained
+from com_lightning.results.corrections import BASE, BASE_CHECKPOINT, load_on_base
 
 _SAMPLED = 256
 """Values of each output that are compared."""
@@ -140,6 +141,7 @@ def verify(
     checkpoints: Mapping[Path, tuple[str, LightningModule]],
     folders: Mapping[Path, tuple[str, nn.Module, str]],
     trials: Mapping[str, Trial],
+    adapters: Mapping[Path, tuple[str, nn.Module, str]] | None = None,
 ) -> Findings:
     """Load what was written as a user would, and compare it with the modules in memory.
 
@@ -147,6 +149,8 @@ def verify(
         checkpoints: Lightning checkpoint -> task and its module.
         folders: folder of ``save_pretrained`` -> task, its module, and the name of the transformers model in it.
         trials: task -> a calibration forward, for those that have one.
+        adapters: folder of an adapter of PEFT -> task, its module, and the name of the model in it that the adapter
+            makes. Their base lies beside them.
 
     Returns:
         What was found.
@@ -165,6 +169,14 @@ def verify(
         how = f"{type(submodule(outer, place)[1]).__name__}.from_pretrained"
         advice = "Take the weights from the checkpoint"
         _compare(found, _Written(label, how, load, advice, outer, place, trials.get(task), expected))
+    for path, (task, outer, place) in (adapters or {}).items():
+        label, base = f"{path.parent.name}/{task}", path.parent / (BASE if place else BASE_CHECKPOINT)
+        assert isinstance(outer, LightningModule)
+        load = partial(load_pretrained, base, base.name) if place else partial(load_by_class, base, outer)
+        how = f"PeftModel.from_pretrained on {base.name}"
+        advice = f"Take the task's module from {task}.ckpt"
+        written = _Written(label, how, load, advice, outer, place, trials.get(task), expected, path)
+        _compare(found, written)
     return found
 
 
@@ -181,6 +193,8 @@ class _Written:
         place: name of the part of it that was written.
         trial: a calibration forward, if there is one.
         expected: ``id`` of a module in memory -> its outputs, and why there are none.
+        adapter: the folder of an adapter that is loaded on what ``load`` gives. Tensors are then sums, and equal up to
+            rounding.
     """
 
     label: str
@@ -191,6 +205,7 @@ class _Written:
     place: str
     trial: Trial | None
     expected: dict[int, tuple[Outputs, str]]
+    adapter: Path | None = None
 
 
 def _compare(found: Findings, written: _Written) -> None:
@@ -209,9 +224,18 @@ def _compare(found: Findings, written: _Written) -> None:
     except Exception as error:  # the user's class decides what it can load
         found.add(label, f"not compared, because {how} cannot load it ({reason(error)})")
         return
+    if written.adapter:
+        try:
+            with kept_draws(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                loaded = load_on_base(loaded, written.adapter, part)
+        except Exception as error:  # of PEFT
+            found.warnings.append(f"{label}: {how} cannot load it ({reason(error)}). {written.advice}")
+            found.add(label, f"{how} cannot load it, see the warning")
+            return
     take_precision(loaded, part)
     unsaved = [] if written.place else _left_out(part)
-    tensors = [name for name in differing_tensors(part, loaded) if name not in unsaved]
+    tensors = [name for name in differing_tensors(part, loaded, bool(written.adapter)) if name not in unsaved]
     settings = differing({"memory": settings_of(part), "the file": settings_of(loaded)})
     outputs, why_not = (None, "weights are missing") if unsaved else _differing_outputs(written, loaded)
     differences = [f"{some(tensors, most=3)} {'has' if len(tensors) == 1 else 'have'} other values"] * bool(tensors)
@@ -226,7 +250,8 @@ def _compare(found: Findings, written: _Written) -> None:
         found.add(label, f"loaded by {how}, it is not the module in memory, see the warning")
         return
     count = len(dict.fromkeys(name for name, _, _ in named_tensors(part))) - len(unsaved)
-    *others, last = [f"its {count:,} tensors", *["settings"] * (not settings), *["outputs"] * (outputs == "")]
+    tensors_told = f"its {count:,} tensors{' (up to rounding)' * bool(written.adapter)}"
+    *others, last = [tensors_told, *["settings"] * (not settings), *["outputs"] * (outputs == "")]
     same = f"{', '.join(others)} and {last}" if others else last
     text = f"loaded by {how}, {same} are those in memory"
     text += f"; without {some(unsaved, most=3)}, which the class leaves out of its checkpoints" if unsaved else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from transformers import BertConfig, BertForSequenceClassification, GPT2Config, 
 from com_lightning import ChainOfMerges, MergeDataModule, merge
 from com_lightning.data.datamodule import TaskLoaders
 from com_lightning.errors import MergeError
-from com_lightning.results.lora import adapter_between, write_adapter
+from com_lightning.results import corrections
+from com_lightning.results.lora import Adapter, adapter_between, write_adapter
 from tests.helpers import Classifier, make_data, make_experts
 
 
@@ -71,7 +73,7 @@ def test_peft_loads_it_on_the_base_with_the_same_outputs(name: str, tmp_path: Pa
     if name == "bert":
         model.classifier = nn.Linear(32, 3)  # full rank: it is replaced as a whole
     adapter = adapter_between(base, model, 2)
-    write_adapter(adapter, base, model, 2, tmp_path)
+    write_adapter(adapter, base, model, tmp_path)
     assert all(torch.equal(tensor, before[key]) for key, tensor in base.state_dict().items())
     loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).eval()
     with torch.no_grad():
@@ -101,6 +103,70 @@ def test_a_merge_writes_one_base_and_an_adapter_for_each_task(tmp_path: Path) ->
             torch.testing.assert_close(loaded(inputs), module.eval()(inputs), rtol=1e-4, atol=1e-5)
     sizes = [(folder / task / "adapter_model.safetensors").stat().st_size for task in experts]
     assert max(sizes) < (folder / "base.ckpt").stat().st_size
+    (check,) = [check for check in result.report.checks if "adapters/" in check]
+    assert check.startswith("adapters/task0, adapters/task1: loaded by PeftModel.from_pretrained on base.ckpt, its 8")
+    assert check.endswith("tensors (up to rounding), settings and outputs are those in memory")
+    settings = json.loads((folder / "task1" / "adapter_config.json").read_text())
+    assert settings["base_model_name_or_path"] == f"{folder}/base.ckpt"
+
+
+@pytest.mark.parametrize(
+    ("fault", "told"),
+    [
+        (lambda adapter: adapter.factors["body.3"][0].zero_(), "body.3.weight has other values; the outputs of body"),
+        (lambda adapter: adapter.whole.remove("body.1"), "body.1.weight, body.1.bias have other values"),
+        (None, "cannot load it (ValueError"),
+    ],
+)
+def test_adapters_that_give_another_module_are_a_warning(
+    fault: Any, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(adapter: Adapter, base: Any, model: Any, folder: Path, name: str) -> None:
+        if fault and folder.name == "task1":
+            fault(adapter)
+        write_adapter(adapter, base, model, folder, name)
+        if not fault and folder.name == "task1":
+            (folder / "adapter_config.json").unlink()
+
+    monkeypatch.setattr(corrections, "write_adapter", damaged)
+    experts = {f"task{n}": expert for n, expert in enumerate(make_experts((3, 3)))}
+    data = MergeDataModule({task: make_data(n) for n, task in enumerate(experts)}, num_samples=20)
+    result = merge(copy.deepcopy(experts["task0"]), experts, data, ChainOfMerges(task_rank=2), private=["head"])
+    result.save(tmp_path / "out")
+    (warning,) = [warning for warning in result.report.warnings if "adapters/" in warning]
+    assert warning.startswith("adapters/task1: ")
+    assert told in warning
+    assert "Take the task's module from task1.ckpt" in warning
+    assert any("adapters/task0: loaded by" in check for check in result.report.checks)
+
+
+def test_layers_have_the_rank_that_they_need(tmp_path: Path) -> None:
+    """And no product is scaled where PEFT has another rank than that of the configuration."""
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(first=nn.Linear(20, 30), second=nn.Linear(30, 20), third=nn.Linear(20, 2)))
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        for layer, rank in zip(model, (1, 3, 2)):
+            assert isinstance(layer, nn.Linear)
+            layer.weight += torch.randn(len(layer.weight), rank) @ torch.randn(rank, layer.in_features)
+    adapter = adapter_between(base, model, 4)
+    assert {name: len(down) for name, (_, down) in adapter.factors.items()} == {"first": 1, "second": 3, "third": 2}
+    write_adapter(adapter, base, model, tmp_path)
+    x = torch.randn(5, 20)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_stored_in_16_bits_differs_by_rounding_and_still_has_a_low_rank(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(64, 48))
+    model = changed(base, 2)
+    adapter = adapter_between(base.bfloat16(), model.bfloat16(), 2)
+    write_adapter(adapter, base, model, tmp_path)
+    assert {t.dtype for t in load_file(tmp_path / "adapter_model.safetensors").values()} == {torch.bfloat16}
+    loaded: Any = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path)).merge_and_unload()
+    weight, expected = loaded[0].weight.double(), model[0].weight.double()  # type: ignore[index]
+    assert (weight - expected).norm() < torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
 def test_an_approximation_says_how_much_it_keeps() -> None:
