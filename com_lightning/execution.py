@@ -42,6 +42,7 @@ from com_lightning.results.fingerprint import (
     sketch_of_experts,
 )
 from com_lightning.results.folder import save_results
+from com_lightning.results.model_size import measure_size
 from com_lightning.results.parameter_summary import summarize_parameters
 from com_lightning.results.report import MergeReport
 from com_lightning.results.verification import Trial
@@ -204,6 +205,15 @@ def execute(
     )
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers) and plan.method.merges_layers, job.heads
+    )
+    corrected = plan.corrections.names if plan.corrections else []
+    report.size = measure_size(
+        plan.experts,
+        modules,
+        {task: plan.precision(task) for task in plan.experts},
+        plan.parameters.merged_adapters,
+        corrected,
+        report.sizes.get("correction", 0) // len(modules),
     )
     if names := [record.name for record in report.layers if record.permuted]:
         report.warnings.append(

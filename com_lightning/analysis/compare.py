@@ -14,6 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tqdm.auto import tqdm
 
 from com_lightning.analysis.comparison import Comparison, Drift, Outcome, TaskMetrics
+from com_lightning.analysis.comparison_html import comparison_html
 from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
@@ -108,6 +109,44 @@ def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
     return copied
 
 
+def rule_and_size(method: MergingMethod) -> tuple[str, dict[str, Any]]:
+    """The class of a rule with those of the rules within it, and its settings that change the size of the result.
+
+    Returns:
+        Both.
+
+    Example::
+
+        >>> from com_lightning import ChainOfMerges, Refitted
+        >>> rule_and_size(Refitted(ChainOfMerges(task_rank=2)))
+        ('Refitted(ChainOfMerges)', {'private_biases': False, 'task_rank': 2})
+    """
+    inner = [rule_and_size(value) for value in vars(method).values() if isinstance(value, MergingMethod)]
+    described = method.describe()
+    settings = {name: value for _, more in inner for name, value in more.items()}
+    settings.update({name: described[name] for name in method.size_settings})
+    classes = f"({', '.join(rule for rule, _ in inner)})" if inner else ""
+    return f"{type(method).__name__}{classes}", settings
+
+
+def grid(method: MergingMethod) -> str:
+    """What rules have in common of which the best is reported: the classes, and the size of the result.
+
+    A larger result is not chosen because it is more accurate: what it costs is reported beside.
+
+    Returns:
+        A text that all of them share.
+
+    Example::
+
+        >>> from com_lightning import ChainOfMerges
+        >>> grid(ChainOfMerges(ridge=0.1, task_rank=2))
+        'ChainOfMerges, task_rank=2'
+    """
+    rule, settings = rule_and_size(method)
+    return ", ".join([rule, *(f"{name}={value}" for name, value in settings.items() if value)])
+
+
 def plan_comparison(
     merger: ChainOfMergesCallback,
     model: LightningModule,
@@ -141,7 +180,7 @@ def plan_comparison(
     except MergeError as error:
         problems += error.problems
     if not data.problems() and seeds:
-        has_grid = len(set(map(type, rules))) < len(rules)
+        has_grid = len({grid(rule) for rule in rules}) < len(rules)
         try:
             splits = split(data, seeds, any("data" in rule.needs for rule in rules), has_grid)
         except MergeError as error:
@@ -159,7 +198,8 @@ class Compare(Callback):
 
     Args:
         plan: the experts, and what they share.
-        rules: the rules. Those of one class are one grid: the best of them on the selection split is reported.
+        rules: the rules. Those of one :func:`grid` are settings of one rule: the best of them on the selection split
+            is reported.
         splits: the data.
         output_dir: folder for the result.
         options: as for a merge.
@@ -217,7 +257,7 @@ class Compare(Callback):
             for rule, seed in bar:
                 bar.set_postfix_str(str(rule) if seed is None else f"{rule}, seed {seed}")
                 # What is validated depends on all seeds, and on whether the rule is one of a grid.
-                parts = names if [type(other) for other in self.rules].count(type(rule)) > 1 else ["report"]
+                parts = names if [grid(other) for other in self.rules].count(grid(rule)) > 1 else ["report"]
                 method = reseeded(rule, seed or 0)
                 key = {"method": method.describe(), "seed": seed, "of": [self._samples(part) for part in parts]}
                 if (outcome := store.get(key)) is None:
@@ -225,7 +265,7 @@ class Compare(Callback):
                     merged.metrics = {part: validated(modules, part, rule) for part in parts}
                     del modules
                     outcome = store.add(key, asdict(merged))
-                result.outcomes.append(Outcome(**{**outcome, "label": str(rule)}))
+                result.outcomes.append(Outcome(**{**outcome, "label": str(rule), "name": grid(rule)}))
         if chains := [outcome for outcome in result.outcomes if outcome.drift]:
             seed = chains[0].seed
             key = {"drift of": "average", "seed": seed}
@@ -264,8 +304,10 @@ class Compare(Callback):
                 raise
         warnings = [warning for warning in report.warnings if warning not in self.plan.parameters.warnings]
         warnings += [f"skipped: {batch}" for batch in report.skipped]
-        outcome = Outcome(type(method).__name__, label, report.method, seed, {}, report.seconds, report.peak_memory)
+        outcome = Outcome(grid(method), label, report.method, seed, {}, report.seconds, report.peak_memory)
         outcome.drift, outcome.warnings = _drift(report.layers), warnings
+        outcome.rule, outcome.size_settings = rule_and_size(method)
+        outcome.size = report.size.merged.bytes, report.size.experts.bytes
         return outcome, modules
 
     def _average_drift(self, trainer: Trainer, seed: int | None) -> Drift:
@@ -311,6 +353,7 @@ class Compare(Callback):
             for name, text in texts.items():
                 (made / name).write_text(text, encoding="utf-8")
             save_pictures(comparison, made)
+            (made / "report.html").write_text(comparison_html(comparison, made), encoding="utf-8")
 
         try:
             workplace.publish(write)

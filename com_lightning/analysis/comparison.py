@@ -25,7 +25,7 @@ class Outcome:
     """One merge, and how good it was.
 
     Attributes:
-        name: class of the rule. All settings of one grid share it.
+        name: class of the rule, and settings that change the size of the result. All settings of one grid share it.
         label: the rule and its settings.
         method: class and settings, in full.
         seed: of the calibration sample. ``None`` if neither data nor chance have a part in the rule.
@@ -33,6 +33,9 @@ class Outcome:
         seconds, peak_memory: as in :class:`~com_lightning.results.report.MergeReport`.
         drift: measured by two-sided chains only, which run both models.
         warnings: of this merge alone.
+        rule: class of the rule, and of those within it.
+        size_settings: those that change the size of the result.
+        size: bytes of the merged models, and of the experts as full models.
     """
 
     name: str
@@ -44,6 +47,9 @@ class Outcome:
     peak_memory: int = 0
     drift: Drift = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    rule: str = ""
+    size_settings: dict[str, Any] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
 
 
 @dataclass
@@ -89,6 +95,17 @@ class Row:
     def seconds(self) -> float:
         """Seconds of one merge, the mean over seeds."""
         return statistics.fmean(outcome.seconds for outcome in self.outcomes)
+
+    @property
+    def size(self) -> int | None:
+        """Bytes of the merged models of all tasks."""
+        return self.outcomes[0].size[0] if self.outcomes[0].size else None
+
+    @property
+    def size_share(self) -> float | None:
+        """:attr:`size` as a share of the experts'."""
+        merged, experts = self.outcomes[0].size or (0, 0)
+        return merged / experts if experts else None
 
     @property
     def peak_memory(self) -> int:
@@ -163,6 +180,11 @@ class Comparison:
         means = shares if self.by_share else [mean(row) for row in values]
         return Row(list(outcomes), tried, absolute, normalized, whole, means)
 
+    @cached_property
+    def sizes_differ(self) -> bool:
+        """Whether some rules give larger models than others."""
+        return len({row.size for row in self.rows if row.size}) > 1
+
     def _format(self, score: float | None) -> str:
         return percent(score) if self.by_share else number(score)
 
@@ -184,20 +206,33 @@ class Comparison:
 
     def table(self) -> str:
         """The rules, best first. Each task has the metric and, in brackets, its share of the expert's."""
+        return table(self.table_rows())
+
+    def table_rows(self) -> list[list[str]]:
+        """The cells of :meth:`table`; the first row is the head."""
         grids = any(row.tried > 1 for row in self.rows)
         head = ["method", *self.tasks, "mean", "mean / expert", "± between seeds", "seconds", "GiB"]
         experts = [self.experts["report"].get(task, {}).get(self.monitor or "") for task in self.tasks]
-        rows = [head + ["best of"] * grids]
-        rows.append(["(experts)", *map(number, experts), number(mean(experts)), *["-"] * 4] + [""] * grids)
+        sized = self.sizes_differ
+        rows = [head + ["MB", "of the experts"] * sized + ["best of"] * grids]
+        whole = next((row.outcomes[0].size[1] for row in self.rows if row.outcomes[0].size), 0)
+        cells = [number(mean(experts)), *["-"] * 4, *[_megabytes(whole), percent(1.0)] * sized]
+        rows.append(["(experts)", *map(number, experts), *cells] + [""] * grids)
         for row in self.rows:
             cells = [f"{number(row.absolute[t])} ({percent(row.normalized[t])})" for t in self.tasks]
             cells += [number(row.mean), percent(row.mean_normalized), self._format(row.spread)]
             cells += [f"{row.seconds:.1f}", f"{row.peak_memory / 2**30:.2f}"]
+            cells += [_megabytes(row.size), percent(row.size_share)] * sized
             rows.append([row.label, *cells] + [str(row.tried) if row.tried > 1 else ""] * grids)
-        return table(rows)
+        return rows
 
     def settings_table(self) -> str:
         """All settings of each grid, with the score that they were chosen by. Empty without a grid."""
+        rows = self.settings_rows()
+        return table(rows) if len(rows) > 1 else ""
+
+    def settings_rows(self) -> list[list[str]]:
+        """The cells of :meth:`settings_table`; the first row is the head."""
         share = "mean / expert" if self.by_share else "mean"
         rows = [["setting", f"{share}, selection split", "± between seeds", "chosen"]]
         chosen = {row.label for row in self.rows}
@@ -207,7 +242,7 @@ class Comparison:
             for row in sorted(grid, key=self._sort_key):
                 mark = "yes" if row.label in chosen else ""
                 rows.append([row.label, self._format(row.score), self._format(row.spread), mark])
-        return table(rows) if len(rows) > 1 else ""
+        return rows
 
     def edges(self) -> list[str]:
         """The chosen settings that are the smallest or largest of their grid, because others may be better."""
@@ -227,11 +262,20 @@ class Comparison:
         if not self.outcomes:
             return "Nothing has been compared yet."
         better = ", lower is better" if self.lower_is_better else ""
+        notes = self.notes()
+        parts = [f"{self.monitor}{better}", self.table(), self.settings_table(), self.splits, "\n".join(notes)]
+        return "\n\n".join(part for part in parts if part)
+
+    def notes(self) -> list[str]:
+        """What is to be known of the table, and warnings."""
         notes = [f"Warning: {warning}" for warning in (*self.warnings, *self.edges())]
         if not self.memory_is_of_each:
             notes.insert(0, "GiB: the most that the process has held so far, in the order listed, not of each merge.")
-        parts = [f"{self.monitor}{better}", self.table(), self.settings_table(), self.splits, "\n".join(notes)]
-        return "\n\n".join(part for part in parts if part)
+        if self.sizes_differ:
+            notes.insert(
+                0, "MB: what the merged models of all tasks hold, as it is stored; of the experts as full models."
+            )
+        return notes
 
     def to_markdown(self) -> str:
         """Everything as Markdown."""
@@ -253,6 +297,8 @@ class Comparison:
                 "tasks": {t: {"value": row.absolute[t], "normalized": row.normalized[t]} for t in self.tasks},
                 "seconds": row.seconds,
                 "peak_memory": row.peak_memory,
+                "bytes": row.size,
+                "share_of_experts": row.size_share,
                 "seeds": [outcome.seed for outcome in row.outcomes],
                 "settings_tried": row.tried,
             }
@@ -264,3 +310,8 @@ class Comparison:
     def to_json(self) -> str:
         """:meth:`to_dict` as JSON text."""
         return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+
+def _megabytes(count: int | None) -> str:
+    """Megabytes without their unit."""
+    return "-" if count is None else f"{count / 1e6:.3g}" if count < 1e8 else f"{count / 1e6:,.0f}"

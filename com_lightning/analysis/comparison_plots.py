@@ -11,7 +11,7 @@ from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
-    """Draw ``methods.png``, ``tasks.png`` and, if chains were compared, ``drift.png``.
+    """Draw ``methods.png``, ``tasks.png``, and ``drift.png`` of chains and ``size.png`` of models that differ in size.
 
     Args:
         comparison: What to draw.
@@ -29,6 +29,10 @@ def save_pictures(comparison: Comparison, folder: Path) -> bool:
     _save(folder / "tasks.png", (max(wide, 5.5), high), lambda axes: _heat_map(axes, comparison))
     if comparison.average_drift:
         _save(folder / "drift.png", (9, 4.2), lambda axes: _drift(axes, comparison))
+    if comparison.sizes_differ:
+        from com_lightning.analysis.size_plot import draw_sizes
+
+        _save(folder / "size.png", (8.5, 4.8), lambda axes: draw_sizes(axes, comparison))
     return True
 
 

@@ -73,6 +73,8 @@ class MergingMethod(ABC):
     """How layers are solved, if the rule merges layer by layer with the sweep. ``None``: it merges parameters."""
     starts_from_average: bool = True
     """Whether ``job.merged`` holds the average of the experts at first. If not, the rule writes all parameters."""
+    size_settings: tuple[str, ...] = ()
+    """Names of settings that change how much each task keeps for itself. A comparison reports each of their values."""
     separable: bool = True
     """Whether the rule can merge some of the parameters and leave the others alone."""
 

@@ -195,7 +195,7 @@ def refused_by_engines(folder: Path) -> list[str]:
     Returns:
         What it is, in words; nothing if engines load all of it.
     """
-    with safe_open(folder / _WEIGHTS, "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / _WEIGHTS, "pt") as file:
         shapes = {name: file.get_slice(name).get_shape() for name in list(file.keys())}
     names = [name.removeprefix("base_model.model.") for name in shapes]
     whole = dict.fromkeys(name.rpartition(".")[0] for name in names if ".lora_" not in name)

@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from com_lightning.results.model_size import size_rows
 from com_lightning.results.report import (
     LAYER_COLUMNS,
+    SIZE_COLUMNS,
     MergeReport,
     averaged_rows,
     layer_rows,
@@ -47,21 +49,36 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     if report.metrics:
         rows = task_rows(report)
-        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", _table(rows)]
+        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", html_table(rows)]
     if picture:
-        encoded = base64.b64encode(picture).decode("ascii")
-        description = "each task before and after the merge, and the drift of inputs from layer to layer"
-        parts.append(f'<p><img alt="{description}" src="data:image/png;base64,{encoded}"></p>')
+        parts.append(
+            image(picture, "each task before and after the merge, and the drift of inputs from layer to layer")
+        )
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
     if report.checks:
         parts += ["<h2>Checked</h2>", *(f"<p>{escape(check)}</p>" for check in report.checks)]
+    if report.size.tasks:
+        parts += ["<h2>Size</h2>", f'<p class="note">{escape(SIZE_COLUMNS)}</p>', html_table(size_rows(report.size))]
     if report.layers:
         note = f'<p class="note">{escape(LAYER_COLUMNS)}</p>'
-        parts += ["<h2>Layers</h2>", note, _table(layer_rows(report))]
+        parts += ["<h2>Layers</h2>", note, html_table(layer_rows(report))]
     if rows := averaged_rows(report):
         summary = f"<summary>{len(rows) - 1} of them</summary>"
-        parts += [f"<h2>Averaged parameters</h2><details>{summary}", _table(rows), "</details>"]
+        parts += [f"<h2>Averaged parameters</h2><details>{summary}", html_table(rows), "</details>"]
     parts.append(f'<p class="note">{escape(versions(report))}</p>')
+    return page(heading, parts)
+
+
+def page(heading: str, parts: Sequence[str]) -> str:
+    """A whole HTML page.
+
+    Args:
+        heading: its title.
+        parts: what is in its body, as HTML.
+
+    Returns:
+        The page.
+    """
     body = "\n".join(parts)
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{escape(heading)}</title>'
     return (
@@ -69,7 +86,29 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
     )
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
+def image(picture: bytes, description: str) -> str:
+    """A picture inside a page.
+
+    Args:
+        picture: a PNG.
+        description: what it shows.
+
+    Returns:
+        The HTML.
+    """
+    encoded = base64.b64encode(picture).decode("ascii")
+    return f'<p><img alt="{escape(description)}" src="data:image/png;base64,{encoded}"></p>'
+
+
+def html_table(rows: Sequence[Sequence[str]]) -> str:
+    """A table.
+
+    Args:
+        rows: cells of each row. The first row is the head.
+
+    Returns:
+        The HTML. Columns of numbers are aligned to the right.
+    """
     head, *body = rows
     numbers = [all(re.match(r"[-–.\d]|$", row[c]) for row in body) for c in range(len(head))]
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+from com_lightning.results.model_size import ModelSize, size_rows, size_sentence
 from com_lightning.results.outcome import ParameterOutcome
 from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
 
@@ -22,6 +23,9 @@ LAYER_COLUMNS = (
     "show: use more calibration samples or a higher ridge to lower it."
 )
 """Explains the columns of :func:`layer_rows`."""
+
+SIZE_COLUMNS = "Parameters and buffers in the precision that they are stored in, without what formats of files add."
+"""Explains the table of :func:`~com_lightning.results.model_size.size_rows`."""
 
 _GROUPS = {
     "embedding": "rows of the table",
@@ -49,6 +53,7 @@ class MergeReport:
         parameters: Name of each parameter and buffer -> what became of it.
         sizes: What became of parameters, as in ``parameters`` -> number of values. Private values are counted for each
             task. Values that no calibration data reached count as averaged.
+        size: What is stored: shared values, those of each task, and those of all experts as full models.
         samples: Task -> number of calibration samples.
         padding: In which layers padding was left out, one line for all tasks for which it is the same.
         overlap: Task -> how many of these samples are validated too; ``None`` if that cannot be known.
@@ -71,6 +76,7 @@ class MergeReport:
     layers: list[LayerRecord] = field(default_factory=list)
     parameters: dict[str, ParameterOutcome] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
+    size: ModelSize = field(default_factory=ModelSize)
     samples: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, int | None] = field(default_factory=dict)
     padding: list[str] = field(default_factory=list)
@@ -173,6 +179,7 @@ class MergeReport:
             model: {task: {m: self.normalized(model, task, m) for m in values} for task, values in tasks.items()}
             for model, tasks in self.metrics.items()
         }
+        content["size"].update(merged=asdict(self.size.merged), share=self.size.share)
         content["mean_normalized"] = {model: self.mean_normalized(model) for model in self.metrics}
         plain: dict[str, Any] = finite(content)
         return plain
@@ -269,6 +276,7 @@ def summarize(report: MergeReport) -> str:
     phrases["correction"] = "in corrections of low rank, one for each task and matrix"
     sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
     lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
+    lines += [size_sentence(report.size)] * bool(report.size.tasks)
     lines += [f"Padding of {line}." for line in report.padding]
     return "\n".join([*lines, *(f"Skipped: {batch}." for batch in report.skipped)])
 
@@ -324,6 +332,7 @@ def markdown_report(report: MergeReport) -> str:
         summarize(report),
         "\n".join(f"- **Warning**: {warning}" for warning in report.warnings),
         "## Checked\n\n" + "\n".join(f"- {check}" for check in report.checks) if report.checks else "",
+        f"## Size\n\n{SIZE_COLUMNS}\n\n{table(size_rows(report.size))}" if report.size.tasks else "",
         f"## Layers\n\n{LAYER_COLUMNS}\n\n{table(layer_rows(report))}" if report.layers else "",
         f"## Averaged parameters\n\n{table(averaged)}" if averaged else "",
         versions(report),

@@ -416,6 +416,57 @@ def test_what_was_odd_about_one_merge(files: list[str], tmp_path: Path) -> None:
     assert "m, seed 3: strange" in comparison.to_markdown()
 
 
+# -- accuracy against size ---------------------------------------------------------------------------------------------
+
+
+def test_settings_that_change_the_size_are_rows_of_their_own(files: list[str], tmp_path: Path) -> None:
+    rules = [ChainOfMerges(task_rank=rank, ridge=ridge) for rank in (1, 2) for ridge in (0.01, 0.1)]
+    told = compare(tmp_path / "out", [*rules, RegMean()])
+    tried = {row.outcomes[0].name: row.tried for row in told.rows}
+    assert tried == {"Average": 1, "RegMean": 1, "ChainOfMerges, task_rank=1": 2, "ChainOfMerges, task_rank=2": 2}
+    size = {row.outcomes[0].name: row.size or 0 for row in told.rows}
+    # Corrections of rank 1 are a row and a column: of 6 to 8, and of 8 to 8 features, for two tasks in 4 bytes each.
+    assert size["ChainOfMerges, task_rank=2"] - size["ChainOfMerges, task_rank=1"] == 2 * 4 * (14 + 16)
+    assert size["Average"] == size["RegMean"] < size["ChainOfMerges, task_rank=1"]
+    found = json.loads((tmp_path / "out" / "report.json").read_text())
+    for method in found["methods"]:
+        assert method["share_of_experts"] == method["bytes"] / found["outcomes"][0]["size"][1]
+    shares = {f"{100 * method['share_of_experts']:.1f} %" for method in found["methods"]}
+    assert len(shares) == 3
+    for name in ("report.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text()
+        assert "of the experts" in text
+        assert all(share in text for share in shares)
+    assert ('alt="accuracy against size"' in text) == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_models_of_one_size_need_no_column_and_no_picture() -> None:
+    comparison = found([outcome("m", "m", 0.9), outcome("n", "n", 0.8)])
+    assert not comparison.sizes_differ
+    assert "of the experts" not in comparison.table()
+
+
+@pytest.mark.parametrize("metric", ["acc", "val_loss"])
+def test_the_picture_has_a_point_for_each_rule_and_a_line_for_each_with_several_sizes(metric: str) -> None:
+    figures = pytest.importorskip("matplotlib.figure")
+    from com_lightning.analysis.size_plot import draw_sizes
+
+    outcomes = [outcome(name, name, 0.1 * n, metric=metric) for n, name in enumerate("abcdx", 1)]
+    for one, (rule, size, rank) in zip(
+        outcomes, (("r", 30, 2), ("r", 10, 0), ("r", 20, 1), ("s", 10, 0), ("t", 10, 0))
+    ):
+        one.rule, one.size, one.size_settings = rule, (size * 10**6, 80 * 10**6), {"task_rank": rank}
+    axes = figures.Figure().subplots()
+    draw_sizes(axes, found(outcomes, metric))
+    lines = [line.get_xydata().tolist() for line in axes.lines]
+    assert [[10, 40], [20, 60], [30, 20]] in [[[round(a), round(b)] for a, b in line] for line in lines]
+    assert sum(len(line) == 1 for line in lines) == 2
+    texts = [text.get_text() for text in axes.texts]
+    assert sorted(texts) == ["d", "rank 1", "rank 2", "shared alone", "x"]
+    heights = [text.xyann[1] for text in axes.texts if text.get_text() in "dx"]
+    assert abs(heights[0] - heights[1]) >= 0.03 * (axes.get_ylim()[1] - axes.get_ylim()[0])
+
+
 # -- the covariate shift -----------------------------------------------------------------------------------------------
 
 
