@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -114,5 +115,10 @@ def load_on_base(base: nn.Module, folder: Path, like: nn.Module) -> nn.Module:
         for _, tensor, _ in named_tensors(resized):
             tensor.data = torch.zeros_like(tensor)
         base.set_submodule(place, resized)
-    merged: nn.Module = PeftModel.from_pretrained(base, str(folder)).merge_and_unload()
+    adapted: Any = PeftModel.from_pretrained(base, str(folder))
+    for layer in adapted.modules():  # PEFT merges no bias into a layer without one, not even zeros
+        if getattr(layer, "lora_bias", None) and getattr(layer.get_base_layer(), "bias", None) is None:
+            is_zero = {name: not bool(layer.lora_B[name].bias.any()) for name, has in layer.lora_bias.items() if has}
+            layer.lora_bias.update({name: False for name, zero in is_zero.items() if zero})
+    merged: nn.Module = adapted.merge_and_unload()
     return merged

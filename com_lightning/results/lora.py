@@ -108,7 +108,9 @@ def adapter_between(
     for place in dict.fromkeys(name.rpartition(".")[0] for name in changed):
         layer, weight = base.get_submodule(place), f"{place}.weight"
         names = [name for name in changed if name.rpartition(".")[0] == place]
-        squares = {name: _squared(theirs[name], ours[name]) for name in names if ties[name] == name}
+        squares = {
+            name: _squared(theirs[name], ours[name]) for name in names if ties[name] == name and name not in missing
+        }
         within = {weight, f"{place}.bias"}.issuperset(names) and not (approximate and weight in tied)
         within = within and weight not in missing
         matrix = _matrix(layer, theirs[weight], ours[weight]) if within and _is_adaptable(layer) else None

@@ -17,6 +17,7 @@ _PAPERS = {
     "TIES": ("TIES-Merging", "2306.01708"),
 }
 
+_ADAPTERS = "`adapters` has one base and an adapter of PEFT for each task. Their READMEs show how to load them."
 _FULL_REPORT = "Full report: `report.md`, `report.html`, `report.json`."
 
 
@@ -48,6 +49,7 @@ def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, 
         f"`{report.monitor}` on validation data:\n\n{report.task_table()}" if report.metrics else "",
         "## How to load it",
         _loading(report.tasks, files, classes),
+        _ADAPTERS if any(file.endswith("/adapter_config.json") for file in files) else "",
         "## How it was made",
         report.summary(),
         "\n".join(f"- `{name}`: {value}" for name, value in report.method.items() if name != "class"),
@@ -164,7 +166,8 @@ def _loading(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, s
     lines = [f"from {module} import {name}", ""] if module and module != "__main__" else []
     if checkpoint := next((file for file in (f"{first}.ckpt", "merged.ckpt") if file in files), None):
         lines.append(f'model = {name}.load_from_checkpoint("{checkpoint}", weights_only=True)  # {first}')
-    if folders := [file.removesuffix("/config.json") for file in files if file.endswith("/config.json")]:
+    configs = [file for file in files if file.endswith("/config.json") and not file.startswith("adapters/")]
+    if folders := [file.removesuffix("/config.json") for file in configs]:
         folder = next((folder for folder in folders if first in folder.split("/")), folders[0])
         lines += ["", "from transformers import AutoModel", "", f'network = AutoModel.from_pretrained("{folder}")']
     return "\n".join(["```python", *lines, "```"])

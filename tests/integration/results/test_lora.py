@@ -140,6 +140,19 @@ def test_adapters_that_give_another_module_are_a_warning(
     assert any("adapters/task0: loaded by" in check for check in result.report.checks)
 
 
+def test_layers_without_bias_beside_layers_with_one(tmp_path: Path) -> None:
+    """PEFT's configuration has biases for all of them, or for none."""
+    torch.manual_seed(0)
+    base = nn.Sequential(OrderedDict(first=nn.Linear(20, 30, bias=False), second=nn.Linear(30, 20)))
+    model = changed(base, 2)
+    write_adapter(adapter_between(base, model, 2), base, model, tmp_path)
+    x = torch.randn(5, 20)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base), str(tmp_path))
+    torch.testing.assert_close(loaded(x), model(x), rtol=1e-4, atol=1e-4)
+    merged = corrections.load_on_base(copy.deepcopy(base), tmp_path, model)
+    torch.testing.assert_close(merged(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 def test_layers_have_the_rank_that_they_need(tmp_path: Path) -> None:
     """And no product is scaled where PEFT has another rank than that of the configuration."""
     torch.manual_seed(0)
