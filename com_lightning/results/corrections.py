@@ -16,7 +16,7 @@ from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import plain, some, submodule
 from com_lightning.experts.tokenizers import find_tokenizer, write_tokenizer
 from com_lightning.experts.transformers_models import pretrained_parts, save_model, without_adapters
-from com_lightning.results.lora import adapter_between, write_adapter
+from com_lightning.results.lora import adapter_between, grouped, write_adapter
 
 BASE, BASE_CHECKPOINT = "base", "base.ckpt"
 """The folder, or the checkpoint, of the model that the tasks' adapters are for."""
@@ -68,7 +68,9 @@ def write_corrections(
     model = submodule(base, place)[1] if place else base
     others = {task: without_adapters(module) for task, module in modules.items()}
     folder.mkdir()
-    told, written = [], {}
+    told: list[str] = []
+    written: dict[Path, tuple[str, nn.Module, str]] = {}
+    large: dict[str, None] = {}
     if place:
         save_model(model, folder / BASE)
         sources = {task: find_tokenizer(other, submodule(other, place)[1]) for task, other in others.items()}
@@ -86,11 +88,18 @@ def write_corrections(
             told.append(f"{folder.name}/{task} is not written: {error.problems[0]}")
             continue
         written[folder / task] = task, outer, place
+        names = [plain(name).removeprefix(f"{place}.") for name in corrections.names]
+        large |= dict.fromkeys(name for name in names if any(name.startswith(f"{w}.") for w in adapter.whole))
         if resized := [name for name, tensor, _ in named_tensors(other) if tensor.shape != shapes[name]]:
             told.append(
                 f"{folder.name}/{task}: {some(resized)} has another shape than in the base; give the base that shape "
                 "before PEFT loads the adapter"
             )
+    if large:
+        told.append(
+            f"{folder.name}: {grouped([*large])} is in the adapters as a whole and not as factors, which PEFT does not "
+            "have for it; these adapters are larger than the corrections"
+        )
     return told, written
 
 

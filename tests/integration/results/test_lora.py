@@ -182,6 +182,19 @@ def test_what_is_stored_in_16_bits_differs_by_rounding_and_still_has_a_low_rank(
     assert (weight - expected).norm() < torch.finfo(torch.bfloat16).eps * expected.norm()
 
 
+def test_a_corrected_weight_that_peft_has_no_factors_for_is_told(tmp_path: Path) -> None:
+    base = Classifier()
+    module = copy.deepcopy(base)
+    with torch.no_grad():
+        module.body[0].weight += torch.ones(8, 1) @ torch.ones(1, 6)  # type: ignore[operator]
+        module.body[3].weight += torch.randn(8, 8)  # type: ignore[operator]
+    both = corrections.Corrections(base, ["body.0.weight", "body.3.weight"], 1)
+    told, written = corrections.write_corrections(both, {"a": module}, tmp_path / "out", lambda *_: None)
+    (warning,) = told
+    assert warning.startswith("out: body.*.weight is in the adapters as a whole and not as factors")
+    assert [*written] == [tmp_path / "out" / "a"]
+
+
 def test_an_approximation_says_how_much_it_keeps() -> None:
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(20, 30))
