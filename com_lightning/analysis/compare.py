@@ -124,7 +124,7 @@ def rule_and_size(method: MergingMethod) -> tuple[str, dict[str, Any]]:
     inner = [rule_and_size(value) for value in vars(method).values() if isinstance(value, MergingMethod)]
     described = method.describe()
     settings = {name: value for _, more in inner for name, value in more.items()}
-    settings.update({name: described[name] for name in method.size_settings})
+    settings.update({name: described[name] for name in method.size_settings if name in described})
     classes = f"({', '.join(rule for rule, _ in inner)})" if inner else ""
     return f"{type(method).__name__}{classes}", settings
 

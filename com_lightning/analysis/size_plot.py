@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from statistics import fmean
 from typing import Any
 
 from matplotlib.patheffects import withStroke
@@ -32,7 +33,7 @@ def draw_sizes(axes: Any, comparison: Comparison) -> None:
     lines = {name: sorted(members, key=lambda row: row.size or 0) for name, members in lines.items()}
     curves = {name: members for name, members in lines.items() if len({row.size for row in members}) > 1}
     singles = [row for name, members in lines.items() if name not in curves for row in members]
-    best = max(curves, key=lambda name: max(row.score or 0.0 for row in curves[name]), default=None)
+    best = max(curves, key=lambda name: fmean(row.score or 0.0 for row in curves[name]), default=None)
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for (name, members), color in zip(curves.items(), itertools.cycle(_COLORS)):
         x, y = [_mb(row) for row in members], [factor * (row.score or 0.0) for row in members]

@@ -73,8 +73,9 @@ class MergingMethod(ABC):
     """How layers are solved, if the rule merges layer by layer with the sweep. ``None``: it merges parameters."""
     starts_from_average: bool = True
     """Whether ``job.merged`` holds the average of the experts at first. If not, the rule writes all parameters."""
-    size_settings: tuple[str, ...] = ()
-    """Names of settings that change how much each task keeps for itself. A comparison reports each of their values."""
+    size_settings: tuple[str, ...] = ("private_biases", "rank", "task_rank", "task_share")
+    """Names of settings that change how much each task keeps for itself, if the rule has them. A comparison does not
+    choose between their values, but reports each."""
     separable: bool = True
     """Whether the rule can merge some of the parameters and leave the others alone."""
 

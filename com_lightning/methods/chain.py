@@ -114,8 +114,6 @@ class ChainOfMerges(ClosedForm):
             the paper, see :func:`com_lightning.core.chain.fit.balanced`). It raises the task that loses most.
     """
 
-    size_settings = ("private_biases", "task_rank")
-
     def __init__(
         self,
         target: Literal["expert", "merged"] = "expert",

@@ -179,7 +179,7 @@ class MergeReport:
             model: {task: {m: self.normalized(model, task, m) for m in values} for task, values in tasks.items()}
             for model, tasks in self.metrics.items()
         }
-        content["size"].update(merged=asdict(self.size.merged), share=self.size.share)
+        content["share_of_experts"] = self.size.share
         content["mean_normalized"] = {model: self.mean_normalized(model) for model in self.metrics}
         plain: dict[str, Any] = finite(content)
         return plain
@@ -276,7 +276,7 @@ def summarize(report: MergeReport) -> str:
     phrases["correction"] = "in corrections of low rank, one for each task and matrix"
     sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
     lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
-    lines += [size_sentence(report.size)] * bool(report.size.tasks)
+    lines += [size_sentence(report.size)] * any(task.bytes for task in report.size.tasks.values())
     lines += [f"Padding of {line}." for line in report.padding]
     return "\n".join([*lines, *(f"Skipped: {batch}." for batch in report.skipped)])
 

@@ -20,6 +20,7 @@ from com_lightning import (
     TaskLoaders,
 )
 from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.results.model_size import size_rows, size_sentence
 from com_lightning.results.tables import table
 from tests.helpers import Classifier, make_data, make_experts, perturb
 from tests.helpers.folders import WithBuffers, merge
@@ -54,6 +55,10 @@ def test_the_json_holds_the_whole_report(result: Result) -> None:
     assert content["normalized"]["merged"]["b"]["val_acc"] == report.normalized("merged", "b", "val_acc")
     assert content["mean_normalized"]["expert"] == 1.0
     assert content["samples"] == {"a": 24, "b": 24}
+    assert content["share_of_experts"] == report.size.share
+    merged = {id(tensor): tensor for module in callback.modules.values() for _, tensor, _ in named_tensors(module)}
+    assert report.size.merged.values == sum(tensor.numel() for tensor in merged.values())
+    assert report.size.merged.bytes == 4 * report.size.merged.values
     assert torch.__version__.startswith(content["versions"]["torch"])
     assert [layer["name"] for layer in content["layers"]] == ["body.0", "body.1", "body.3"]
 
@@ -62,6 +67,8 @@ def test_the_markdown_holds_the_tables(result: Result) -> None:
     report, text = result[0].report, (result[1] / "report.md").read_text()
     assert report.task_table() in text
     assert report.layer_table() in text
+    assert table(size_rows(report.size)) in text
+    assert size_sentence(report.size) in text
     for task in "ab":
         row = next(line for line in text.splitlines() if line.startswith(f"| {task} "))
         for kind in ("expert", "average", "merged"):
