@@ -110,7 +110,7 @@ def reseeded(method: MergingMethod, seed: int) -> MergingMethod:
 
 
 def rule_and_size(method: MergingMethod) -> tuple[str, dict[str, Any]]:
-    """The class of a rule with those of the rules within it, and its settings that change the size of the result.
+    """The class of a rule with those of the rules within it, and what is set of what changes the size of the result.
 
     Returns:
         Both.
@@ -119,12 +119,12 @@ def rule_and_size(method: MergingMethod) -> tuple[str, dict[str, Any]]:
 
         >>> from com_lightning import ChainOfMerges, Refitted
         >>> rule_and_size(Refitted(ChainOfMerges(task_rank=2)))
-        ('Refitted(ChainOfMerges)', {'private_biases': False, 'task_rank': 2})
+        ('Refitted(ChainOfMerges)', {'task_rank': 2})
     """
     inner = [rule_and_size(value) for value in vars(method).values() if isinstance(value, MergingMethod)]
     described = method.describe()
     settings = {name: value for _, more in inner for name, value in more.items()}
-    settings.update({name: described[name] for name in method.size_settings if name in described})
+    settings.update({name: described[name] for name in method.size_settings if described.get(name)})
     classes = f"({', '.join(rule for rule, _ in inner)})" if inner else ""
     return f"{type(method).__name__}{classes}", settings
 
@@ -144,7 +144,7 @@ def grid(method: MergingMethod) -> str:
         'ChainOfMerges, task_rank=2'
     """
     rule, settings = rule_and_size(method)
-    return ", ".join([rule, *(f"{name}={value}" for name, value in settings.items() if value)])
+    return ", ".join([rule, *(f"{name}={value}" for name, value in settings.items())])
 
 
 def plan_comparison(

@@ -6,6 +6,7 @@ import copy
 import json
 import subprocess
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from transformers import BertForMaskedLM, BertForSequenceClassification, BertMod
 from com_lightning import ChainOfMerges, MergeError
 from com_lightning.cli import main
 from com_lightning.results.adapter_export import export_adapters, export_lora, refused_by_engines
+from com_lightning.results.model_card import adapters_card
 from tests.helpers import perturb
 from tests.helpers.texts import expert_folder, make_bert, merge, save_tokenizer
 
@@ -220,3 +222,18 @@ def test_a_base_that_is_a_checkpoint_is_for_peft_alone(tmp_path: Path) -> None:
     (tmp_path / "adapters" / "base.ckpt").write_text("")
     with pytest.raises(MergeError, match=r"adapters is as PEFT loads it; engines .* serve transformers models alone"):
         export_adapters(tmp_path, tmp_path / "out")
+
+
+def test_a_causal_language_model_with_plain_adapters_can_be_served() -> None:
+    card = adapters_card("LlamaForCausalLM", ["a", "b"], 12, is_plain=True)
+    assert "vllm serve base --enable-lora --max-lora-rank 16 --lora-modules a=a b=b" in card
+    assert "vllm" not in adapters_card("LlamaForCausalLM", ["a", "b"], 12, is_plain=False)
+
+
+def test_factors_of_convolutions_are_told(tmp_path: Path) -> None:
+    base = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 16, 3)))
+    model = copy.deepcopy(base)
+    with torch.no_grad():
+        model.stem.weight += 0.1 * torch.ones_like(model.stem.weight)  # type: ignore[operator, arg-type]
+    with pytest.warns(UserWarning, match="engines such as vLLM do not load factors of convolutions: stem"):
+        export_lora(model, tmp_path / "out", base, 1)
