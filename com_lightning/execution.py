@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +26,7 @@ from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.smaller_batches import smaller_batches
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in, shortened
 from com_lightning.data.trainer_view import trainer_of_task
+from com_lightning.environment import package_versions, peak_memory
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
@@ -198,7 +197,7 @@ def execute(
         checks=[*([] if check is None else [f"calibration forwards: {check}"]), *plan.checks],
         warnings=plan.parameters.warnings + context.warnings + job.warnings + (check.warnings if check else []),
         seconds=time.perf_counter() - start,
-        peak_memory=_peak_memory(device),
+        peak_memory=peak_memory(device),
         seed=data.seed if data is not None else None,
         resumed=context.journal.resumed,
         versions=package_versions(),
@@ -207,14 +206,9 @@ def execute(
         plan.experts, plan.parameters, records, bool(plan.layers) and plan.method.merges_layers, job.heads
     )
     corrected = plan.corrections.names if plan.corrections else []
-    report.size = measure_size(
-        plan.experts,
-        modules,
-        {task: plan.precision(task) for task in plan.experts},
-        plan.parameters.merged_adapters,
-        corrected,
-        report.sizes.get("correction", 0) // len(modules),
-    )
+    stored, folded = {task: plan.precision(task) for task in plan.experts}, plan.parameters.merged_adapters
+    corrections = report.sizes.get("correction", 0) // len(modules)
+    report.size = measure_size(plan.experts, modules, stored, folded, corrected, corrections)
     if names := [record.name for record in report.layers if record.permuted]:
         report.warnings.append(
             f"the rows of {some(names)} come in another order in the merged model than in the experts, as proposals "
@@ -389,24 +383,3 @@ def _on_device(
     before, transfer, after = (getattr(data if is_overridden(h, data) else expert, h) for h in TRANSFER_HOOKS)
     batch = after(transfer(before(batch, index), trainer.strategy.root_device, index), index)
     return Batch(batch, index, padding_masks(batch, expert, label))
-
-
-def _peak_memory(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def package_versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for package in ("com_lightning", "torch", "lightning", "torchmetrics", "transformers"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found

@@ -24,8 +24,9 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.digest import digest
 from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.environment import package_versions
 from com_lightning.errors import MergeError
-from com_lightning.execution import average_shared, calibration_tasks, execute, package_versions
+from com_lightning.execution import average_shared, calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
 from com_lightning.options import MergeOptions
