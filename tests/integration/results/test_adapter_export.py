@@ -234,6 +234,6 @@ def test_factors_of_convolutions_are_told(tmp_path: Path) -> None:
     base = nn.Sequential(OrderedDict(stem=nn.Conv2d(3, 16, 3)))
     model = copy.deepcopy(base)
     with torch.no_grad():
-        model.stem.weight += 0.1 * torch.ones_like(model.stem.weight)  # type: ignore[operator, arg-type]
+        model.get_parameter("stem.weight").add_(0.1)
     with pytest.warns(UserWarning, match="engines such as vLLM do not load factors of convolutions: stem"):
         export_lora(model, tmp_path / "out", base, 1)
