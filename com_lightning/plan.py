@@ -183,7 +183,7 @@ def make_plan(
     """
     options = options or MergeOptions()
     tasks = list(sources) if data is None else list(data.tasks)
-    for name in (*sources, *tasks, *(method.importance or ())):
+    for name in (*sources, *tasks, *method.given_importance()):
         if not isinstance(name, str):
             raise MergeError([f"names of tasks are text; put quotes around {name!r} wherever it stands"])
     if is_overridden("configure_model", model):  # Lightning calls it again later, as it is meant to be

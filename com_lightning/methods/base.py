@@ -18,6 +18,8 @@ from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 
 Need = Literal["data", "loss", "base"]
+Importance = dict[str, float] | Literal["similarity"] | None
+"""Task -> its weight, relative to the others; or how it is computed. ``None``: all tasks count alike."""
 
 
 @dataclass
@@ -86,7 +88,7 @@ class MergingMethod(ABC):
             cls.__init__ = checked(cls.__init__)  # type: ignore[method-assign]
 
     @checked
-    def __init__(self, importance: dict[str, float] | None = None) -> None:
+    def __init__(self, importance: Importance = None) -> None:
         self.importance = importance
 
     @property
@@ -114,7 +116,7 @@ class MergingMethod(ABC):
         """Write the merged values into ``job.merged``, and return what happened at each layer, in order."""
 
     def weights(self, tasks: Sequence[str]) -> list[float]:
-        """Return the importance of tasks, in the order of ``tasks``, with a sum of one.
+        """Return the importance of tasks, in the order of ``tasks``, with a sum of one: uniform, if it is computed.
 
         Example::
 
@@ -122,15 +124,24 @@ class MergingMethod(ABC):
             >>> Average(importance={"a": 3, "b": 1}).weights(["b", "a"])
             [0.25, 0.75]
         """
-        if self.importance is None:
+        given = self.given_importance()
+        if not given:
             return [1.0 / len(tasks)] * len(tasks)
-        total = sum(self.importance[task] for task in tasks)
-        return [self.importance[task] / total for task in tasks]
+        total = sum(given[task] for task in tasks)
+        return [given[task] / total for task in tasks]
+
+    def given_importance(self) -> Mapping[str, float]:
+        """Task -> its weight, as it was given; empty if all tasks count alike, or their importance is computed."""
+        return {} if self.importance is None or isinstance(self.importance, str) else self.importance
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         """What is wrong with the rule's settings for these tasks, each problem as one sentence."""
         if self.importance is None:
             return []
+        if isinstance(self.importance, str):
+            if self.options and self.options.by_similarity:
+                return []
+            return [f"importance: {type(self).__name__} cannot compute it by {self.importance}; give weights"]
         problems = []
         if missing := [task for task in tasks if task not in self.importance]:
             problems.append(f"importance: no weight for {', '.join(missing)}; give every task one, 0 leaves a task out")

@@ -41,7 +41,8 @@ class ClosedForm(MergingMethod):
         return records
 
     def describe(self) -> dict[str, Any]:
-        return {**super().describe(), **vars(self.options)}
+        options = {name: value for name, value in vars(self.options).items() if name != "by_similarity"}
+        return {**super().describe(), **options}  # its importance says the same
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         problems = super().problems(tasks)
@@ -85,7 +86,10 @@ class ChainOfMerges(ClosedForm):
             correct the drift that earlier merges caused. ``"merged"``: ``t = W_i x̂`` (one-sided). It needs half the
             forwards.
         normalize: count each row by its direction, not by its size (cosine normalisation, ``s`` above).
-        importance: task -> its weight, relative to the others. The default is uniform.
+        importance: task -> its weight, relative to the others. The default is uniform. ``"similarity"``: computed layer
+            by layer, the larger the more similar the task's inputs ``x̂`` are to each other (our reading of the paper's
+            public reviews, see :mod:`com_lightning.core.solve.similarity`). This takes one more Gram matrix of each
+            task.
         ridge: pull towards the average (``l`` above), relative to the mean of the diagonal of the Gram matrix.
         residual: repair residual streams. Where a layer's output is added to a residual stream, the target becomes
             ``t = W_i x + (r - r̂)`` with ``r`` and ``r̂`` the stream in the expert and in the merged model. Beyond the
@@ -118,7 +122,7 @@ class ChainOfMerges(ClosedForm):
         self,
         target: Literal["expert", "merged"] = "expert",
         normalize: bool = True,
-        importance: dict[str, float] | None = None,
+        importance: dict[str, float] | Literal["similarity"] | None = None,
         ridge: float = 0.01,
         residual: bool = True,
         sensitivity: Distance | None = None,
@@ -141,6 +145,7 @@ class ChainOfMerges(ClosedForm):
             balance=balance,
             task_rank=task_rank,
             task_share=task_share,
+            by_similarity=importance == "similarity",
         )
 
 
@@ -178,15 +183,17 @@ class RegMeanPlusPlus(ClosedForm):
 
     Args:
         normalize: count each row by its direction, not by its size. The paper does not do this.
-        importance: task -> its weight, relative to the others. The default is uniform.
+        importance: task -> its weight, relative to the others. The default is uniform. ``"similarity"``: computed layer
+            by layer, as in :class:`ChainOfMerges`.
         ridge: pull towards the average, relative to the mean of the diagonal of the Gram matrix.
     """
 
     def __init__(
         self,
         normalize: bool = False,
-        importance: dict[str, float] | None = None,
+        importance: dict[str, float] | Literal["similarity"] | None = None,
         ridge: float = 0.01,
     ) -> None:
         super().__init__(importance)
-        self.options = ChainOptions("merged", "merged", normalize, ridge)
+        by_similarity = importance == "similarity"
+        self.options = ChainOptions("merged", "merged", normalize, ridge, by_similarity=by_similarity)

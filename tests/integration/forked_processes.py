@@ -129,6 +129,7 @@ RULES = {
 RULES["private biases"] = ChainOptions(private_biases=True, residual=True)
 RULES["refitted"] = ChainOptions(refit_heads=True)
 RULES["balance"] = ChainOptions(balance=True)
+RULES["by similarity"] = ChainOptions(by_similarity=True)
 SENSITIVE = ChainOptions(sensitivity="numbers")
 
 
@@ -146,6 +147,7 @@ def test_processes_merge_as_one(size: int, rule: str, tmp_path: Path) -> None:
         for ours, other in zip(records, theirs):
             assert other.residual == pytest.approx(ours.residual, rel=1e-5)
             assert other.distance == pytest.approx(ours.distance, rel=1e-5)
+            assert other.similarity == pytest.approx(ours.similarity, rel=1e-5)
         for name, value in expected.items():
             assert relative(merged[name], value) < 1e-6, name
             assert torch.equal(merged[name], results[0][0][name]), name

@@ -296,10 +296,12 @@ class LayerSolver(Visitor):
         record.corrected_for = list(map(str, self.streams.writers.get(record.name, ())))
         record.masked = [task.name for task in self.tasks if task.name in inputs.masked]
         record.doubtful = [task.name for task in self.tasks if task.name in inputs.doubtful]
-        if self.options.balance:
+        if self.options.balance or self.options.by_similarity:
             record.importance = {task.name: share for task, share in zip(self.tasks, result.importance)}
         for task, means in zip(self.tasks, inputs.means(layer.weights)):
             record.rows[task.name] = means.rows
+            if means.similarity is not None:
+                record.similarity[task.name] = means.similarity
             if means.drift_norms.rows:
                 record.distance[task.name] = means.drift_norms.relative_distance
                 record.cosine[task.name] = means.drift_norms.mean_cosine

@@ -18,6 +18,7 @@ from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.normalization import PerChannel
 from com_lightning.core.solve.ridge import Factor, factorize, residual, solve_or_average
+from com_lightning.core.solve.similarity import by_similarity
 from com_lightning.core.solve.statistics import DriftNorms
 from com_lightning.core.solve.task_adapters import low_rank_corrections, rank_gains
 from com_lightning.core.solve.task_biases import centred, solve_each, with_task_biases
@@ -110,6 +111,8 @@ def fit(
     """
     layer_type, weights = layer.layer_type, layer.weights
     means = inputs.means(weights)
+    if options.by_similarity:
+        importance = by_similarity(importance, [entry.similarity for entry in means])
     if options.balance:
         importance = balanced(importance, [entry.drift_norms for entry in means])
     grams = [entry.gram for entry in means]

@@ -234,7 +234,9 @@ def _comes_in_another_order(batch: BatchId, ours: Arguments, theirs: Arguments, 
 
 def _empty(layer: Layer, options: ChainOptions, scratch: Scratch) -> InputSums:
     has_bias = layer.layer_type.has_bias(layer.merged)
-    return InputSums(has_bias, options.normalize, layer.multiplies_drift, scratch=scratch)
+    sums = InputSums(has_bias, options.normalize, layer.multiplies_drift, scratch=scratch)
+    sums.measures_similarity = options.by_similarity
+    return sums
 
 
 def _pairs(calls: Sequence[PausedCall], options: ChainOptions) -> Iterator[Pair]:

@@ -45,6 +45,8 @@ class ChainOptions:
             :mod:`~com_lightning.core.chain.heads`.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more (two-sided only), see
             :func:`~com_lightning.core.chain.fit.balanced`.
+        by_similarity: multiply the importance of tasks, layer by layer, by how similar their inputs are to each other,
+            see :mod:`~com_lightning.core.solve.similarity`.
     """
 
     inputs: Stream = "merged"
@@ -63,6 +65,7 @@ class ChainOptions:
     keeps_shared: bool = False
     refit_heads: bool = False
     balance: bool = False
+    by_similarity: bool = False
 
     @property
     def streams(self) -> tuple[Stream, ...]:

@@ -13,6 +13,9 @@ from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.solve.statistics import DriftNorms, InputSums, Moments
 from com_lightning.core.sweep.distributed import Peers
 
+_MATRICES = ("gram", "drift", "unit_gram", "unit_rows")
+"""The matrices of :class:`~com_lightning.core.solve.statistics.InputSums`."""
+
 
 def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: torch.device) -> None:
     """Add up the statistics of all processes, in place at the owner.
@@ -28,7 +31,7 @@ def reduce_sums(inputs: LayerInputs | None, peers: Peers, owner: int, device: to
     summaries = [s for s in peers.exchange(None if inputs is None else _Summary.of(inputs)) if s is not None]
     all_sums: Sequence[InputSums | None] = [None] * len(summaries[0].matrices) if inputs is None else inputs.sums
     for number, sums in enumerate(all_sums):
-        for name in ("gram", "drift"):
+        for name in _MATRICES:
             formats = [summary.matrices[number][name] for summary in summaries if name in summary.matrices[number]]
             if formats:
                 # Statistics are in float64 in a process that had to gather them batch by batch.
@@ -84,7 +87,7 @@ class _Summary:
 
     @staticmethod
     def of(inputs: LayerInputs) -> _Summary:
-        matrices = [{"gram": sums.gram, "drift": sums.drift} for sums in inputs.sums]
+        matrices: list[dict[str, Tensor | None]] = [{n: getattr(sums, n) for n in _MATRICES} for sums in inputs.sums]
         formats = [{name: (m.shape, m.dtype) for name, m in entry.items() if m is not None} for entry in matrices]
         tasks = [
             _TaskSummary(sums.rows, sums.drift_norms.cpu(), sums.moments.to("cpu"), sums.expert_moments.to("cpu"))

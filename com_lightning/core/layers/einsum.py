@@ -154,6 +154,7 @@ class GroupedLinear(LayerType):
         groups = []
         for number, (rows, _) in enumerate(self.rows(module, merged.args, merged.kwargs)):
             group = InputSums(False, sums.normalize, sums.multiplies_drift, scratch=sums.scratch)
+            group.measures_similarity = sums.measures_similarity
             group.update(rows, next(expert_rows, (None, False))[0], call.weight[number : number + 1])
             groups.append(group)
             sums.drift_norms.add(group.drift_norms)
@@ -161,4 +162,8 @@ class GroupedLinear(LayerType):
         drifts = [group.drift for group in groups if group.drift is not None]
         total_rows = sum(group.rows for group in groups)
         sums.add(torch.cat(grams), None if expert is None else torch.cat(drifts), total_rows)
+        unit_grams = [group.unit_gram for group in groups if group.unit_gram is not None]
+        unit_rows = [group.unit_rows for group in groups if group.unit_rows is not None]
+        if unit_grams:
+            sums.add_units(torch.cat(unit_grams), torch.cat(unit_rows))
         return expert is not None

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from com_lightning.core.solve.similarity import similarity
 from com_lightning.core.tensors.matmul import (
     add_product,
     aligned_length,
@@ -156,6 +157,10 @@ class InputSums:
         drift_norms: size of the drift.
         moments, expert_moments: moments of the layer's inputs ``x̂`` and ``x``, for batch normalisation. In a two-sided
             merge, they leave out calls without a counterpart in the expert.
+        measures_similarity: whether :attr:`unit_gram` is summed. It takes as much time and memory as :attr:`gram`.
+        unit_gram: Gram matrix of the rows ``x̂`` scaled to length one in each group, without bias, ``(g, f, f)``. It is
+            not summed for groups of one input, whose cosines are all 1 or -1.
+        unit_rows: number of these rows in each group, ``(g,)``. Rows of zeros have no direction and do not count.
         scratch: memory in which rows are prepared. Sums of several tasks may share it.
 
     Sums are in float32, or in float64 if the rows are. Autocast must be off.
@@ -181,6 +186,9 @@ class InputSums:
     drift_norms: DriftNorms = field(default_factory=DriftNorms)
     moments: Moments = field(default_factory=Moments)
     expert_moments: Moments = field(default_factory=Moments)
+    measures_similarity: bool = False
+    unit_gram: Tensor | None = None
+    unit_rows: Tensor | None = None
     scratch: Scratch = field(default_factory=Scratch)
 
     def update(
@@ -221,6 +229,8 @@ class InputSums:
         else:
             scaled = self._fast_layout("rows", self._scaled(merged, root))
             self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
+            if self.measures_similarity:
+                self._add_unit_rows(merged)
         if expert is None:
             return
         drift = torch.sub(expert, merged, out=self.scratch.empty("drift", merged, *merged.shape))
@@ -244,10 +254,16 @@ class InputSums:
             self.drift = _add(self.drift, drift)
         self.rows += rows
 
+    def add_units(self, unit_gram: Tensor | None, unit_rows: Tensor | None) -> None:
+        """Add sums of other rows, in the shapes of :attr:`unit_gram` and :attr:`unit_rows`, if there are any."""
+        if unit_gram is not None and unit_rows is not None:
+            self.unit_gram, self.unit_rows = _add(self.unit_gram, unit_gram), _add(self.unit_rows, unit_rows)
+
     def join(self, other: InputSums) -> None:
         """Add all statistics of other rows of the same layer."""
         if other.gram is not None:
             self.add(other.gram, other.drift, other.rows)
+        self.add_units(other.unit_gram, other.unit_rows)
         self.drift_norms.add(other.drift_norms)
         self.moments.add(other.moments)
         self.expert_moments.add(other.expert_moments)
@@ -270,14 +286,24 @@ class InputSums:
         gram = self.complete()
         if gram is None:
             gram = weight.new_zeros(weight.shape[0], weight.shape[2], weight.shape[2])
-        drift, count = self.drift, max(self.rows, 1)
-        self.gram = self.drift = None
+        drift, count, measured = self.drift, max(self.rows, 1), None
+        if self.unit_gram is not None and self.unit_rows is not None:
+            measured = similarity(fill_upper_triangle(self.unit_gram), self.unit_rows)
+        self.gram = self.drift = self.unit_gram = self.unit_rows = None
         gram /= count
         if drift is not None:
             drift /= count
         return InputMeans(
-            gram, drift, self.multiplies_drift, self.rows, self.drift_norms, self.moments, self.expert_moments
+            gram, drift, self.multiplies_drift, self.rows, self.drift_norms, self.moments, self.expert_moments, measured
         )
+
+    def _add_unit_rows(self, rows: Tensor) -> None:
+        """Add rows ``(n, g, f)`` to the Gram matrix of rows of length one."""
+        length = torch.linalg.vector_norm(rows, dim=2, keepdim=True)
+        unit = torch.div(rows, torch.where(length > 0, length, 1.0), out=self.scratch.empty("unit", rows, *rows.shape))
+        unit = self._fast_layout("unit rows", unit)
+        self.unit_gram = add_product(self.unit_gram, unit, unit, symmetric=True)
+        self.unit_rows = _add(self.unit_rows, (length[..., 0] > 0).sum(0, dtype=torch.float64))
 
     def _scaled(self, rows: Tensor, root: Tensor) -> Tensor:
         """``rows * root``, or ``[rows, 1] * root`` with a bias: ``(n, g, f)`` -> ``(n, g, k)``."""
@@ -306,6 +332,7 @@ class InputMeans:
         is_multiplied: whether the drift is multiplied.
         rows: number of rows.
         drift_norms, moments, expert_moments: as in :class:`InputSums`.
+        similarity: of the rows ``x̂``, see :mod:`~com_lightning.core.solve.similarity`. ``None``: it was not measured.
     """
 
     gram: Tensor
@@ -315,6 +342,7 @@ class InputMeans:
     drift_norms: DriftNorms
     moments: Moments
     expert_moments: Moments
+    similarity: float | None = None
 
     def weighted_drift(self, weight: Tensor) -> Tensor | None:
         """``D_i``: the drift multiplied by the expert's weight, ``(g, o, k)``."""

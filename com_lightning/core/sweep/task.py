@@ -191,6 +191,9 @@ class LayerRecord:
             correction of low rank has as many as its two factors.
         rank: of each task's correction of the weight; 0 if there is none.
         gains: how much less the predictions err with each further rank, if that was asked for.
+        similarity: of each task's inputs to each other, if importance follows from it, see
+            :mod:`~com_lightning.core.solve.similarity`. Without those of normalisations and embeddings, whose
+            regressions have one input each.
         importance: of each task, where it differs between layers.
         residual: relative squared error of the layer's output after the merge. A two-sided merge compares it with the
             expert's output on the expert's input, a one-sided merge on the merged model's input. Where the layer
@@ -228,6 +231,7 @@ class LayerRecord:
     of_tasks: dict[str, int] = field(default_factory=dict)
     rank: int = 0
     gains: list[float] = field(default_factory=list)
+    similarity: dict[str, float] = field(default_factory=dict)
     importance: dict[str, float] = field(default_factory=dict)
     residual: float | None = None
     ridge: float | None = None
