@@ -34,6 +34,7 @@ from com_lightning.plan import MergePlan
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.results.folder import output_problems
+from com_lightning.results.importance_plot import importance_of
 from com_lightning.results.journal import ResultStore
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import peers_of, together
@@ -309,6 +310,7 @@ class Compare(Callback):
         outcome.drift, outcome.warnings = _drift(report.layers), warnings
         outcome.rule, outcome.size_settings = rule_and_size(method)
         outcome.size = report.size.merged.bytes, report.size.experts.bytes
+        outcome.importance = importance_of(report.layers)
         return outcome, modules
 
     def _average_drift(self, trainer: Trainer, seed: int | None) -> Drift:

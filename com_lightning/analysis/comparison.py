@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
+from com_lightning.results.importance_plot import LayerImportance
 from com_lightning.results.report import MergeReport
 from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
 
@@ -32,6 +33,7 @@ class Outcome:
         metrics: ``"report"``, and ``"selection"`` if settings are chosen -> what was logged.
         seconds, peak_memory: as in :class:`~com_lightning.results.report.MergeReport`.
         drift: measured by two-sided chains only, which run both models.
+        importance: similarity and importance of each task at each layer, if importance follows from similarity.
         warnings: of this merge alone.
         rule: class of the rule, and of those within it.
         size_settings: those that change the size of the result.
@@ -46,6 +48,7 @@ class Outcome:
     seconds: float = 0.0
     peak_memory: int = 0
     drift: Drift = field(default_factory=list)
+    importance: list[LayerImportance] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     rule: str = ""
     size_settings: dict[str, Any] = field(default_factory=dict)

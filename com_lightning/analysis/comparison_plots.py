@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from com_lightning.analysis.comparison import Comparison
+from com_lightning.results.importance_plot import save_importance
 from com_lightning.results.tables import number
 
 
 def save_pictures(comparison: Comparison, folder: Path) -> bool:
-    """Draw ``methods.png``, ``tasks.png``, and ``drift.png`` of chains and ``size.png`` of models that differ in size.
+    """Draw ``methods.png``, ``tasks.png``, and where they apply ``drift.png``, ``size.png`` and ``importance.png``.
 
     Args:
         comparison: What to draw.
@@ -33,6 +34,7 @@ def save_pictures(comparison: Comparison, folder: Path) -> bool:
         from com_lightning.analysis.size_plot import draw_sizes
 
         _save(folder / "size.png", (8.5, 4.8), lambda axes: draw_sizes(axes, comparison))
+    save_importance({row.label: row.outcomes[0].importance for row in comparison.rows}, folder / "importance.png")
     return True
 
 

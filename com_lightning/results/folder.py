@@ -42,6 +42,7 @@ from com_lightning.experts.transformers_models import (
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.corrections import Corrections, write_corrections
 from com_lightning.results.html import html_report
+from com_lightning.results.importance_plot import importance_of, save_importance
 from com_lightning.results.model_card import model_card
 from com_lightning.results.plots import save_figure
 from com_lightning.results.report import MergeReport
@@ -123,7 +124,8 @@ def save_results(
 
     - ``merged.safetensors``: the shared parameters and buffers;
     - ``<task>.ckpt``: a Lightning checkpoint per task, or a single ``merged.ckpt`` if all tasks have the same module;
-    - ``report.json``, ``report.md``, ``report.html`` and, if matplotlib is installed, ``report.png``;
+    - ``report.json``, ``report.md``, ``report.html`` and, if matplotlib is installed, ``report.png``, and with
+      ``importance="similarity"`` also ``importance.png``;
     - ``README.md``: a model card;
     - ``transformers``: any models of transformers, see
       :func:`~com_lightning.experts.transformers_models.save_pretrained`;
@@ -225,7 +227,10 @@ def _write_report(
     for name, text in {"report.json": report.to_json(), "report.md": report.to_markdown(), **files}.items():
         (folder / name).write_text(text, encoding="utf-8")
     has_picture = save_figure(report, folder / "report.png")
-    page = html_report(report, (folder / "report.png").read_bytes() if has_picture else None)
+    has_importance = save_importance({"": importance_of(report.layers)}, folder / "importance.png")
+    pictures = [(folder / "report.png").read_bytes() if has_picture else None]
+    pictures += [(folder / "importance.png").read_bytes()] if has_importance else []
+    page = html_report(report, *pictures)
     (folder / "report.html").write_text(page, encoding="utf-8")
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
     if "README.md" not in names:  # the user's files may include one

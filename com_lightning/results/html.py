@@ -33,12 +33,13 @@ th { border-bottom: 2px solid var(--accent); } td.number, th.number { text-align
 """
 
 
-def html_report(report: MergeReport, picture: bytes | None = None) -> str:
+def html_report(report: MergeReport, picture: bytes | None = None, importance: bytes | None = None) -> str:
     """The whole report as one HTML page.
 
     Args:
         report: Report of a merge.
         picture: A PNG to show, see :func:`~com_lightning.results.plots.save_figure`.
+        importance: Another one, see :func:`~com_lightning.results.importance_plot.save_importance`.
 
     Returns:
         The page.
@@ -51,9 +52,10 @@ def html_report(report: MergeReport, picture: bytes | None = None) -> str:
         rows = task_rows(report)
         parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", html_table(rows)]
     if picture:
-        parts.append(
-            image(picture, "each task before and after the merge, and the drift of inputs from layer to layer")
-        )
+        description = "each task before and after the merge, and the drift of inputs from layer to layer"
+        parts.append(image(picture, description))
+    if importance:
+        parts.append(image(importance, "similarity of each task's inputs, and its importance, from layer to layer"))
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]
     if report.checks:
         parts += ["<h2>Checked</h2>", *(f"<p>{escape(check)}</p>" for check in report.checks)]

@@ -33,8 +33,10 @@ def test_each_layer_counts_tasks_by_the_similarity_of_the_merged_models_inputs(o
     experts = built(lambda: nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)))
     batches = [[points(10 * task + n) for n in range(2)] for task in range(2)]
     merged, records = merge(experts, batches, options)
-    for record, run in zip(records, (lambda x: x, lambda x: F.linear(x, merged["0.weight"], merged["0.bias"]).tanh())):
-        similarities = [root_mean_square(run(torch.cat(part))) for part in batches]
+    inputs = [torch.cat(part) for part in batches]
+    hidden = [F.linear(x, merged["0.weight"], merged["0.bias"]).tanh() for x in inputs]
+    for record, data in zip(records, (inputs, hidden)):
+        similarities = list(map(root_mean_square, data))
         assert list(record.similarity.values()) == pytest.approx(similarities, rel=1e-4)
         shares = [value / sum(similarities) for value in similarities]
         assert list(record.importance.values()) == pytest.approx(shares, rel=1e-4)

@@ -54,7 +54,7 @@ def test_batches_come_in_any_order_and_size() -> None:
     one, other = rows(7), rows(4)
     expected = written_out(torch.cat([one, other]))
     joined = sums_of(other)
-    joined.join(sums_of(*one.split(2)))
+    joined.join(sums_of(*torch.split(one, 2)))
     joined.join(sums_of())
     assert measured(joined) == pytest.approx(expected)
     assert measured(sums_of(torch.cat([other, one]).float())) == pytest.approx(expected, rel=1e-5)
