@@ -182,7 +182,7 @@ def _make(call: Call) -> MergingMethod:
 
 def _with_rules(parameter: Parameter | None, value: Any) -> Any:
     """The value of a setting, with names of rules where a parameter takes a rule."""
-    takes_rule = parameter is not None and "MergingMethod" in str(parameter.annotation)
+    takes_rule = parameter is not None and "MergingMethod" in str(parameter.annotation) and value != parameter.default
     return Call(value) if takes_rule and isinstance(value, str) and value in NAMES else value
 
 

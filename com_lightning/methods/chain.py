@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -14,7 +14,9 @@ from com_lightning.core.chain.options import ChainOptions, Distance
 from com_lightning.core.chain.ranks import with_ranks
 from com_lightning.core.chain.task_tensors import task_tensors, warn_of_uncorrected, without_copies
 from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.errors import MergeError
 from com_lightning.methods.base import MergeJob, MergingMethod
+from com_lightning.methods.combined import start_from_average
 
 
 class ClosedForm(MergingMethod):
@@ -28,21 +30,27 @@ class ClosedForm(MergingMethod):
         options = self.options
         if options.task_share:
             options = with_ranks(job.tasks, job.merged, importance, options, job.context)
+        anchor, others = self.anchored(job)
         if options.private_biases or self.has_corrections:
             own = task_tensors(job.tasks, job.merged, weights=self.has_corrections)
-        records = merge_layers(job.tasks, job.merged, importance, options, job.context, job.base, own)
+        records = merge_layers(job.tasks, job.merged, importance, options, job.context, anchor, own)
         job.task_tensors.update(without_copies(own, records))
         if self.has_corrections:
             job.warnings += warn_of_uncorrected(job.tasks, job.merged, records, options.ranks)
         if self.options.refit_heads:
             head_records, heads = refit(job.tasks, job.merged, job.task_tensors, self.options, job.context)
             job.heads.update(heads)
-            records += head_records
-        return records
+            others += head_records
+        return records + others
+
+    def anchored(self, job: MergeJob) -> tuple[Mapping[str, Tensor] | None, list[LayerRecord]]:
+        """Return what the ridge pulls towards, if it is not the average, and records of how that was merged."""
+        return job.base, []
 
     def describe(self) -> dict[str, Any]:
-        options = {name: value for name, value in vars(self.options).items() if name != "by_similarity"}
-        return {**super().describe(), **options}  # its importance says the same
+        settings = super().describe()  # whose importance says what by_similarity does
+        options = vars(self.options).items()
+        return {**settings, **{n: v for n, v in options if n not in settings and n != "by_similarity"}}
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
         problems = super().problems(tasks)
@@ -116,6 +124,13 @@ class ChainOfMerges(ClosedForm):
             same for any rule.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more from the expert's (beyond
             the paper, see :func:`com_lightning.core.chain.fit.balanced`). It raises the task that loses most.
+        anchor: what takes the place of ``W̄`` (beyond the paper): the average, the base, or what another rule gives,
+            such as :class:`TSVM`. With a rule, what the chain does not solve is as that rule gives it, too: layers
+            without a closed form, and what no data reach. The rule has its own importance, and must not merge layer by
+            layer itself.
+
+    Raises:
+        MergeError: if the anchor is something else.
     """
 
     def __init__(
@@ -131,8 +146,16 @@ class ChainOfMerges(ClosedForm):
         balance: bool = False,
         task_rank: int = 0,
         task_share: float = 0.0,
+        anchor: MergingMethod | Literal["average", "base"] = "average",
     ) -> None:
         super().__init__(importance)
+        if not isinstance(anchor, MergingMethod) and anchor not in ("average", "base"):
+            raise MergeError([f"anchor: must be a rule, 'average' or 'base', got {anchor!r}"])
+        self.anchor = anchor
+        if isinstance(anchor, MergingMethod):
+            self.needs = self.needs | anchor.needs
+        elif anchor == "base":
+            self.needs = self.needs | {"base"}
         self.options = ChainOptions(
             "merged",
             target,
@@ -146,7 +169,26 @@ class ChainOfMerges(ClosedForm):
             task_rank=task_rank,
             task_share=task_share,
             by_similarity=importance == "similarity",
+            anchor="rule" if isinstance(anchor, MergingMethod) else anchor,
         )
+
+    def anchored(self, job: MergeJob) -> tuple[Mapping[str, Tensor] | None, list[LayerRecord]]:
+        if not isinstance(self.anchor, MergingMethod):
+            return super().anchored(job)
+        if self.anchor.importance != self.importance:
+            start_from_average(job, job.merged, self.anchor)
+        records = self.anchor.merge(job)
+        copies = {id(tensor): tensor.detach().clone() for tensor in job.merged.values()}
+        return {name: copies[id(tensor)] for name, tensor in job.merged.items()}, records
+
+    def problems(self, tasks: Sequence[str]) -> list[str]:
+        problems = super().problems(tasks)
+        if isinstance(self.anchor, MergingMethod):
+            problems += [f"anchor: {problem}" for problem in self.anchor.problems(tasks)]
+            if self.anchor.runs_calibration_forwards:
+                name = type(self.anchor).__name__
+                problems.append(f"anchor: {name} merges layer by layer itself; give a rule such as TSVM or TIES")
+        return problems
 
 
 class RegMean(ClosedForm):

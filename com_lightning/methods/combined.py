@@ -45,7 +45,7 @@ class Combined(MergingMethod):
             is_matrix = tensor.dim() >= 2 and isinstance(tensor, nn.Parameter) and id(tensor) not in tables
             (matrices if is_matrix else rest)[name] = tensor
         if self.matrices.importance != self.importance:
-            _average(job, matrices, self.matrices)
+            start_from_average(job, matrices, self.matrices)
         return self.matrices.merge(replace(job, merged=matrices)) + self.rest.merge(replace(job, merged=rest))
 
     def problems(self, tasks: Sequence[str]) -> list[str]:
@@ -70,8 +70,14 @@ def _tables(job: MergeJob) -> set[int]:
 
 
 @torch.no_grad()
-def _average(job: MergeJob, merged: Mapping[str, Tensor], rule: MergingMethod) -> None:
-    """Start a rule from the average that its own importance gives."""
+def start_from_average(job: MergeJob, merged: Mapping[str, Tensor], rule: MergingMethod) -> None:
+    """Start a rule from the average that its own importance gives.
+
+    Args:
+        job: the merge that it is part of.
+        merged: name -> tensor to write the average into.
+        rule: the rule.
+    """
     weights = rule.weights([task.name for task in job.tasks])
     states = [{name: tensor for name, tensor, _ in named_tensors(task.expert)} for task in job.tasks]
     for name, tensor in merged.items():

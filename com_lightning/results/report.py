@@ -228,15 +228,16 @@ def task_rows(report: MergeReport) -> list[list[str]]:
 def layer_rows(report: MergeReport) -> list[list[str]]:
     """A head, and a row per layer in the order of merging; :data:`LAYER_COLUMNS` explains the columns."""
     rows = [["layer", "type", "drift", "cosine", "residual", "condition", "seconds", "note"]]
+    start = "average" if report.method.get("anchor", "average") == "average" else "anchor"
     for layer in report.layers:
         means = [mean(list(values.values())) for values in (layer.distance, layer.cosine)]
         numbers = [number(value) for value in (*means, layer.residual, layer.condition)]
-        name, notes = layer.name or "(root)", "; ".join(_notes(layer))
+        name, notes = layer.name or "(root)", "; ".join(_notes(layer, start))
         rows.append([name, layer.layer_type, *numbers, f"{layer.seconds:.2f}", notes])
     return rows
 
 
-def _notes(layer: LayerRecord) -> list[str]:
+def _notes(layer: LayerRecord, start: str) -> list[str]:
     notes = []
     if layer.note or layer.shared_with:
         notes.append(layer.note or f"same inputs as {layer.shared_with}")
@@ -258,7 +259,7 @@ def _notes(layer: LayerRecord) -> list[str]:
     if layer.late:
         notes.append(f"{layer.late} forwards came after it was merged")
     if layer.groups_kept_average:
-        notes.append(f"{layer.groups_kept_average:,} of {layer.groups:,} keep the average because it is better")
+        notes.append(f"{layer.groups_kept_average:,} of {layer.groups:,} keep the {start} because it is better")
     return notes
 
 

@@ -41,7 +41,7 @@ def merge_layers(
     importance: Sequence[float],
     options: ChainOptions,
     context: Context | None = None,
-    base: Mapping[str, Tensor] | None = None,
+    anchor: Mapping[str, Tensor] | None = None,
     task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
 ) -> list[LayerRecord]:
@@ -50,13 +50,14 @@ def merge_layers(
     Args:
         tasks: the experts and their calibration data.
         merged: full name of each shared parameter or buffer -> the tensor that holds its merged value. On entry it
-            holds the average of the experts. Solved parameters are written in place; the others stay as they are.
+            holds the average of the experts, or the anchor that a rule gives. Solved parameters are written in place;
+            the others stay as they are.
         importance: one weight per task, summing to one.
         options: what is solved.
         context: how it is carried out. With other processes, all must be given the same experts. Statistics are added
             up, each layer is solved by one process, and all end with the same merged weights and records.
-        base: the same names -> value in the model that the experts were fine-tuned from. Needed where the anchor of the
-            rule is the base.
+        anchor: the same names -> the value that the ridge pulls towards: in the base, or as a rule gives it. Needed
+            unless the anchor of the options is the average.
         task_tensors: name of what each task keeps for itself -> one tensor for each task, written in place, see
             :func:`~com_lightning.core.chain.task_tensors.task_tensors`.
         fixed: full name of what else the merged model has in place of the expert's -> tensor. It is not merged.
@@ -81,7 +82,8 @@ def merge_layers(
                     "sensitivity: the predictions have no gradient (is validation_step under torch.no_grad?), so all "
                     "errors count alike; a calibration_step, if the module has one, runs in place of validation_step"
                 )
-        models = Models(tasks, merged, options.streams, base if options.anchor == "base" else None, task_tensors, fixed)
+        pulls_towards = None if options.anchor == "average" else anchor
+        models = Models(tasks, merged, options.streams, pulls_towards, task_tensors, fixed)
         solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
         records = Sweep(tasks, models, solver, context, pager=pager).run()

@@ -80,7 +80,8 @@ class Regression:
     def centred(self) -> Regression:
         """Return the regression without the bias, centred at the means of each task."""
         grams, drifts, weights = centred(self.grams, self.drifts, self.weights)
-        return replace(self, grams=grams, drifts=drifts, weights=weights)
+        anchor = None if self.anchor is None else self.anchor[..., :-1]
+        return replace(self, grams=grams, drifts=drifts, weights=weights, anchor=anchor)
 
     def residual(self, weight: Tensor) -> float:
         """Return the relative squared error of a weight, with targets on the merged model's input."""
@@ -124,11 +125,12 @@ def fit(
         for gram in grams:
             gram[..., -1, :-1] = gram[..., :-1, -1] = 0.0
     drifts = [entry.weighted_drift(weight) for entry, weight in zip(means, weights)]
-    mean = average(weights, importance) if averages_bias or layer.base is not None else weights[0]
-    anchor = None
-    if layer.base is not None:  # what no data have reached still becomes the average
+    averages = averages_bias or options.anchor == "base"
+    mean = average(weights, importance) if averages else weights[0]
+    anchor = None if layer.anchor is None else layer_type.to_matrix(layer.anchor, layer.merged)
+    if anchor is not None and options.anchor == "base":  # what no data have reached still becomes the average
         has_data = torch.stack([informed > 0] * features + [reached > 0] * (squares.shape[1] - features), -1)
-        anchor = torch.where(has_data[:, None], layer_type.to_matrix(layer.base, layer.merged), mean)
+        anchor = torch.where(has_data[:, None], anchor, mean)
     one_sided = not options.two_sided
     whole = Regression(grams, drifts, weights, importance, options.ridge, anchor, one_sided)
     has_task_biases = "bias" in of_tasks and not isinstance(layer_type, PerChannel)
@@ -155,7 +157,8 @@ def fit(
     if one_sided and result.residual is None:
         result.residual = regression.residual(result.weight)
     if of_tasks and isinstance(layer_type, PerChannel):
-        result.task_weights = solve_each(grams, drifts, weights, average(weights, importance), options.ridge)
+        start = average(weights, importance) if anchor is None else anchor
+        result.task_weights = solve_each(grams, drifts, weights, start, options.ridge)
     elif of_tasks:
         result.task_weights = [result.weight] * len(weights)
         if "weight" in of_tasks:
@@ -219,6 +222,7 @@ def fit_by_sensitivity(regression: Regression, factor: Factor, roots: Sequence[T
             regression.ridge,
             roots,
             result.weight,
+            regression.anchor,
         )
     return result
 

@@ -25,7 +25,8 @@ class ChainOptions:
         normalize: count each row by its direction, not by its size (cosine normalisation), see
             :class:`~com_lightning.core.solve.statistics.InputSums`.
         ridge: strength of the pull towards the anchor, relative to the mean of the diagonal of the Gram matrix.
-        anchor: the weight in directions that the data do not determine: the average of the experts, or the base.
+        anchor: the weight in directions that the data do not determine: the average of the experts, the base, or the
+            weight that a rule gives. What no data reach at all is averaged, or is as the rule gives it.
         joint: solve a layer's bias together with its weight. Otherwise biases are averaged.
         residual: if a layer's output is added to a residual stream, also repair the drift of that stream (two-sided
             only), see :mod:`com_lightning.core.chain.find_residuals`.
@@ -53,7 +54,7 @@ class ChainOptions:
     target: Stream = "expert"
     normalize: bool = True
     ridge: float = 0.01
-    anchor: Literal["average", "base"] = "average"
+    anchor: Literal["average", "base", "rule"] = "average"
     joint: bool = True
     residual: bool = False
     sensitivity: Distance | None = None

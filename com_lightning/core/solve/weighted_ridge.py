@@ -39,6 +39,7 @@ def solve_weighted(
     ridge: float,
     roots: Sequence[Tensor],
     start: Tensor,
+    anchor: Tensor | None = None,
 ) -> tuple[Tensor, int]:
     """Solve a layer by conjugate gradients.
 
@@ -52,6 +53,7 @@ def solve_weighted(
             :func:`~com_lightning.core.solve.ridge.factorize`.
         roots: ``U_i`` of each task, ``(o, r)`` in float64, with ``H_i = U_i U_iᵀ + 0.3 I``.
         start: the solution if all errors count alike, ``(1, o, k)`` in float64.
+        anchor: ``(1, o, k)``, takes the place of the average ``W̄``.
 
     Returns:
         The merged weight, ``(1, o, k)`` in float64, and the number of steps.
@@ -61,6 +63,8 @@ def solve_weighted(
     mean = torch.zeros_like(start[0])
     for weight, share in zip(weights, importance):
         mean.add_(weight[0].double(), alpha=share)
+    if anchor is not None:
+        mean = anchor[0].double()
     scale = sum(share * float(gram[0].diagonal().double().mean()) for gram, share in zip(grams, importance))
     total, regularised, right = torch.zeros_like(grams[0][0], dtype=torch.float64), [], torch.zeros_like(mean)
     for gram, drift, weight, share, root in zip(grams, drifts, weights, importance, roots):

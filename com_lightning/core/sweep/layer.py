@@ -36,7 +36,7 @@ class Layer:
         layer_type: defines the layer's regression.
         merged, experts: the layer in the merged model, and in each expert.
         parts: name of each parameter and buffer that is written -> the corresponding part of the model's tensor.
-        base: the layer in the model that the experts were fine-tuned from, for rules that need it.
+        anchor: the layer in the model that solutions are pulled towards, for rules that need it.
         repairs_stream: whether its target also repairs the residual stream that its output is added to.
     """
 
@@ -45,7 +45,7 @@ class Layer:
     merged: nn.Module
     experts: list[nn.Module]
     parts: dict[str, Part]
-    base: nn.Module | None = None
+    anchor: nn.Module | None = None
     repairs_stream: bool = False
 
     @cached_property

@@ -26,7 +26,7 @@ class Models:
         tasks: the experts.
         merged: name of each shared parameter or buffer -> its merged value.
         streams: the models that run for each task.
-        base: the same names -> value in the model that the experts were fine-tuned from, for rules that need it.
+        anchor: the same names -> the value that solutions are pulled towards, for rules that need it.
         task_tensors: name of each parameter of which every task has its own -> one tensor for each task.
         fixed: name of other tensors that replace the expert's in the merged model -> tensor. They are not merged.
 
@@ -45,7 +45,7 @@ class Models:
         positions: name of each module -> its position. A module comes after all modules within it.
         order: name of each parameter and buffer -> its position.
         buffers: names of the buffers.
-        base: the model that the experts were fine-tuned from, and its tensors, for rules that need it.
+        anchor: the model that solutions are pulled towards, and its tensors, for rules that need it.
         task_tensors: name of each parameter of which every task has its own -> its names in :attr:`merged`, by task.
     """
 
@@ -54,7 +54,7 @@ class Models:
         tasks: Sequence[Task],
         merged: Mapping[str, Tensor],
         streams: Sequence[Stream],
-        base: Mapping[str, Tensor] | None = None,
+        anchor: Mapping[str, Tensor] | None = None,
         task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
         fixed: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -81,14 +81,14 @@ class Models:
                     self.merged.update(zip(self.task_tensors[name], parts))
             self.experts.append(expert)
         self.tensors = [{n: t for n, t, _ in named_tensors(expert) if n in self.merged} for expert in self.experts]
-        self.base: tuple[nn.Module, dict[str, Tensor]] | None = None
-        if base is not None:
+        self.anchor: tuple[nn.Module, dict[str, Tensor]] | None = None
+        if anchor is not None:
             stored = {name: tensor for name, tensor, _ in named_tensors(tasks[0].expert)}
             module = copy_module(
-                tasks[0].expert, {id(stored[n]): _like(stored[n], t.detach()) for n, t in base.items()}
+                tasks[0].expert, {id(stored[n]): _like(stored[n], t.detach()) for n, t in anchor.items()}
             )
             split_attention(module)
-            self.base = (module, {name: tensor for name, tensor, _ in named_tensors(module)})
+            self.anchor = (module, {name: tensor for name, tensor, _ in named_tensors(module)})
         shared = {id(tensor): self.merged[name] for name, tensor in self.tensors[0].items()}
         self.reference = copy_module(self.experts[0], shared)
         placements = [Placement(task.expert, task.move) for task in tasks]
@@ -135,16 +135,16 @@ class Models:
             candidate = self.candidates[name]
             parts = {local_name: Part(full_name) for local_name, full_name in candidate.written(name).items()}
             merged, *experts = [self._on_device(model.get_submodule(name)) for model in (self.reference, *self.experts)]
-            base = self._on_device(self.base[0].get_submodule(name)) if self.base else None
-            return Layer(name, candidate.layer_type, merged, experts, parts, base)
-        models = [self.merged, *self.tensors, *([self.base[1]] if self.base else [])]
+            anchor = self._on_device(self.anchor[0].get_submodule(name)) if self.anchor else None
+            return Layer(name, candidate.layer_type, merged, experts, parts, anchor)
+        models = [self.merged, *self.tensors, *([self.anchor[1]] if self.anchor else [])]
         values_by_model = [
             {local_name: part.of(tensors[part.name]).to(self.device) for local_name, part in call.parts.items()}
             for tensors in models
         ]
         merged, *experts = [call.module(values) for values in values_by_model]
-        base = experts.pop() if self.base else None
-        return Layer(name, call.layer_type, merged, experts, dict(call.parts), base)
+        anchor = experts.pop() if self.anchor else None
+        return Layer(name, call.layer_type, merged, experts, dict(call.parts), anchor)
 
     def _on_device(self, layer: nn.Module) -> nn.Module:
         """The same layer on the device where statistics are gathered."""
