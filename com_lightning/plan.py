@@ -113,16 +113,18 @@ class MergePlan:
         """Estimate the memory that is needed at least.
 
         Returns:
-            Bytes of the experts, the merged model (with corrections one more for each task), and the statistics and
-            solution of the largest layer.
+            Bytes of the experts, the merged model (with corrections one more for each task, and one more where a rule
+            is the anchor), and the statistics and solution of the largest layer.
         """
+        options = self.method.options
         sizes = [num_bytes(t for _, t, _ in named_tensors(e)) for e in self.experts.values()]
         largest = 0
         for layer in self.layers.values():
             groups, outputs, inputs = layer.layer_type.to_matrix(layer.module, layer.module).shape
             gram, weight = groups * inputs**2, groups * outputs * inputs
-            largest = max(largest, len(sizes) * (2 * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
-        copies = 1 + len(sizes) * self.method.has_corrections
+            grams = 3 if options and options.by_similarity else 2
+            largest = max(largest, len(sizes) * (grams * gram + weight) * 4 + (2 * gram + 3 * weight) * 8)
+        copies = 1 + len(sizes) * self.method.has_corrections + bool(options and options.anchor == "rule")
         return {"experts": sum(sizes), "merged model": max(sizes) * copies, "largest layer": largest}
 
     def __str__(self) -> str:

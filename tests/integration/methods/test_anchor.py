@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from com_lightning import Average, ChainOfMerges, ChainOfMergesCallback, MergeDataModule
 from com_lightning.cli import main
+from tests.helpers import Classifier, make_data, make_experts
 from tests.helpers.commands import DATA, MODEL, QUIET, base_file, expert_files
 
 CHAIN = ["--method=ChainOfMerges", "--method.normalize=false", "--method.refit_heads=false"]
@@ -54,3 +57,16 @@ def test_anchors_are_compared(files: list[str], tmp_path: Path) -> None:
     methods = report(tmp_path / "out")["methods"]
     assert isinstance(methods, list)
     assert "ChainOfMerges(anchor=TSVM())" in {method["label"] for method in methods}
+
+
+def test_what_is_held_besides_is_estimated() -> None:
+    tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=16)
+    tasks.setup("validate")
+    merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), ChainOfMerges())
+    plan = merger.plan(Classifier(), tasks, becomes_first=False, writes=False)
+    plain = plan.memory()
+    assert replace(plan, method=ChainOfMerges(anchor="base")).memory() == plain
+    anchored = replace(plan, method=ChainOfMerges(anchor=Average())).memory()
+    assert anchored == {**plain, "merged model": 2 * plain["merged model"]}
+    similar = replace(plan, method=ChainOfMerges(importance="similarity")).memory()
+    assert similar["largest layer"] > plain["largest layer"]
