@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import statistics
 from collections.abc import Sequence
 
 import com_lightning
-from benchmarks.adapters import FOLDER, TASKS, data_of, load, normalized, row
+from benchmarks.adapters import FOLDER, TASKS, data_of, load, normalized
 from benchmarks.suites.rules import read_settings
 from com_lightning.results.tables import table
 from examples.digits.model import ViTClassifier
@@ -36,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 ViTClassifier(), experts, data_of(seed), setting.method, private=["head"], baselines=False, base=base
             )
             values.append(normalized(merged.modules, experts, seed))
-        label, _, measured = row(setting.label, values)
-        rows.append([label, measured])
+        rows.append([setting.label, f"{statistics.mean(values):.1f} ± {statistics.pstdev(values):.1f}"])
     print(table(rows))
 
 
