@@ -355,6 +355,8 @@ def test_a_set_stands_for_its_methods(name: str) -> None:
     assert methods[-1] == "refitted(method=tsvm)"  # asked for by its name
     assert any("refit" in method for method in methods[:-1]) == (name == "images8")
     assert settings_for(make_suite(name), methods)
+
+
 def test_a_rule_within_a_rule_is_named_alone() -> None:
     anchored, average = (read_settings(f"chain(anchor={name})")[0] for name in ("tsvm", "average"))
     assert repr(anchored.method) == "ChainOfMerges(anchor=TSVM())"
