@@ -33,13 +33,15 @@ METHODS: dict[str, MergingMethod] = {
     "average": Average(),
     "RegMean (each layer on its own)": RegMean(),
     "RegMean, rows normalized": RegMean(normalize=True),
-    "chain, one-sided": ChainOfMerges(target="merged"),
-    "chain, two-sided": ChainOfMerges(residual=False),
-    "residual streams repaired, rows not normalized": ChainOfMerges(normalize=False),
-    "residual streams repaired (the default)": ChainOfMerges(),
-    "the default, with sensitivity": ChainOfMerges(sensitivity="probabilities"),
+    "chain, one-sided": ChainOfMerges(target="merged", refit_heads=False),
+    "chain, two-sided": ChainOfMerges(residual=False, refit_heads=False),
+    "residual streams repaired": ChainOfMerges(refit_heads=False),
+    "the same, rows normalized": ChainOfMerges(normalize=True, refit_heads=False),
+    "heads refitted (the default)": ChainOfMerges(),
+    "the default, rows normalized": ChainOfMerges(normalize=True),
+    "accurate.yaml": ChainOfMerges(sensitivity="probabilities", balance=True),
     "the default, private biases and norms": ChainOfMerges(private_biases=True),
-    "the default, both": ChainOfMerges(sensitivity="probabilities", private_biases=True),
+    "adapters.yaml": ChainOfMerges(task_rank=4),
 }
 CONFIGS = Path("configs/digits")
 

@@ -42,7 +42,7 @@ from com_lightning.results.fingerprint import (
 )
 from com_lightning.results.folder import save_results
 from com_lightning.results.model_size import measure_size
-from com_lightning.results.parameter_summary import summarize_parameters
+from com_lightning.results.parameter_summary import describe_private, summarize_parameters
 from com_lightning.results.report import MergeReport
 from com_lightning.results.verification import Trial
 
@@ -193,6 +193,7 @@ def execute(
         layers=[record for record in records if not isinstance(record, ParameterRecord)],
         samples={name: sample.samples for name, sample in samples.items()},
         overlap={name: sample.overlap for name, sample in samples.items()},
+        held_out={name: data.holds_out(name) for name in samples} if data is not None else {},
         skipped=context.skipped,
         checks=[*([] if check is None else [f"calibration forwards: {check}"]), *plan.checks],
         warnings=plan.parameters.warnings + context.warnings + job.warnings + (check.warnings if check else []),
@@ -209,6 +210,7 @@ def execute(
     stored, folded = {task: plan.precision(task) for task in plan.experts}, plan.parameters.merged_adapters
     corrections = report.sizes.get("correction", 0) // len(modules)
     report.size = measure_size(plan.experts, modules, stored, folded, corrected, corrections)
+    report.private = describe_private(plan.experts, plan.parameters.private, job.heads, records) if job.heads else []
     if names := [record.name for record in report.layers if record.permuted]:
         report.warnings.append(
             f"the rows of {some(names)} come in another order in the merged model than in the experts, as proposals "
@@ -240,6 +242,7 @@ def _require_agreement(
         "order of tasks": [task.name for task in tasks],
         **{f"number of samples of '{name}'": sample.samples for name, sample in samples.items()},
         **({} if data is None else {"seed of the samples": data.seed, "split": data.split}),
+        **({} if data is None else {"holdout": [data.holds_out(name) for name in data.tasks]}),
         **settings,
         **sketch_of_experts(tasks),
     }

@@ -192,7 +192,9 @@ def make_plan(
         with torch.inference_mode(False):
             model.configure_model()
     found = [*problems, *options.problems(), *_task_problems(sources, data, method), *method.problems(tasks)]
-    found += data.problems() if data is not None else []
+    if data is not None:
+        data.calibrates = "data" in method.needs
+        found += data.problems()
     wanted: dict[str, Any] = {f"expert '{task}'": source for task, source in sources.items()}
     local, absent = local_folders({**wanted, "base": options.base} if "base" in method.needs else wanted)
     found += absent
@@ -257,7 +259,9 @@ def make_plan(
             plan.layers.update(candidates(expert, set(parameters.shared)))
         expert.requires_grad_(False)
     if data is not None and "data" in method.needs:
-        used = ", held out of validation" if data.holdout else "" if data.split == "train" else ", also validated"
+        held = [name for name in data.tasks if data.holds_out(name)]
+        used = ", held out of validation" if held else "" if data.split == "train" else ", also validated"
+        used += f" in {some(held)} alone" if 0 < len(held) < len(data.tasks) else ""
         copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
         plan.data = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{used}{copies}.\n"
     return plan

@@ -15,10 +15,10 @@ from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.sweep.context import own_modes
 from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.data.datamodule import MergeDataModule
-from com_lightning.errors import MergeError, reason
+from com_lightning.errors import MergeError, reason, some
 from com_lightning.merging import as_tasks, run, set_up
 from com_lightning.methods import MergingMethod
-from com_lightning.results.folder import load_results, output_problems
+from com_lightning.results.folder import has_calibrated, load_results, output_problems
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import known_as_parent, returns_nothing
 from com_lightning.validation import borrowed, single_device_trainer, validate_tasks
@@ -214,13 +214,16 @@ class MergeTrainer(Trainer):
         data.setup(stage)
         if problems := _evaluation_problems(model, data, stage):
             raise MergeError(problems)
+        data.calibrates = has_calibrated(Path(folder))
         modules = load_results(Path(folder), model, list(data.tasks), data.set_up_module)
         report = MergeReport(tasks=list(modules))
         quiet = self.progress_bar_callback is None
         report.metrics["merged"] = validate_tasks(single_device_trainer(self), modules, data, "merged", quiet, stage)
         report.choose_monitor()
         if verbose:
-            print(f"\n{report.monitor}\n\n{report.task_table()}")
+            held = [name for name in data.tasks if stage == "validate" and data.holds_out(name)]
+            note = f"\n\nThe calibration samples of {some(held)} were left out." if held else ""
+            print(f"\n{report.monitor}\n\n{report.task_table()}{note}")
         return list(report.metrics["merged"].values())
 
 

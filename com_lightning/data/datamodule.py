@@ -74,7 +74,9 @@ class MergeDataModule(LightningDataModule):
         num_samples: number of calibration samples per task.
         split: the loader that they come from. Experts fit ``"train"`` data better than they should, but these data are
             never validated.
-        holdout: validate only on samples that were not calibrated on (with ``split="val"``).
+        holdout: validate only on samples that were not calibrated on (with ``split="val"``). ``None``: do so for each
+            task whose loaders go through the same samples in each pass, of which at least as many remain as are
+            calibrated on, if the method reads calibration data at all. The report says what was done.
         seed: of the sample. The same seed gives the same samples, whatever ran before.
         batch_size: of calibration batches; the loader's by default. It does not change the result, unless there are
             ``augmented_copies``.
@@ -103,7 +105,7 @@ class MergeDataModule(LightningDataModule):
         tasks: Mapping[str, LightningDataModule],
         num_samples: int = 256,
         split: Literal["val", "train"] = "val",
-        holdout: bool = False,
+        holdout: bool | None = None,
         seed: int = 0,
         batch_size: int | None = None,
         augmented_copies: int = 0,
@@ -122,6 +124,8 @@ class MergeDataModule(LightningDataModule):
                 )
         self.tasks, self.num_samples, self.split, self.holdout = tasks, num_samples, split, holdout
         self.seed, self.batch_size, self.augmented_copies = seed, batch_size, augmented_copies
+        self.calibrates = True
+        """Whether the method reads calibration data. A merge sets it. If not, there is nothing to hold out."""
         self._prepared = False
         self._set_up: set[str] = set()
         self._given: dict[tuple[str, str, int, bool], Any] = {}
@@ -235,7 +239,7 @@ class MergeDataModule(LightningDataModule):
     def _calibration(self, name: str, limit_batches: int | float | None, peers: Peers) -> CalibrationSample:
         sample = CalibrationSample([], [], total=0, samples=0, overlap=0)
         loaders = self.loaders(name, self.split)
-        label = f"task '{name}': its {self.split} loader"
+        label, holds_out = f"task '{name}': its {self.split} loader", self.holds_out(name)
         require_same_samples(label, loaders, peers)
         for index, (loader, drawn) in enumerate(zip(loaders, self.calibration_indices(name))):
             limit = sampling.batch_limit(limit_batches, loader)
@@ -247,7 +251,7 @@ class MergeDataModule(LightningDataModule):
             size = self.batch_size or sampling.batch_size_of(loader)
             drawn = drawn if limit is None else drawn[: limit * size]
             groups = [drawn[start : start + size] for start in range(0, len(drawn), size)]
-            if not self.holdout and sample.overlap is not None:
+            if not holds_out and sample.overlap is not None:
                 validated = sampling.validated_indices(loader, limit)
                 sample.overlap = None if validated is None else sample.overlap + len(validated & set(drawn))
             share = range((peers.rank - sample.total) % peers.size, len(groups), peers.size)
@@ -338,9 +342,15 @@ class MergeDataModule(LightningDataModule):
         populations = [sampling.population(loader) for loader in self.loaders(name, self.split)]
         return sampling.draw(populations, self.num_samples, self._generator(name))
 
+    def holds_out(self, name: str) -> bool:
+        """Whether a task is validated without its calibration samples; the same in all processes of a merge."""
+        if self.holdout is not None or self.split != "val" or not self.calibrates:
+            return bool(self.holdout)
+        return sampling.leaves_enough(self.loaders(name, "val"), self.num_samples, self._generator(name))
+
     def validation_loaders(self, name: str) -> Any:
         """What one task is validated on: its val loaders, without the samples that are held out."""
-        if not self.holdout:
+        if not self.holds_out(name):
             return self.given(name, "val")
         loaders = [
             sampling.restricted(loader, set(sampling.population(loader) or ()) - set(drawn or ()))

@@ -74,6 +74,33 @@ def population(loader: Any) -> list[int] | None:
     return list(dict.fromkeys(first)) if first == second else sorted({*first, *second})
 
 
+def leaves_enough(loaders: Sequence[Any], count: int, generator: torch.Generator) -> bool:
+    """Decide whether a sample is held out of validation.
+
+    A loader must go through each of its samples once in every pass. Others, such as those that draw with replacement,
+    would be validated on something else without the sample than the user means.
+
+    Args:
+        loaders: of one task.
+        count: number of samples to draw.
+        generator: makes the random choice, as for :func:`draw`.
+
+    Returns:
+        Whether each loader keeps some of its samples, and all together keep as many as are drawn.
+    """
+    populations = []
+    for loader in loaders:
+        if not has_indices(loader):
+            return False
+        passes = [sorted(index for batch in batches for index in batch) for batches in two_passes(loader)]
+        if not passes[0] == passes[1] == sorted(set(passes[0])):
+            return False
+        populations.append(population(loader) or [])
+    drawn = draw(populations, count, generator)
+    left = [len(indices) - len(taken or ()) for indices, taken in zip(populations, drawn)]
+    return min(left, default=0) > 0 and sum(left) >= count
+
+
 def draw(populations: Sequence[Sequence[int] | None], count: int, generator: torch.Generator) -> list[list[int] | None]:
     """Draw ``count`` dataset indices at random from the loaders of one task.
 

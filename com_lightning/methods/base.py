@@ -39,7 +39,7 @@ class MergeJob:
         task_tensors: name of a shared parameter -> its value for each task, if the rule keeps one for each. Filled by
             the rule.
         heads: task -> name of a private parameter -> its value, if the rule solves it for the merged model. Filled by
-            the rule.
+            the rule, with an entry for each task, if it solves private layers at all.
         warnings: for the report. Filled by the rule.
     """
 

@@ -14,14 +14,14 @@ from com_lightning.methods.base import MergeJob, MergingMethod
 class Refitted(MergingMethod):
     """A rule for the shared parameters; then each task's private layers, such as heads, are fitted to the result.
 
-    This is what ``ChainOfMerges(refit_heads=True)`` does, for any other rule. A head was trained on the features of its
+    :class:`ChainOfMerges` does this by itself; here it is for any other rule. A head was trained on the features of its
     expert, but gets those of the merged model. The equation is in :mod:`com_lightning.core.chain.heads`. The rules'
     papers leave private layers as they are. Refitting reads calibration data, also if the rule needs none, but no
     labels. It adds no parameters. If nothing is private, it changes nothing.
 
     Args:
         method: the rule for what is shared. Its importance counts.
-        normalize: count each row by its direction, not by its size, as :class:`ChainOfMerges` does.
+        normalize: count each row by its direction, not by its size.
         ridge: pull towards the expert's own layer, relative to the mean of the diagonal of the Gram matrix.
 
     Example::
@@ -65,5 +65,7 @@ class Refitted(MergingMethod):
         if not 0 <= self.ridge < math.inf:
             problems.append(f"ridge: must be 0 or more, and finite, got {self.ridge}")
         if self.method.refits_heads:
-            problems.append("method: it solves private layers already")
+            problems.append(
+                f"method: {type(self.method).__name__} solves private layers by itself; use it without Refitted"
+            )
         return problems

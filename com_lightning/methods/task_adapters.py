@@ -116,8 +116,8 @@ class TaskAdapters(MergingMethod):
             problems.append(f"method: {type(self.method).__name__} gives each task corrections already")
         if self.method.refits_heads:
             problems.append(
-                f"method: {type(self.method).__name__} fits private layers before the corrections are there; write "
-                "Refitted(method=TaskAdapters(...)) instead"
+                f"method: {type(self.method).__name__} fits private layers before the corrections are there; turn "
+                "that off (refit_heads=False, no Refitted within), and write Refitted(method=TaskAdapters(...)) instead"
             )
         return problems
 

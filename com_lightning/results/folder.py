@@ -7,6 +7,7 @@ everything to a hidden folder beside it that takes its place in one step.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import warnings
@@ -325,6 +326,15 @@ def load_results(
     if problems:
         raise MergeError(problems)
     return modules
+
+
+def has_calibrated(folder: Path) -> bool:
+    """Whether a merge has read calibration data, by the report in its folder; without a report, it is taken to have."""
+    try:
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return True
+    return not isinstance(report, dict) or bool(report.get("samples", True))
 
 
 def _load_result(task: str, path: Path, model: LightningModule, set_up: SetUp | None) -> LightningModule:

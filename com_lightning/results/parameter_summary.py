@@ -2,7 +2,8 @@
 
 A merge leaves three traces: the records of its layers, the records of parameters that a rule merged one by one, and the
 sorting of all names into shared and private. :func:`summarize_parameters` joins them by name. Tied parameters have
-several names; their values are counted once, under the first one.
+several names; their values are counted once, under the first one. :func:`describe_private` says in words what became of
+the private layers of each task.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import nn
 
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import named_tensors, tied_names
+from com_lightning.errors import some
 from com_lightning.experts.parameters import Parameters
 from com_lightning.methods import ParameterRecord
 from com_lightning.results.outcome import ParameterOutcome
@@ -96,6 +98,39 @@ def summarize_parameters(
         outcomes.update(dict.fromkeys(solved_heads, ParameterOutcome("private, solved for the merged model")))
     outcomes.update(dict.fromkeys(parameters.merged_adapters, ParameterOutcome("folded")))
     return outcomes, {**sizes, "correction": corrections} if corrections else sizes
+
+
+def describe_private(
+    experts: Mapping[str, nn.Module],
+    private: Mapping[str, Sequence[str]],
+    heads: Mapping[str, Collection[str]],
+    records: Sequence[LayerRecord],
+) -> list[str]:
+    """Say which private parameters were solved for the merged model, and why the others were not.
+
+    Args:
+        experts: Task -> its module.
+        private: Task -> names of its private parameters and buffers.
+        heads: Task -> those of them that were solved.
+        records: Records of all layers and parameters.
+
+    Returns:
+        One line for all tasks for which it is the same.
+    """
+    lines: dict[str, list[str]] = {}
+    for task, expert in experts.items():
+        notes = {r.name.removesuffix(f" of {task}"): r.note for r in records if r.task == task and r.note}
+        parameters = {name for name, _, is_parameter in named_tensors(expert) if is_parameter}
+        solved = [name for name in private.get(task, ()) if name in parameters and name in heads[task]]
+        kept: dict[str, list[str]] = {}
+        for name in private.get(task, ()):
+            if name in parameters and name not in heads[task]:
+                why = notes.get(name, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
+                kept.setdefault(why, []).append(name)
+        parts = [f"{some(solved)} solved for the merged model's features"] * bool(solved)
+        parts += [f"{some(names)} left as in the expert ({why})" for why, names in kept.items()]
+        lines.setdefault("; ".join(parts) or "none", []).append(task)
+    return [f"{'all tasks' if len(lines) == 1 else some(tasks)}: {line}" for line, tasks in lines.items()]
 
 
 def _is_averaged(name: str, experts: Mapping[str, nn.Module]) -> bool:

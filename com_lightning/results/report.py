@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
+from com_lightning.errors import some
 from com_lightning.results.model_size import ModelSize, size_rows, size_sentence
 from com_lightning.results.outcome import ParameterOutcome
 from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
@@ -56,7 +57,9 @@ class MergeReport:
         size: What is stored: shared values, those of each task, and those of all experts as full models.
         samples: Task -> number of calibration samples.
         padding: In which layers padding was left out, one line for all tasks for which it is the same.
+        private: What became of private layers, if the method solves them, in lines like those of ``padding``.
         overlap: Task -> how many of these samples are validated too; ``None`` if that cannot be known.
+        held_out: Task -> whether validation left these samples out.
         skipped: Calibration batches that were left out because they lead to NaN or infinity.
         warnings: Everything unusual that was noticed.
         checks: What was checked, and what could not be and why: for example whether the files that were written give
@@ -79,7 +82,9 @@ class MergeReport:
     size: ModelSize = field(default_factory=ModelSize)
     samples: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, int | None] = field(default_factory=dict)
+    held_out: dict[str, bool] = field(default_factory=dict)
     padding: list[str] = field(default_factory=list)
+    private: list[str] = field(default_factory=list)
     skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     checks: list[str] = field(default_factory=list)
@@ -197,7 +202,7 @@ class MergeReport:
         return table(layer_rows(self))
 
     def summary(self) -> str:
-        """Data and cost in two lines, then lines for the padding of tasks and for skipped batches."""
+        """Data and cost in two lines, then lines for private layers, the padding of tasks, and skipped batches."""
         return summarize(self)
 
     def to_markdown(self) -> str:
@@ -270,7 +275,7 @@ def averaged_rows(report: MergeReport) -> list[list[str]]:
 
 
 def summarize(report: MergeReport) -> str:
-    """Data and cost in two lines, then lines for the padding of tasks and for skipped batches."""
+    """Data and cost in two lines, then lines for private layers, the padding of tasks, and skipped batches."""
     resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
     cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
     phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}
@@ -278,6 +283,7 @@ def summarize(report: MergeReport) -> str:
     sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
     lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
     lines += [size_sentence(report.size)] * any(task.bytes for task in report.size.tasks.values())
+    lines += [f"Private layers of {line}." for line in report.private]
     lines += [f"Padding of {line}." for line in report.padding]
     return "\n".join([*lines, *(f"Skipped: {batch}." for batch in report.skipped)])
 
@@ -287,7 +293,11 @@ def _data(report: MergeReport) -> str:
     if not counts:
         return "no calibration data"
     total = sum(overlap or 0 for overlap in report.overlap.values())
-    overlap = f"{total} of them in total are validated too" if total else "none of them is validated too"
+    seen = [task for task, overlap in report.overlap.items() if overlap]
+    whose = "the metrics are" if len(seen) == len(report.overlap) else f"the metrics of {some(seen)} are"
+    overlap = "none of them is validated too"
+    if total:
+        overlap = f"{total} of them in total are validated too, so that {whose} of data that the merge has seen"
     if None in report.overlap.values():
         overlap = "it is not known how many of them are validated too"
     span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
@@ -295,14 +305,11 @@ def _data(report: MergeReport) -> str:
 
 
 def _private(report: MergeReport) -> str:
-    """The names of a few private parameters, in brackets, and how many were solved."""
-    statuses = [outcome.status for outcome in report.parameters.values()]
-    refitted = statuses.count("private, solved for the merged model")
-    solved = statuses.count("private, solved for each task")
+    """The names of a few private parameters, in brackets, and how many biases and norms were solved for each task."""
+    solved = [outcome.status for outcome in report.parameters.values()].count("private, solved for each task")
     private = ("private", "private, solved for the merged model")
     names = [name for name, outcome in report.parameters.items() if outcome.status in private]
     entries = [*names[:4], *["..."] * (len(names) > 4)]
-    entries += [f"{refitted} of them solved for the merged model"] * bool(refitted)
     entries += [f"{solved} biases and norms solved for each task"] * bool(solved)
     return f" ({', '.join(entries)})" if entries else ""
 

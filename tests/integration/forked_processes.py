@@ -397,7 +397,7 @@ def test_a_trainer_with_two_processes_merges_as_one(forked: dict[str, Any], tmp_
     experts = dict(zip("abc", make_experts((3, 3, 3))))  # one process validates more of them than the other
     folders = []
     for name, settings in {"one": {}, "two": forked}.items():
-        data = {task: make_data(seed) for seed, task in enumerate("abc")}
+        data = {task: make_data(seed, count=60 + 20 * seed) for seed, task in enumerate("abc")}
         tasks = MergeDataModule(data, num_samples=37, batch_size=8)
         merger = ChainOfMergesCallback(dict(experts), output_dir=str(tmp_path / name))
         trainer = quiet_trainer(callbacks=[merger], precision="64-true", **settings)
@@ -411,6 +411,8 @@ def test_a_trainer_with_two_processes_merges_as_one(forked: dict[str, Any], tmp_
         assert reports[1]["metrics"]["expert"][task] == reports[0]["metrics"]["expert"][task]
         assert reports[1]["metrics"]["merged"][task] == pytest.approx(reports[0]["metrics"]["merged"][task], rel=1e-9)
     assert reports[1]["samples"] == reports[0]["samples"] == dict.fromkeys("abc", 37)
+    assert reports[1]["held_out"] == reports[0]["held_out"] == {"a": False, "b": True, "c": True}
+    assert reports[1]["overlap"] == reports[0]["overlap"] == {"a": 37, "b": 0, "c": 0}
     assert [layer["rows"] for layer in reports[1]["layers"]] == [layer["rows"] for layer in reports[0]["layers"]]
 
 

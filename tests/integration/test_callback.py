@@ -55,7 +55,7 @@ def test_five_lines() -> None:
     assert all(torch.equal(p, dict(first.named_parameters())[n]) for n, p in model.named_parameters())
     assert first.body[0].weight is second.body[0].weight
     assert second.head.out_features == 4
-    assert {r.name for r in report.layers} == {"body.0", "body.1", "body.3"}
+    assert {r.name for r in report.layers} == {"body.0", "body.1", "body.3", "head of a", "head of b"}
     assert "mean" in str(report)
 
 

@@ -28,18 +28,26 @@ def experts(tmp_path: Path) -> list[str]:
     return expert_files(tmp_path)
 
 
-def test_merge_then_validate_and_test(experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "merged"
-    main(["merge", *MODEL, *DATA, *QUIET, *experts, f"--output_dir={folder}"])
+@pytest.mark.parametrize("kind", ["ChainOfMerges", "Average"])
+def test_merge_then_validate_and_test(
+    kind: str, experts: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the same samples: without those that a merge was calibrated on, if it was."""
+    folder, calibrates = tmp_path / "merged", kind == "ChainOfMerges"
+    common = [*MODEL, *DATA, "--data.num_samples=20", *QUIET]
+    main(["merge", *common, *experts, f"--method={kind}", f"--output_dir={folder}"])
     out = capsys.readouterr().out
     assert "| mean |" in out
     assert str(folder) in out
+    assert ("(none of them is validated too)" in out) == calibrates
     report = json.loads((folder / "report.json").read_text())
-    main(["validate", *MODEL, *DATA, *QUIET, f"--merged={folder}"])
+    assert report["held_out"] == (dict.fromkeys("ab", True) if calibrates else {})
+    main(["validate", *common, f"--merged={folder}"])
     shown = capsys.readouterr().out
+    assert ("The calibration samples of a, b were left out." in shown) == calibrates
     for task in "ab":
         assert f"{report['metrics']['merged'][task]['val_acc']:.4f}" in shown
-    main(["test", *MODEL, *DATA, *QUIET, f"--merged={folder}"])
+    main(["test", *common, f"--merged={folder}"])
     assert "test_acc" in capsys.readouterr().out
 
 

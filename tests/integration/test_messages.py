@@ -380,10 +380,28 @@ def test_the_summary_is_a_sentence() -> None:
 
 
 def test_the_plan_tells_of_the_calibration_data() -> None:
-    for settings, expected in (({"holdout": True}, "val data, held out of"), ({"split": "train"}, "train data.")):
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "val data, held out of validation."),
+        ({"holdout": True}, "val data, held out of validation."),
+        ({"holdout": False}, "val data, also validated."),
+        ({"split": "train"}, "train data."),
+    ]
+    for settings, expected in cases:
         tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=8, **settings)
         plan = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3))))).plan(Classifier(), tasks)
         assert f"up to 8 samples of each task's {expected}" in str(plan)
+    tasks = MergeDataModule({"a": make_data(0, count=15), "b": make_data(1, count=16)}, num_samples=8)
+    plan = ChainOfMergesCallback(dict(zip("ab", make_experts((3, 3))))).plan(Classifier(), tasks)
+    assert "val data, held out of validation in b alone." in str(plan)
+
+
+def test_metrics_of_data_that_the_merge_has_seen_are_told() -> None:
+    report = MergeReport(samples={"a": 8, "b": 8}, overlap={"a": 8, "b": 0})
+    assert "(8 of them in total are validated too, so that the metrics of a are of data that" in report.summary()
+    report.overlap["b"] = 5
+    assert "(13 of them in total are validated too, so that the metrics are of data that" in report.summary()
+    report.overlap = {"a": 0, "b": 0}
+    assert "8 calibration samples per task (none of them is validated too)" in report.summary()
 
 
 def test_the_largest_spikes_are_named() -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule
+from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule
 from com_lightning.core.solve.statistics import InputSums
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
@@ -40,7 +40,11 @@ def _watch(event: str, args: tuple[Any, ...]) -> None:
 
 def run(folder: Path, overwrite: bool = False) -> None:
     merger = ChainOfMergesCallback(
-        dict(zip("ab", make_experts())), baselines=False, output_dir=str(folder), overwrite=overwrite
+        dict(zip("ab", make_experts())),
+        ChainOfMerges(refit_heads=False),  # each layer has the statistics of both tasks
+        baselines=False,
+        output_dir=str(folder),
+        overwrite=overwrite,
     )
     tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=40)
     quiet_trainer(callbacks=[merger]).validate(Classifier(3), datamodule=tasks, verbose=False)

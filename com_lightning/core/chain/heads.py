@@ -41,10 +41,11 @@ def refit(
         context: how the merge is carried out.
 
     Returns:
-        Records of the layers, with the task in each name, and task -> name -> solved tensor.
+        Records of the layers, with the task in each name, and task -> name -> solved tensor, with an entry for each
+        task. Private parameters that no layer with a closed form has, or that no data reach, are not in it.
     """
     records: list[LayerRecord] = []
-    solved: dict[str, dict[str, Tensor]] = {}
+    solved: dict[str, dict[str, Tensor]] = {task.name: {} for task in tasks}
     device = next(iter(merged.values())).device if merged else None
     options = ChainOptions(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
     for number, task in enumerate(tasks):

@@ -259,9 +259,7 @@ def test_what_cannot_be_split() -> None:
 @pytest.mark.parametrize("kind", ["ChainOfMerges", "RegMean", "TIES"])
 def test_one_seed_is_a_merge_with_that_rule(kind: str, files: list[str], tmp_path: Path) -> None:
     main(["compare", *COMMON, *files, f"--methods=[WUDI, {kind}]", f"--output_dir={tmp_path / 'out'}"])
-    holdout = str(kind != "TIES").lower()  # where no rule reads data, there is nothing to hold out
-    rule = [f"--method={kind}", f"--data.holdout={holdout}", f"--output_dir={tmp_path / 'merged'}"]
-    main(["merge", *COMMON, *files, *rule])
+    main(["merge", *COMMON, *files, f"--method={kind}", f"--output_dir={tmp_path / 'merged'}"])
     # Merged last, so that whatever came before it would show.
     (found,) = [o for o in json.loads((tmp_path / "out" / "report.json").read_text())["outcomes"] if o["name"] == kind]
     merged = json.loads((tmp_path / "merged" / "report.json").read_text())["metrics"]["merged"]

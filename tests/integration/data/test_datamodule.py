@@ -114,7 +114,8 @@ def test_more_samples_than_there_are() -> None:
 
 @pytest.mark.parametrize("split", ["val", "train"])
 def test_the_split(split: Any) -> None:
-    sample = ready(loader(), loader(start=100, shuffle=True), num_samples=20, split=split).calibration("a")
+    tasks = ready(loader(), loader(start=100, shuffle=True), num_samples=20, split=split, holdout=False)
+    sample = tasks.calibration("a")
     assert all((value >= 100) == (split == "train") for value in values(sample))
     assert sample.overlap == (20 if split == "val" else 0)
     assert sample.samples == len(values(sample)) == 20
@@ -170,7 +171,7 @@ def test_several_loaders(kind: str) -> None:
     """The sample is drawn from all of them, and every batch knows its loader."""
     parts = [loader(30), loader(60, start=100)]
     given: Any = {"list": parts, "dict": dict(zip("xy", parts)), "tuple": tuple(parts)}[kind]
-    tasks = ready(given, num_samples=30)
+    tasks = ready(given, num_samples=30, holdout=False)
     assert tasks.problems() == []
     sample = tasks.calibration("a")
     assert sample.samples == sample.overlap == len(set(values(sample))) == 30
@@ -231,6 +232,57 @@ def test_without_holdout_the_loader_is_the_users_own() -> None:
     assert ready(own).task("a").val_dataloader() is own
 
 
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize("count", [39, 40])
+def test_by_default_samples_are_held_out_where_as_many_remain(count: int, shuffle: bool) -> None:
+    own = loader(count, shuffle=shuffle)
+    tasks = ready(own, num_samples=20)
+    sample = tasks.calibration("a")
+    assert tasks.problems() == []
+    assert tasks.holds_out("a") == (count == 40)
+    assert (tasks.task("a").val_dataloader() is own) == (count == 39)
+    assert sample.overlap == (20 if count == 39 else 0)
+    held_out = values(sample) if count == 40 else []
+    assert sorted(validated(tasks) + held_out) == list(range(count))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: loader(sampler=WeightedRandomSampler([1.0] * COUNT, 200)),
+        lambda: loader(sampler=RandomSampler(numbers(), replacement=True, num_samples=200)),
+        lambda: loader(sampler=RandomSampler(numbers(), num_samples=30)),
+        lambda: loader(sampler=[*range(COUNT), *range(COUNT)]),
+        lambda: DataLoader(Stream(), batch_size=4),
+    ],
+    ids=["weighted", "with replacement", "another part in each pass", "repeated", "stream"],
+)
+def test_by_default_nothing_is_held_out_where_that_changes_what_is_measured(make: Callable[[], Any]) -> None:
+    own = make()
+    tasks = ready(own, num_samples=10)
+    assert tasks.problems() == []
+    assert not tasks.holds_out("a")
+    assert tasks.task("a").val_dataloader() is own
+
+
+def test_by_default_no_loader_is_left_empty() -> None:
+    answers = []
+    for seed in range(12):
+        tasks = ready([loader(1), loader(start=100)], num_samples=20, seed=seed)
+        single, _ = tasks.calibration_indices("a")
+        assert tasks.holds_out("a") == (single == [])
+        answers.append(tasks.holds_out("a"))
+    assert len(set(answers)) == 2
+
+
+def test_nothing_is_held_out_of_what_is_not_calibrated_on() -> None:
+    own = loader()
+    for tasks in (ready(own, own, num_samples=10, split="train"), ready(own, num_samples=10)):
+        tasks.calibrates = tasks.split == "train"
+        assert not tasks.holds_out("a")
+        assert tasks.task("a").val_dataloader() is own
+
+
 def grouped(count: int = COUNT) -> DataLoader[Any]:
     """Batches of 10 and of 2 in turn."""
     groups: list[list[int]] = []
@@ -273,13 +325,13 @@ def test_grouped_batches_are_kept_in_what_is_validated() -> None:
     ids=["shuffled", "weighted", "shuffled batch sampler", "stream"],
 )
 def test_an_overlap_that_cannot_be_known(make: Callable[[], DataLoader[Any]], limit: int | None) -> None:
-    sample = ready(make(), num_samples=10).calibration("a", limit)
+    sample = ready(make(), num_samples=10, holdout=False).calibration("a", limit)
     assert sample.overlap is None
     assert sample.samples > 0
 
 
 def test_a_shuffled_loader_overlaps_wholly() -> None:
-    assert ready(loader(shuffle=True), num_samples=10).calibration("a").overlap == 10
+    assert ready(loader(shuffle=True), num_samples=10, holdout=False).calibration("a").overlap == 10
 
 
 def test_a_custom_batch_sampler() -> None:

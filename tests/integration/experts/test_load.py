@@ -9,13 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
-from com_lightning import MergeDataModule
+from com_lightning import ChainOfMerges, MergeDataModule
 from com_lightning.compat import LOADS_SAFELY
 from com_lightning.core.tensors.modules import named_tensors, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.load import ExpertSource, load_expert
 from tests.helpers import Classifier, make_data, make_experts, perturb
 from tests.helpers.sources import SOURCES, TASKS, TiedClassifier, as_source, merge, state_of
+
+KEEPS_HEADS = ChainOfMerges(refit_heads=False)
 
 # Sources
 
@@ -37,7 +39,7 @@ def test_sources_can_be_mixed_with_heads_of_different_sizes(tmp_path: Path) -> N
     """A Lightning checkpoint rebuilds its own head, so that the model's size does not matter to it."""
     small, large = make_experts((3, 5))
     data = MergeDataModule({"a": make_data(0), "b": make_data(1, 5)}, num_samples=16)
-    callback = merge({"a": small.state_dict(), "b": as_source("ckpt", large, tmp_path)}, data)
+    callback = merge({"a": small.state_dict(), "b": as_source("ckpt", large, tmp_path)}, data, method=KEEPS_HEADS)
     for task, expert in zip(TASKS, (small, large)):
         module = callback.modules[task]
         assert isinstance(module, Classifier)

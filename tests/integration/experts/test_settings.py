@@ -149,9 +149,9 @@ def test_heads_of_different_sizes_are_private() -> None:
     ],
 )
 def test_explicit_patterns(patterns: list[str], expected: set[str], pair: dict[str, Classifier]) -> None:
-    callback = merge(pair, private=patterns)
+    callback = merge(pair, private=patterns, method=ChainOfMerges(refit_heads=False))
     account = callback.report.parameters
-    assert {name for name, what in account.items() if what.status == "private"} == expected
+    assert {name for name, what in account.items() if what.status.startswith("private")} == expected
     for task, expert in pair.items():
         for name, tensor in state_of(callback.modules[task]).items():
             assert torch.equal(tensor, state_of(expert)[name]) == (name in expected), name

@@ -16,6 +16,7 @@ from transformers import AutoModelForMaskedLM, AutoTokenizer, BertForMaskedLM
 
 from com_lightning import (
     Average,
+    ChainOfMerges,
     ChainOfMergesCallback,
     MergeDataModule,
     MergeError,
@@ -95,7 +96,7 @@ def test_tables_that_the_user_names_stay_private() -> None:
 
 def test_heads_with_other_classes_are_no_vocabulary() -> None:
     a, b = words(12)[0], Words(12, classes=5)
-    callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 12})
+    callback = run({"a": a, "b": b}, Words(), {"a": 12, "b": 12}, method=ChainOfMerges(refit_heads=False))
     assert callback.report.parameters["head.weight"].status == "private"
 
 
@@ -190,7 +191,7 @@ def test_tokens_that_differ(tmp_path: Path) -> None:
     with pytest.raises(MergeError, match=told):
         merge({"a": a, "b": b}, private=[])
     table = "net.bert.embeddings.word_embeddings"
-    assert merge({"a": a, "b": b}, private=[table]).report.parameters[f"{table}.weight"].status == "private"
+    assert merge({"a": a, "b": b}, private=[table]).report.parameters[f"{table}.weight"].status.startswith("private")
 
 
 def test_longer_vocabularies_with_the_same_beginning(tmp_path: Path) -> None:

@@ -60,7 +60,8 @@ def test_the_json_holds_the_whole_report(result: Result) -> None:
     assert report.size.merged.values == sum(tensor.numel() for tensor in merged.values())
     assert report.size.merged.bytes == 4 * report.size.merged.values
     assert torch.__version__.startswith(content["versions"]["torch"])
-    assert [layer["name"] for layer in content["layers"]] == ["body.0", "body.1", "body.3"]
+    layers = ["body.0", "body.1", "body.3", "head of a", "head of b"]
+    assert [layer["name"] for layer in content["layers"]] == layers
 
 
 def test_the_markdown_holds_the_tables(result: Result) -> None:
@@ -95,7 +96,8 @@ def test_every_parameter_is_accounted_for() -> None:
     for name, what in report.parameters.items():
         kind = what.status
         if name in private:
-            assert kind == "private", name
+            is_used = name.startswith("head")
+            assert kind == ("private, solved for the merged model" if is_used else "private"), name
         elif name in buffers:
             assert kind == ("buffer" if name.endswith("num_batches_tracked") else "re-estimated"), name
         elif name in solved:

@@ -279,8 +279,8 @@ def test_an_interrupted_merge_goes_on_as_it_would_have(solved: int, tmp_path: Pa
 
 
 def test_which_rules_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ChainOfMerges().options == ChainOptions(residual=True)
-    assert ChainOfMerges(residual=False).options == ChainOptions()
+    assert ChainOfMerges().options == ChainOptions(normalize=False, residual=True, refit_heads=True)
+    assert ChainOfMerges(normalize=True, residual=False, refit_heads=False).options == ChainOptions()
     assert not RegMean().options.residual
     assert not RegMeanPlusPlus().options.residual
     experts, batches = case("attention")
