@@ -26,6 +26,7 @@ NAMES: dict[str, Callable[..., MergingMethod]] = {
     "combined": com.Combined,
     "dare": com.DARE,
     "della": com.DELLA,
+    "featcal": com.FeatCal,
     "fisher": com.Fisher,
     "iso_c": com.IsoC,
     "iso_cts": com.IsoCTS,
@@ -86,6 +87,8 @@ RULES = (
     "chain(ridge=[0.001,0.01,0.1])",
     "lot",
     "lot(ridge=[0.00001,0.0001,0.001,0.01])",
+    "featcal",
+    "featcal(ridge=[0.005,0.05,0.5])",
     "fisher",
     "ada_merging",
 )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from com_lightning.core.chain.find_positions import warn_of_doubts, with_places
 from com_lightning.core.chain.find_residuals import find_residuals
-from com_lightning.core.chain.fit import Fit, fit
+from com_lightning.core.chain.fit import Fit, Solve, fit
 from com_lightning.core.chain.gather import Gatherer
 from com_lightning.core.chain.inputs import LayerInputs
 from com_lightning.core.chain.options import ChainOptions
@@ -44,6 +44,7 @@ def merge_layers(
     anchor: Mapping[str, Tensor] | None = None,
     task_tensors: Mapping[str, Sequence[Tensor]] | None = None,
     fixed: Mapping[str, Tensor] | None = None,
+    solve: Solve | None = None,
 ) -> list[LayerRecord]:
     """Merge every layer that has a closed form, in execution order, in one pass over the data.
 
@@ -61,6 +62,7 @@ def merge_layers(
         task_tensors: name of what each task keeps for itself -> one tensor for each task, written in place, see
             :func:`~com_lightning.core.chain.task_tensors.task_tensors`.
         fixed: full name of what else the merged model has in place of the expert's -> tensor. It is not merged.
+        solve: solves a layer in place of :func:`~com_lightning.core.chain.fit.fit`.
 
     Returns:
         The layers that were reached, in the order of merging, then what was used but has no closed form. A tied weight
@@ -84,7 +86,7 @@ def merge_layers(
                 )
         pulls_towards = None if options.anchor == "average" else anchor
         models = Models(tasks, merged, options.streams, pulls_towards, task_tensors, fixed)
-        solver = LayerSolver(tasks, models, importance, options, context, streams, metrics)
+        solver = LayerSolver(tasks, models, importance, options, context, streams, metrics, solve)
         pager = None if context.memory_budget is None else Pager(context.memory_budget, models.device)
         records = Sweep(tasks, models, solver, context, pager=pager).run()
         context.warnings += warn_of_doubts(records, context.unplaced) + warn_of_unused_inputs(records)
@@ -119,6 +121,7 @@ class LayerSolver(Visitor):
         streams: follows the residual streams that are repaired.
         metrics: layer -> for each task, the root of the matrix by which errors count, see
             :func:`~com_lightning.core.chain.sensitivity.roots`.
+        solve: as for :func:`merge_layers`.
     """
 
     def __init__(
@@ -130,9 +133,10 @@ class LayerSolver(Visitor):
         context: Context,
         streams: ResidualStreams,
         metrics: Mapping[str, Sequence[Tensor | None]],
+        solve: Solve | None = None,
     ) -> None:
         self.tasks, self.models, self.importance, self.options = tasks, models, importance, options
-        self.context, self.streams, self.metrics = context, streams, metrics
+        self.context, self.streams, self.metrics, self.solve = context, streams, metrics, solve
         self.gatherer = Gatherer(options, streams)
         self.watches_outputs = options.two_sided
         self._output_error = OutputError()
@@ -203,13 +207,19 @@ class LayerSolver(Visitor):
     def _solve(self, sweep: Sweep, layer: Layer, inputs: LayerInputs) -> tuple[LayerRecord, list[Extent]]:
         """Solve a layer and write the merged weights."""
         start = time.perf_counter()
+        record = LayerRecord(layer.name, layer.layer_type.name)
         rank = self.options.rank_of(layer.name)
-        of_tasks = own_parts(layer, self.models, rank)
-        metrics = self.metrics.get(layer.name, ())
-        result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
+        if self.solve:
+            result = self.solve(layer, inputs, self.importance)
+        else:
+            of_tasks = own_parts(layer, self.models, rank)
+            metrics = self.metrics.get(layer.name, ())
+            result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
+        if isinstance(result, str):
+            record.note = result
+            return record, []
         means = inputs.means(layer.weights) if self.options.inputs == "merged" else None
         values = layer.layer_type.finish(layer.merged, result.weight, layer.experts, means, result.importance)
-        record = LayerRecord(layer.name, layer.layer_type.name)
         if isinstance(values, str):
             record.note = values
             return record, []

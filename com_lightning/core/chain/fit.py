@@ -55,6 +55,11 @@ class Fit:
     gains: list[float] = field(default_factory=list)
 
 
+Solve = Callable[[Layer, LayerInputs, Sequence[float]], "Fit | str"]
+"""Solves a layer from its statistics and the importance of each task. A rule of its own has another one than
+:func:`fit`. If the layer is to keep its value, it returns the reason."""
+
+
 @dataclass(frozen=True)
 class Regression:
     """The regression of one layer, with one entry for each task.

@@ -22,6 +22,7 @@ from com_lightning.methods import (
     WUDI,
     ACTMat,
     Breadcrumbs,
+    FeatCal,
     IsoC,
     IsoCTS,
     KarcherMean,
@@ -101,6 +102,28 @@ def test_rules_on_activations(rule: MergingMethod) -> None:
     key = "regmean" if isinstance(rule, RegMean) else "regmean_plus_plus"
     for number in range(3):
         assert relative(merged[f"{2 * number}.weight"], known[f"{key}/{number}"]) < 1e-9
+
+
+def test_featcal() -> None:
+    """Layers here are what blocks are to the authors: nothing in a block lies between its input and its layer."""
+    known = load_file(REFERENCES / "featcal.safetensors")
+
+    def network(who: str) -> nn.Module:
+        layers = [nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 5, bias=False), nn.Linear(5, 4)]
+        for number, layer in enumerate(layers):
+            for name in dict(layer.named_parameters()):
+                setattr(layer, name, nn.Parameter(known[f"{who}/{number}.f.{name}"], requires_grad=False))
+        return nn.Sequential(layers[0], layers[1], nn.ReLU(), layers[2], nn.ReLU(), layers[3])
+
+    tasks = [Task(task, network(task), list(known[f"x.{task}"].split(11))) for task in TASKS]  # type: ignore[no-untyped-call]
+    base = dict(network("base").named_parameters())
+    merged = {name: nn.Parameter(torch.zeros_like(value), requires_grad=False) for name, value in base.items()}
+    FeatCal().merge(MergeJob(tasks, merged, base=base))
+    places = {"0": "0", "1": "1", "3": "2", "5": "3"}
+    for name, value in merged.items():
+        place, parameter = name.split(".")
+        expected = known[f"featcal/{places[place]}.f.{parameter}"]
+        assert relative(value - base[name], expected - base[name]) < 1e-9, name
 
 
 def test_slerp() -> None:
