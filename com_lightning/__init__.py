@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from com_lightning.methods import (
         DARE,
         DELLA,
+        ESM,
         LARV,
         LOT,
         SLERP,
@@ -56,6 +57,7 @@ __all__ = [
     "Combined",
     "DARE",
     "DELLA",
+    "ESM",
     "FeatCal",
     "Fisher",
     "IsoC",

@@ -9,6 +9,7 @@ from com_lightning.methods.averaging import Average
 from com_lightning.methods.base import MergeJob, MergingMethod, ParameterRecord
 from com_lightning.methods.chain import ChainOfMerges, RegMean, RegMeanPlusPlus
 from com_lightning.methods.combined import Combined
+from com_lightning.methods.esm import ESM
 from com_lightning.methods.featcal import FeatCal
 from com_lightning.methods.fisher import Fisher
 from com_lightning.methods.larv import LARV
@@ -30,6 +31,7 @@ __all__ = [
     "Combined",
     "DARE",
     "DELLA",
+    "ESM",
     "FeatCal",
     "Fisher",
     "IsoC",

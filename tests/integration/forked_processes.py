@@ -36,7 +36,7 @@ from com_lightning.core.sweep.distributed import Alike, PeerError, Peers, Proces
 from com_lightning.core.sweep.forward_check import check_forwards
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.modules import named_tensors
-from com_lightning.methods import LOT, AdaMerging, FeatCal, Fisher, MergingMethod
+from com_lightning.methods import ESM, LOT, AdaMerging, FeatCal, Fisher, MergingMethod
 from com_lightning.strategies import together
 from tests.helpers import Classifier, free_port, gradients, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.helpers.processes import _process, processes, share
@@ -452,7 +452,7 @@ def test_a_sample_is_dealt_out_without_padding() -> None:
             assert all(torch.equal(a, b) for a, b in zip(batch, whole.batches[number][0]))
 
 
-@pytest.mark.parametrize("method", [Fisher(), Fisher(normalize=True), AdaMerging(8), LOT(), FeatCal()], ids=str)
+@pytest.mark.parametrize("method", [Fisher(), Fisher(normalize=True), AdaMerging(8), LOT(), FeatCal(), ESM()], ids=str)
 def test_rules_that_differentiate(method: MergingMethod, tmp_path: Path) -> None:
     base, experts = gradients.made()
     one, _, _ = gradients.run(method, gradients.tasks_of(experts, 5), base)
@@ -466,4 +466,4 @@ def test_rules_that_differentiate(method: MergingMethod, tmp_path: Path) -> None
 
     for result in processes(2, work, tmp_path):
         assert isinstance(result, dict), result
-        gradients.close(result, one, 1e-6 if isinstance(method, (LOT, FeatCal)) else 1e-9)
+        gradients.close(result, one, 1e-6 if isinstance(method, (LOT, FeatCal, ESM)) else 1e-9)

@@ -209,10 +209,10 @@ class LayerSolver(Visitor):
         start = time.perf_counter()
         record = LayerRecord(layer.name, layer.layer_type.name)
         rank = self.options.rank_of(layer.name)
+        of_tasks = own_parts(layer, self.models, rank)
         if self.solve:
             result = self.solve(layer, inputs, self.importance)
         else:
-            of_tasks = own_parts(layer, self.models, rank)
             metrics = self.metrics.get(layer.name, ())
             result = fit(layer, inputs, self.options, self.importance, metrics, of_tasks)
         if isinstance(result, str):

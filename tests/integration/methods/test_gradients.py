@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from com_lightning import (
+    ESM,
     LOT,
     AdaMerging,
     Average,
@@ -66,7 +67,9 @@ def make_base() -> Classifier:
     return Classifier()
 
 
-@pytest.mark.parametrize("method", [Fisher(), LOT(), AdaMerging(3), FeatCal(), Combined(LOT(), TaskArithmetic())])
+@pytest.mark.parametrize(
+    "method", [Fisher(), LOT(), AdaMerging(3), FeatCal(), ESM(), Combined(LOT(), TaskArithmetic())]
+)
 def test_the_trainer_merges(method: MergingMethod, tmp_path: Path) -> None:
     data = MergeDataModule({"a": make_data(0, 3), "b": make_data(1, 4)}, num_samples=20, batch_size=1)
     trainer = MergeTrainer(logger=False, enable_progress_bar=False, enable_model_summary=False, accelerator="cpu")

@@ -67,7 +67,7 @@ def test_the_size_of_a_tasks_inputs_does_not_count() -> None:
         run(FeatCal(), [Task("a", experts[0], [data[0]]), Task("b", experts[1], [factor * data[1]])], base)[0]
         for factor in (1.0, 100.0)
     ]
-    close(*results)
+    close(results[0], results[1])
 
 
 def test_importance_0_leaves_a_task_out() -> None:
@@ -102,7 +102,7 @@ def test_running_variances_are_not_extrapolated() -> None:
         make=lambda: nn.Sequential(nn.Conv1d(2, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 3, 1))
     )
     for expert in experts:  # 2.2 times the way from 1 to 0.01 is negative
-        expert[1].running_var.fill_(0.01)  # type: ignore[index,union-attr,operator]
+        expert[1].running_var.fill_(0.01)  # type: ignore[index]
     data = [torch.randn(20, 2, 6, generator=torch.Generator().manual_seed(n)).double() for n in range(2)]
     merged, records, _ = run(FeatCal(), [Task("ab"[n], e, [data[n]]) for n, e in enumerate(experts)], base)
     assert all(bool(value.isfinite().all()) for value in merged.values())

@@ -14,6 +14,7 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.methods import (
     DARE,
     DELLA,
+    ESM,
     SLERP,
     SVC,
     TACT,
@@ -124,6 +125,36 @@ def test_featcal() -> None:
         place, parameter = name.split(".")
         expected = known[f"featcal/{places[place]}.f.{parameter}"]
         assert relative(value - base[name], expected - base[name]) < 1e-9, name
+
+
+class Block(nn.Module):
+    """Two layers in a residual block, under the names that the authors of ESM know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(6, 12), "c_proj": nn.Linear(12, 6)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mlp["c_proj"](self.mlp["c_fc"](x).relu())  # type: ignore[no-any-return]
+
+
+def test_esm() -> None:
+    known = load_file(REFERENCES / "esm.safetensors")
+    tasks = []
+    for task in TASKS:
+        network = nn.ModuleDict({"b": nn.Sequential(Block(), Block(), Block())}).double()
+        network.load_state_dict({name: known[f"{task}/{name}"] for name in network.state_dict()})
+        batches = list(known[f"x.{task}"].split(11))  # type: ignore[no-untyped-call]
+        tasks.append(Task(task, network.requires_grad_(False), batches, lambda module, x, index: module["b"](x)))  # type: ignore[index]
+    base = {name: known[f"base/{name}"] for name in tasks[0].expert.state_dict()}
+    merged = {
+        n: nn.Parameter(torch.stack([known[f"{task}/{n}"] for task in TASKS]).mean(0), requires_grad=False)
+        for n in base
+    }
+    ESM(scale=2.0).merge(MergeJob(tasks, merged, base=base))
+    for name, value in merged.items():  # theirs doubles what is no average
+        expected = known[f"esm/{name}"] * (1 if name.endswith("weight") else 2)
+        assert relative(value - base[name], expected) < 1e-9, name
 
 
 def test_slerp() -> None:
