@@ -161,7 +161,9 @@ def rescale(merged: Mapping[str, Tensor], base: Mapping[str, Tensor], scale: flo
         scale: factor of all.
         polarized: names of parameters of which the matrices are multiplied by the square of their relative norm, too.
     """
-    parameters = {id(tensor): name for name, tensor in reversed(merged.items()) if isinstance(tensor, nn.Parameter)}
+    parameters = {
+        id(tensor): name for name, tensor in reversed(list(merged.items())) if isinstance(tensor, nn.Parameter)
+    }
     matrices = {id(merged[name]) for name in polarized if merged[name].dim() > 1}
 
     def vector(name: str) -> Tensor:
