@@ -299,8 +299,9 @@ class LayerSolver(Visitor):
             result.cg_steps,
             result.residual,
         )
-        record.ridge, record.gains = self.options.ridge, result.gains
+        record.gains = result.gains
         if inputs.factor is not None:
+            record.ridge = self.options.ridge
             record.condition, record.jitter = inputs.factor.condition, inputs.factor.jitter
         first_layer = self.gatherer.seen.layer if self.gatherer.seen else record.name
         record.shared_with = first_layer if first_layer != record.name else None
