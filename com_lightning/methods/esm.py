@@ -74,15 +74,15 @@ class ESM(MergingMethod):
         """Solve a layer by the equations above, but for the factors of whole layers.
 
         Args:
-            layer: the layer, with its base.
+            layer: the layer. Its ``anchor`` is the base.
             inputs: its statistics in the experts. The sums become means.
             importance: one weight per task, summing to one.
 
         Returns:
             The solution. If the layer is no matrix, the reason why it is averaged.
         """
-        assert layer.base is not None, "it is in `needs`"
-        means, base = inputs.means(layer.weights), layer.layer_type.to_matrix(layer.base, layer.merged)
+        assert layer.anchor is not None, "it is in `needs`"
+        means, base = inputs.means(layer.weights), layer.layer_type.to_matrix(layer.anchor, layer.merged)
         groups, outputs, size = base.shape[0], base.shape[1], base.shape[2] - layer.layer_type.has_bias(layer.merged)
         counted = [number for number, share in enumerate(importance) if share > 0]
         if groups > 1 or outputs < len(counted):

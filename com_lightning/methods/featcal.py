@@ -68,7 +68,7 @@ class FeatCal(MergingMethod):
         self.ridge, self.expert_share, self.extrapolation = ridge, expert_share, extrapolation
         self.needs = type(self).needs | self.method.needs
         self.starts_from_average = self.method.starts_from_average
-        self.options = ChainOptions("merged", "expert", normalize=False, ridge=ridge, anchor="base")
+        self.options = ChainOptions("merged", "expert", normalize=False, ridge=ridge, anchor="rule")
 
     def merge(self, job: MergeJob) -> list[LayerRecord]:
         records = self.method.merge(job)
@@ -84,7 +84,7 @@ class FeatCal(MergingMethod):
         """Solve a layer by the equations above.
 
         Args:
-            layer: the layer. Its ``base`` is the anchor, and ``merged`` the result of the other rule.
+            layer: the layer. Its ``anchor`` is that above, and ``merged`` the result of the other rule.
             inputs: its statistics. The sums become means.
             importance: one weight per task, summing to one.
 
@@ -93,9 +93,9 @@ class FeatCal(MergingMethod):
         """
         if isinstance(layer.layer_type, Embedding):
             return f"FeatCal leaves embedding tables as {type(self.method).__name__} merges them"
-        assert layer.base is not None, "the anchor"
+        assert layer.anchor is not None, "it is given to merge_layers"
         means, shares = inputs.means(layer.weights), [share * len(importance) for share in importance]
-        anchor, before = (layer.layer_type.to_matrix(part, layer.merged) for part in (layer.base, layer.merged))
+        anchor, before = (layer.layer_type.to_matrix(part, layer.merged) for part in (layer.anchor, layer.merged))
         is_norm, has_bias = isinstance(layer.layer_type, PerChannel), layer.layer_type.has_bias(layer.merged)
         size = anchor.shape[-1] - int(has_bias and not is_norm)
         grams = [entry.gram[..., :size, :size] for entry in means]
