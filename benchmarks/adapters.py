@@ -41,7 +41,7 @@ def normalized(modules: Mapping[str, LightningModule], experts: Mapping[str, Lig
     """Mean over tasks of the accuracy divided by the expert's, in per cent."""
     data, trainer = data_of(seed), default_trainer("cpu")
     data.setup("validate")
-    ours, theirs = (validate_tasks(trainer, each, data, "", quiet=True) for each in (modules, experts))
+    ours, theirs = (validate_tasks(trainer, each, data, "") for each in (modules, experts))
     return statistics.mean(100 * ours[task]["val_acc"] / theirs[task]["val_acc"] for task in TASKS)
 
 

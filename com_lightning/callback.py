@@ -11,9 +11,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
-from tqdm.auto import tqdm
 
-from com_lightning.core.sweep.context import Context, own_modes
+from com_lightning.core.sweep.context import Context, Progress, own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import copy_with_tensors
@@ -25,6 +24,7 @@ from com_lightning.experts.state_dicts import some
 from com_lightning.methods import ChainOfMerges, MergingMethod
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan, differences, make_plan
+from com_lightning.progress import drawn, print_below
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
@@ -95,6 +95,8 @@ class ChainOfMergesCallback(Callback):
         """The module that holds the weights of the last merge."""
         self._lend = False
         """Whether the module that is validated may share its tensors with the merged ones."""
+        self._is_shown = True
+        """Whether there is no report to print."""
         self._peers = Peers()
         self._workplace: Workplace | None = None
         join_parent()
@@ -177,9 +179,9 @@ class ChainOfMergesCallback(Callback):
         """
         trainer = trainer or default_trainer("cpu")
         require_mergeable(trainer, self.options.output_dir)
-        with own_modes():
+        with own_modes(), drawn(trainer) as progress:
             self._begin(model, self._taken(model) or self.plan(model, None, becomes_first=False))
-            self._execute(trainer, None)
+            self._execute(trainer, None, progress)
             self._finish()
         if self.verbose:
             print(f"\n{self.report}")
@@ -218,20 +220,19 @@ class ChainOfMergesCallback(Callback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.merged or self._plan is None or trainer.sanity_checking or trainer.state.fn != TrainerFn.VALIDATING:
             return
-        with own_modes(), together(self._peers):
+        with own_modes(), together(self._peers), drawn(trainer) as progress:
             self._require_unchanged(pl_module)
-            self._execute(trainer, trainer.datamodule)  # type: ignore[attr-defined]
+            self._execute(trainer, trainer.datamodule, progress)  # type: ignore[attr-defined]
             self._overwritten = pl_module
             load_into(pl_module, next(iter(self.modules.values())), self._lend)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:
             return
-        with own_modes(), together(self._peers):
-            self._validate(trainer, self._plan, trainer.datamodule)  # type: ignore[attr-defined]
+        with own_modes(), together(self._peers), drawn(trainer) as progress:
+            self._validate(trainer, self._plan, trainer.datamodule, progress)  # type: ignore[attr-defined]
             self._finish()
-        if self.verbose and trainer.is_global_zero:
-            print(f"\n{self.report}")
+        self._is_shown = not self.verbose
 
     def on_validation_batch_end(self, trainer: Trainer, *batch: Any) -> None:
         if self._plan is not None:
@@ -241,6 +242,9 @@ class ChainOfMergesCallback(Callback):
         if self._plan is not None and not self.merged:
             rank_zero_warn("nothing was merged: limit_val_batches leaves nothing to validate")
             self._leave()
+        if not self._is_shown and trainer.is_global_zero:  # after Lightning's own table, which is of the first task
+            print_below(trainer, f"\n{self.report}")
+        self._is_shown = True
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._peers.explain(exception)
@@ -276,26 +280,20 @@ class ChainOfMergesCallback(Callback):
         for warning in plan.parameters.warnings:
             rank_zero_warn(warning)
 
-    def _execute(self, trainer: Trainer, data: MergeDataModule | None) -> None:
+    def _execute(self, trainer: Trainer, data: MergeDataModule | None, progress: Progress) -> None:
         assert self._plan is not None
-        plan, loggers, quiet, step = self._plan, trainer.loggers, _quiet(trainer), 0
-        with (
-            own_modes(),
-            tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet or data is None, leave=False) as bar,
-            borrowed(trainer),
-        ):
+        plan, loggers, step = self._plan, trainer.loggers, 0
+        with own_modes(), borrowed(trainer):
 
             def on_layer(record: LayerRecord) -> None:
                 nonlocal step
-                bar.set_postfix_str(record.name)
-                bar.update()
                 log_layer(loggers, record, step)
                 step += 1
                 end_on_sigterm(trainer)
 
             options = self.options
             context = Context(on_layer, self._peers, memory_budget=options.budget, on_bad_batch=options.on_bad_batch)
-            context.quiet = quiet
+            context.progress = progress
             if self._workplace and options.resume:
                 context.journal = FileJournal(self._workplace.journal)
             try:
@@ -305,14 +303,13 @@ class ChainOfMergesCallback(Callback):
                 raise
         self.result = MergeResult(modules, report, files=options.files)
 
-    def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule) -> None:
-        evaluator, quiet = single_device_trainer(trainer), _quiet(trainer)
-        sets = {"merged": self.modules}
+    def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule, progress: Progress) -> None:
+        evaluator, sets = single_device_trainer(trainer), {"merged": self.modules}
         if self.options.baselines:
             sets = {"expert": plan.experts, "average": with_shared(plan, average_shared(plan)), **sets}
         for label, modules in sets.items():
             self.report.metrics[label] = validate_tasks(
-                evaluator, modules, data, label, quiet, prepared=True, peers=self._peers
+                evaluator, modules, data, label, progress, prepared=True, peers=self._peers
             )
             end_on_sigterm(trainer)
         self.report.choose_monitor(self.options.monitor, self.options.mode)
@@ -363,7 +360,3 @@ class ChainOfMergesCallback(Callback):
         if self._workplace:
             self._workplace.close(keep=True)
             self._workplace = None
-
-
-def _quiet(trainer: Trainer) -> bool:
-    return trainer.progress_bar_callback is None or not trainer.is_global_zero

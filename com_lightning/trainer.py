@@ -18,6 +18,7 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason, some
 from com_lightning.merging import as_tasks, run, set_up
 from com_lightning.methods import MergingMethod
+from com_lightning.progress import drawn
 from com_lightning.results.folder import has_calibrated, load_results, output_problems
 from com_lightning.results.report import MergeReport
 from com_lightning.strategies import known_as_parent, returns_nothing
@@ -217,8 +218,10 @@ class MergeTrainer(Trainer):
         data.calibrates = has_calibrated(Path(folder))
         modules = load_results(Path(folder), model, list(data.tasks), data.set_up_module)
         report = MergeReport(tasks=list(modules))
-        quiet = self.progress_bar_callback is None
-        report.metrics["merged"] = validate_tasks(single_device_trainer(self), modules, data, "merged", quiet, stage)
+        with drawn(self) as progress:
+            report.metrics["merged"] = validate_tasks(
+                single_device_trainer(self), modules, data, "merged", progress, stage
+            )
         report.choose_monitor()
         if verbose:
             held = [name for name in data.tasks if stage == "validate" and data.holds_out(name)]

@@ -13,8 +13,8 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.accelerators import MPSAccelerator
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from tqdm.auto import tqdm
 
+from com_lightning.core.sweep.context import Progress, each, no_progress
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors
 from com_lightning.data.datamodule import MergeDataModule
@@ -134,7 +134,7 @@ def validate_tasks(
     modules: Mapping[str, LightningModule],
     tasks: MergeDataModule,
     label: str,
-    quiet: bool = False,
+    progress: Progress = no_progress,
     stage: str = "validate",
     prepared: bool = False,
     peers: Peers | None = None,
@@ -145,8 +145,8 @@ def validate_tasks(
         trainer: a single-device trainer, see :func:`single_device_trainer`.
         modules: task -> module.
         tasks: the data.
-        label: what is validated, for the progress bar.
-        quiet: whether to show no progress bar.
+        label: what is validated, for the progress.
+        progress: draws it.
         stage: ``"validate"`` or ``"test"``.
         prepared: whether the data have been prepared already.
         peers: the processes; ``None``: this one validates all tasks.
@@ -159,7 +159,7 @@ def validate_tasks(
     evaluate = trainer.validate if stage == "validate" else trainer.test
     # Modules moved or converted under the inference mode of an outer trainer could never be trained again.
     with torch.inference_mode(False), quiet_lightning():
-        for task, module in tqdm(mine.items(), desc=f"validating {label}", leave=False, disable=quiet):
+        for task, module in each(list(mine.items()), progress, f"validating {label}"):
             copied = copy_to_run(module)
             with alone(copied), _keeping_weights(trainer, module, f"task '{task}'"):
                 logged = evaluate(copied, datamodule=tasks.task(task, prepared), verbose=False)

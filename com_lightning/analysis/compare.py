@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tqdm.auto import tqdm
 
 from com_lightning.analysis.comparison import Comparison, Drift, Outcome, TaskMetrics
 from com_lightning.analysis.comparison_html import comparison_html
@@ -19,7 +18,7 @@ from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.callback import ChainOfMergesCallback
 from com_lightning.core.chain.drift import measure_drift
-from com_lightning.core.sweep.context import Context
+from com_lightning.core.sweep.context import Context, Progress, about, each
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.digest import digest
@@ -31,6 +30,7 @@ from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMetho
 from com_lightning.methods.base import Need
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
+from com_lightning.progress import drawn
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
 from com_lightning.results.folder import output_problems
@@ -221,10 +221,10 @@ class Compare(Callback):
         peers = self._peers = peers_of(trainer)
         workplace: Workplace | None = None
         try:
-            with torch.inference_mode(False), together(peers), borrowed(trainer):
+            with torch.inference_mode(False), together(peers), borrowed(trainer), drawn(trainer) as progress:
                 if peers.rank == 0:
                     workplace = Workplace(Path(self.output_dir), discard_journal=not self.options.resume)
-                self.comparison = self._compare(trainer, peers, workplace)
+                self.comparison = self._compare(trainer, peers, workplace, progress)
                 if workplace:
                     self._write(workplace, self.comparison)
         finally:
@@ -234,9 +234,8 @@ class Compare(Callback):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._peers.explain(exception)
 
-    def _compare(self, trainer: Trainer, peers: Peers, workplace: Workplace | None) -> Comparison:
-        plan, quiet = self.plan, trainer.progress_bar_callback is None or not trainer.is_global_zero
-        evaluator = single_device_trainer(trainer)
+    def _compare(self, trainer: Trainer, peers: Peers, workplace: Workplace | None, progress: Progress) -> Comparison:
+        plan, evaluator = self.plan, single_device_trainer(trainer)
         names = ["report"] + ["selection"] * (self.splits.selection is not None)
         folder, context = (workplace.journal, self._fingerprint(trainer)) if workplace else (Path(), {})
         store = ResultStore(folder, peers, context)
@@ -244,7 +243,7 @@ class Compare(Callback):
 
         def validated(modules: Mapping[str, LightningModule], part: str, label: object) -> TaskMetrics:
             data = self.splits.part(part)
-            return validate_tasks(evaluator, modules, data, str(label), quiet, prepared=True, peers=peers)
+            return validate_tasks(evaluator, modules, data, str(label), progress, prepared=True, peers=peers)
 
         key: dict[str, Any]
         for name in names:
@@ -255,23 +254,22 @@ class Compare(Callback):
         result.monitor, result.mode = report.monitor, report.mode
         result.warnings = plan.parameters.warnings + report.warnings
         merges = [(rule, seed) for rule in self.rules for seed in (self.splits.seeds if _varies(rule) else [None])]
-        with tqdm(merges, desc="comparing", disable=quiet) as bar:
-            for rule, seed in bar:
-                bar.set_postfix_str(str(rule) if seed is None else f"{rule}, seed {seed}")
-                # What is validated depends on all seeds, and on whether the rule is one of a grid.
-                parts = names if [grid(other) for other in self.rules].count(grid(rule)) > 1 else ["report"]
-                method = reseeded(rule, seed or 0)
-                key = {"method": method.describe(), "seed": seed, "of": [self._samples(part) for part in parts]}
-                if (outcome := store.get(key)) is None:
-                    merged, modules = self._merge(trainer, method, str(rule), seed, quiet)
-                    merged.metrics = {part: validated(modules, part, rule) for part in parts}
-                    del modules
-                    outcome = store.add(key, asdict(merged))
-                result.outcomes.append(Outcome(**{**outcome, "label": str(rule), "name": grid(rule)}))
+        for rule, seed in each(merges, progress, "comparing rules"):
+            # What is validated depends on all seeds, and on whether the rule is one of a grid.
+            parts = names if [grid(other) for other in self.rules].count(grid(rule)) > 1 else ["report"]
+            method = reseeded(rule, seed or 0)
+            key = {"method": method.describe(), "seed": seed, "of": [self._samples(part) for part in parts]}
+            if (outcome := store.get(key)) is None:
+                label = str(rule) if seed is None else f"{rule}, seed {seed}"
+                merged, modules = self._merge(trainer, method, str(rule), seed, about(progress, f"by {label}"))
+                merged.metrics = {part: validated(modules, part, rule) for part in parts}
+                del modules
+                outcome = store.add(key, asdict(merged))
+            result.outcomes.append(Outcome(**{**outcome, "label": str(rule), "name": grid(rule)}))
         if chains := [outcome for outcome in result.outcomes if outcome.drift]:
             seed = chains[0].seed
             key = {"drift of": "average", "seed": seed}
-            result.average_drift = store.get(key) or store.add(key, self._average_drift(trainer, seed))
+            result.average_drift = store.get(key) or store.add(key, self._average_drift(trainer, seed, progress))
         result.memory_is_of_each = _forget_peak(trainer.strategy.root_device)
         return result
 
@@ -279,11 +277,14 @@ class Compare(Callback):
         kept = self.splits.part(part).kept
         return digest({task: [None if p is None else sorted(p) for p in parts] for task, parts in kept.items()})
 
-    def _run(self) -> Context:
-        return Context(peers=self._peers, memory_budget=self.options.budget, on_bad_batch=self.options.on_bad_batch)
+    def _run(self, progress: Progress) -> Context:
+        options = self.options
+        return Context(
+            peers=self._peers, memory_budget=options.budget, on_bad_batch=options.on_bad_batch, progress=progress
+        )
 
     def _merge(
-        self, trainer: Trainer, method: MergingMethod, label: str, seed: int | None, quiet: bool
+        self, trainer: Trainer, method: MergingMethod, label: str, seed: int | None, progress: Progress
     ) -> tuple[Outcome, dict[str, LightningModule]]:
         plan = replace(
             self.plan,
@@ -292,18 +293,12 @@ class Compare(Callback):
             base=self.plan.base if "base" in method.needs else None,
         )
         _forget_peak(trainer.strategy.root_device)
-        with tqdm(total=len(plan.layers) or None, desc="merging", disable=quiet, leave=False) as bar:
-
-            def on_layer(record: LayerRecord) -> None:
-                bar.update()
-
-            run = replace(self._run(), on_layer=on_layer)
-            try:
-                data = self.splits.part("report", seed)
-                modules, report = execute(plan, trainer, data, run, self.options.offload_experts)
-            except Exception as error:
-                error.add_note(f"This was {label}; what had been merged before is kept.")
-                raise
+        try:
+            data = self.splits.part("report", seed)
+            modules, report = execute(plan, trainer, data, self._run(progress), self.options.offload_experts)
+        except Exception as error:
+            error.add_note(f"This was {label}; what had been merged before is kept.")
+            raise
         warnings = [warning for warning in report.warnings if warning not in self.plan.parameters.warnings]
         warnings += [f"skipped: {batch}" for batch in report.skipped]
         outcome = Outcome(grid(method), label, report.method, seed, {}, report.seconds, report.peak_memory)
@@ -313,13 +308,13 @@ class Compare(Callback):
         outcome.importance = importance_of(report.layers)
         return outcome, modules
 
-    def _average_drift(self, trainer: Trainer, seed: int | None) -> Drift:
+    def _average_drift(self, trainer: Trainer, seed: int | None, progress: Progress) -> Drift:
         plan = replace(self.plan, method=ChainOfMerges())
         data, peers = self.splits.part("report", seed), self._peers
         tasks, _ = calibration_tasks(plan, trainer, data, peers, self.options.offload_experts)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
-            return _drift(measure_drift(tasks, merged, self._run()))
+            return _drift(measure_drift(tasks, merged, self._run(about(progress, "of the average"))))
 
     def _fingerprint(self, trainer: Trainer) -> dict[str, str]:
         """What every merge depends on, beside its rule and seed."""

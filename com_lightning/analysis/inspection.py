@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from com_lightning.core.sweep.context import each
 from com_lightning.core.tensors.modules import matches_any
 from com_lightning.errors import MergeError, paths_told
 from com_lightning.experts.files import folder_problems, read_checkpoint
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.state_dicts import plain_state, some
+from com_lightning.progress import drawn
 from com_lightning.results.atomic import write_text, write_whole
 from com_lightning.results.tables import table
 
@@ -241,14 +242,15 @@ def inspect(
         if not common:
             raise MergeError([f"base: {base} has no tensor in common with the experts, by name and shape"])
     layers: dict[str, LayerDistance] = {}
-    for name in tqdm(common, desc="comparing", leave=False):
-        layer = name.rpartition(".")[0] or name
-        tensors = [state[name] for state in states.values()]
-        distance = LayerDistance.of(layer, tensors, origin[name] if origin else None)
-        if layer in layers:
-            layers[layer].add(distance)
-        else:
-            layers[layer] = distance
+    with drawn(None) as progress:
+        for name in each(common, progress, "comparing"):
+            layer = name.rpartition(".")[0] or name
+            tensors = [state[name] for state in states.values()]
+            distance = LayerDistance.of(layer, tensors, origin[name] if origin else None)
+            if layer in layers:
+                layers[layer].add(distance)
+            else:
+                layers[layer] = distance
     alone = sorted({n for state in states.values() for n in state} - set(common))
     return Inspection(list(experts), list(layers.values()), origin is not None, alone)
 

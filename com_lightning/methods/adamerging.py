@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
+from com_lightning.core.sweep.context import each
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, Task
 from com_lightning.core.tensors.gradients import gradients_enabled, gradients_of, seeded
 from com_lightning.core.tensors.modules import copy_module
@@ -122,9 +122,7 @@ class AdaMerging(MergingMethod):
         models = [_Model(job, task, parameters) for _, task in tasks]
         orders = [_order(job, task, self.seed + number) for number, task in tasks]
         adam = torch.optim.Adam([raw], lr=self.learning_rate)
-        for step in tqdm(
-            range(self.steps), type(self).__name__, disable=job.context.quiet or peers.rank > 0, leave=False
-        ):
+        for step in each(range(self.steps), job.context.progress, "learning coefficients"):
             coefficients = raw.clamp(0, 1)
             merged = [_merged(p, vector, row) for p, vector, row in zip(parameters, vectors, coefficients)]
             gradient = torch.zeros_like(raw)

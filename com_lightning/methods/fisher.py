@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
+from com_lightning.core.sweep.context import each
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError, SkippedBatch, Task
 from com_lightning.core.tensors.gradients import gradients_enabled, gradients_of, seeded
 from com_lightning.core.tensors.modules import copy_module, copy_on_same_storage
@@ -180,11 +180,8 @@ def squared_gradients(
     leaves = [named[parameter.name].requires_grad_(True) for parameter in parameters]
     squares = {p.name: torch.zeros(p.target.shape, dtype=p.dtype, device=p.device) for p in parameters}
     samples, skipped = 0, list[SkippedBatch]()
-    bar = tqdm(
-        task.batches, f"Fisher: {task.name}", disable=job.context.quiet or job.context.peers.rank > 0, leave=False
-    )
-    for place, batch in enumerate(bar):
-        index = task.batch_numbers[place]
+    batches = list(zip(task.batch_numbers, task.batches))
+    for index, batch in each(batches, job.context.progress, f"gradients of {task.name}"):
         with gradients_enabled(module), seeded(100_003 * number + index, leaves):
             # A copy for each batch: tensors that a module stores (losses, for instance) would keep the graph in memory.
             loss = task.loss(copy_module(module), batch, index)

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from com_lightning.core.sweep.context import each
 from com_lightning.core.sweep.task import LayerRecord, NonFiniteError
 from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import all_finite, average, named_tensors, row_slices
@@ -184,7 +185,7 @@ class ParameterRule(MergingMethod):
         records: list[LayerRecord] = []
         peers = job.context.peers
         combine = self.combiner(parameters)
-        for number, parameter in enumerate(parameters):
+        for number, parameter in enumerate(each(parameters, job.context.progress, "merging parameters")):
             start, owner = time.perf_counter(), number % peers.size
             value = None
             if owner == peers.rank:

@@ -372,13 +372,6 @@ def test_the_picture_goes_to_a_logger_that_takes_pictures(tmp_path: Path) -> Non
     assert Images.seen[0][1][2] == 3
 
 
-def test_progress_is_shown_unless_the_users_bar_is_off(capsys: pytest.CaptureFixture[str]) -> None:
-    merged_by(quiet_trainer())
-    assert "merging" not in capsys.readouterr().err
-    merged_by(quiet_trainer(enable_progress_bar=True))
-    assert "merging" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("method", [ChainOfMerges(target="merged"), RegMean(), Average()])
 def test_other_methods(method: Any) -> None:
     merger, _ = merged_by(quiet_trainer(), method=method)

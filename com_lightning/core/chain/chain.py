@@ -78,7 +78,7 @@ def merge_layers(
         del experts
         metrics: Mapping[str, Sequence[Tensor | None]] = {}
         if options.sensitivity:
-            metrics = roots(tasks, merged, options.sensitivity, context.peers, context.quiet)
+            metrics = roots(tasks, merged, options.sensitivity, context)
             if all(root is None for of_layer in metrics.values() for root in of_layer):
                 context.warnings.append(
                     "sensitivity: the predictions have no gradient (is validation_step under torch.no_grad?), so all "

@@ -48,6 +48,8 @@ class DriftMeter(Visitor):
         context: how the sweep is carried out.
     """
 
+    activity = "measuring drift"
+
     def __init__(self, tasks: Sequence[Task], options: ChainOptions, context: Context) -> None:
         self.tasks, self.context = tasks, context
         self.gatherer = Gatherer(options, ResidualStreams({}))

@@ -27,12 +27,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from com_lightning.core.chain.options import Distance
 from com_lightning.core.layers import LayerType, RowMask, rows_with_data
 from com_lightning.core.layers.convolution import Convolution
 from com_lightning.core.layers.linear import Linear
+from com_lightning.core.sweep.context import Context, each
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import PausedCall
@@ -103,7 +103,7 @@ def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def roots(
-    tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance, peers: Peers, quiet: bool = True
+    tasks: Sequence[Task], merged: Mapping[str, Tensor], distance: Distance, context: Context
 ) -> dict[str, list[Tensor | None]]:
     """Return layer -> the ``U`` of each task (see :meth:`Sensitivity.root`).
 
@@ -112,15 +112,13 @@ def roots(
         merged: as for :func:`~com_lightning.core.chain.chain.merge_layers`. It is not changed.
         distance: the distance between predictions: ``"probabilities"``, if they are logits over their last dimension
             (for images: the channels), or ``"numbers"``.
-        peers: the processes of the merge. Each has its own batches.
-        quiet: whether to hide the progress bar.
+        context: how the merge is carried out. Each of its processes has its own batches.
     """
+    peers = context.peers
     models = Models(tasks, merged, ("expert",))
     by_task: list[dict[str, Sensitivity]] = [{} for _ in tasks]
-    batches = list(batch_ids(tasks))
-    hidden = quiet or peers.rank > 0
-    with peers.shares_failures(), tqdm(batches, desc="Sensitivity", leave=False, disable=hidden) as bar:
-        for batch in bar:
+    with peers.shares_failures():
+        for batch in each(list(batch_ids(tasks)), context.progress, "measuring sensitivity"):
             task = tasks[batch.task]
             gradients = gather_gradients(tasks, models, batch, distance)
             with exact_products():

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,32 @@ from torch import Tensor
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 
+T = TypeVar("T")
+Advance = Callable[[str], None]
+"""Says that a step is done, by its name."""
+Progress = Callable[[str, int], AbstractContextManager[Advance]]
+"""Draws the progress of a stage, given what is done in it and its number of steps. A stage may have further stages."""
+
 _BUSY = threading.RLock()
+
+
+@contextmanager
+def no_progress(what: str, steps: int) -> Iterator[Advance]:
+    """Draw no progress."""
+    yield lambda step: None
+
+
+def each(items: Sequence[T], progress: Progress, what: str) -> Iterator[T]:
+    """The items, one after the other, with their progress."""
+    with progress(what, len(items)) as advance:
+        for item in items:
+            yield item
+            advance("")
+
+
+def about(progress: Progress, subject: str) -> Progress:
+    """The same progress, with what it is about: "merging layers of mnist"."""
+    return lambda what, steps: progress(f"{what} {subject}", steps)
 
 
 @contextmanager
@@ -112,7 +137,7 @@ class Context:
         skipped: the batches of all processes that have been skipped.
         warnings: warnings for the report.
         unplaced: task -> why shapes alone tell where its padding masks belong.
-        quiet: whether to hide progress bars.
+        progress: draws the progress of each stage.
     """
 
     on_layer: Callable[[LayerRecord], None] = field(default=lambda record: None)
@@ -123,7 +148,7 @@ class Context:
     skipped: list[SkippedBatch] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     unplaced: dict[str, str] = field(default_factory=dict)
-    quiet: bool = True
+    progress: Progress = no_progress
 
     def alone(self, task: str) -> Context:
         """The same context for the private layers of a task. The task's name is added to theirs in records."""
@@ -144,7 +169,8 @@ class Context:
             record.name, record.task = record.name + suffix, task
             self.on_layer(record)
 
-        return replace(self, on_layer=report, journal=_SuffixJournal(self.journal, suffix), skipped=[])
+        journal, progress = _SuffixJournal(self.journal, suffix), about(self.progress, f"of {task}")
+        return replace(self, on_layer=report, journal=journal, skipped=[], progress=progress)
 
     def without_skipped(self, task: Task) -> Task:
         """A task without the batches that were skipped."""

@@ -40,6 +40,8 @@ class Visitor(ABC):
 
     watches_outputs: bool = False
     """Whether the sweep calls :meth:`on_output`."""
+    activity: str = "merging layers"
+    """What it does, for the progress bar."""
 
     def on_forward(self, forward: CalibrationForward) -> None:
         """Called with each forward before it runs. It has its own copy of the module. Its ``call`` may be replaced."""
@@ -116,7 +118,13 @@ class Sweep:
         }
         layers = lockstep(self._forwards(), positions, choose_next=self._choose_next, pager=self.pager)
         # Changed inputs are noticed by their version counters, which do not exist in inference mode.
-        with torch.inference_mode(False), torch.no_grad(), without_fast_path(), self.pager or nullcontext():
+        with (
+            torch.inference_mode(False),
+            torch.no_grad(),
+            without_fast_path(),
+            self.pager or nullcontext(),
+            self.context.progress(self.visitor.activity, self._steps()) as advance,
+        ):
             for name, calls in layers:
                 record = self._visit(name, self.bad_batches.good(calls))
                 if record.note:  # function calls within the layer may still be solved
@@ -124,6 +132,7 @@ class Sweep:
                 else:
                     solved[name] = record
                     self._record = record
+                advance(name)
         self._count_calls(solved)
         for notes in self.context.peers.exchange(self.function_calls.notes):
             self.function_calls.notes = {**notes, **self.function_calls.notes}
@@ -161,6 +170,13 @@ class Sweep:
         """Let the forwards compute with the new values of a merged tensor that has been written to."""
         self.models.refresh(name)
         self._writes[name].count += 1
+
+    def _steps(self) -> int:
+        """Number of layers, and of parameters outside of them: functions may use these as layers."""
+        models = self.models
+        inside = {models.tied[name] for layer in models.candidates.values() for name in layer.parameters.values()}
+        outside = {models.tied[name] for name in models.order if name in models.merged and name not in models.buffers}
+        return len(models.candidates) + len(outside - inside - {models.tied[name] for name in models.packed_names})
 
     def _visit(self, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         # Under autocast, statistics would be gathered in half precision.

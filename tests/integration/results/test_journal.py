@@ -21,7 +21,6 @@ import torch
 from filelock import FileLock
 from PIL import Image
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 import com_lightning.results.journal
 from com_lightning import (
@@ -61,14 +60,14 @@ def interrupt(folder: Path, layers: int, **kwargs: Any) -> None:
     """A merge that ends with an exception after so many layers."""
     count = 0
 
-    def on_layer(bar: Any, n: int = 1) -> None:
+    def on_layer(*record: Any) -> None:
         nonlocal count
         count += 1
         if count == layers:
             raise Interrupted
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tqdm, "update", on_layer)
+        patch.setattr("com_lightning.callback.log_layer", on_layer)
         with pytest.raises(Interrupted):
             merge(folder, **kwargs)
 
@@ -76,14 +75,14 @@ def interrupt(folder: Path, layers: int, **kwargs: Any) -> None:
 def test_a_merge_that_is_told_to_end_ends_after_a_layer_and_goes_on_later(tmp_path: Path) -> None:
     merged: list[str] = []
 
-    def on_layer(bar: Any, n: int = 1) -> None:
+    def on_layer(*record: Any) -> None:
         merged.append("layer")
         if len(merged) == 2:
             assert callable(signal.getsignal(signal.SIGTERM))  # Lightning's; or else this process would end
             signal.raise_signal(signal.SIGTERM)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tqdm, "update", on_layer)
+        patch.setattr("com_lightning.callback.log_layer", on_layer)
         with pytest.raises(SystemExit) as ended:
             merge(tmp_path / "out")
     assert (len(merged), ended.value.code) == (2, 143)

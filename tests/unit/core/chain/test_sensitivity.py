@@ -20,7 +20,7 @@ from com_lightning.core.chain.sensitivity import RANK, Sensitivity, omega_of, ro
 from com_lightning.core.solve import weighted_ridge as metric_module
 from com_lightning.core.solve.ridge import factorize, solve
 from com_lightning.core.solve.weighted_ridge import DAMPING, solve_weighted
-from com_lightning.core.sweep.distributed import Peers
+from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.modules import average, named_tensors
 from tests.helpers import Classifier, built, make_data, make_experts, perturb, quiet_trainer, relative
@@ -59,7 +59,7 @@ def points(count: int = 40, tasks: int = 2) -> list[list[Tensor]]:
 def measured(net: nn.Module, batch: Tensor, distance: Distance) -> Tensor:
     """``H`` of the first layer of a network."""
     merged = {name: tensor for name, tensor, _ in named_tensors(net)}
-    root = roots([Task("task", net, [batch])], merged, distance, Peers())["0"][0]
+    root = roots([Task("task", net, [batch])], merged, distance, Context())["0"][0]
     assert root is not None
     matrix = root @ root.T
     return matrix * len(matrix) / matrix.trace()
