@@ -1,6 +1,6 @@
 """``python -m com_lightning``."""
 
-from com_lightning.cli import main
+from com_lightning.main import main
 
 if __name__ == "__main__":
     main()

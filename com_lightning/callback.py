@@ -12,6 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
+from com_lightning.compat import of_other_package
 from com_lightning.core.sweep.context import Context, Progress, own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
@@ -22,6 +23,7 @@ from com_lightning.execution import MergeResult, average_shared, execute, load_i
 from com_lightning.experts.load import ExpertSource
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import ChainOfMerges, MergingMethod
+from com_lightning.methods.naming import as_rule
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan, differences, make_plan
 from com_lightning.progress import drawn, print_below
@@ -54,7 +56,7 @@ class ChainOfMergesCallback(Callback):
             or PEFT, or the name of such a model on the Hugging Face Hub (``"hf://owner/name"``); or a module or state
             dict in memory, of the whole model or of a part of it. Relative paths start at the working directory. No
             code in a file is executed.
-        method: the merging rule; by default :class:`~com_lightning.ChainOfMerges`.
+        method: the merging rule, its class, or its name; by default :class:`~com_lightning.ChainOfMerges`.
         verbose: print the report at the end.
         options: see :class:`~com_lightning.MergeOptions`.
 
@@ -76,13 +78,13 @@ class ChainOfMergesCallback(Callback):
     def __init__(
         self,
         experts: Mapping[str, ExpertSource],
-        method: MergingMethod | None = None,
+        method: MergingMethod | type[MergingMethod] | str | None = None,
         verbose: bool = False,
         **options: Any,
     ) -> None:
         if not isinstance(experts, Mapping):
             raise TypeError(f"experts: must be a mapping, task -> expert; got a {type(experts).__name__}")
-        self.experts, self.method, self.verbose = experts, method or ChainOfMerges(), verbose
+        self.experts, self.method, self.verbose = experts, as_rule(method or ChainOfMerges), verbose
         self.options = MergeOptions(**options)
         self.result = MergeResult()
         self._ready: tuple[LightningModule, MergePlan] | None = None
@@ -178,6 +180,8 @@ class ChainOfMergesCallback(Callback):
             merger.modules["mnist"]
         """
         trainer = trainer or default_trainer("cpu")
+        if problems := of_other_package("model", model) + of_other_package("trainer", trainer):
+            raise MergeError(problems)
         require_mergeable(trainer, self.options.output_dir)
         with own_modes(), drawn(trainer) as progress:
             self._begin(model, self._taken(model) or self.plan(model, None, becomes_first=False))
@@ -197,8 +201,11 @@ class ChainOfMergesCallback(Callback):
         self.result.save(folder, overwrite)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit":
-            rank_zero_warn("ChainOfMergesCallback merges in trainer.validate; in trainer.fit it does nothing")
+        if stage != "validate" and not self.merged:
+            rank_zero_warn(
+                f"ChainOfMergesCallback merges in trainer.validate; in trainer.{stage} it does nothing. To merge, run "
+                "trainer.validate(model, datamodule=tasks), or com_lightning.merge(model, experts, tasks)"
+            )
         if stage != "validate" or self._is_result_of(pl_module):
             return
         require_mergeable(trainer, self.options.output_dir)

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import Namespace
@@ -25,6 +25,7 @@ from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, paths_told, reason
 from com_lightning.experts.files import LONGEST_JSON
+from com_lightning.help import answer, explained, plain
 from com_lightning.results.adapter_export import export_adapters, export_lora
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
@@ -51,6 +52,18 @@ class _Parser(LightningArgumentParser):
                     config[subcommand] = with_new_names(config[subcommand], _NEW)
             content = content if config == given else yaml.safe_dump(config)
         return super()._load_config_parser_mode(content, *others, **kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End with the key, the file and the nearest name, in place of all options."""
+        if not self.exit_on_error:
+            super().error(message, ex)
+        parser = getattr(ex, "subcommand_parser", None) or self
+        known = {option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"}
+        sys.stderr.write(f"com-lightning: {explained(message, known - {'help'}, _configs(sys.argv))}\n")
+        self.exit(2)
+
+    def format_help(self) -> str:
+        return plain(super().format_help())
 
     def _new_arguments(self, args: list[str]) -> list[str]:
         known = {action.dest for action in self._actions}
@@ -117,6 +130,9 @@ class MergeCLI(LightningCLI):
         for action in parser._actions:  # so that a flag can be given without a value: `--dry_run`
             if action.dest in self._subcommand_method_arguments[subcommand] and action.default is False:
                 action.nargs, action.const = "?", True
+        # Its own options come first, and Lightning's last.
+        parser._action_groups.sort(key=lambda group: "Trainer" in (group.title or ""))
+        parser.usage = f"com-lightning {subcommand} [--config FILE] [--OPTION VALUE]"
         return parser
 
     def before_instantiate_classes(self) -> None:
@@ -228,6 +244,16 @@ def run_export(args: Sequence[str]) -> None:
     print(f"written to {folder}; to publish it: hf upload NAME {folder}")
 
 
+def _configs(args: Sequence[Any]) -> list[Path]:
+    """The configurations that arguments name."""
+    pairs = zip(["", *args], args)
+    return [
+        Path(str(arg).removeprefix("--config="))
+        for before, arg in pairs
+        if before in ("--config", "-c") or str(arg).startswith("--config=")
+    ]
+
+
 def _check_configs(args: Any) -> None:
     """Make sure that configurations are files of text.
 
@@ -257,6 +283,14 @@ def main(args: ArgsType = None) -> None:
     if os.getcwd() not in sys.path:  # the user's project is found as `python -m` finds it
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
+    if isinstance(given, list):
+        if given and (text := answer(given)) is not None:
+            print(text, end="")
+            sys.exit(0)
+        if "--help_all" in given:
+            given = ["--help" if arg == "--help_all" else arg for arg in given]
+            args = None if args is None else given
+            sys.argv[1:] = given if args is None else sys.argv[1:]
     try:
         _check_configs(given)
         if isinstance(given, list) and given[:1] == ["inspect"]:

@@ -1,4 +1,4 @@
-"""What differs between the supported versions of Lightning and of this library itself."""
+"""What differs between the versions and packages of Lightning, and between versions of this library itself."""
 
 from __future__ import annotations
 
@@ -89,6 +89,30 @@ def renamed_options(function: Function) -> Function:
         return function(*args, **with_new_names(options, known, stacklevel=2))
 
     return renamed  # type: ignore[return-value]
+
+
+def of_other_package(label: str, thing: object) -> list[str]:
+    """Find out whether an object is of the package ``pytorch_lightning``, whose classes are not those of ``lightning``.
+
+    A module of one package cannot be run by a trainer of the other.
+
+    Args:
+        label: what messages call the object.
+        thing: a module, datamodule or trainer.
+
+    Returns:
+        One sentence if it is, which says what to change; nothing otherwise.
+    """
+    classes = [kind for kind in type(thing).__mro__ if kind.__module__.partition(".")[0] == "pytorch_lightning"]
+    if not classes:
+        return []
+    return [
+        f"{label}: {type(thing).__name__} is a pytorch_lightning.{classes[0].__name__}, which com_lightning and the "
+        "package lightning do not know. Both packages have the same code, so in your project write\n"
+        "       import lightning.pytorch as pl        instead of  import pytorch_lightning as pl\n"
+        "       from lightning.pytorch... import ...  instead of  from pytorch_lightning... import ...\n"
+        "     Checkpoints stay as they are."
+    ]
 
 
 def load_module(

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 
 from com_lightning.callback import ChainOfMergesCallback
+from com_lightning.compat import of_other_package
 from com_lightning.core.sweep.context import own_modes
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data.datamodule import MergeDataModule
@@ -30,7 +31,7 @@ def merge(
     model: LightningModule,
     experts: Mapping[str, ExpertSource],
     datamodule: LightningDataModule | Mapping[str, LightningDataModule] | None = None,
-    method: MergingMethod | None = None,
+    method: MergingMethod | type[MergingMethod] | str | None = None,
     trainer: Trainer | None = None,
     **options: Any,
 ) -> MergeResult:
@@ -41,7 +42,8 @@ def merge(
         experts: task -> its expert, in any form that :class:`~com_lightning.ChainOfMergesCallback` takes.
         datamodule: a :class:`~com_lightning.MergeDataModule`, or task -> its datamodule. Without data nothing is
             validated, and the method must be one that needs none.
-        method: the merging rule; by default :class:`~com_lightning.ChainOfMerges`.
+        method: the merging rule, its class (``TIES``), or its name (``"TIES(density=0.1)"``); by default
+            :class:`~com_lightning.ChainOfMerges`.
         trainer: its device, precision, limits and loggers are used, and it is given back as it was. By default it is a
             trainer with one device that logs nothing.
         options: see :class:`~com_lightning.MergeOptions`.
@@ -86,6 +88,8 @@ def run(
     Raises:
         MergeError: with all problems at once.
     """
+    if problems := of_other_package("model", model) + of_other_package("trainer", trainer):
+        raise MergeError(problems)
     data, options = None if datamodule is None else as_tasks(datamodule), merger.options
     with own_modes(), borrowed(trainer):
         with set_up(trainer, data, options.output_dir, dry_run):
@@ -147,6 +151,8 @@ def as_tasks(datamodule: Any) -> MergeDataModule:
         return MergeDataModule(datamodule)
     if isinstance(datamodule, MergeDataModule):
         return datamodule
+    if problems := of_other_package("data", datamodule):
+        raise MergeError(problems)
     message = "must be a com_lightning.MergeDataModule, which holds every task's data"
     raise MergeError([f"data: {message}; got {type(datamodule).__name__}"])
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -226,6 +227,7 @@ def make_plan(
     found += unmergeable_weights(
         labelled, set(parameters.shared), {f"expert '{task}'": dtypes for task, dtypes in stored.items()}
     )
+    parameters.warnings += _repeated(sources)
     parameters.warnings[:0] = [*built, *group_warnings(warnings, local)]
     parameters.warnings += [*odd_tokenizers, *writing_warnings(experts)]
     base: dict[str, Tensor] | None = None
@@ -265,6 +267,20 @@ def make_plan(
         copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
         plan.data = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{used}{copies}.\n"
     return plan
+
+
+def _repeated(sources: Mapping[str, ExpertSource]) -> list[str]:
+    """Warnings of experts that are one and the same."""
+    tasks: dict[object, list[str]] = {}
+    for task, source in sources.items():
+        is_path = isinstance(source, (str, Path))
+        tasks.setdefault(Path(source).resolve() if is_path else id(source), []).append(task)  # type: ignore[arg-type]
+    return [
+        f"experts {', '.join(map(repr, same))}: all come from the same source, which counts {len(same)} times; is one "
+        "of them meant to be another?"
+        for same in tasks.values()
+        if len(same) > 1
+    ]
 
 
 def _set_up(task: str, data: MergeDataModule | None) -> SetUp:

@@ -33,7 +33,7 @@ class MergeTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         experts: dict[str, str] | None = None,
-        method: MergingMethod | None = None,
+        method: MergingMethod | str | None = None,
         base: str | None = None,
         output_dir: str = "outputs/merge",
         dry_run: bool = False,
@@ -48,7 +48,7 @@ class MergeTrainer(Trainer):
             experts: task -> its expert: a Lightning checkpoint, a state dict or a safetensors file, a folder written by
                 save_pretrained of transformers or PEFT, or the name of such a model on the Hugging Face Hub
                 (hf://owner/name). Relative paths start at the working directory.
-            method: the merging rule; by default ChainOfMerges.
+            method: the merging rule, such as TIES or "TIES(density=0.1)"; by default ChainOfMerges.
             base: the model that the experts were fine-tuned from, in any form that an expert may have. Some methods
                 need it (task arithmetic and its relatives). By default it is the model with its current weights.
             output_dir: folder for the merged weights, one Lightning checkpoint for each task, and the report.
@@ -76,9 +76,9 @@ class MergeTrainer(Trainer):
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         experts: dict[str, str] | None = None,
-        methods: list[MergingMethod] | None = None,
+        methods: list[MergingMethod | str] | None = None,
         seeds: list[int] | None = None,
-        method: MergingMethod | None = None,
+        method: MergingMethod | str | None = None,
         base: str | None = None,
         output_dir: str = "outputs/comparison",
         dry_run: bool = False,
@@ -94,9 +94,9 @@ class MergeTrainer(Trainer):
             model: a module of the experts' class; it is not changed.
             datamodule: a MergeDataModule, the data of all tasks.
             experts: as for merge.
-            methods: the rules, such as [TIES, RegMean]; by default RegMean and ChainOfMerges. A rule with settings has
-                class_path and init_args. The same class with different settings is one grid, of which the best setting
-                is reported. The plain average is always among the rules.
+            methods: the rules, such as [TIES, "TIES(density=0.1)", RegMean]; by default RegMean and ChainOfMerges. The
+                same class with different settings is one grid, of which the best setting is reported. The plain average
+                is always among the rules.
             seeds: seeds of the calibration samples; rules that need data merge once for each. By default that of the
                 datamodule.
             method: one more rule, as for merge, so that the configuration of a merge can be used.

@@ -28,6 +28,7 @@ from com_lightning.errors import MergeError
 from com_lightning.execution import average_shared, calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
+from com_lightning.methods.naming import Rule, as_rule
 from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.progress import drawn
@@ -61,9 +62,7 @@ class SeveralRules(MergingMethod):
         return [f"{rule}: {problem}" for rule in self.rules for problem in rule.problems(tasks)]
 
 
-def rules_to_compare(
-    methods: Sequence[MergingMethod] | None = None, method: MergingMethod | None = None
-) -> list[MergingMethod]:
+def rules_to_compare(methods: Sequence[Rule] | None = None, method: Rule | None = None) -> list[MergingMethod]:
     """All rules of a comparison: the listed ones, one more, and the plain average if no average is listed.
 
     Args:
@@ -76,13 +75,13 @@ def rules_to_compare(
     Raises:
         MergeError: if something else than rules is listed, or a rule is listed twice.
     """
-    rules: list[MergingMethod] = [RegMean(), ChainOfMerges()] if methods is None else [*methods]
-    if not rules or not all(isinstance(rule, MergingMethod) for rule in rules):
+    if methods is not None and (not methods or isinstance(methods, str)):
         raise MergeError([f"methods: must be a list of rules, such as [TIES(), RegMean()], got {methods!r}"])
+    rules = [as_rule(rule) for rule in methods or (RegMean(), ChainOfMerges())]
     labels = [str(rule) for rule in rules]
     if twice := dict.fromkeys(label for label in labels if labels.count(label) > 1):
         raise MergeError([f"methods: {label} is listed twice" for label in twice])
-    more = [] if method is None or str(method) in labels else [method]
+    more = [] if method is None or str(as_rule(method)) in labels else [as_rule(method)]
     return [Average()] * all(type(rule) is not Average for rule in more + rules) + more + rules
 
 

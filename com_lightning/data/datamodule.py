@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from com_lightning.arguments import checked
-from com_lightning.compat import renamed_options
+from com_lightning.compat import of_other_package, renamed_options
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data import sampling
 from com_lightning.data.augmentation import with_copies
@@ -32,6 +32,7 @@ from com_lightning.data.shares import (
     require_same_samples,
     warn_of_different_content,
 )
+from com_lightning.errors import MergeError
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
@@ -112,6 +113,8 @@ class MergeDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         for name, data in tasks.items():
+            if problems := of_other_package(f"task '{name}'", data):
+                raise MergeError(problems)
             if not isinstance(data, LightningDataModule):
                 raise TypeError(
                     f"task '{name}': a {type(data).__name__} is no LightningDataModule; give loaders as "

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.optim.swa_utils import AveragedModel
 
-from com_lightning.compat import load_module
+from com_lightning.compat import load_module, of_other_package
 from com_lightning.core.tensors.modules import copy_with_tensors, named_tensors
 from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_config import ADAPTER_CONFIG
@@ -101,6 +101,8 @@ def _loaded(source: ExpertSource, model: LightningModule, label: str) -> Lightni
                     "on disk): load the module without device_map, or with device_map='cpu'"
                 ]
             )
+    if problems := of_other_package(label, source):
+        raise MergeError(problems)
     if isinstance(source, LightningModule):
         expert = copy_with_tensors(source)
     elif isinstance(source, nn.Module):
