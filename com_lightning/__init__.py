@@ -104,7 +104,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES or name[:1].isupper():  # all other classes are rules
-        return getattr(import_module(f"com_lightning.{_HOMES.get(name, 'methods')}"), name)
+        home = import_module(f"com_lightning.{_HOMES.get(name, 'methods')}")
+        if hasattr(home, name):
+            return getattr(home, name)
     raise AttributeError(f"module 'com_lightning' has no attribute '{name}'")
 
 

@@ -17,6 +17,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 
+from com_lightning import __version__
 from com_lightning.analysis.inspection import MOST, inspect, save
 from com_lightning.compat import RENAMED_OPTIONS, with_new_names
 from com_lightning.core.sweep.distributed import PeerError
@@ -62,8 +63,8 @@ class _Parser(LightningArgumentParser):
         sys.stderr.write(f"com-lightning: {explained(message, known - {'help'}, _configs(sys.argv))}\n")
         self.exit(2)
 
-    def format_help(self) -> str:
-        return plain(super().format_help())
+    def format_help(self, formatter: Any = None) -> str:
+        return plain(super().format_help(formatter))
 
     def _new_arguments(self, args: list[str]) -> list[str]:
         known = {action.dest for action in self._actions}
@@ -131,7 +132,7 @@ class MergeCLI(LightningCLI):
             if action.dest in self._subcommand_method_arguments[subcommand] and action.default is False:
                 action.nargs, action.const = "?", True
         # Its own options come first, and Lightning's last.
-        parser._action_groups.sort(key=lambda group: "Trainer" in (group.title or ""))
+        parser._action_groups = sorted(parser._action_groups, key=lambda group: "Trainer" in (group.title or ""))
         parser.usage = f"com-lightning {subcommand} [--config FILE] [--OPTION VALUE]"
         return parser
 
@@ -284,7 +285,7 @@ def main(args: ArgsType = None) -> None:
         sys.path.insert(0, os.getcwd())
     given = sys.argv[1:] if args is None else args
     if isinstance(given, list):
-        if given and (text := answer(given)) is not None:
+        if given and (text := answer(given, __version__)) is not None:
             print(text, end="")
             sys.exit(0)
         if "--help_all" in given:

@@ -12,8 +12,6 @@ import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from com_lightning import __version__
-
 COMMANDS = {
     "merge": "merge experts into one model, save it, and validate every task",
     "compare": "merge the same experts by several rules, and write tables and pictures",
@@ -35,28 +33,19 @@ _INPUTS = {
     "help_all": "explain the options of Lightning's Trainer, too",
 }
 _NOISE = (
-    "Parser key",
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value",
-    "Expected a NoneType",
-    "Problem with",
+    *("Parser key", "Does not validate", "Subtypes:", "Errors:", "Given value", "Problem with"),
+    *("Expected a NoneType", "Expected a path"),
 )
 """How lines of a parser's message begin that say nothing to a user."""
 _ONLY_IN_PYTHON = {"model", "datamodule", "files", "self", "verbose", "experts_device"}
 
 
-def answer(args: Sequence[str]) -> str | None:
-    """What is answered at once: help and version. ``None``: these arguments ask for something else.
-
-    Args:
-        args: of the command line.
-    """
+def answer(args: Sequence[str], version: str) -> str | None:
+    """What is answered at once: help and version. ``None``: these arguments ask for something else."""
     if list(args) in ([], ["--help"], ["-h"]):
         return overview()
     if list(args) == ["--version"]:
-        return f"com_lightning {__version__}\n"
+        return f"com_lightning {version}\n"
     if args[0] in ("merge", "compare") and list(args[1:]) in (["--help"], ["-h"]):
         return help_of(args[0])
     return None
@@ -120,8 +109,12 @@ def explained(message: str, known: Collection[str], files: Sequence[Path]) -> st
         name = (re.search(r'Parser key "([\w.]+)"', message) or [""] * 2)[1]
         told = [line.strip(" -") for line in plain(message).splitlines()]
         said = [line for line in told if line and not line.startswith(_NOISE)]
+        given = re.search(r"Given value: (.{1,60})$", message, re.MULTILINE)
         lines = [f"{name}: " * bool(name) + "; ".join(dict.fromkeys(said[:2])) if said else told[0]]
-    if place := next((place for file in files if (place := _place(file, name))), ""):
+        lines[0] += f" (given: {given[1]})" if given else ""
+    pieces = {piece for option in known for piece in option.split(".")}
+    wanted = sorted(name.split("."), key=lambda piece: piece in pieces)
+    if place := next((place for file in files for key in wanted if (place := _place(file, key))), ""):
         lines.append(f"  in {place}")
     return "\n".join(lines)
 
@@ -143,13 +136,11 @@ def _parameters(class_path: str) -> list[str]:
         return []
 
 
-def _place(file: Path, name: str) -> str:
+def _place(file: Path, key: str) -> str:
     """File and line of a key in a configuration."""
-    key = name.rpartition(".")[2]
-    for wanted in (key, name.partition(".")[0]):
-        for number, line in enumerate(file.read_text("utf-8").splitlines() if file.is_file() else [], 1):
-            if wanted and re.search(rf"(?<![\w.]){re.escape(wanted)}\s*:", line):
-                return f"{file}, line {number}: {line.strip()}"
+    for number, line in enumerate(file.read_text("utf-8").splitlines() if file.is_file() else [], 1):
+        if key and re.search(rf"(?<![\w.]){re.escape(key)}\s*:", line):
+            return f"{file}, line {number}: {line.strip()}"
     return ""
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import sys
 
+from com_lightning import __version__
 from com_lightning.help import answer
 
 
 def main() -> None:
     """Run ``com-lightning`` with the arguments of the process."""
     args = sys.argv[1:]
-    if (text := answer(args)) is not None:
+    if (text := answer(args, __version__)) is not None:
         print(text, end="")
         sys.exit(0 if args else 2)
     from com_lightning import cli  # with PyTorch and Lightning

@@ -174,9 +174,10 @@ class Sweep:
     def _steps(self) -> int:
         """Number of layers, and of parameters outside of them: functions may use these as layers."""
         models = self.models
-        inside = {models.tied[name] for layer in models.candidates.values() for name in layer.parameters.values()}
+        written = {n for name, layer in models.candidates.items() for n in layer.written(name).values()}
+        inside = {models.tied[name] for name in written if name in models.tied}
         outside = {models.tied[name] for name in models.order if name in models.merged and name not in models.buffers}
-        return len(models.candidates) + len(outside - inside - {models.tied[name] for name in models.packed_names})
+        return len(models.candidates) + len(outside - inside)
 
     def _visit(self, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         # Under autocast, statistics would be gathered in half precision.

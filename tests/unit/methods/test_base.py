@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 import com_lightning
@@ -15,10 +17,10 @@ from com_lightning import (
     MergingMethod,
     Refitted,
     RegMean,
-    TaskArithmetic,
     methods,
 )
 from com_lightning.analysis.compare import rules_to_compare
+from com_lightning.methods.naming import as_rule
 from tests.helpers.rules import RULES
 
 
@@ -80,10 +82,34 @@ def test_the_rule_of_a_merge_is_compared_once() -> None:
     assert len(rules_to_compare([TIES(), DARE()], TIES())) == 3
 
 
-@pytest.mark.parametrize("wrong", [[], "ties", [TIES, RegMean()], [TaskArithmetic(), "regmean"]])
+@pytest.mark.parametrize("wrong", [[], "ties"])
 def test_what_is_no_list_of_rules(wrong: list[MergingMethod]) -> None:
     with pytest.raises(MergeError, match="methods: must be a list of rules"):
         rules_to_compare(wrong)
+
+
+def test_a_rule_is_given_as_itself_its_class_or_its_text() -> None:
+    rules = rules_to_compare([TIES, "regmean", "TIES(density=0.1)", DARE()], "chain_of_merges(ridge=0.1)")
+    texts = ["Average()", "ChainOfMerges(ridge=0.1)", "TIES()", "RegMean()", "TIES(density=0.1)", "DARE()"]
+    assert [*map(str, rules)] == texts
+    assert [*map(str, map(as_rule, texts))] == texts
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("TISE", "no rule is called TISE; did you mean TIES"),
+        ("TIES(densty=3)", "TIES has no densty; it has density"),
+        ("Combined", "Combined needs matrices and rest"),
+        ("TIES(0.2)", "is no rule; write it as TIES"),
+        ("TIES(density=a)", "is no rule"),
+        (3, "must be a rule such as TIES"),
+        (MergingMethod, "must be a rule"),
+    ],
+)
+def test_what_is_no_rule_is_told_with_the_nearest(given: Any, message: str) -> None:
+    with pytest.raises(MergeError, match=f"method: .*{message}"):
+        as_rule(given)
 
 
 def test_a_rule_is_listed_once() -> None:
