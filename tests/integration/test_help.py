@@ -43,7 +43,7 @@ def test_the_long_help_has_the_same_options_first(command: str, capsys: pytest.C
         main([command, "--help_all"])
     long = capsys.readouterr().out
     names = [line.split()[0].partition(".")[0] for line in short.splitlines() if line.startswith("  --")]
-    assert all(f"  {name}" in long for name in names if name != "--help_all")
+    assert all(name in long for name in names if name != "--help_all")
     assert long.index("--output_dir") < long.index("--trainer.accelerator ")
     for text in (short, long):
         assert not [mark for mark in ("``", ":class:", ":meth:", "<class", "object at") if mark in text]
@@ -53,6 +53,7 @@ def test_marks_of_rst_and_names_of_classes_are_left_out() -> None:
     assert plain("a :class:`~a.b.C`, ``x``, <class 'a.b.D'>") == "a C, x, D"
 
 
+DENSITY = "TIES has no option 'densty'; did you mean 'density'?"
 TYPOS = {
     "num_sampels: 3": ("MergeDataModule has no option 'num_sampels'; did you mean 'num_samples'?", "line 5"),
     "exprets: {a: x}": ("there is no option 'exprets.a'; did you mean 'experts'?", "line 7"),
@@ -89,7 +90,7 @@ def test_a_typo_is_told_with_file_line_and_nearest_name(
         (["merge", "--methodd", "TIES"], "there is no option 'methodd'; did you mean 'method'?"),
         (
             ["merge", *MODEL, "--method=TIES", "--method.densty=3"],
-            "TIES has no option 'densty'; did you mean 'density'?",
+            DENSITY,
         ),
     ],
 )
