@@ -91,7 +91,6 @@ def _made(rule: type[MergingMethod], settings: dict[str, Any]) -> MergingMethod:
         raise MergeError([f"method: {rule.__name__} has no {', '.join(unknown)}; it has {', '.join(known)}"])
     needed = [name for name, p in known.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
     if missing := [name for name in needed if name not in settings]:
-        raise MergeError(
-            [f"method: {rule.__name__} needs {', '.join(missing)}, as in {rule.__name__}({missing[0]}=...)"]
-        )
+        example = f"{rule.__name__}({', '.join(f'{name}=...' for name in missing)})"
+        raise MergeError([f"method: {rule.__name__} needs {' and '.join(missing)}: {example}"])
     return rule(**settings)

@@ -158,7 +158,7 @@ def test_help_explains_every_option(subcommand: str, capsys: pytest.CaptureFixtu
 def test_both_ways_to_start(command: list[str]) -> None:
     program = [sys.executable, *command] if command[0] == "-m" else [str(Path(sys.executable).parent / command[0])]
     result = subprocess.run([*program, "--help"], capture_output=True, text=True, check=True)
-    assert "Merge experts into one model" in result.stdout
+    assert "merge experts into one model" in result.stdout
 
 
 OVERLAYS = sorted((ROOT / "configs").glob("*.yaml"))

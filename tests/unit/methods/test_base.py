@@ -90,7 +90,7 @@ def test_what_is_no_list_of_rules(wrong: list[MergingMethod]) -> None:
 
 def test_a_rule_is_given_as_itself_its_class_or_its_text() -> None:
     rules = rules_to_compare([TIES, "regmean", "TIES(density=0.1)", DARE()], "chain_of_merges(ridge=0.1)")
-    texts = ["Average()", "ChainOfMerges(ridge=0.1)", "TIES()", "RegMean()", "TIES(density=0.1)", "DARE()"]
+    texts = ["Average()", "ChainOfMerges(ridge=0.1)", "TIES()", "RegMean()", "TIES(density=0.1)", "DARE(scale=0.3)"]
     assert [*map(str, rules)] == texts
     assert [*map(str, map(as_rule, texts))] == texts
 
