@@ -87,7 +87,7 @@ def test_the_papers_configuration_turns_off_what_is_beyond_the_paper() -> None:
 def test_a_comparison_shows_the_rules_that_have_it(tmp_path: Path) -> None:
     data = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=12)
     trainer = MergeTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    rules: list[MergingMethod] = [
+    rules: list[MergingMethod | str] = [
         ChainOfMerges(importance="similarity"),
         RegMeanPlusPlus(importance="similarity"),
         RegMean(),
