@@ -29,7 +29,7 @@ def own() -> dict[str, Any]:
 @pytest.mark.parametrize(
     "other",
     [{"model": Net()}, {"trainer": TRAINER()}, {"datamodule": DATA()}, {"experts": {"a": Net(), "b": Net()}}],
-    ids=str,
+    ids=["model", "trainer", "datamodule", "experts"],
 )
 def test_the_package_pytorch_lightning_is_told_with_what_to_change(other: dict[str, Any]) -> None:
     with pytest.raises(MergeError, match=r"import lightning\.pytorch as pl ") as error:
