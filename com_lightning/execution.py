@@ -348,17 +348,19 @@ def with_shared(
     A tensor in ``own`` replaces the shared one of that name. Private tensors are the expert's, unless they were
     ``refitted``.
     """
-    converted: dict[int, Tensor] = {}
+    converted: dict[int, tuple[Tensor, Tensor]] = {}  # with the value itself, whose id nothing else may have
     modules = {}
     for number, (task, expert) in enumerate(plan.experts.items()):
         tensors = {}
         values = {**shared, **{name: each[number] for name, each in (own or {}).items()}}
-        values.update((refitted or {}).get(task, {}))
+        precision = plan.precision(task)  # shared tensors have it since they were averaged
+        for name, value in (refitted or {}).get(task, {}).items():
+            values[name] = as_dtype(value, precision.get(name, value.dtype))
         for name, tensor, _ in named_tensors(expert):
             if (value := values.get(name)) is not None:
                 if id(value) not in converted:
-                    converted[id(value)] = as_dtype(value, tensor.dtype)
-                tensors[id(tensor)] = converted[id(value)]
+                    converted[id(value)] = value, as_dtype(value, tensor.dtype)
+                tensors[id(tensor)] = converted[id(value)][1]
         module = copy_module(expert, tensors)
         assert isinstance(module, LightningModule)
         modules[task] = module

@@ -87,10 +87,11 @@ def _with_rich(bar: RichProgressBar, trainer: Trainer) -> Iterator[Progress]:
         @contextmanager
         def stage(what: str, steps: int) -> Iterator[Advance]:
             task = display.add_task(what, total=steps)
+            display.refresh()  # a stage that is over before the next refresh by itself is seen, too
 
             def advance(step: str) -> None:
                 display.advance(task)
-                bar.refresh()
+                display.refresh()
 
             try:
                 yield advance

@@ -18,6 +18,7 @@ from com_lightning.core.solve.ridge import factorize, solve_or_average
 from com_lightning.core.solve.statistics import InputMeans
 from com_lightning.core.sweep.layer import Layer
 from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.errors import MergeError
 from com_lightning.methods.base import MergeJob, MergingMethod
 from com_lightning.methods.refitted import Refitted
 from com_lightning.methods.task_vectors import TaskArithmetic
@@ -50,6 +51,9 @@ class FeatCal(MergingMethod):
         expert_share: ``α``, between 0 (one-sided) and 1 (the expert's input as the target's, as in
             :class:`ChainOfMerges`). 0.25 in the authors' code, 0.3 in the paper.
         extrapolation: ``ρ``; 1 is the other rule's result itself. 2.2 in the authors' code, 2 in the paper.
+
+    Raises:
+        MergeError: if ``method`` is no rule.
     """
 
     needs = frozenset({"data", "base"})
@@ -64,6 +68,8 @@ class FeatCal(MergingMethod):
         extrapolation: float = 2.2,
     ) -> None:
         self.method = TaskArithmetic() if method is None else method
+        if not isinstance(self.method, MergingMethod):
+            raise MergeError([f"method: must be a rule, got {method!r}"])
         super().__init__(self.method.importance)
         self.ridge, self.expert_share, self.extrapolation = ridge, expert_share, extrapolation
         self.needs = type(self).needs | self.method.needs

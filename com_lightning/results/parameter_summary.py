@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from com_lightning.core.sweep.task import LayerRecord
-from com_lightning.core.tensors.modules import named_tensors, tied_names
+from com_lightning.core.tensors.modules import alike_in_all, named_tensors, tied_names
 from com_lightning.errors import some
 from com_lightning.experts.parameters import Parameters
 from com_lightning.methods import ParameterRecord
@@ -118,6 +118,7 @@ def describe_private(
         One line for all tasks for which it is the same.
     """
     lines: dict[str, list[str]] = {}
+    alike = alike_in_all(list(experts.values()), next(iter(private.values()), ()))
     for task, expert in experts.items():
         notes = {r.name.removesuffix(f" of {task}"): r.note for r in records if r.task == task and r.note}
         parameters = {name for name, _, is_parameter in named_tensors(expert) if is_parameter}
@@ -125,7 +126,8 @@ def describe_private(
         kept: dict[str, list[str]] = {}
         for name in private.get(task, ()):
             if name in parameters and name not in heads[task]:
-                why = notes.get(name, notes.get(name.rpartition(".")[0], "no calibration forward uses it"))
+                unused = "the same in all experts" if name in alike else "no calibration forward uses it"
+                why = notes.get(name, notes.get(name.rpartition(".")[0], unused))
                 kept.setdefault(why, []).append(name)
         parts = [f"{some(solved)} solved for the merged model's features"] * bool(solved)
         parts += [f"{some(names)} left as in the expert ({why})" for why, names in kept.items()]

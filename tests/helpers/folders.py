@@ -35,7 +35,7 @@ class WithBuffers(Classifier):
 
 
 def make_tasks() -> MergeDataModule:
-    return MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=24)
+    return MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=24, holdout=False)
 
 
 def merge(

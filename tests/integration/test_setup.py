@@ -56,7 +56,7 @@ def made(classes: tuple[int, int]) -> tuple[dict[str, LightningModule], dict[str
             expert.body[0].weight.add_(0.1 * torch.randn_like(expert.body[0].weight))  # type: ignore[operator,arg-type]
             x, y = Data(number, count).loaders.val_dataloader().dataset.tensors
             reached[name] = float((expert.head(expert.body(x)).argmax(1) == y).float().mean())
-    data = MergeDataModule({"a": Data(0, classes[0]), "b": Data(1, classes[1])}, num_samples=16)
+    data = MergeDataModule({"a": Data(0, classes[0]), "b": Data(1, classes[1])}, num_samples=16, holdout=False)
     return experts, reached, data
 
 

@@ -11,7 +11,7 @@ as in the chain. This needs no labels, and adds no parameters to the model. It g
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.layers.candidates import candidates
 from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.task import LayerRecord, Task
-from com_lightning.core.tensors.modules import named_tensors, writable_copy
+from com_lightning.core.tensors.modules import alike_in_all, named_tensors, writable_copy
 
 
 def refit(
@@ -42,15 +42,19 @@ def refit(
 
     Returns:
         Records of the layers, with the task in each name, and task -> name -> solved tensor, with an entry for each
-        task. Private parameters that no layer with a closed form has, or that no data reach, are not in it.
+        task. Private parameters that no layer with a closed form has, or that no data reach, are not in it. Neither
+        are those that all experts have alike: a frozen projection would become one for each task.
     """
     records: list[LayerRecord] = []
     solved: dict[str, dict[str, Tensor]] = {task.name: {} for task in tasks}
     device = next(iter(merged.values())).device if merged else None
     options = ChainOptions(normalize=rule.normalize, ridge=rule.ridge, residual=rule.residual)
+    experts = [task.expert for task in tasks]
+    alike = alike_in_all(experts, _private(experts[0], merged))
     for number, task in enumerate(tasks):
         fixed = {**merged, **{name: tensors[number] for name, tensors in task_tensors.items()}}
-        private = {name: writable_copy(tensor, device) for name, tensor in _private(task.expert, fixed).items()}
+        own = _private(task.expert, fixed.keys() | alike)
+        private = {name: writable_copy(tensor, device) for name, tensor in own.items()}
         if not private:
             continue
         alone = context.alone(task.name)
@@ -62,7 +66,7 @@ def refit(
     return records, solved
 
 
-def _private(expert: nn.Module, shared: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _private(expert: nn.Module, shared: Collection[str]) -> dict[str, Tensor]:
     """Private parameters, and private buffers that a layer type re-estimates."""
     entries = list(named_tensors(expert))
     private = {n: t for n, t, _ in entries if n not in shared and t.is_floating_point()}

@@ -58,7 +58,7 @@ def by_similarity(importance: Sequence[float], similarities: Sequence[float | No
 
     Example::
 
-        >>> by_similarity([0.5, 0.5], [0.3, 0.1])
+        >>> by_similarity([0.5, 0.5], [0.75, 0.25])
         [0.75, 0.25]
     """
     known = [value for value in similarities if value is not None]

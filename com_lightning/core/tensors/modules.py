@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from types import EllipsisType
 from typing import TypeVar, cast
@@ -73,6 +73,27 @@ def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor, bool]]:
         yield name, parameter, True
     for name, buffer in module.named_buffers(remove_duplicate=False):
         yield name, buffer, False
+
+
+def alike_in_all(modules: Sequence[nn.Module], names: Collection[str]) -> set[str]:
+    """Find the tensors that are the same in all modules, in submodules of which all wanted tensors are.
+
+    Args:
+        modules: the modules. They may have other submodules, and tensors of other shapes.
+        names: the tensors that are wanted, as the first module has them.
+
+    Returns:
+        Their names.
+    """
+    first, *others = ({name: tensor for name, tensor, _ in named_tensors(module)} for module in modules)
+    same = {
+        name
+        for name in names
+        if all(name in each and each[name].shape == first[name].shape for each in others)
+        and all(torch.equal(first[name], each[name].to(first[name])) for each in others)
+    }
+    differing = {name.rpartition(".")[0] for name in names if name not in same}
+    return {name for name in same if name.rpartition(".")[0] not in differing}
 
 
 def num_bytes(tensors: Iterable[Tensor]) -> int:

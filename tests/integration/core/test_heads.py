@@ -155,6 +155,7 @@ def test_what_stays_as_it_was_is_told_with_the_reason() -> None:
     torch.manual_seed(0)
     one, two = Odd(has_skip=True), Odd()
     two.body.load_state_dict(one.body.state_dict())
+    two.power.data.add_(0.5)
     private, text = lines({"a": one, "b": two}, ["head", "power", "spare", "skip"], ChainOfMerges())
     of_a, of_b = private
     rest = "spare.weight, spare.bias left as in the expert (no calibration forward uses it)"
