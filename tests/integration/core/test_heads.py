@@ -167,6 +167,19 @@ def test_what_stays_as_it_was_is_told_with_the_reason() -> None:
         assert f"Private layers of {line}." in text
 
 
+def test_what_all_experts_have_alike_does_not_become_one_for_each_task() -> None:
+    """A frozen projection, or heads made from texts: solving them for each task would multiply them."""
+    torch.manual_seed(0)
+    one, two = Odd(has_skip=True), Odd(has_skip=True)
+    for name in ("body", "skip"):
+        getattr(two, name).load_state_dict(getattr(one, name).state_dict())
+    two.head.bias.data.copy_(one.head.bias)  # the layer as a whole differs
+    private, _ = lines({"a": one, "b": two}, ["head", "skip", "power", "spare"], ChainOfMerges())
+    for line in private:
+        assert "head.weight, head.bias solved for the merged model's features" in line
+        assert "power, skip.weight, skip.bias left as in the expert (the same in all experts)" in line
+
+
 def test_a_model_without_private_layers_is_told_to_have_none() -> None:
     private, text = lines(make_classifiers(), [], ChainOfMerges())
     assert private == ["all tasks: none"]
