@@ -124,9 +124,9 @@ class ChainOfMerges(ClosedForm):
             brings, see :mod:`com_lightning.core.chain.ranks`. It needs ``sensitivity``.
         refit_heads: once the shared layers are merged, solve the private layers, such as heads, for the features of the
             merged model (beyond the paper, see :mod:`com_lightning.core.chain.heads`). It needs no labels, and the
-            result has no more parameters. It takes one more forward of the experts and of the merged model. What all
-            experts have alike stays. The report names the private parameters that stay as they are, and why. Where nothing is private, it does nothing.
-            :class:`Refitted` does the same for any rule.
+            result has no more parameters. It takes one more forward of the experts and of the merged model. The report
+            names the private parameters that stay as they are, and why. What all experts have alike stays. Where
+            nothing is private, it does nothing. :class:`Refitted` does the same for any rule.
         balance: give more importance, layer by layer, to tasks whose inputs have drifted more from the expert's (beyond
             the paper, see :func:`com_lightning.core.chain.fit.balanced`). It raises the task that loses most.
         anchor: what takes the place of ``W̄`` (beyond the paper): the average, the base, or what another rule gives,
