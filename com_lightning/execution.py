@@ -354,8 +354,8 @@ def with_shared(
         tensors = {}
         values = {**shared, **{name: each[number] for name, each in (own or {}).items()}}
         precision = plan.precision(task)  # shared tensors have it since they were averaged
-        for name, value in (refitted or {}).get(task, {}).items():
-            values[name] = as_dtype(value, precision.get(name, value.dtype))
+        heads = (refitted or {}).get(task, {})
+        values.update({name: as_dtype(head, precision.get(name, head.dtype)) for name, head in heads.items()})
         for name, tensor, _ in named_tensors(expert):
             if (value := values.get(name)) is not None:
                 if id(value) not in converted:
