@@ -24,7 +24,7 @@ from com_lightning.core.sweep.task import LayerRecord, Task
 from com_lightning.core.tensors.digest import digest
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.environment import package_versions
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, some
 from com_lightning.execution import average_shared, calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
@@ -251,7 +251,7 @@ class Compare(Callback):
         report = MergeReport(metrics={"expert": result.experts["report"]})
         report.choose_monitor(self.options.monitor, self.options.mode)
         result.monitor, result.mode = report.monitor, report.mode
-        result.warnings = plan.parameters.warnings + report.warnings
+        result.warnings = plan.parameters.warnings + report.warnings + self._unlike()
         merges = [(rule, seed) for rule in self.rules for seed in (self.splits.seeds if _varies(rule) else [None])]
         for rule, seed in each(merges, progress, "comparing rules"):
             # What is validated depends on all seeds, and on whether the rule is one of a grid.
@@ -271,6 +271,19 @@ class Compare(Callback):
             result.average_drift = store.get(key) or store.add(key, self._average_drift(trainer, seed, progress))
         result.memory_is_of_each = _forget_peak(trainer.strategy.root_device)
         return result
+
+    def _unlike(self) -> list[str]:
+        """What is to be said if some rules solve private layers and others do not: then more differs than the rule."""
+        # The plain average is in every comparison, as what all rules are to be better than.
+        solving = [str(rule) for rule in self.rules if rule.refits_heads]
+        others = [str(rule) for rule in self.rules if not rule.refits_heads and not isinstance(rule, Average)]
+        if not (solving and others and any(self.plan.parameters.private.values())):
+            return []
+        return [
+            f"some rules solve private layers, such as heads, for the merged model ({some(solving)}), and others leave "
+            f"them as they are in the experts ({some(others)}); to compare like with like, put Refitted(method=...) "
+            "around the latter, or give the former refit_heads=False"
+        ]
 
     def _samples(self, part: str) -> str:
         kept = self.splits.part(part).kept

@@ -26,6 +26,7 @@ from com_lightning import (
     MergeError,
     MergeTrainer,
     MergingMethod,
+    Refitted,
     RegMean,
     RegMeanPlusPlus,
     TaskArithmetic,
@@ -401,6 +402,13 @@ def test_errors_are_sorted_the_other_way_round(expert: float) -> None:
         assert ("lower is better" in str(comparison)) == (best == "low")
         seeds = [Outcome("m", "m", {}, n, {"report": {"a": {metric: 0.1 * n}}}) for n in (1, 2)]
         assert (found(seeds, metric, expert).rows[0].spread or 0) > 0.05
+
+
+def test_rules_that_solve_heads_beside_others_are_told(files: list[str], tmp_path: Path) -> None:
+    unlike = compare(tmp_path / "unlike", [RegMean(), ChainOfMerges()]).warnings
+    assert any("ChainOfMerges()" in warning and "like with like" in warning for warning in unlike)
+    alike = compare(tmp_path / "alike", [Refitted(Average()), ChainOfMerges()]).warnings
+    assert not any("like with like" in warning for warning in alike)
 
 
 def test_a_metric_that_is_not_logged_is_told(files: list[str], tmp_path: Path) -> None:
