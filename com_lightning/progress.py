@@ -70,7 +70,7 @@ def print_below(trainer: Trainer, text: str) -> None:
 @contextmanager
 def _with_rich(bar: RichProgressBar, trainer: Trainer) -> Iterator[Progress]:
     """Draw with rich: in the trainer's own display while that is live, since rich allows one at a time."""
-    from rich import get_console
+    from rich.console import Console
     from rich.progress import Progress as Display
 
     with ExitStack() as stack:
@@ -78,11 +78,13 @@ def _with_rich(bar: RichProgressBar, trainer: Trainer) -> Iterator[Progress]:
         if bar.progress is not None and bar.progress.live.is_started:
             display: Display = bar.progress
         else:
-            display = Display(*bar.configure_columns(trainer), console=get_console(), transient=True)
-            stack.enter_context(display)
+            # Not rich's common console, on which a trainer that failed may have left a display.
+            display = Display(*bar.configure_columns(trainer), console=Console(), transient=True)
         if not (display.console.is_terminal or display.console.is_jupyter):
             yield _with_lines
             return
+        if display is not bar.progress:
+            stack.enter_context(display)
 
         @contextmanager
         def stage(what: str, steps: int) -> Iterator[Advance]:

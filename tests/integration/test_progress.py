@@ -16,6 +16,8 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar, TQDMProgressBar
+from rich import get_console
+from rich.live import Live
 from torch import Tensor, nn
 
 from com_lightning import (
@@ -64,6 +66,14 @@ def test_bars_of_a_merge_leave_the_terminal_clean(
     first = max(number for number, line in enumerate(lines) if "DataLoader 0" in line)
     assert min(number for number, line in enumerate(lines) if line.startswith("| task")) > first
     assert not lines[-1].startswith("Validation")
+
+
+def test_a_display_that_a_failed_trainer_has_left_hides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    console = get_console()
+    console.set_live(Live(console=console))  # Lightning's own display makes the console anew, later on
+    with terminal(monkeypatch) as shown:
+        merged_with(RichProgressBar())
+    assert "merging layers" in shown.written
 
 
 @pytest.mark.parametrize("bar", BARS)
