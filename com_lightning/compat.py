@@ -29,7 +29,8 @@ class Renamed(NamedTuple):
 RENAMED_OPTIONS: dict[str, Renamed] = {
     "metric": Renamed("monitor"),
     "no_resume": Renamed("resume", lambda value: not value),
-    "experts_device": Renamed("offload_experts", lambda value: value == "cpu"),
+    "experts_device": Renamed("offload", lambda value: "experts" if value == "cpu" else None),
+    "offload_experts": Renamed("offload", lambda value: "experts" if value else None),
     "grow_vocabulary": Renamed("resize_embeddings"),
     "samples": Renamed("num_samples"),
     "source": Renamed("split"),

@@ -18,8 +18,9 @@ from com_lightning.core.sweep.context import Context, one_at_a_time
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.forward_check import check_forwards
 from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.mapped import mapped_copy
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
-from com_lightning.core.tensors.placement import Placement
+from com_lightning.core.tensors.placement import Offload, Placement
 from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
 from com_lightning.data.padding import count_padding, describe_padding, padding_masks
 from com_lightning.data.sampling import CalibrationSample
@@ -126,7 +127,7 @@ def execute(
     trainer: Trainer,
     data: MergeDataModule | None,
     context: Context,
-    offload_experts: bool = False,
+    offload: Offload = None,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge, outside of inference mode, so that the merged tensors can be trained.
 
@@ -135,7 +136,7 @@ def execute(
         trainer: whose device, precision and limits are used.
         data: the tasks' data; ``None`` where the method needs none.
         context: how it is carried out.
-        offload_experts: whether each of the experts' weights is brought to the device only while it is used.
+        offload: whose weights are brought to the device only while they are used.
 
     Returns:
         Task -> merged module (the shared tensors are the same in all), and the report without metrics.
@@ -149,7 +150,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    tasks, samples = calibration_tasks(plan, trainer, data, peers, offload_experts)
+    tasks, samples = calibration_tasks(plan, trainer, data, peers, offload)
     if empty := [name for name, sample in samples.items() if not sample.samples]:
         raise MergeError([f"task '{name}': its loader gives no batch to calibrate on" for name in empty])
     settings = {
@@ -166,7 +167,13 @@ def execute(
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
         known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
         context.journal.bind({**known, **readable(settings)})
-    merged = average_shared(plan, plan.method.weights(list(plan.experts)), device, plan.method.starts_from_average)
+    merged = average_shared(
+        plan,
+        plan.method.weights(list(plan.experts)),
+        device,
+        plan.method.starts_from_average,
+        is_mapped=offload == "layers",
+    )
     with one_at_a_time(), torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
             check = None
@@ -263,7 +270,7 @@ def calibration_tasks(
     trainer: Trainer,
     data: MergeDataModule | None,
     peers: Peers,
-    offload_experts: bool = False,
+    offload: Offload = None,
     batches: int | None = None,
 ) -> tuple[list[Task], dict[str, CalibrationSample]]:
     """Load the calibration batches of one process to the trainer's device, or only the first few of them.
@@ -298,7 +305,7 @@ def calibration_tasks(
             if batches is None:
                 moved, numbers = data.augmented(name, moved, samples[name])
         step = CalibrationStep(own)
-        task = Task(name, expert, moved, step, lambda batch: batch.masks, numbers, move, offload_experts)
+        task = Task(name, expert, moved, step, lambda batch: batch.masks, numbers, move, offload)
         task.cuts = smaller_batches
         task.prepare, task.size = step.prepare, samples_in
         if step.calibration_step(expert) and is_overridden("validation_step", expert):
@@ -314,10 +321,19 @@ def average_shared(
     weights: Sequence[float] | None = None,
     device: torch.device | str = "cpu",
     parameters_too: bool = True,
+    is_mapped: bool = False,
 ) -> dict[str, Tensor]:
     """Return the average of each shared parameter and floating-point buffer, in the precision that it is stored in.
 
-    All names of a tied parameter have one tensor. Without ``parameters_too``, parameters have undefined values.
+    All names of a tied parameter have one tensor.
+
+    Args:
+        plan: the experts, and what they share.
+        weights: of the experts; ``None``: all count alike.
+        device: for the result.
+        parameters_too: without it, parameters have undefined values.
+        is_mapped: whether parameters are in :mod:`mapped files <com_lightning.core.tensors.mapped>` in place of the
+            device.
     """
     precision = plan.precision(next(iter(plan.experts)))
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in plan.experts.values()]
@@ -329,10 +345,13 @@ def average_shared(
             result[name] = result[ties[name]]
         elif tensors[0].is_floating_point():
             dtype, is_parameter = precision.get(name, tensors[0].dtype), isinstance(tensors[0], nn.Parameter)
+            home = "cpu" if is_mapped and is_parameter else device
             if is_parameter and not parameters_too:
-                value = torch.empty_like(tensors[0], dtype=dtype, device=device, requires_grad=False)
+                value = torch.empty_like(tensors[0], dtype=dtype, device=home, requires_grad=False)
             else:
-                value = average(tensors, weights).to(device, dtype)
+                value = average(tensors, weights).to(home, dtype)
+            if is_mapped and is_parameter:
+                value = mapped_copy(value)
             result[name] = nn.Parameter(value, False) if is_parameter else value
     return result
 

@@ -10,6 +10,7 @@ from typing import Literal
 
 from com_lightning.arguments import argument_problems
 from com_lightning.compat import renamed_options
+from com_lightning.core.tensors.placement import Offload
 from com_lightning.errors import MergeError
 from com_lightning.experts.load import ExpertSource
 from com_lightning.experts.state_dicts import some
@@ -37,8 +38,9 @@ class MergeOptions:
             layer on.
         memory_budget: GiB that paused calibration forwards may hold together. What exceeds it is moved from an
             accelerator to host memory, or from the CPU to temporary files. By default there is no limit.
-        offload_experts: leave experts where they were loaded, and bring each weight to the device only while the
-            expert's forward uses it. By default experts whose forwards are needed are on the device during the merge.
+        offload: what stays off the device, so that less has to fit there. "experts": each weight of an expert is
+            brought there only while its forward uses it. "layers": the merged model stays off it, too, in a mapped
+            file, so that one layer at a time is there. By default all models whose forwards are needed are on it.
         resume: keep a record of merged layers beside output_dir until the result is written (about as large as the
             merged model). A merge that was killed then goes on from it if it is started again with the same experts,
             data, settings and versions.
@@ -55,7 +57,7 @@ class MergeOptions:
     resize_embeddings: bool = False
     on_bad_batch: Literal["raise", "skip"] = "raise"
     memory_budget: float | None = None
-    offload_experts: bool = False
+    offload: Offload = None
     resume: bool = True
     files: Mapping[str, str] = field(default_factory=dict)
 

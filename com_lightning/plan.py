@@ -24,6 +24,7 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.base_model import load_base
+from com_lightning.experts.construction import meta_tensors
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.load import ExpertSource, SetUp, complete, lacks, load_expert, take_precision
 from com_lightning.experts.owner import compare_with_owner
@@ -201,12 +202,17 @@ def make_plan(
     found += absent
     experts: dict[str, LightningModule] = {}
     stored: dict[str, dict[str, torch.dtype]] = {}
+    lean = options.offload == "layers"
     checks: list[str] = []
     with collected_warnings() as warnings:
         for task in sorted(sources, key=lambda task: tasks.index(task) if task in tasks else len(tasks)):
             if (label := f"expert '{task}'") in local:
                 with _collecting(found):
-                    experts[task] = load_expert(task, local[label], model, as_stored=True, set_up=_set_up(task, data))
+                    set_up = _set_up(task, data)
+                    expert = load_expert(task, local[label], model, as_stored=True, set_up=set_up, lean=lean)
+                    if without := meta_tensors(expert):
+                        raise MergeError([_without_values(label, without, model)])
+                    experts[task] = expert
                     stored[task] = take_precision(experts[task], model)
                     checks += compare_with_owner(label, local[label], experts[task], model)
     built: list[str] = []
@@ -267,6 +273,12 @@ def make_plan(
         copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
         plan.data = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{used}{copies}.\n"
     return plan
+
+
+def _without_values(label: str, names: Sequence[str], model: LightningModule) -> str:
+    """What to say of an expert that has no values for some tensors."""
+    message = f"{label}: {some(names, most=3)} are not in its source, and your model has no values for them, either"
+    return f"{message}; build {type(model).__name__} in memory, not on the meta device"
 
 
 def _repeated(sources: Mapping[str, ExpertSource]) -> list[str]:

@@ -307,7 +307,7 @@ class Compare(Callback):
         _forget_peak(trainer.strategy.root_device)
         try:
             data = self.splits.part("report", seed)
-            modules, report = execute(plan, trainer, data, self._run(progress), self.options.offload_experts)
+            modules, report = execute(plan, trainer, data, self._run(progress), self.options.offload)
         except Exception as error:
             error.add_note(f"This was {label}; what had been merged before is kept.")
             raise
@@ -323,7 +323,7 @@ class Compare(Callback):
     def _average_drift(self, trainer: Trainer, seed: int | None, progress: Progress) -> Drift:
         plan = replace(self.plan, method=ChainOfMerges())
         data, peers = self.splits.part("report", seed), self._peers
-        tasks, _ = calibration_tasks(plan, trainer, data, peers, self.options.offload_experts)
+        tasks, _ = calibration_tasks(plan, trainer, data, peers, self.options.offload)
         merged = average_shared(plan, device=trainer.strategy.root_device)
         with torch.compiler.set_stance("force_eager"):  # as in a merge
             return _drift(measure_drift(tasks, merged, self._run(about(progress, "of the average"))))

@@ -48,6 +48,13 @@ def load_base(
         as_it_is = source is None and not adapter_parameters(model)  # adapters are merged, in a copy
         module = model if as_it_is else load_expert("base", model if source is None else source, model, label)
     state = {name: tensor for name, tensor, _ in named_tensors(module)}
+    if absent := [name for name in shared if name in state and state[name].is_meta]:
+        raise MergeError(
+            [
+                f"{label}: the rule needs the weights that the experts were fine-tuned from, and "
+                f"{some(absent, most=2)} of your model are on the meta device; name a checkpoint as `base`"
+            ]
+        )
     states = [{name: tensor for name, tensor, _ in named_tensors(expert)} for expert in experts.values()]
     base, unfit = {}, []
     for name in shared:

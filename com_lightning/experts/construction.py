@@ -1,4 +1,4 @@
-"""What a file describes is built only if it is about as large as what the file holds.
+"""What a file describes is built only if it is about as large as what the file holds, and without memory if asked for.
 
 Hyperparameters or a ``config.json`` may ask for a billion layers or columns, by mistake or on purpose. The module would
 be built before its shapes are compared with those of the tensors, and would take all memory, or would never be built.
@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.private_torch import takes_device
@@ -106,3 +108,46 @@ def check_counts(config: Path) -> None:
             pending += [(name, part) for part in value]
         elif isinstance(value, (int, float)) and value > _MOST_PARTS and ("layer" in name or "label" in name):
             raise TooLargeError(f"{config.name} asks for {name}={value:,}")
+
+
+@contextmanager
+def empty_parameters() -> Iterator[None]:
+    """Within it, parameters of new modules are on the meta device, and take no memory. Buffers are computed as usual.
+
+    A module that computes with its parameters while it is built (a copy of them, a number read from them) raises, or
+    keeps tensors on the meta device.
+    """
+    register, empty = nn.Module.register_parameter, WeakIdKeyDictionary()
+
+    def register_empty(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            if parameter not in empty:  # a parameter with several names stays one
+                empty[parameter] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+            parameter = empty[parameter]
+        register(module, name, parameter)
+
+    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def meta_tensors(module: nn.Module) -> list[str]:
+    """Find what a module has no values for.
+
+    Args:
+        module: the module.
+
+    Returns:
+        Names of its parameters, buffers, and attributes that are tensors, lists or dictionaries of tensors, on the meta
+        device.
+    """
+    found = [name for name, tensor, _ in named_tensors(module) if tensor.is_meta]
+    for place, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name not in ("_parameters", "_buffers", "_modules"):
+                leaves = torch.utils._pytree.tree_leaves(value)
+                if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+                    found.append(f"{place}.{name}".lstrip("."))
+    return found

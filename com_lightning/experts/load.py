@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_config import ADAPTER_CONFIG
 from com_lightning.experts.adapter_files import load_adapter
 from com_lightning.experts.adapters import merge_adapter, merge_and_unload
-from com_lightning.experts.construction import BoundedConstruction, TooLargeError, check_counts
+from com_lightning.experts.construction import (
+    BoundedConstruction,
+    TooLargeError,
+    check_counts,
+    empty_parameters,
+    meta_tensors,
+)
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
 from com_lightning.experts.state_dicts import ExtraKeys, fill, places, plain, plain_state, shape_of, some, submodule
@@ -41,6 +48,7 @@ SetUp = Callable[[LightningModule], None]
 """Calls ``setup`` of a module, as a trainer does before it loads a checkpoint."""
 
 _set_up: ContextVar[SetUp | None] = ContextVar("set_up", default=None)
+_lean: ContextVar[bool] = ContextVar("lean", default=False)
 
 
 class SetUpError(MergeError):
@@ -54,6 +62,7 @@ def load_expert(
     label: str | None = None,
     as_stored: bool = False,
     set_up: SetUp | None = None,
+    lean: bool = False,
 ) -> LightningModule:
     """The module of one expert, on the CPU and in eval mode. Only tensors and plain values are unpickled.
 
@@ -69,6 +78,8 @@ def load_expert(
         as_stored: leave the tensors in the precision of the source, see :func:`take_precision`, and all submodules in
             the mode of the source.
         set_up: is called with a module that lacks parameters of the source, if its class overrides ``setup``.
+        lean: build the module of a Lightning checkpoint without memory for the parameters that the file has, if its
+            class allows that.
 
     Returns:
         The module; it shares no memory with ``source`` or ``model``.
@@ -77,11 +88,12 @@ def load_expert(
         MergeError: if the source cannot be read, is not safe, or does not fit. It names the file and the keys.
     """
     label = label or f"expert '{name}'"
-    token = _set_up.set(set_up)
+    tokens = _set_up.set(set_up), _lean.set(lean)
     try:
         expert = _loaded(source, model, label)
     finally:
-        _set_up.reset(token)
+        _set_up.reset(tokens[0])
+        _lean.reset(tokens[1])
     _forget_compilation(expert)
     merge_adapter(expert, label)
     _compile_like(expert, model)
@@ -261,8 +273,29 @@ def _rebuilt(content: Mapping[str, Any], module_class: type[LightningModule], la
 
     Raises:
         MergeError: if names or shapes do not fit.
+        SetUpError: if the module's ``setup`` fails.
+        TooLargeError: if the class starts to make a module that is much too large.
     """
-    with warnings.catch_warnings():
+    if _lean.get():
+        try:
+            expert = _rebuilt_from(content, module_class, label, empty_parameters())
+            if not (without := meta_tensors(expert)):
+                return expert
+            _log.info("%s: built with memory for its parameters, because of %s", label, some(without))
+        except (SetUpError, TooLargeError):
+            raise
+        except Exception as error:  # code of the class runs here, which may need the values
+            _log.info("%s: built with memory for its parameters (%s)", label, reason(error))
+    return _rebuilt_from(content, module_class, label)
+
+
+def _rebuilt_from(
+    content: Mapping[str, Any],
+    module_class: type[LightningModule],
+    label: str,
+    construction: AbstractContextManager[None] | None = None,
+) -> LightningModule:
+    with warnings.catch_warnings(), construction or nullcontext():
         warnings.simplefilter("ignore")  # that there are no weights
         expert = load_module(module_class, {**content, "state_dict": {}}, strict=False)
     state = plain_state(content["state_dict"])
@@ -304,7 +337,7 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
     everywhere = (*model.named_modules(remove_duplicate=False), *model.named_parameters(remove_duplicate=False))
     if others := [n for n, p in everywhere if id(p) in inside and n != name and not n.startswith(f"{name}.")]:
         raise MergeError([f"{label}: {model_name} uses {place} also as {others[0]}. Give a LightningModule"])
-    part = part.to(next(model.parameters()).device)
+    part = part.to("cpu" if (device := next(model.parameters()).device).type == "meta" else device)
     # The copy never holds the weights that are replaced.
     expert = _copy(model, {id(old): _compiled(part, old) if isinstance(old, OptimizedModule) else part})
     _warn_of_rest(expert, place, label)

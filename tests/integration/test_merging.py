@@ -236,8 +236,10 @@ def test_nothing_to_validate_is_told_and_lets_go_of_the_folder(tmp_path: Path) -
     [
         ({"metric": "val_loss"}, {"monitor": "val_loss"}),
         ({"no_resume": True}, {"resume": False}),
-        ({"experts_device": "cpu"}, {"offload_experts": True}),
-        ({"experts_device": None}, {"offload_experts": False}),
+        ({"experts_device": "cpu"}, {"offload": "experts"}),
+        ({"experts_device": None}, {"offload": None}),
+        ({"offload_experts": True}, {"offload": "experts"}),
+        ({"offload_experts": False}, {"offload": None}),
         ({"grow_vocabulary": True}, {"resize_embeddings": True}),
     ],
 )

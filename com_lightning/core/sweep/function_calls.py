@@ -122,7 +122,8 @@ class FunctionCalls:
             if tensor.part.steps:
                 name, parameter = tensor.part.name, model.tensors[tensor.part.name]
                 if tensor.target is None and name in model.targets:  # a cast moved it from where it is stored
-                    parameter = parameter.to(*model.targets[name])
+                    target = model.targets[name]
+                    parameter = parameter.to(target.device, target.dtype)
                 if not torch.equal(untracked(tensor), tensor.part.of(parameter, casts=True)):
                     return False
         return True

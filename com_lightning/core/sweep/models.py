@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +40,7 @@ class Models:
         running: task and stream -> the model that the forwards run in.
         computed: name -> tensor that merged models compute with: the merged tensor, or a copy on another device or in
             another precision.
+        moved: weights that were moved to the device for the forwards that pass the present layer.
         device: the device on which statistics are gathered.
         tied: see :func:`~com_lightning.core.tensors.modules.tied_names`.
         positions: name of each module -> its position. A module comes after all modules within it.
@@ -95,10 +96,11 @@ class Models:
         converted: dict[int, Tensor] = {}
         self.running: dict[tuple[int, Stream], RunningModel] = {}
         self.computed: dict[str, Tensor] = {}
+        self.moved: dict[Hashable, Tensor] = {}
         for number, placement in enumerate(placements):
             values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in tensors_by_task.items()}}
             for stream in streams:
-                model = RunningModel.of(placement, stream, values, tasks[number].offload, converted)
+                model = RunningModel.of(placement, stream, values, tasks[number].offload, converted, self.moved)
                 self.running[number, stream] = model
                 for name, tensor in model.tensors.items() if stream == "merged" else ():
                     self.computed[self.task_tensors[name][number] if name in self.task_tensors else name] = tensor

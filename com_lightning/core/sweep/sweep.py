@@ -180,6 +180,7 @@ class Sweep:
         return len(models.candidates) + len(outside - inside)
 
     def _visit(self, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
+        self.models.moved.clear()  # all forwards have left the layer that these weights belong to
         # Under autocast, statistics would be gathered in half precision.
         with torch.autocast(self.models.device.type, enabled=False), exact_products():
             return self.visitor.on_layer(self, name, calls)

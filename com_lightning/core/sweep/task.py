@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.layers import RowMask
 from com_lightning.core.layers.base import Layout
-from com_lightning.core.tensors.placement import Move
+from com_lightning.core.tensors.placement import Move, Offload
 
 Stream = Literal["merged", "expert"]
 """The model that a forward runs in: the model as merged so far, or the expert."""
@@ -99,7 +99,7 @@ class Task:
         numbers: number of each batch among those of all processes. ``None``: there is one process.
         move: moves a module to the device and the precision of its forwards. The expert itself stays where it is
             stored, for instance in a mapped file. Layers are solved in its stored precision.
-        offload: whether a weight of the expert is moved only while its forward uses it.
+        offload: which models have each weight moved only while a forward uses it.
         prepare: ``prepare(module)`` runs what comes once before all forwards, on a copy of the expert or of the merged
             model. Each forward runs on a copy of that copy. Layers are not merged from what is called there.
         validation: what validates the module, as :attr:`prepare` and :attr:`call`, if that is something else.
@@ -118,7 +118,7 @@ class Task:
     masks: Callable[[Any], Mapping[str, Padding]] = lambda batch: {}
     numbers: Sequence[int] | None = None
     move: Move = lambda module: module
-    offload: bool = False
+    offload: Offload = None
     prepare: Callable[[nn.Module], object] | None = None
     validation: tuple[Callable[[nn.Module], object], Callable[[nn.Module, Any, int], object]] | None = None
     loss: Callable[[nn.Module, Any, int], Tensor] | None = None

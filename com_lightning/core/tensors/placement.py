@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from com_lightning.core.tensors.attention import split_attention
 from com_lightning.core.tensors.modules import copy_module, named_tensors
+from com_lightning.core.tensors.tracked import Target
 
 Move = Callable[[nn.Module], nn.Module]
 """Moves a module to a device, converts it to a precision, or both, in place."""
+
+Offload = Literal["experts", "layers"] | None
+"""Which models stay where they are stored, and have each weight moved only while a forward uses it: the experts, or the
+merged model too, so that one layer at a time is on the device. ``None``: neither."""
 
 
 class Placement:
@@ -78,16 +84,21 @@ class RunningModel:
     Attributes:
         module: the model.
         tensors: its parameters and buffers, by name.
-        targets: name of an offloaded parameter -> the device and precision that it is moved to for each use.
+        targets: name of an offloaded parameter -> where it is moved to when it is used.
     """
 
     module: nn.Module
     tensors: dict[str, Tensor]
-    targets: dict[str, tuple[torch.device, torch.dtype]]
+    targets: dict[str, Target]
 
     @staticmethod
     def of(
-        placement: Placement, stream: str, merged: Mapping[str, Tensor], offload: bool, converted: dict[int, Tensor]
+        placement: Placement,
+        stream: str,
+        merged: Mapping[str, Tensor],
+        offload: Offload,
+        converted: dict[int, Tensor],
+        moved: dict[Hashable, Tensor],
     ) -> RunningModel:
         """Return the merged model of a task, or its expert.
 
@@ -95,21 +106,24 @@ class RunningModel:
             placement: placement of the expert.
             stream: ``"merged"`` or ``"expert"``.
             merged: name -> merged tensor.
-            offload: whether the expert's shared parameters stay where they are stored.
+            offload: which models' shared parameters stay where they are stored.
             converted: ``id`` of each merged tensor -> the tensor that it is converted to, for all tasks.
+            moved: see :class:`~com_lightning.core.tensors.tracked.Target`.
         """
         shared = {name: tensor for name, tensor in merged.items() if name in placement.stored}
-        if stream == "merged":
-            for name, tensor in shared.items():
+        values = shared if stream == "merged" else {name: placement.stored[name] for name in shared}
+        stays = offload == "layers" or (offload == "experts" and stream == "expert")
+        tensors = {
+            name: tensor
+            for name, tensor in values.items()
+            if stays and isinstance(tensor, nn.Parameter) and is_trackable(name, tensor)
+        }
+        targets = {name: Target(*placement.target(name), moved) for name in tensors}
+        for name, tensor in shared.items() if stream == "merged" else ():
+            if name not in tensors:
                 if id(tensor) not in converted:
                     converted[id(tensor)] = placement.place(name, tensor)
-            tensors, targets = {name: converted[id(tensor)] for name, tensor in shared.items()}, {}
-        else:
-            stored = {
-                n: placement.stored[n] for n in shared if offload and isinstance(placement.stored[n], nn.Parameter)
-            }
-            tensors = {name: tensor for name, tensor in stored.items() if is_trackable(name, tensor)}
-            targets = {name: placement.target(name) for name in tensors}
+                tensors[name] = converted[id(tensor)]
         module = placement.module(tensors)
         for name, (packed, _) in split_attention(module).items():
             if packed in targets:

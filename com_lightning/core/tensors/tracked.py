@@ -8,8 +8,8 @@ The views that a forward takes of it (a slice, a transpose) are tracked, too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -100,7 +100,7 @@ class Part:
             part.copy_(value)
         else:
             indices = torch.unravel_index(self.positions(parameter).flatten(), parameter.shape)
-            parameter[indices] = value.flatten().to(parameter.dtype)
+            parameter[indices] = value.flatten().to(parameter)
 
 
 @dataclass(eq=False)
@@ -108,6 +108,37 @@ class WriteCount:
     """How often a parameter has been written to. Autograd uses ``Tensor._version``, so that is left alone."""
 
     count: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """Device and precision that a stored tensor is moved to when a function uses its values.
+
+    Attributes:
+        device, dtype: where to, and in which precision.
+        moved: the tensors that were moved, so that several forwards can use them. It may serve several targets, and is
+            emptied by whoever made it.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    moved: dict[Hashable, Tensor] = field(default_factory=dict)
+
+    def move(self, tensor: Tensor, writes: int = 0) -> Tensor:
+        """Return a tensor there. It is the tensor itself if it is there already.
+
+        Args:
+            tensor: an ordinary tensor, or a view of one.
+            writes: how often it has been written to.
+        """
+        if (tensor.device, tensor.dtype) == (self.device, self.dtype):
+            return tensor
+        view = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        key = (*view, self.device, self.dtype, writes)
+        if key not in self.moved:
+            with private_torch.no_torch_dispatch():  # it belongs to no forward, so that no pager may move it
+                self.moved[key] = tensor.to(self.device, self.dtype)
+        return self.moved[key]
 
 
 class Tracked(Tensor):
@@ -126,7 +157,7 @@ class Tracked(Tensor):
     part: Part
     writes: WriteCount
     version: int | None
-    target: tuple[torch.device, torch.dtype] | None
+    target: Target | None
     on_use: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Callable[[Any], Any] | None]
     _own_version: int
 
@@ -138,7 +169,7 @@ class Tracked(Tensor):
         on_use: Any,
         writes: WriteCount,
         version: int | None = None,
-        target: tuple[torch.device, torch.dtype] | None = None,
+        target: Target | None = None,
     ) -> Tracked:
         """``tensor`` as a tracked tensor on the same storage."""
         tracked = private_torch.make_subclass(cls, tensor.detach())
@@ -179,7 +210,7 @@ class Tracked(Tensor):
             tracked = next(tracked_in(args, kwargs), None)
             on_result = None if tracked is None else tracked.on_use(func, args, kwargs)
         if first is not None and first.target and name in _PLACEMENT_QUERIES:
-            return _PLACEMENT_QUERIES[name](*first.target)
+            return _PLACEMENT_QUERIES[name](first.target.device, first.target.dtype)
         # A cast starts from the precision that the tensor reports: bfloat16 cast to float32 has bfloat16's digits.
         casts = selects and name in _CASTS
         if casts or (not selects and not name.startswith(("__get ", "__set", "requires_grad_", "register_hook"))):
@@ -204,7 +235,8 @@ _PLACEMENT_QUERIES: dict[str, Callable[[torch.device, torch.dtype], Any]] = {
 def materialized(value: Any) -> Any:
     """The arguments of a function, with tracked tensors moved to the device and precision that they report."""
     if isinstance(value, Tracked):
-        return untracked(value) if value.target is None else untracked(value).to(*value.target)
+        plain: Tensor = untracked(value)
+        return plain if value.target is None else value.target.move(plain, value.writes.count)
     if isinstance(value, (list, tuple)) and any(True for _ in tracked_in(value)):
         parts = [materialized(part) for part in value]
         return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
@@ -256,7 +288,7 @@ def _track_selection(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     result: Any,
-    target: tuple[torch.device, torch.dtype] | None,
+    target: Target | None,
 ) -> Any:
     """The result of a selection, as tracked tensors."""
     name = name_of(func)

@@ -19,7 +19,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.solve.statistics import InputSums
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.modules import named_tensors
-from com_lightning.core.tensors.placement import Placement
+from com_lightning.core.tensors.placement import Offload, Placement
 from com_lightning.strategies import require_mergeable
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer, relative
 from tests.helpers.zoo import averages
@@ -84,30 +84,33 @@ def test_statistics_are_not_gathered_in_tf32(monkeypatch: pytest.MonkeyPatch) ->
     assert worst(callback.modules["a"], merged("64-true").modules["a"]) <= 0.15
 
 
-# Where and how experts are stored
+# Where and how models are stored
+
+OFFLOADS: list[Offload] = [None, "experts", "layers"]
 
 
 @pytest.mark.parametrize("name", ["BERT", "ViT", "resnet18", "Gemma", "Mamba"])  # the last two cast parameters
-def test_experts_that_stay_give_the_same_bits(name: str) -> None:
+def test_models_that_stay_give_the_same_bits(name: str) -> None:
     """Their weights are converted where they are used, here to another precision, as to another device."""
     experts, batches = zoo_experts(name)
     cast = [[{k: v.double() if v.is_floating_point() else v for k, v in b.items()} for b in part] for part in batches]
     results = []
-    for stays in (False, True):
+    for offload in OFFLOADS:
         tasks = [
-            Task(f"task{n}", e, b, zoo_run, move=lambda module: module.double(), offload=stays)
+            Task(f"task{n}", e, b, zoo_run, move=lambda module: module.double(), offload=offload)
             for n, (e, b) in enumerate(zip(experts, cast))
         ]
         results.append(averages(experts))
         records = merge_layers(tasks, results[-1], [0.5, 0.5], ChainOptions())
         assert any(record.parameters for record in records)
-    for (own, first), second in zip(results[0].items(), results[1].values()):
-        assert first.dtype == second.dtype
-        assert torch.equal(first, second), own
+    for result in results[1:]:
+        for (own, first), second in zip(results[0].items(), result.values()):
+            assert first.dtype == second.dtype
+            assert torch.equal(first, second), own
     assert {t.dtype for e in experts for _, t, _ in named_tensors(e) if t.is_floating_point()} == {torch.float32}
 
 
-def test_an_expert_that_stays_claims_to_be_where_it_runs() -> None:
+def test_a_model_that_stays_claims_to_be_where_it_runs() -> None:
     class Asks(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,7 +130,7 @@ def test_an_expert_that_stays_claims_to_be_where_it_runs() -> None:
     base = Asks().eval()
     experts = [perturb(copy.deepcopy(base), 0.3, seed=n) for n in range(2)]
     batches = [torch.randn(8, 4).double()]
-    tasks = [Task(str(n), e, batches, move=lambda module: module.double(), offload=True) for n, e in enumerate(experts)]
+    tasks = [Task(str(n), e, batches, move=lambda m: m.double(), offload="layers") for n, e in enumerate(experts)]
     result = averages(experts)
     merge_layers(tasks, result, [0.5, 0.5], ChainOptions())
     assert all(tensor.isfinite().all() for tensor in result.values())
