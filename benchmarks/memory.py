@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ MODES: dict[str, Any] = {
     "RegMean": lambda: com.RegMean(),
     "chain, one-sided": lambda: com.ChainOfMerges(target="merged"),
     "chain, two-sided": lambda: com.ChainOfMerges(),
+    "chain, two-sided, offload=layers": lambda: com.ChainOfMerges(),
 }
 
 
@@ -92,8 +94,9 @@ class Watch(threading.Thread):
 def measure(mode: str, folder: Path, blocks: int, width: int, experts: int) -> dict[str, float]:
     """Merge in this process. Returns seconds and peak memory in bytes."""
     torch.set_num_threads(1)
-    watch = Watch()
-    model = Encoder(blocks, width)
+    watch, is_offloaded = Watch(), "offload" in mode
+    with torch.device("meta") if is_offloaded else nullcontext():
+        model = Encoder(blocks, width)
     method = MODES[mode]()
     sources = {str(number): str(folder / f"{number}.ckpt") for number in range(experts)}
     loader = DataLoader(TensorDataset(torch.randn(4, 16, width)), 2)
@@ -103,7 +106,9 @@ def measure(mode: str, folder: Path, blocks: int, width: int, experts: int) -> d
     data = tasks if "data" in method.needs else None
     base = str(folder / "base.ckpt") if "base" in method.needs else None
     with tempfile.TemporaryDirectory(dir=folder) as output:
-        trainer.merge(model, data, sources, method, baselines=False, output_dir=f"{output}/merged", base=base)
+        options: dict[str, Any] = {"offload": "layers"} if is_offloaded else {}
+        folder_of_result = f"{output}/merged"
+        trainer.merge(model, data, sources, method, baselines=False, output_dir=folder_of_result, base=base, **options)
     return {"anonymous": watch.anonymous, "file": watch.file, "seconds": time.perf_counter() - start}
 
 

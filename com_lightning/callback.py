@@ -304,7 +304,7 @@ class ChainOfMergesCallback(Callback):
             if self._workplace and options.resume:
                 context.journal = FileJournal(self._workplace.journal)
             try:
-                modules, report = execute(plan, trainer, data, context, options.offload)
+                modules, report = execute(plan, trainer, data, context, options)
             except BaseException:
                 self._plan = None  # a second attempt makes a new plan
                 raise

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from com_lightning.core.sweep.context import Context, one_at_a_time
 from com_lightning.core.sweep.distributed import Peers
-from com_lightning.core.sweep.forward_check import check_forwards
+from com_lightning.core.sweep.forward_check import ForwardCheck, check_forwards
 from com_lightning.core.sweep.task import Task
+from com_lightning.core.tensors.allocator import automatic_budget, free_memory
 from com_lightning.core.tensors.mapped import mapped_copy
 from com_lightning.core.tensors.modules import as_dtype, average, copy_module, named_tensors, tied_names
 from com_lightning.core.tensors.placement import Offload, Placement
@@ -31,6 +33,7 @@ from com_lightning.environment import package_versions, peak_memory
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
+from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.results.corrections import Corrections
 from com_lightning.results.fingerprint import (
@@ -127,7 +130,7 @@ def execute(
     trainer: Trainer,
     data: MergeDataModule | None,
     context: Context,
-    offload: Offload = None,
+    options: MergeOptions,
 ) -> tuple[dict[str, LightningModule], MergeReport]:
     """Merge, outside of inference mode, so that the merged tensors can be trained.
 
@@ -136,7 +139,7 @@ def execute(
         trainer: whose device, precision and limits are used.
         data: the tasks' data; ``None`` where the method needs none.
         context: how it is carried out.
-        offload: whose weights are brought to the device only while they are used.
+        options: what stays off the device, and how much memory forwards may take.
 
     Returns:
         Task -> merged module (the shared tensors are the same in all), and the report without metrics.
@@ -150,7 +153,7 @@ def execute(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     start = time.perf_counter()
-    tasks, samples = calibration_tasks(plan, trainer, data, peers, offload)
+    tasks, samples = calibration_tasks(plan, trainer, data, peers, options.offload)
     if empty := [name for name, sample in samples.items() if not sample.samples]:
         raise MergeError([f"task '{name}': its loader gives no batch to calibrate on" for name in empty])
     settings = {
@@ -172,13 +175,15 @@ def execute(
         plan.method.weights(list(plan.experts)),
         device,
         plan.method.starts_from_average,
-        is_mapped=offload == "layers",
+        is_mapped=options.offload == "layers",
     )
     with one_at_a_time(), torch.compiler.set_stance("force_eager"):  # a compiled forward does not pause at its layers
         try:
             check = None
             if plan.method.runs_calibration_forwards:
                 check = check_forwards(tasks, merged, context, shortened)
+                if options.memory_budget == "auto":
+                    _limit_memory(plan, trainer, tasks, check, context)
             job = MergeJob(tasks, merged, context, plan.base, device)
             records = plan.method.merge(job)
         except torch.OutOfMemoryError as error:
@@ -229,6 +234,31 @@ def execute(
     report.warnings += unmasked
     report.warnings += [warning for sample in samples.values() for warning in sample.warnings]
     return modules, report
+
+
+def _limit_memory(
+    plan: MergePlan, trainer: Trainer, tasks: Sequence[Task], check: ForwardCheck, context: Context
+) -> None:
+    """Give paused forwards a budget if they would need most of the memory that is free, and say so."""
+    device = trainer.strategy.root_device
+    free, most = free_memory(device), max(check.held.values(), default=0.0)
+    if free is None or plan.method.options is None:
+        return
+    if device.type == "cpu":  # which the processes of this machine share
+        free //= trainer.num_devices
+    samples = [sum(map(task.size, task.batches)) for task in tasks]
+    of_stream = sum(count * check.held.get(task.name, most) for count, task in zip(samples, tasks))
+    held = len(plan.method.options.streams) * of_stream
+    context.memory_budget = automatic_budget(held, free, plan.memory()["largest layer"])
+    if context.memory_budget is not None:
+        where = "temporary files" if device.type == "cpu" else "host memory"
+        warning = (
+            f"paused forwards would hold about {held / 2**30:.2f} GiB, and {free / 2**30:.2f} GiB are free: what "
+            f"exceeds {context.memory_budget / 2**30:.2f} GiB is moved to {where}, which takes time. The result is the "
+            "same. To avoid it, lower the datamodule's num_samples"
+        )
+        rank_zero_warn(warning)
+        context.warnings.append(warning)
 
 
 def _require_agreement(

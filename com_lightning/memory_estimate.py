@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,14 +11,16 @@ from lightning.pytorch.utilities.data import extract_batch_size
 
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
 from com_lightning.core.sweep.distributed import Alike
-from com_lightning.core.tensors.allocator import free_memory
+from com_lightning.core.tensors.allocator import automatic_budget, free_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
 from com_lightning.validation import borrowed
 
 
-def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | None = None) -> str:
+def needed(
+    plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | Literal["auto"] | None = None
+) -> str:
     """Return a text that says how much memory paused forwards will hold, and how many samples fit.
 
     The plan's experts are moved and converted as for the merge; nothing is merged or logged.
@@ -27,7 +29,7 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         plan: what would be merged.
         trainer: whose device, precision and limits are used.
         data: the tasks' data.
-        memory_budget: GiB that paused forwards may hold.
+        memory_budget: GiB that paused forwards may hold. ``"auto"``: as much as is free.
     """
     options = plan.method.options
     if options is None:
@@ -60,8 +62,13 @@ def needed(plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budg
         text += f"; {_readable(spare)} is free besides, enough for {fit:,.0f}"
     if gradients:
         text += f". Before that, the gradients of one batch at a time: about {_readable(gradients)}"
-    if memory_budget is not None and one:
-        where = f"files in {tempfile.gettempdir()}" if device.type == "cpu" else "host memory"
+    where = f"files in {tempfile.gettempdir()}" if device.type == "cpu" else "host memory"
+    if memory_budget == "auto":
+        shared = 1 if device.type == "cuda" else trainer.num_devices
+        budget = None if free is None else automatic_budget(total, free // shared, plan.memory()["largest layer"])
+        if budget is not None:
+            text += f". That is more than fits: {_readable(budget)} of it stays, the rest is paged to {where}"
+    elif memory_budget is not None and one:
         budget = int(memory_budget * 2**30)
         rest = f"the rest is paged to {where}" if total > budget else "which is all"
         text += f". With memory_budget={memory_budget:g}, {_readable(min(total, budget))} of it stays, {rest}"

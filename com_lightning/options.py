@@ -37,7 +37,8 @@ class MergeOptions:
             "raise" raises an error that names task, batch and layer; "skip" leaves the batch out from that
             layer on.
         memory_budget: GiB that paused calibration forwards may hold together. What exceeds it is moved from an
-            accelerator to host memory, or from the CPU to temporary files. By default there is no limit.
+            accelerator to host memory, or from the CPU to temporary files, which takes time. "auto": as much as is
+            free. null (None): no limit.
         offload: what stays off the device, so that less has to fit there. "experts": each weight of an expert is
             brought there only while its forward uses it. "layers": the merged model stays off it, too, in a mapped
             file, so that one layer at a time is there. By default all models whose forwards are needed are on it.
@@ -56,7 +57,7 @@ class MergeOptions:
     overwrite: bool = False
     resize_embeddings: bool = False
     on_bad_batch: Literal["raise", "skip"] = "raise"
-    memory_budget: float | None = None
+    memory_budget: float | Literal["auto"] | None = "auto"
     offload: Offload = None
     resume: bool = True
     files: Mapping[str, str] = field(default_factory=dict)
@@ -69,8 +70,8 @@ class MergeOptions:
 
     @property
     def budget(self) -> int | None:
-        """``memory_budget`` in bytes."""
-        return None if self.memory_budget is None else int(self.memory_budget * 2**30)
+        """``memory_budget`` in bytes; ``None`` if there is no limit, or none yet."""
+        return None if self.memory_budget in (None, "auto") else int(float(self.memory_budget) * 2**30)
 
     def problems(self) -> list[str]:
         """Return what is wrong with the values, each as one sentence."""
@@ -78,7 +79,7 @@ class MergeOptions:
             return found
         if self.output_dir is not None and not str(self.output_dir).strip():
             found.append("output_dir: is empty; name a folder, or leave it out")
-        if self.memory_budget is not None and not 0 < self.memory_budget < math.inf:
+        if self.memory_budget not in (None, "auto") and not 0 < float(self.memory_budget) < math.inf:
             found.append(f"memory_budget: must be a number of GiB above 0, got {self.memory_budget}")
         if outside := [name for name in self.files if name in ("", ".", "..") or name != Path(name).name]:
             found.append(f"files: {some(outside)} would be written outside output_dir; give plain names")

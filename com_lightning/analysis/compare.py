@@ -307,7 +307,7 @@ class Compare(Callback):
         _forget_peak(trainer.strategy.root_device)
         try:
             data = self.splits.part("report", seed)
-            modules, report = execute(plan, trainer, data, self._run(progress), self.options.offload)
+            modules, report = execute(plan, trainer, data, self._run(progress), self.options)
         except Exception as error:
             error.add_note(f"This was {label}; what had been merged before is kept.")
             raise

@@ -21,6 +21,7 @@ from com_lightning.core.sweep.context import Context
 from com_lightning.core.sweep.layer import CalibrationForward
 from com_lightning.core.sweep.lockstep import PausedCall
 from com_lightning.core.sweep.models import Models
+from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.plain_forward import Trace, first_difference, plain_forward, record
 from com_lightning.core.sweep.sweep import Sweep, Visitor
 from com_lightning.core.sweep.task import BatchId, LayerRecord, Task, batch_ids
@@ -40,12 +41,14 @@ class ForwardCheck:
         layers: number of layers whose inputs were compared.
         tasks: names of the tasks that were checked.
         unchecked: name of each other task -> why.
+        held: name of each task -> bytes that a paused forward of one sample holds at most.
         warnings: for the report.
     """
 
     layers: int = 0
     tasks: list[str] = field(default_factory=list)
     unchecked: dict[str, str] = field(default_factory=dict)
+    held: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -90,6 +93,7 @@ def check_forwards(
         max(result.layers for result in results),
         done,
         {name: reasons.get(name, "no batch") for name in names if name not in done},
+        {name: max(result.held.get(name, 0.0) for result in results) for name in done},
         list(dict.fromkeys(warning for result in results for warning in result.warnings)),
     )
 
@@ -172,9 +176,9 @@ class _Check:
 
     def _in_lockstep(self, batches: Sequence[BatchId], compared: Sequence[BatchId] = ()) -> dict[BatchId, Trace] | None:
         """Run batches in lockstep. If that fails, it may be for the batches that are not compared."""
-        recorder = _Recorder(self.models)
+        recorder, counter = _Recorder(self.models), Pager(None, self.models.device)
         try:
-            Sweep(self.tasks, self.models, recorder, Context(), batches=batches).run()
+            Sweep(self.tasks, self.models, recorder, Context(), batches=batches, pager=counter).run()
         except Exception as error:  # the user's module raises it
             if len(compared) and len(compared) < len(batches):
                 return self._in_lockstep(compared)
@@ -184,6 +188,11 @@ class _Check:
                 f"{type(error).__name__}: {where}. They share something that is no copy; {_ADVICE}"
             )
             return None
+        for forward, size in counter.peak_by_forward().items():
+            assert isinstance(forward, CalibrationForward)
+            task = self.tasks[forward.id.batch.task]
+            samples = max(task.size(task.batches[forward.id.batch.position]), 1)
+            self.result.held[task.name] = max(size / samples, self.result.held.get(task.name, 0.0))
         return recorder.traces
 
     def _compare(self, plain: Mapping[BatchId, Trace], together: Mapping[BatchId, Trace]) -> None:

@@ -63,6 +63,26 @@ def _glibc() -> Any:
     return library
 
 
+def automatic_budget(held: float, free: int, reserved: int) -> int | None:
+    """Return how many bytes paused forwards may hold, if they would need most of the memory.
+
+    Args:
+        held: what they hold without a limit, as far as it can be estimated.
+        free: memory that nothing uses.
+        reserved: what statistics and solution of a layer need of it.
+
+    Returns:
+        The budget; ``None`` if everything fits.
+
+    Example::
+
+        >>> automatic_budget(600, free=1000, reserved=200), automatic_budget(700, free=1000, reserved=200)
+        (None, 480)
+    """
+    spare = max(free - reserved, 0)
+    return None if held <= 0.8 * spare else int(0.6 * spare)
+
+
 def free_memory(device: torch.device) -> int | None:
     """The bytes of memory that nothing uses; ``None`` where that cannot be told."""
     if device.type == "cuda":

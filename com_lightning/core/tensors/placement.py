@@ -128,7 +128,8 @@ class RunningModel:
         for name, (packed, _) in split_attention(module).items():
             if packed in targets:
                 targets[name] = targets[packed]
-        return RunningModel(module, {name: tensor for name, tensor, _ in named_tensors(module)}, targets)
+        running = {name: tensor for name, tensor, _ in named_tensors(module)}
+        return RunningModel(module, running, {name: target for name, target in targets.items() if name in running})
 
 
 def is_trackable(name: str, tensor: Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError
+from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, merge
 from com_lightning.cli import main
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
@@ -40,15 +40,41 @@ def test_a_budget_changes_no_bit_of_known_architectures(name: str) -> None:
 def test_the_callback_takes_a_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     pagers = recorded_pagers(monkeypatch)
     reports = []
-    for budget in (None, 1e-6):
+    for budget in (None, "auto", 1e-6):
         data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
         experts = dict(zip("ab", make_experts()))
         merger = ChainOfMergesCallback(experts, baselines=False, memory_budget=budget)
         quiet_trainer(callbacks=[merger]).validate(make_experts()[0], datamodule=data, verbose=False)
         reports.append(merger.report.metrics)
-    assert reports[0] == reports[1]
+    assert reports[0] == reports[1] == reports[2]
     assert [pager.budget for pager in pagers] == [1073] * 3  # shared layers, then each task's head
     assert pagers[0].written > 0
+
+
+def test_without_a_budget_paused_forwards_take_what_is_free(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], saved: list[str]
+) -> None:
+    """The estimate comes from a few samples, and is about what all of them hold."""
+    pagers = recorded_pagers(monkeypatch)
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)}, num_samples=40)
+    experts = dict(zip("ab", make_experts()))
+    free = [2**40]
+    monkeypatch.setattr("com_lightning.execution.free_memory", lambda device: free[0])
+    monkeypatch.setattr("com_lightning.memory_estimate.free_memory", lambda device: free[0])
+    plenty = merge(Classifier(3), experts, data, trainer=quiet_trainer(), memory_budget=None)
+    held = max(pager.peak for pager in pagers) if pagers else 0
+    assert not held, "nothing is counted without a budget"
+    result = merge(Classifier(3), experts, data, trainer=quiet_trainer())
+    assert not any("paused forwards" in warning for warning in result.report.warnings)
+    largest = 2**14
+    free[0] = largest
+    with pytest.warns(UserWarning, match=r"paused forwards would hold about .* GiB, and 0.00 GiB are free"):
+        scarce = merge(Classifier(3), experts, data, trainer=quiet_trainer())
+    assert scarce.report.metrics == plenty.report.metrics
+    assert any("The result is the same" in warning for warning in scarce.report.warnings)
+    assert max(pager.written for pager in pagers) > 0
+    main(["merge", *MODEL, *DATA, *QUIET, *saved, "--dry_run"])
+    assert "That is more than fits: " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("budget", [0.0, -1.0, float("nan"), float("inf")])

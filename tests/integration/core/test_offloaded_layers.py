@@ -16,6 +16,7 @@ from com_lightning import MergeDataModule, MergeError, MergeResult
 from com_lightning.core.chain.chain import merge_layers
 from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context
+from com_lightning.core.sweep.forward_check import check_forwards
 from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.mapped import mapped_copy
 from com_lightning.core.tensors.modules import tied_names
@@ -105,6 +106,18 @@ def test_one_layer_at_a_time_is_on_the_device(device: Device, offload: Offload, 
 def test_the_result_is_the_same_to_the_last_bit(options: ChainOptions, budget: int | None) -> None:
     one, other = (merge(offload, options, budget) for offload in (None, "layers"))
     assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("offload", ["experts", "layers"])
+def test_packed_attention_is_compared_with_plain_forwards(offload: Offload) -> None:
+    torch.manual_seed(0)
+    base = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    experts = [perturb(base, 0.3, seed=number) for number in range(2)]
+    batches = [torch.randn(2, 3, 8).double()]
+    tasks = [Task(str(n), e, batches, move=lambda m: m.double(), offload=offload) for n, e in enumerate(experts)]
+    check = check_forwards(tasks, averages(experts), Context())
+    assert not check.unchecked
+    assert check.layers >= 5
 
 
 # The whole merge
