@@ -147,7 +147,7 @@ class ChainOfMergesCallback(Callback):
         own = plan.method.has_corrections or (rule is not None and rule.private_biases)
         if not own and not any(plan.parameters.private.values()):  # one file is written for all
             experts = dict([next(iter(experts.items()))])
-        if folder and (problems := space_problems(folder, experts, options.resume)):
+        if folder and (problems := space_problems(folder, experts, bool(options.resume))):
             raise MergeError(problems)
         return plan
 

@@ -168,7 +168,9 @@ def execute(
     _require_agreement(tasks, samples, settings, data, peers)
     if any(peers.exchange(context.journal.keeps)):
         data_of_all = peers.exchange(fingerprint_of_data(tasks))
-        known = {**fingerprint_of_experts(tasks), **fingerprint_of_base(plan.base), **combined(tasks, data_of_all)}
+        given, exact = plan.files, options.resume == "exact"
+        known = {**fingerprint_of_experts(tasks, given, exact), **fingerprint_of_base(plan.base, given, exact)}
+        known.update(combined(tasks, data_of_all))
         context.journal.bind({**known, **readable(settings)})
     merged = average_shared(
         plan,

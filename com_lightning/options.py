@@ -44,7 +44,8 @@ class MergeOptions:
             file, so that one layer at a time is there. By default all models whose forwards are needed are on it.
         resume: keep a record of merged layers beside output_dir until the result is written (about as large as the
             merged model). A merge that was killed then goes on from it if it is started again with the same experts,
-            data, settings and versions.
+            data, settings and versions. Files of experts are known by size, time and a few of their values; "exact"
+            compares all values, which takes as long as reading them.
         files: further text files for output_dir, name -> text.
     """
 
@@ -59,7 +60,7 @@ class MergeOptions:
     on_bad_batch: Literal["raise", "skip"] = "raise"
     memory_budget: float | Literal["auto"] | None = "auto"
     offload: Offload = None
-    resume: bool = True
+    resume: bool | Literal["exact"] = True
     files: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

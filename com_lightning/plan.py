@@ -60,6 +60,7 @@ class MergePlan:
         trials: task -> a calibration forward, to be repeated with what is written.
         corrections: what each task adds to the weights of the merged model, if the method has that.
         checks: what was checked, and what could not be.
+        files: ``expert 'name'`` or ``base`` -> the file or folder that it was loaded from, if it was.
     """
 
     experts: dict[str, LightningModule]
@@ -75,6 +76,7 @@ class MergePlan:
     trials: dict[str, Trial] = field(default_factory=dict)
     corrections: Corrections | None = None
     checks: list[str] = field(default_factory=list)
+    files: dict[str, Path] = field(default_factory=dict)
 
     def precision(self, task: str) -> dict[str, torch.dtype]:
         """Find the precision that a task's merged parameters are stored in, where it is not that of the module.
@@ -261,6 +263,7 @@ def make_plan(
     training = {task: {name for name, part in e.named_modules() if part.training} for task, e in experts.items()}
     plan = MergePlan(experts, method, parameters, {}, frozen, training, stored=stored, base=base)
     plan.checks = group_warnings(checks, local)
+    plan.files = {label: Path(source) for label, source in local.items() if isinstance(source, (str, Path))}
     for expert in experts.values():
         expert.eval()
         if method.options and data is not None:

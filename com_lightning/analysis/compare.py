@@ -33,7 +33,13 @@ from com_lightning.options import MergeOptions
 from com_lightning.plan import MergePlan
 from com_lightning.progress import drawn
 from com_lightning.results.atomic import Workplace
-from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts, readable
+from com_lightning.results.fingerprint import (
+    combined,
+    fingerprint_of_base,
+    fingerprint_of_data,
+    fingerprint_of_experts,
+    readable,
+)
 from com_lightning.results.folder import output_problems
 from com_lightning.results.importance_plot import importance_of
 from com_lightning.results.journal import ResultStore
@@ -349,10 +355,11 @@ class Compare(Callback):
             "precision": trainer.precision,
             "device": trainer.strategy.root_device.type,
             "processes": trainer.world_size,
-            "base": digest(dict(self.plan.base or {})),
             "versions": package_versions(),
         }
-        return {**fingerprint_of_experts(tasks), **combined(tasks, [fingerprint_of_data(tasks)]), **readable(settings)}
+        given, exact = self.plan.files, self.options.resume == "exact"
+        known = {**fingerprint_of_experts(tasks, given, exact), **fingerprint_of_base(self.plan.base, given, exact)}
+        return {**known, **combined(tasks, [fingerprint_of_data(tasks)]), **readable(settings)}
 
     def _write(self, workplace: Workplace, comparison: Comparison) -> None:
         if problems := output_problems(Path(self.output_dir), self.options.overwrite):

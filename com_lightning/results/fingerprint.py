@@ -2,13 +2,15 @@
 
 An unfinished merge may only go on if its experts, data and settings are still the same. Comparing them in full would
 need a copy of everything, so that the journal stores a hash of each instead, see
-:func:`~com_lightning.core.tensors.digest.digest`.
+:func:`~com_lightning.core.tensors.digest.digest`. Files are known by their size, their time and a few of their values:
+to read all of them would take as long as to read all experts.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +21,26 @@ from com_lightning.core.tensors.digest import digest
 from com_lightning.core.tensors.modules import named_tensors
 
 
-def fingerprint_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
-    """One hash per task, of the class, hyperparameters, configurations, parameters and buffers of its expert."""
-    return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert)) for task in tasks}
+def fingerprint_of_experts(
+    tasks: Sequence[Task], files: Mapping[str, Path] | None = None, exact: bool = False
+) -> dict[str, str]:
+    """One hash per task, of the class, hyperparameters, configurations, parameters and buffers of its expert.
+
+    Args:
+        tasks: the tasks.
+        files: ``expert 'name'`` -> the file or folder that an expert was loaded from. Of these experts, a few values of
+            each tensor count, and size and time of each file.
+        exact: all values count, of files too, and no times.
+
+    Returns:
+        ``expert 'name'`` -> hash.
+    """
+    result = {}
+    for label, expert in ((f"expert '{task.name}'", task.expert) for task in tasks):
+        path = None if exact else (files or {}).get(label)
+        content = _class_and_tensors(expert) if path is None else _class_and_tensors(expert, _few)
+        result[label] = digest([*content, *(() if path is None else _stat(path))])
+    return result
 
 
 def sketch_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
@@ -29,9 +48,15 @@ def sketch_of_experts(tasks: Sequence[Task]) -> dict[str, str]:
     return {f"expert '{task.name}'": digest(_class_and_tensors(task.expert, _few)) for task in tasks}
 
 
-def fingerprint_of_base(base: Mapping[str, Tensor] | None) -> dict[str, str]:
-    """One hash of the shared tensors of the base; none if the method needs no base."""
-    return {} if base is None else {"base": digest(sorted(base.items()))}
+def fingerprint_of_base(
+    base: Mapping[str, Tensor] | None, files: Mapping[str, Path] | None = None, exact: bool = False
+) -> dict[str, str]:
+    """One hash of the shared tensors of the base, as :func:`fingerprint_of_experts`; none if there is no base."""
+    if base is None:
+        return {}
+    path = None if exact else (files or {}).get("base")
+    content: list[Any] = [(name, tensor if path is None else _few(tensor)) for name, tensor in sorted(base.items())]
+    return {"base": digest([*content, *(() if path is None else _stat(path))])}
 
 
 def fingerprint_of_data(tasks: Sequence[Task]) -> list[dict[int, str]]:
@@ -71,6 +96,12 @@ def _class_and_tensors(module: nn.Module, view: Callable[[Tensor], Any] = lambda
     ]
     tensors = [(name, view(tensor)) for name, tensor, _ in named_tensors(module)]
     return [type(module).__qualname__, readable({"settings": settings}), *tensors]
+
+
+def _stat(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of each file of an expert."""
+    files = sorted(entry for entry in path.rglob("*") if entry.is_file()) if path.is_dir() else [path]
+    return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def _configuration(module: nn.Module) -> Any:

@@ -231,6 +231,31 @@ def test_a_file_of_another_journal_is_merged_again(unfinished: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("content", [b"", b"[1]", b"{", b"\xff"])
+def test_files_of_experts_are_known_by_size_time_and_a_few_values(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module, path = nn.Linear(100, 100), tmp_path / "a.ckpt"
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.weight[0, 1] += 1  # not one of the values that are looked at
+    path.write_bytes(b"one")
+    time = path.stat().st_mtime_ns
+    files = {"expert 'a'": path}
+
+    def fingerprints(module: nn.Module) -> list[dict[str, str]]:
+        tasks = [Task("a", module, [])]
+        of_files = fingerprint_of_experts(tasks, files)
+        return [of_files, fingerprint_of_experts(tasks, files, exact=True), fingerprint_of_experts(tasks)]
+
+    before = fingerprints(module)
+    assert fingerprints(module) == before
+    assert [one == two for one, two in zip(before, fingerprints(other))] == [True, False, False]
+    os.utime(path, ns=(time, time + 1))
+    assert [one == two for one, two in zip(before, fingerprints(module))] == [False, True, True]
+    path.write_bytes(b"longer")
+    os.utime(path, ns=(time, time))
+    assert [one == two for one, two in zip(before, fingerprints(module))] == [False, True, True]
+
+
 def test_a_damaged_fingerprint_is_told_and_all_is_merged_again(content: bytes, unfinished: Path) -> None:
     (unfinished.parent / ".out.partial" / "journal" / "fingerprint.json").write_bytes(content)
     with pytest.warns(UserWarning, match="fingerprint.json is damaged"):
