@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from com_lightning.errors import MergeError, reason
+from com_lightning.experts.sharded import is_sharded, read_sharded
 
 _SMALL = 2**24
 """Bytes that are never too many."""
@@ -31,7 +32,7 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
     """The content of a checkpoint, memory-mapped if its format allows it.
 
     Args:
-        path: of the file.
+        path: of the file, or of the folder of a sharded checkpoint.
         label: names the file in messages; its path by default.
 
     Returns:
@@ -41,6 +42,8 @@ def read_checkpoint(path: Path, label: str = "") -> dict[str, Any]:
         MergeError: if the file is missing, is not a checkpoint, or holds more than tensors and plain values.
     """
     label = label or str(path)
+    if is_sharded(path):
+        return read_sharded(path, label)
     if path.is_dir():
         raise MergeError([f"{label}: {_folder(path)}"])
     if path.exists() and not path.is_file():  # reading a pipe, for example, would wait
@@ -193,11 +196,6 @@ def state_problems(state: Mapping[Any, Any], limit: float = math.inf) -> list[st
 
 def _folder(path: Path) -> str:
     """Why a folder cannot be read as an expert."""
-    if (path / ".metadata").is_file():  # written by FSDP and tensor parallelism
-        return (
-            "a sharded checkpoint; make it one file with "
-            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}`, and give that"
-        )
     if (path / "checkpoint").is_dir():  # written by DeepSpeed
         return (
             "a sharded checkpoint; make it one file with `convert_zero_checkpoint_to_fp32_state_dict` of "

@@ -252,7 +252,7 @@ def _made(content: Mapping[str, Any], path: Path, model: LightningModule, label:
             extra = error if isinstance(error, ExtraKeys) else None
             _log.info("%s: read by %s.load_from_checkpoint (%s)", label, module_class.__name__, reason(error))
     try:
-        return load_module(module_class, content, path)
+        return load_module(module_class, content, None if path.is_dir() else path)
     except TooLargeError:
         raise
     except Exception as error:

@@ -1,9 +1,15 @@
 """Settings of the C library's memory allocator, which PyTorch uses on a CPU.
 
-A merge allocates and frees activations of many megabytes thousands of times. As soon as some megabytes at the end of
-the heap are free, glibc returns them to the system. When it requests them again, the system fills them with zeros. That
-takes a fifth of a merge's time (measured). The command line keeps them, see :func:`keep_freed_memory`. The library does
-not, because the settings apply to the whole process, and that is the user's.
+A merge allocates and frees activations of many megabytes thousands of times. Two things go wrong.
+
+What is freed between activations that are still held is too small for others, and stays with the process. With all
+batches waiting at a layer, that grew to the size of the activations themselves (measured). A sweep returns it to the
+system, see :func:`return_freed_memory`.
+
+As soon as some megabytes at the end of the heap are free, glibc returns them to the system. When it requests them
+again, the system fills them with zeros. That takes a fifth of a merge's time (measured). The command line keeps them,
+see :func:`keep_freed_memory`. The library does not, because the settings apply to the whole process, and that is the
+user's.
 """
 
 from __future__ import annotations
@@ -26,6 +32,9 @@ KEPT_BYTES = 2**29
 MAX_MMAP_THRESHOLD = 2**25
 """The largest value that glibc accepts for the second parameter."""
 
+SCATTERED_BYTES = 2**28
+"""Free bytes between others that a sweep lets be."""
+
 DEFAULT_THRESHOLD = 2**17
 """The value of both parameters in a new process."""
 
@@ -41,9 +50,14 @@ def keep_freed_memory() -> Iterator[None]:
         return_freed_memory()
 
 
-def return_freed_memory() -> None:
-    """Return all freed memory of the heap to the system."""
-    if library := _glibc():
+def return_freed_memory(beyond: int = 0) -> None:
+    """Return all freed memory of the heap to the system.
+
+    Args:
+        beyond: bytes. If less is free, it stays.
+    """
+    library = _glibc()
+    if library and (not beyond or _free_on_heap(library) > beyond):
         library.malloc_trim(0)
 
 
@@ -51,6 +65,23 @@ def _set(mmap_threshold: int, trim_threshold: int) -> None:
     if library := _glibc():
         library.mallopt(_MMAP_THRESHOLD, mmap_threshold)
         library.mallopt(_TRIM_THRESHOLD, trim_threshold)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's ``mallinfo2`` returns."""
+
+    _fields_ = [
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    ]
+
+
+def _free_on_heap(library: Any) -> int:
+    """The bytes of the heap that are free; 0 if this glibc does not tell (before 2.33)."""
+    if not hasattr(library, "mallinfo2"):
+        return 0
+    library.mallinfo2.restype = _Mallinfo
+    return int(library.mallinfo2().fordblks)
 
 
 def _glibc() -> Any:

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def mapped_copy(tensor: Tensor, folder: str | None = None) -> Tensor:
-    """Return a copy in a mapped file, which is written to the disk as the system sees fit. Writing to it is possible.
-
-    The file has no name, so it is gone when the last tensor on it is, even if the process is killed. (Windows keeps the
-    name until the system cleans its temporary folder.)
+    """Return a copy of a tensor in a mapped file.
 
     Args:
         tensor: the values, on any device. The copy is on the CPU.
-        folder: where the file is; by default the system's temporary folder, which ``TMPDIR`` names.
+        folder: as for :func:`mapped_empty`.
 
     Returns:
-        The copy. A tensor without elements is copied to memory.
+        The copy, which is no parameter.
 
     Raises:
         OSError: if the disk has no room for it.
@@ -32,24 +31,44 @@ def mapped_copy(tensor: Tensor, folder: str | None = None) -> Tensor:
         >>> copy.tolist(), copy.is_shared()
         ([[2.0, 2.0, 2.0], [2.0, 2.0, 2.0]], True)
     """
-    tensor = tensor.detach()
-    size = tensor.numel() * tensor.element_size()
-    if not size:
-        return tensor.cpu().clone()
+    return mapped_empty(tensor.shape, tensor.dtype, folder).copy_(tensor.detach())
+
+
+def mapped_empty(shape: Sequence[int], dtype: torch.dtype, folder: str | None = None) -> Tensor:
+    """Return a tensor in a mapped file, to be written to. The system writes it to the disk as it sees fit.
+
+    The file has no name, so it is gone when the last tensor on it is, even if the process is killed. (Windows keeps the
+    name until the system cleans its temporary folder.)
+
+    Args:
+        shape: of the tensor.
+        dtype: its precision.
+        folder: where the file is; by default the system's temporary folder, which ``TMPDIR`` names.
+
+    Returns:
+        The tensor, on the CPU. One without elements has no file.
+
+    Raises:
+        OSError: if the disk has no room for it.
+    """
+    count = math.prod(shape)
+    if not count:
+        return torch.empty(tuple(shape), dtype=dtype, device="cpu")
     file, path = tempfile.mkstemp(prefix="com_lightning-", dir=folder)
     try:
+        size = count * dtype.itemsize
         try:
             # Without this, a full disk would end the process with a signal when a page is written.
             os.posix_fallocate(file, 0, size) if hasattr(os, "posix_fallocate") else os.truncate(file, size)
         except OSError as error:
             error.add_note(
-                f"while making room for {size / 2**20:,.0f} MiB of the merged model in {os.path.dirname(path)}; the "
-                "environment variable TMPDIR can name another folder"
+                f"while making room for {size / 2**20:,.0f} MiB in {os.path.dirname(path)}; the environment variable "
+                "TMPDIR can name another folder"
             )
             raise
-        mapped = torch.from_file(path, shared=True, size=tensor.numel(), dtype=tensor.dtype)
+        mapped = torch.from_file(path, shared=True, size=count, dtype=dtype)
     finally:
         os.close(file)
         if os.name == "posix":
             os.unlink(path)
-    return mapped.view(tensor.shape).copy_(tensor)
+    return mapped.view(tuple(shape))

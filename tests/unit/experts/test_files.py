@@ -141,7 +141,7 @@ BAD: dict[str, tuple[Make, str]] = {
         files("adapter_model.safetensors"),
         "adapter_config.json is missing beside adapter_model.safetensors",
     ),
-    "sharded by PyTorch": (files(".metadata"), "a sharded checkpoint; make it one file with .*consolidate_checkpoint"),
+    "sharded by PyTorch": (files(".metadata"), "not a readable sharded checkpoint"),
     "sharded by DeepSpeed": (files("checkpoint/x"), "a sharded checkpoint; make it one file with .*deepspeed"),
     "a folder of transformers": (lambda folder: file("config.json", b"{")(folder).parent, "config.json cannot be read"),
     # No checkpoint
