@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.tensors import private_torch
+from com_lightning.core.tensors.allocator import ScatteredMemory
 
 Position = tuple[int, ...]
 """Position of a layer in the execution order. Positions are compared as tuples."""
@@ -121,12 +122,13 @@ def lockstep(
     """
     positions = layers if isinstance(layers, Mapping) else {name: (number,) for number, name in enumerate(layers)}
     visited = set(visited)
-    coroutines: list[_Coroutine] = []
+    coroutines, scattered = list[_Coroutine](), ScatteredMemory()
     try:
         for forward in forwards:
             coroutines.append(_Coroutine(forward, positions, visited, pager))
         for coroutine in coroutines:
             coroutine.advance()
+            scattered.tidy()
         while chosen := choose_next(min((c.waiting_layer for c in coroutines if c.waiting_layer), default=None)):
             layer = chosen[1]
             ready = [c for c in coroutines if c.paused_call and c.paused_call.layer == layer]
@@ -134,6 +136,7 @@ def lockstep(
             yield layer, [c.paused_call for c in ready if c.paused_call]
             for coroutine in ready:
                 coroutine.advance()
+                scattered.tidy()
     finally:
         with ExitStack() as stack:  # close all of them, even if one raises
             for coroutine in coroutines:

@@ -26,7 +26,6 @@ from com_lightning.core.sweep.lockstep import Forward, PausedCall, Position, Wai
 from com_lightning.core.sweep.models import Models
 from com_lightning.core.sweep.offload import Pager
 from com_lightning.core.sweep.task import SEEDS_OF_TASK, BatchId, ForwardId, LayerRecord, Stream, Task, batch_ids
-from com_lightning.core.tensors.allocator import SCATTERED_BYTES, return_freed_memory
 from com_lightning.core.tensors.matmul import exact_products
 from com_lightning.core.tensors.modules import copy_module
 from com_lightning.core.tensors.placement import is_trackable
@@ -182,8 +181,6 @@ class Sweep:
 
     def _visit(self, name: str, calls: Sequence[PausedCall]) -> LayerRecord:
         self.models.moved.clear()  # all forwards have left the layer that these weights belong to
-        if self.models.device.type == "cpu":
-            return_freed_memory(beyond=SCATTERED_BYTES)
         # Under autocast, statistics would be gathered in half precision.
         with torch.autocast(self.models.device.type, enabled=False), exact_products():
             return self.visitor.on_layer(self, name, calls)

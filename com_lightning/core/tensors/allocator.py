@@ -4,7 +4,7 @@ A merge allocates and frees activations of many megabytes thousands of times. Tw
 
 What is freed between activations that are still held is too small for others, and stays with the process. With all
 batches waiting at a layer, that grew to the size of the activations themselves (measured). A sweep returns it to the
-system, see :func:`return_freed_memory`.
+system, see :class:`ScatteredMemory`.
 
 As soon as some megabytes at the end of the heap are free, glibc returns them to the system. When it requests them
 again, the system fills them with zeros. That takes a fifth of a merge's time (measured). The command line keeps them,
@@ -50,15 +50,43 @@ def keep_freed_memory() -> Iterator[None]:
         return_freed_memory()
 
 
-def return_freed_memory(beyond: int = 0) -> None:
-    """Return all freed memory of the heap to the system.
-
-    Args:
-        beyond: bytes. If less is free, it stays.
-    """
-    library = _glibc()
-    if library and (not beyond or _free_on_heap(library) > beyond):
+def return_freed_memory() -> None:
+    """Return all freed memory of the heap to the system."""
+    if library := _glibc():
         library.malloc_trim(0)
+
+
+class ScatteredMemory:
+    """Returns memory that was freed between memory in use, whenever much of it has come together.
+
+    To return it at once would cost more: what is allocated next would have to be filled with zeros again.
+    """
+
+    def __init__(self) -> None:
+        library = _glibc()
+        self._library = library if hasattr(library, "mallinfo2") else None  # since glibc 2.33
+        if self._library is not None:
+            self._library.mallinfo2.restype = _Mallinfo
+        self._before = self._unused()
+
+    def tidy(self) -> None:
+        """Return it, if the process holds much more than it uses since the last time. This is fast."""
+        if self._library is None:
+            return
+        now = self._unused()
+        self._before = min(self._before, now)
+        if now - self._before > SCATTERED_BYTES:
+            self._library.malloc_trim(0)
+            self._before = self._unused()
+
+    def _unused(self) -> int:
+        """Bytes of memory that the process has without having allocated them, and what it has besides the heap."""
+        if self._library is None:
+            return 0
+        with open("/proc/self/statm", encoding="ascii") as file:
+            _, resident, of_files = map(int, file.read().split()[:3])
+        heap = self._library.mallinfo2()
+        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE") - int(heap.uordblks) - int(heap.hblkhd)
 
 
 def _set(mmap_threshold: int, trim_threshold: int) -> None:
@@ -74,14 +102,6 @@ class _Mallinfo(ctypes.Structure):
         *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
         *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
     ]
-
-
-def _free_on_heap(library: Any) -> int:
-    """The bytes of the heap that are free; 0 if this glibc does not tell (before 2.33)."""
-    if not hasattr(library, "mallinfo2"):
-        return 0
-    library.mallinfo2.restype = _Mallinfo
-    return int(library.mallinfo2().fordblks)
 
 
 def _glibc() -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from com_lightning.core.tensors import allocator as allocation
-from com_lightning.core.tensors.allocator import keep_freed_memory
+from com_lightning.core.tensors.allocator import ScatteredMemory, keep_freed_memory
 
 glibc = pytest.mark.skipif(
     allocation._glibc() is None or not Path("/proc/self/statm").exists(), reason="the C library is not glibc"
@@ -65,6 +65,29 @@ def test_memory_is_given_back_even_after_an_error() -> None:
     assert resident() - before < 2 * SIZE
 
 
+@glibc
+def test_memory_between_what_is_held_is_returned_once_it_is_much() -> None:
+    """Every second activation is freed, so that the system gets nothing back by itself."""
+    size = SIZE // 4  # small enough for the heap
+    scattered = ScatteredMemory()
+    with keep_freed_memory():
+        before = resident()
+        tensors = [torch.ones(size // 4) for _ in range(2 * 3 * allocation.SCATTERED_BYTES // size // 2)]
+        scattered.tidy()
+        whole = resident() - before
+        del tensors[::2]
+        freed = whole // 2
+        assert freed > allocation.SCATTERED_BYTES
+        assert resident() - before > 0.9 * whole
+        scattered.tidy()
+        assert resident() - before < 0.6 * whole
+        kept = resident()
+        more = [torch.ones(size // 4) for _ in range(8)]
+        del more
+        scattered.tidy()
+        assert resident() >= kept, "a little is kept for the next allocations"
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     class Other:
         """Without glibc's functions."""
@@ -75,3 +98,4 @@ def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ctypes, "CDLL", library)
     with keep_freed_memory():
         assert allocation._glibc() is None
+    ScatteredMemory().tidy()
