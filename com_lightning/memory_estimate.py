@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from com_lightning.core.chain.dry_run import held_by_forwards, held_by_gradients
 from com_lightning.core.sweep.distributed import Alike
 from com_lightning.core.tensors.allocator import automatic_budget, free_memory
+from com_lightning.core.tensors.placement import Offload
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.execution import average_shared, calibration_tasks
 from com_lightning.plan import MergePlan
@@ -19,7 +20,11 @@ from com_lightning.validation import borrowed
 
 
 def needed(
-    plan: MergePlan, trainer: Trainer, data: MergeDataModule, memory_budget: float | Literal["auto"] | None = None
+    plan: MergePlan,
+    trainer: Trainer,
+    data: MergeDataModule,
+    memory_budget: float | Literal["auto"] | None = None,
+    offload: Offload = None,
 ) -> str:
     """Return a text that says how much memory paused forwards will hold, and how many samples fit.
 
@@ -29,6 +34,7 @@ def needed(
         plan: what would be merged.
         trainer: whose device, precision and limits are used.
         data: the tasks' data.
+        offload: what stays off the device.
         memory_budget: GiB that paused forwards may hold. ``"auto"``: as much as is free.
     """
     options = plan.method.options
@@ -72,7 +78,36 @@ def needed(
         budget = int(memory_budget * 2**30)
         rest = f"the rest is paged to {where}" if total > budget else "which is all"
         text += f". With memory_budget={memory_budget:g}, {_readable(min(total, budget))} of it stays, {rest}"
+    if device.type != "cpu" and free is not None:
+        text += offload_advice(plan, len(options.streams), offload, free)
     return text + "."
+
+
+def offload_advice(plan: MergePlan, streams: int, offload: Offload, free: int) -> str:
+    """Say what makes models fit on a device that has no room for all that would be there.
+
+    Args:
+        plan: what would be merged.
+        streams: number of models that run for each task.
+        offload: what stays off the device.
+        free: bytes that are free there.
+
+    Returns:
+        The end of a sentence; empty if everything fits.
+    """
+    memory = plan.memory()
+    experts = memory["experts"] if streams > 1 else 0
+    largest = memory["largest layer"]
+    needs: dict[Offload, int] = {
+        None: memory["merged model"] + experts + largest,
+        "experts": memory["merged model"] + largest,
+        "layers": largest,
+    }
+    if needs[offload] <= free:
+        return ""
+    fitting = next((option for option, need in needs.items() if need <= free), None)
+    models = f". On the device, {_readable(needs[offload])} of models and statistics do not fit into {_readable(free)}"
+    return f"{models}; add --offload {fitting}" if fitting else f"{models}, and no offload changes that"
 
 
 def _size(batch: Any) -> int:

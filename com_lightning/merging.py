@@ -96,7 +96,7 @@ def run(
             plan = merger.plan(model, data, becomes_first=False, writes=trainer.is_global_zero)
         if dry_run:
             if data is not None:
-                plan.need = needed(plan, trainer, data, options.memory_budget)
+                plan.need = needed(plan, trainer, data, options.memory_budget, options.offload)
         elif data is not None:
             first = copy_to_run(next(iter(plan.experts.values())))
             merger.use(plan, first)

@@ -25,6 +25,8 @@ from com_lightning.core.tensors.private_torch import WeakStorage
 from com_lightning.experts import load
 from com_lightning.experts.construction import empty_parameters, meta_tensors
 from com_lightning.experts.load import load_expert
+from com_lightning.memory_estimate import offload_advice
+from com_lightning.plan import make_plan
 from tests.helpers import Classifier, make_data, make_experts, perturb, quiet_trainer
 from tests.helpers.zoo import averages
 
@@ -245,3 +247,19 @@ def test_a_full_disk_is_an_error_that_says_where(monkeypatch: pytest.MonkeyPatch
         mapped_copy(torch.ones(3), str(tmp_path))
     assert "TMPDIR" in caught.value.__notes__[0]
     assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_says_what_makes_it_fit(paths: Any) -> None:
+    data = MergeDataModule({"a": make_data(0), "b": make_data(1, 4)})
+    data.setup("validate")
+    plan = make_plan(Classifier(3), dict(paths), data, com.ChainOfMerges())
+    memory = plan.memory()
+    everything = sum(memory.values())
+    assert offload_advice(plan, 2, None, everything) == ""
+    assert offload_advice(plan, 2, None, everything - 1).endswith("; add --offload experts")
+    assert offload_advice(plan, 1, None, everything - memory["experts"]) == "", "experts do not run"
+    less = memory["merged model"] + memory["largest layer"] - 1
+    for offload in (None, "experts"):
+        assert offload_advice(plan, 2, offload, less).endswith("; add --offload layers")  # type: ignore[arg-type]
+    assert offload_advice(plan, 2, "layers", less) == ""
+    assert "no offload changes that" in offload_advice(plan, 2, None, 10)
