@@ -44,6 +44,7 @@ bench: $(INSTALLED)
 	$(RUN)/python -m benchmarks.lockstep
 	$(RUN)/python -m benchmarks.speed
 	OMP_NUM_THREADS=1 $(RUN)/python -m benchmarks.digits
+	$(RUN)/python -m benchmarks.cost
 
 # `make -j2 bench-suites ARGS="--seeds 0 --methods ablation adapters --oracle"` measures the main rows of one seed, two
 # suites at a time, each on one core. Many hours without arguments: training, then every rule, also with settings chosen on val. `make bench-lm4` runs one suite, and

@@ -39,7 +39,7 @@ def require_mergeable(trainer: Trainer, output_dir: str | None) -> None:
     if trainer.world_size > 1 and not isinstance(strategy, DDPStrategy):
         problems.append(
             f"strategy: {type(strategy).__name__} may keep a part of the model in each process, and a layer is solved "
-            "as a whole; use strategy=ddp, or devices=1, and offload='layers' if the model is large. The strategy's own "
+            "as a whole; use strategy=ddp, or devices=1, and offload='layers' if the model is large. Its "
             "checkpoints can be merged as they are"
         )
     if returns_nothing(trainer) and not output_dir:
