@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from com_lightning.cli import main
+from com_lightning.overlays import overlays
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -109,6 +110,17 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.is_file(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_configurations_that_are_named_exist() -> None:
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "configs").glob("*")]
+    given = {
+        name for page in pages if page.is_file() for name in re.findall(r"--config[ =]([\w/.]+)", page.read_text())
+    }
+    named = {name for name in given if "/" not in name and "." not in name}
+    assert len(named) > 30
+    assert named <= {*overlays(), "FILE", "NAME"}
+    assert all((ROOT / name).is_file() for name in given if name.startswith("configs/"))
 
 
 def test_figures_are_those_of_the_results() -> None:
