@@ -123,6 +123,18 @@ def test_configurations_that_are_named_exist() -> None:
     assert all((ROOT / name).is_file() for name in given if name.startswith("configs/"))
 
 
+def test_the_glossary_has_words_and_options_that_are_used() -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*) \|$", (DOCS / "glossary.md").read_text(), re.MULTILINE)[2:]
+    assert len(rows) > 30
+    pages = " ".join(p.read_text() for p in [ROOT / "README.md", *DOCS.rglob("*.md")] if p.name != "glossary.md")
+    source = " ".join(path.read_text() for path in (ROOT / "com_lightning").rglob("*.py"))
+    used = re.sub(r"\s+", " ", f"{pages} {source}").lower()
+    assert not [word for row in rows for word in row[0].split(", ") if word.lower() not in used]
+    names = {name for _, meaning in rows for name in re.findall(r"`(\w+)`", meaning)}
+    assert len(names) > 20
+    assert not [name for name in names if not re.search(rf"\b{name}\b", source)]
+
+
 def test_figures_are_those_of_the_results() -> None:
     results = " ".join(path.read_text() for path in sorted((ROOT / "benchmarks" / "results").glob("*.md")))
     text = (DOCS / "which_method.md").read_text()
