@@ -6,6 +6,7 @@ files of code, which are shown as pages of their own.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
 from html import unescape
@@ -19,6 +20,7 @@ from mkdocs.structure.pages import Page
 
 from com_lightning.help import answer
 
+os.environ["COLUMNS"] = "80"  # how wide the help of the command line is
 ROOT = Path(__file__).parents[2]
 LANGUAGES = {".yaml": "yaml", ".py": "python", ".sh": "bash", ".cff": "yaml"}
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
