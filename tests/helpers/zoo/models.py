@@ -136,9 +136,15 @@ def _qwen_vl() -> nn.Module:
         **{"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16},
         **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
     }
-    special = {"image_token_id": 39, "vision_start_token_id": 38, "vision_end_token_id": 37, "video_token_id": 36}
+    special: dict[str, Any] = {
+        "image_token_id": 39,
+        "vision_start_token_id": 38,
+        "vision_end_token_id": 37,
+        "video_token_id": 36,
+    }
     config = hf.Qwen3VLConfig(text_config=text, vision_config=sight, **special)
-    return hf.Qwen3VLForConditionalGeneration(config)  # type: ignore[no-any-return]
+    model: nn.Module = hf.Qwen3VLForConditionalGeneration(config)
+    return model
 
 
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}

@@ -135,4 +135,4 @@ class SpectralConvolution(nn.Module):
         product[:, :, : self.modes, : self.modes] = torch.einsum(
             "bixy,ioxy->boxy", low, torch.view_as_complex(self.weight)
         )
-        return torch.fft.irfft2(product, s=x.shape[-2:])
+        return torch.fft.irfft2(product, s=x.shape[-2:])  # type: ignore[no-any-return]
