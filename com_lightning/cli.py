@@ -27,6 +27,7 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, paths_told, reason
 from com_lightning.experts.files import LONGEST_JSON
 from com_lightning.help import answer, explained, plain
+from com_lightning.overlays import given_configs, with_config_paths
 from com_lightning.results.adapter_export import export_adapters, export_lora
 from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
@@ -39,7 +40,8 @@ class _Parser(LightningArgumentParser):
     """Understands old names of options in arguments and configurations, and warns of them."""
 
     def parse_args(self, args: Any = None, *others: Any, **kwargs: Any) -> Any:
-        return super().parse_args(args if args is None else self._new_arguments(list(args)), *others, **kwargs)
+        given = with_config_paths(sys.argv[1:] if args is None else args)
+        return super().parse_args(given if args is None else self._new_arguments(given), *others, **kwargs)
 
     def _load_config_parser_mode(self, content: str, *others: Any, **kwargs: Any) -> Any:
         try:
@@ -60,7 +62,7 @@ class _Parser(LightningArgumentParser):
             super().error(message, ex)
         parser = getattr(ex, "subcommand_parser", None) or self
         known = {option[2:] for action in parser._actions for option in action.option_strings if option[:2] == "--"}
-        sys.stderr.write(f"com-lightning: {explained(message, known - {'help'}, _configs(sys.argv))}\n")
+        sys.stderr.write(f"com-lightning: {explained(message, known - {'help'}, given_configs(sys.argv))}\n")
         self.exit(2)
 
     def format_help(self, formatter: Any = None) -> str:
@@ -245,38 +247,26 @@ def run_export(args: Sequence[str]) -> None:
     print(f"written to {folder}; to publish it: hf upload NAME {folder}")
 
 
-def _configs(args: Sequence[Any]) -> list[Path]:
-    """The configurations that arguments name."""
-    pairs = zip(["", *args], args)
-    return [
-        Path(str(arg).removeprefix("--config="))
-        for before, arg in pairs
-        if before in ("--config", "-c") or str(arg).startswith("--config=")
-    ]
-
-
 def _check_configs(args: Any) -> None:
     """Make sure that configurations are files of text.
 
     Raises:
         MergeError: naming one that is not.
     """
-    for before, arg in zip(["", *args], args) if isinstance(args, list) else ():
-        path = Path(arg.partition("=")[2] if str(arg).startswith("--config=") else arg)
-        if before == "--config" or str(arg).startswith("--config="):
-            with paths_told(f"config: {path}"):
-                if "\0" in str(path):  # Path.exists takes it for a missing file
-                    raise MergeError([f"config: the name {str(path)!r} holds a zero byte"])
-                if not path.exists() or path.is_dir():  # LightningCLI says so
-                    continue
-                if not path.is_file():  # reading a pipe would wait, and a device may have no end
-                    raise MergeError([f"config: {path} is not a file"])
-                if path.stat().st_size > LONGEST_JSON:
-                    raise MergeError([f"config: {path} has {path.stat().st_size:,} bytes; at most {LONGEST_JSON:,}"])
-                try:
-                    path.read_text(encoding="utf-8")
-                except UnicodeDecodeError as error:
-                    raise MergeError([f"config: {path} is not UTF-8 text ({error})"]) from error
+    for path in given_configs(args) if isinstance(args, list) else ():
+        with paths_told(f"config: {path}"):
+            if "\0" in str(path):  # Path.exists takes it for a missing file
+                raise MergeError([f"config: the name {str(path)!r} holds a zero byte"])
+            if not path.exists() or path.is_dir():  # the parser says so
+                continue
+            if not path.is_file():  # reading a pipe would wait, and a device may have no end
+                raise MergeError([f"config: {path} is not a file"])
+            if path.stat().st_size > LONGEST_JSON:
+                raise MergeError([f"config: {path} has {path.stat().st_size:,} bytes; at most {LONGEST_JSON:,}"])
+            try:
+                path.read_text(encoding="utf-8")
+            except UnicodeDecodeError as error:
+                raise MergeError([f"config: {path} is not UTF-8 text ({error})"]) from error
 
 
 def main(args: ArgsType = None) -> None:

@@ -12,18 +12,22 @@ import textwrap
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
+from com_lightning.overlays import FOLDER, overlays
+
 COMMANDS = {
     "merge": "merge experts into one model, save it, and validate every task",
     "compare": "merge the same experts by several rules, and write tables and pictures",
     "inspect": "show how far apart experts are, before anything is merged",
     "export": "write a result as a folder for transformers' from_pretrained",
+    "configs": "list the configurations that --config finds by name",
     "fit": "train a model, as in Lightning",
     "validate": "validate a model, or with --merged FOLDER every task of a merge",
     "test": "test a model, or with --merged FOLDER every task of a merge",
 }
 """Subcommand -> what it does."""
 _INPUTS = {
-    "config": "YAML file with any of these options. It can be given several times; the later file wins.",
+    "config": "YAML file with any of these options, or a name that `com-lightning configs` lists. It can be given "
+    "several times; the later one wins.",
     "model": "class of your LightningModule, such as my_project.Classifier. Its options follow: --model.width 64",
     "data": "class of the data, com_lightning.MergeDataModule; --data.tasks.TASK names each task's datamodule",
     "trainer.OPTION": "any option of Lightning's Trainer, such as --trainer.accelerator cpu",
@@ -41,13 +45,15 @@ _ONLY_IN_PYTHON = {"model", "datamodule", "files", "self", "verbose", "experts_d
 
 
 def answer(args: Sequence[str], version: str) -> str | None:
-    """What is answered at once: help and version. ``None``: these arguments ask for something else."""
+    """What is answered at once: help, version and names. ``None``: these arguments ask for something else."""
     if list(args) in ([], ["--help"], ["-h"]):
         return overview()
     if list(args) == ["--version"]:
         return f"com_lightning {version}\n"
     if args[0] in ("merge", "compare") and list(args[1:]) in (["--help"], ["-h"]):
         return help_of(args[0])
+    if args[0] == "configs":
+        return configurations()
     return None
 
 
@@ -61,6 +67,14 @@ def overview() -> str:
         "com-lightning COMMAND --help explains the options of a command.\n"
         "com-lightning --version shows the version.\n"
     )
+
+
+def configurations() -> str:
+    """The names that ``--config`` takes, and what they choose."""
+    found = overlays()
+    width = max(map(len, found)) + 2
+    rows = "".join(f"  {name:<{width}}{about}\n" for name, about in found.items())
+    return f"configurations for --config NAME, after your own files:\n{rows}\nThe files are in {FOLDER}.\n"
 
 
 def help_of(command: str) -> str:

@@ -34,6 +34,7 @@ from com_lightning.experts.similarity import non_finite_weights, unmergeable_wei
 from com_lightning.experts.state_dicts import group_warnings, some
 from com_lightning.experts.transformers_models import writing_warnings
 from com_lightning.experts.vocabulary import match_vocabularies
+from com_lightning.extras import missing
 from com_lightning.methods import Average, MergingMethod
 from com_lightning.options import MergeOptions
 from com_lightning.results.corrections import Corrections
@@ -238,6 +239,8 @@ def make_plan(
     parameters.warnings += _repeated(sources)
     parameters.warnings[:0] = [*built, *group_warnings(warnings, local)]
     parameters.warnings += [*odd_tokenizers, *writing_warnings(experts)]
+    if method.has_corrections and (problem := missing("peft", "the tasks' adapters")):
+        parameters.warnings.append(f"{problem}. Without it, a result has whole checkpoints alone")
     base: dict[str, Tensor] | None = None
     if "base" in local and parameters.shared:
         with _collecting(found):

@@ -6,6 +6,7 @@ from html import escape
 from pathlib import Path
 
 from com_lightning.analysis.comparison import Comparison
+from com_lightning.results.figures import no_pictures
 from com_lightning.results.html import html_table, image, page
 
 _PICTURES = {
@@ -37,4 +38,5 @@ def comparison_html(comparison: Comparison, folder: Path) -> str:
         parts += ["<h2>Settings</h2>", html_table(rows)]
     pictures = {folder / name: description for name, description in _PICTURES.items()}
     parts += [image(path.read_bytes(), description) for path, description in pictures.items() if path.is_file()]
+    parts += [f'<p class="note">{escape(problem)}</p>'] if (problem := no_pictures()) else []
     return page(heading, parts)

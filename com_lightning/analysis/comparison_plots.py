@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from com_lightning.analysis.comparison import Comparison
+from com_lightning.analysis.size_plot import draw_sizes
+from com_lightning.results.figures import new_figure
 from com_lightning.results.importance_plot import save_importance
 from com_lightning.results.tables import number
 
@@ -19,11 +21,9 @@ def save_pictures(comparison: Comparison, folder: Path) -> bool:
         folder: Where to write the pictures.
 
     Returns:
-        Whether matplotlib is installed; without it there are no pictures.
+        Whether matplotlib is installed. Without it, there is a warning in place of pictures.
     """
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError:
+    if new_figure(1, 1) is None:
         return False
     _save(folder / "methods.png", (8, 1.2 + 0.35 * len(comparison.rows)), lambda axes: _bars(axes, comparison))
     wide, high = 3.5 + 0.9 * len(comparison.tasks), 1.4 + 0.35 * len(comparison.rows)
@@ -31,19 +31,14 @@ def save_pictures(comparison: Comparison, folder: Path) -> bool:
     if comparison.average_drift:
         _save(folder / "drift.png", (9, 4.2), lambda axes: _drift(axes, comparison))
     if comparison.sizes_differ:
-        from com_lightning.analysis.size_plot import draw_sizes
-
         _save(folder / "size.png", (8.5, 4.8), lambda axes: draw_sizes(axes, comparison))
     save_importance({row.label: row.outcomes[0].importance for row in comparison.rows}, folder / "importance.png")
     return True
 
 
 def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(*size)
+    assert figure is not None
     draw(figure.subplots())
     figure.savefig(path, dpi=130)
 

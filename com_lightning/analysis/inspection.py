@@ -25,6 +25,7 @@ from com_lightning.experts.hub import local_folders
 from com_lightning.experts.state_dicts import plain_state, some
 from com_lightning.progress import drawn
 from com_lightning.results.atomic import write_text, write_whole
+from com_lightning.results.figures import new_figure
 from com_lightning.results.tables import table
 
 MOST = 12
@@ -318,13 +319,8 @@ def draw(inspection: Inspection) -> Any:
     Returns:
         A ``matplotlib.figure.Figure``, or ``None`` without matplotlib.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
+    if (figure := new_figure(12, min(max(3.6, 1 + 0.16 * len(inspection.layers)), 14))) is None:
         return None
-    figure = Figure(figsize=(12, min(max(3.6, 1 + 0.16 * len(inspection.layers)), 14)), layout="constrained")
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 1 + 2 * inspection.from_base, squeeze=False)[0]
     _draw_distances(panels[-1 - inspection.from_base], inspection)
     if inspection.from_base:

@@ -6,8 +6,6 @@ import itertools
 from statistics import fmean
 from typing import Any
 
-from matplotlib.patheffects import withStroke
-
 from com_lightning.analysis.comparison import Comparison, Row
 
 _COLORS = ("#2a6f97", "#c1553b", "#6a994e", "#7b5ea7", "#b08900", "#3d9a9a")
@@ -34,6 +32,8 @@ def draw_sizes(axes: Any, comparison: Comparison) -> None:
     curves = {name: members for name, members in lines.items() if len({row.size for row in members}) > 1}
     singles = [row for name, members in lines.items() if name not in curves for row in members]
     best = max(curves, key=lambda name: fmean(row.score or 0.0 for row in curves[name]), default=None)
+    from matplotlib.patheffects import withStroke
+
     halo = [withStroke(linewidth=2.5, foreground="white")]
     for (name, members), color in zip(curves.items(), itertools.cycle(_COLORS)):
         x, y = [_mb(row) for row in members], [factor * (row.score or 0.0) for row in members]

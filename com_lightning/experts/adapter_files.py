@@ -19,6 +19,7 @@ from com_lightning.experts.state_dicts import plain, shape_of, some, submodule
 from com_lightning.experts.tokenizers import remember_folder
 from com_lightning.experts.transformers_models import pretrained_parts
 from com_lightning.experts.vocabulary import resize_to
+from com_lightning.extras import check_installed
 
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX = "base_model.model."
@@ -53,10 +54,9 @@ def load_adapter(folder: Path, module: nn.Module, label: str) -> None:
     Raises:
         MergeError: if peft is missing, the adapter fits no part or several parts of ``module``, or cannot be merged.
     """
-    try:
-        from peft import PeftModel
-    except ImportError as error:
-        raise MergeError([f'{label}: adapters need peft: pip install "com_lightning[lora]"']) from error
+    check_installed("peft", f"{label}: adapters")
+    from peft import PeftModel
+
     path = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
     if path is None:
         raise MergeError([f"{label}: has no {' or '.join(_WEIGHTS)}"])

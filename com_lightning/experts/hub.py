@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from com_lightning.errors import MergeError, reason
+from com_lightning.extras import check_installed
 
 _SCHEME = "hf://"
 _NAME = re.compile(r"hf://([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
@@ -71,11 +72,10 @@ class _Model:
 
 
 def _look_up(source: str) -> _Model:
-    try:
-        from huggingface_hub import HfApi, snapshot_download
-        from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
-    except ImportError as error:
-        raise MergeError(['needs huggingface_hub: pip install "com_lightning[text]"']) from error
+    check_installed("huggingface_hub", "models on the Hub")
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
     match = _NAME.fullmatch(source)
     if match is None:
         raise MergeError(["a name on the Hub is hf://owner/name or hf://owner/name@revision"])

@@ -23,6 +23,7 @@ from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.files import folder_problems, read_json
 from com_lightning.experts.state_dicts import plain, some
 from com_lightning.experts.tokenizers import TokenSource, find_tokenizer, remember_folder, write_tokenizer
+from com_lightning.extras import check_installed
 
 MODEL_CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
@@ -44,10 +45,9 @@ def load_pretrained(folder: Path, label: str) -> nn.Module:
         MergeError: if transformers is missing, the class is not one of its own, or the weights are not exactly those
             that the class needs.
     """
-    try:
-        import transformers
-    except ImportError as error:
-        raise MergeError([f'{label}: needs transformers: pip install "com_lightning[text]"']) from error
+    check_installed("transformers", f"{label}: folders of models")
+    import transformers
+
     if problems := folder_problems(folder):
         raise MergeError([f"{label}: {problem}" for problem in problems])
     try:

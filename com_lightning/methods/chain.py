@@ -87,8 +87,8 @@ class ChainOfMerges(ClosedForm):
 
     The idea is from Buzzega et al., "Rethinking Layer-wise Model Merging through Chain of Merges", arXiv 2508.21421
     (abstract). The equations are ours. The bias is ours too: it is solved together with the weight. The defaults are
-    those that were best on our benchmarks (``benchmarks/results``). ``configs/paper.yaml`` has the paper's rule, as far
-    as it is known.
+    those that were best on our benchmarks (``benchmarks/results``). ``--config paper`` has the paper's rule, as far as
+    it is known.
 
     Args:
         target: ``"expert"``: ``t = W_i x``, the expert's output on the expert's own input (two-sided). Layers then also

@@ -219,7 +219,7 @@ def _adapters_in(source: Path, task: str | None) -> list[Path]:
         raise MergeError([f"{source}: {ADAPTERS} is a link that leads out of it; give the folder itself"])
     found = sorted(path.parent for path in place.glob(f"*/{ADAPTER_CONFIG}"))
     if not found:
-        advice = "merge with task_rank (configs/adapters.yaml); or give a rank and a base, for a LoRA of the whole"
+        advice = "merge with task_rank (--config adapters); or give a rank and a base, for a LoRA of the whole"
         raise MergeError([f"{source}: no adapters are in it; {advice}"])
     if (place / BASE_CHECKPOINT).is_file():
         advice = f"{place} is as PEFT loads it; engines for many adapters serve transformers models alone"

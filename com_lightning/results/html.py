@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 from html import escape
 
+from com_lightning.results.figures import no_pictures
 from com_lightning.results.model_size import size_rows
 from com_lightning.results.report import (
     LAYER_COLUMNS,
@@ -54,6 +55,8 @@ def html_report(report: MergeReport, picture: bytes | None = None, importance: b
     if picture:
         description = "each task before and after the merge, and the drift of inputs from layer to layer"
         parts.append(image(picture, description))
+    elif problem := no_pictures():
+        parts.append(f'<p class="note">{escape(problem)}</p>')
     if importance:
         parts.append(image(importance, "similarity of each task's inputs, and its importance, from layer to layer"))
     parts += ["<h2>Data and cost</h2>", *(f"<p>{escape(line)}</p>" for line in report.summary().splitlines())]

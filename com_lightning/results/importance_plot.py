@@ -1,6 +1,6 @@
 """A picture of how much tasks count at each layer, beside the similarity of their inputs that this follows from.
 
-There is one only for merges with ``importance="similarity"``, and only with matplotlib.
+There is one only for merges with ``importance="similarity"``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from com_lightning.core.sweep.task import LayerRecord
+from com_lightning.results.figures import new_figure
 
 LayerImportance = tuple[str, dict[str, float], dict[str, float]]
 """Name of a layer, and task -> similarity of its inputs, and task -> its importance."""
@@ -30,16 +31,9 @@ def save_importance(rules: Mapping[str, Sequence[LayerImportance]], path: Path) 
     Returns:
         Whether there is a picture.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return False
     drawn = {rule: layers for rule, layers in rules.items() if layers}
-    if not drawn:
+    if not drawn or (figure := new_figure(13, 0.4 + 3.8 * len(drawn))) is None:
         return False
-    figure = Figure(figsize=(13, 0.4 + 3.8 * len(drawn)), layout="constrained")
-    FigureCanvasAgg(figure)
     rows = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
     for row, (rule, layers) in zip(rows, drawn.items()):
         if len(drawn) > 1:

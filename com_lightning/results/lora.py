@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from com_lightning.core.tensors.modules import copy_on_same_storage, named_tensors, tied_names
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
+from com_lightning.extras import check_installed
 from com_lightning.results.model_card import adapter_card
 from com_lightning.results.tables import percent
 
@@ -171,10 +172,9 @@ def write_adapter(adapter: Adapter, base: nn.Module, model: nn.Module, folder: P
     Raises:
         MergeError: if peft is missing.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise MergeError(['adapters need peft: pip install "com_lightning[lora]"']) from error
+    check_installed("peft", "adapters")
+    from peft import LoraConfig, get_peft_model
+
     has_biases = any(bool(bias.any()) for bias in adapter.biases.values())
     ranks = {place: len(down) for place, (_, down) in adapter.factors.items() if len(down) != adapter.rank}
     config = LoraConfig(  # alpha is the rank everywhere, so that the product is added as it is

@@ -1,7 +1,7 @@
 """One picture of a merge: each task before and after, and the drift of inputs from layer to layer.
 
 Drift is how far the inputs of a layer in the merged model are from those in the experts, the covariate shift that a
-chain of merges is about. Without matplotlib there is no picture.
+chain of merges is about.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from com_lightning.results.figures import new_figure
 from com_lightning.results.report import MODELS, MergeReport
 
 _COLORS = {"expert": "#9aa5b1", "average": "#e0a458", "merged": "#2a6f97"}
@@ -25,19 +26,14 @@ def save_figure(report: MergeReport, path: Path) -> bool:
 
 def draw(report: MergeReport) -> Any:
     """The picture as a ``matplotlib.figure.Figure``; ``None`` without matplotlib, or if there is nothing to draw."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return None
     layers = [layer for layer in report.layers if layer.task is None]
     drift = {task: [layer.distance.get(task) for layer in layers] for task in report.tasks}
     has_drift = any(value is not None for values in drift.values() for value in values)
     has_metrics = any(model in report.metrics for model in MODELS)
     if not has_metrics and not has_drift:
         return None
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    if (figure := new_figure(11, 4.2)) is None:
+        return None
     panels = figure.subplots(1, has_metrics + has_drift, squeeze=False)[0]
     if has_metrics:
         _draw_tasks(panels[0], report)

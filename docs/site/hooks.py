@@ -6,17 +6,25 @@ files of code, which are shown as pages of their own.
 
 from __future__ import annotations
 
+import os
 import posixpath
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
 
+import latex2mathml.converter
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+from com_lightning.help import answer
+
+os.environ["COLUMNS"] = "80"  # how wide the help of the command line is
 ROOT = Path(__file__).parents[2]
 LANGUAGES = {".yaml": "yaml", ".py": "python", ".sh": "bash", ".cff": "yaml"}
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>', re.DOTALL)
+HELP = re.compile(r"^<!-- com-lightning (.*) -->$", re.MULTILINE)
 LINK = re.compile(r"(\]\()([^)\s#:]+)(?=[)#])")
 
 
@@ -46,7 +54,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
+def on_page_content(html: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw by themselves."""
+
+    def drawn(formula: re.Match[str]) -> str:
+        display = "block" if formula[1] == "div" else "inline"
+        return latex2mathml.converter.convert(unescape(formula[2]), display=display)
+
+    return FORMULA.sub(drawn, html)
+
+
 def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
     if page.file.src_uri.startswith("benchmarks/") or page.file.generated_by:  # wide tables of figures, and code
         page.meta.update({"hide": ["toc"], "search": {"exclude": True}})
+    markdown = HELP.sub(lambda m: f"```text\n{answer(m[1].split(), '')}```", markdown)
     return LINK.sub(lambda m: f"{m[1]}{m[2]}{'.md' if Path(m[2]).suffix in LANGUAGES else ''}", markdown)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
 from torch.nn.utils.parametrizations import weight_norm
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule, MergeError, MergeReport
+from com_lightning import ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeError, MergeReport
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.errors import reason
 from com_lightning.experts.adapters import adapter_problems
@@ -36,6 +36,15 @@ def told(source: Any, model: LightningModule | None = None) -> str:
     with pytest.raises(MergeError) as caught:
         load_expert("a", source, model or Classifier())
     return str(caught.value)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_missing_package_for_adapters_is_told_before_the_merge(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("com_lightning.plan.missing", lambda package, what: f"{what} need {package}: pip install it")
+    experts = dict(zip("ab", make_experts((3, 3))))
+    report = merge(experts, method=ChainOfMerges(task_rank=rank))
+    told = [text for text in report.warnings if "the tasks' adapters need peft: pip install it. Without" in text]
+    assert len(told) == rank
 
 
 # A merge that is worse than the average

@@ -58,7 +58,8 @@ def make_data():
     return torch.randn(8, 3)
 {merge}
 from com_lightning.cli import main
-for arguments in (["merge", "--help"], ["compare", "--help"], ["inspect", "--help"]):
+for arguments in (["merge", "--help"], ["compare", "--help"], ["inspect", "--help"],
+                  ["configs"], ["merge", "--config", "ties", "--print_config"]):
     try:
         main(arguments)
     except SystemExit as end:
@@ -104,14 +105,21 @@ def make_data():
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    source.mkdir()
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the package is built from."""
+    folder = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    shutil.copytree(ROOT / "com_lightning", source / "com_lightning", ignore=shutil.ignore_patterns("__pycache__"))
-    command = [sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", str(folder), str(source)]
+        shutil.copy(ROOT / name, folder)
+    for name in ("com_lightning", "configs", "examples", "tests/helpers"):
+        left_out = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=left_out)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(source)]  # from the sdist
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (path,) = folder.glob("*.whl")
@@ -123,8 +131,20 @@ def test_what_is_in_the_wheel(wheel: Path) -> None:
         names = set(archive.namelist())
     sources = {p.relative_to(ROOT).as_posix() for p in (ROOT / "com_lightning").rglob("*.py")}
     inside = {name for name in names if ".dist-info/" not in name}
-    assert inside == sources | {"com_lightning/py.typed"}
+    configs = {f"com_lightning/configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")}
+    assert inside == sources | configs | {"com_lightning/py.typed"}
     assert any(name.endswith("LICENSE") for name in names)
+
+
+def test_an_editable_install_is_a_path_that_type_checkers_see(source: Path, tmp_path: Path) -> None:
+    """They do not run import hooks."""
+    code = f"from setuptools.build_meta import build_editable; build_editable({str(tmp_path)!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=source, check=True, capture_output=True)
+    (path,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(path) as archive:
+        (inside,) = [name for name in archive.namelist() if ".dist-info/" not in name]
+        assert inside.endswith(".pth")
+        assert archive.read(inside).decode().split() == [str(source)]
 
 
 def needed(requirements: list[str], extras: set[str], seen: set[tuple[str, str]]) -> Iterator[str]:

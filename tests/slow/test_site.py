@@ -21,6 +21,13 @@ def test_the_site_asks_nothing_of_others(tmp_path: Path, monkeypatch: pytest.Mon
     pages = list(site.rglob("*.html"))
     assert len(pages) > 30
     assert not [found for page in pages for found in loaded.findall(page.read_text())]
+    method = (site / "docs" / "method.html").read_text()
+    assert method.count('<math xmlns="http://www.w3.org/1998/Math/MathML" display="block">') > 8
+    assert not [page for page in pages if '<div class="arithmatex">' in page.read_text()]  # a formula that is not drawn
+    assert not re.findall(r"<p>[^<]*\$[^<]*</p>|\\\\mathrm|\\\\frac", method)
+    options = (site / "docs" / "api" / "cli.html").read_text()
+    assert "--output_dir" in options
+    assert "--methods" in options
     text = "".join(page.read_text() for page in (site / "docs" / "api").glob("*.html"))
     assert not re.findall(r":(?:class|func|meth|mod|attr|data):", text)  # roles of Sphinx
     assert "Example::" not in text

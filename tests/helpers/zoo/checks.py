@@ -20,6 +20,7 @@ SHARES = {
     **{"Mamba": 94.9},  # its decay rates go through an exponential; 0.6 % in the default size
     **{"DeBERTa-v2": 97.7},  # its relative positions are themselves an input; 0.3 % in the default size
     **{"LSTM": 7},  # a recurrent layer, averaged
+    **{"FNO": 7},  # products of frequencies with complex weights, averaged
 }
 
 

@@ -14,9 +14,9 @@ from torchvision.models.efficientnet import MBConvConfig
 from torchvision.models.regnet import BlockParams
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
-Inputs = dict[str, Tensor]
+from tests.helpers.zoo.modules import CLASSES, VOCABULARY, DiffusionUNet, Encoder, FourierOperator, Recurrent, UNet
 
-CLASSES, VOCABULARY = 10, 40
+Inputs = dict[str, Tensor]
 
 
 def images(name: str, size: int, count: int = 4, channels: int = 3) -> Callable[[int], Inputs]:
@@ -55,6 +55,22 @@ def signals(name: str, *shape: int) -> Callable[[int], Inputs]:
     return batch
 
 
+def _noisy(seed: int) -> Inputs:
+    """Images and times between 0 and 1000."""
+    time = torch.randint(0, 1000, (4,), generator=torch.Generator().manual_seed(seed)).float()
+    return {**images("x", 16)(seed), "time": time}
+
+
+def _text_with_images(seed: int) -> Inputs:
+    """A text of 8 tokens with an image of 16 by 16 pixels in it, cut into 4 by 4 patches of two frames each."""
+    tokens = ids("input_ids")(seed)["input_ids"].clamp(max=35)
+    tokens[:, 1:6] = torch.tensor([38, 39, 39, 39, 39])
+    patches = images("x", 16)(seed)["x"].unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5)
+    frames = patches.unsqueeze(4).expand(-1, -1, -1, -1, 2, -1, -1).reshape(4 * 16, -1)
+    grid, kinds = torch.tensor([[1, 4, 4]] * 4), (tokens == 39).long()
+    return {"input_ids": tokens, "pixel_values": frames, "image_grid_thw": grid, "mm_token_type_ids": kinds}
+
+
 def several(*batches: Callable[[int], Inputs]) -> Callable[[int], Inputs]:
     return lambda seed: {name: value for batch in batches for name, value in batch(seed).items()}
 
@@ -68,56 +84,6 @@ class NarrowResNet(ResNet):  # type: ignore[misc]
 
     def _make_layer(self, block: Any, planes: int, blocks: int, stride: int = 1, dilate: bool = False) -> nn.Sequential:
         return super()._make_layer(block, planes // 8, blocks, stride, dilate)  # type: ignore[no-any-return]
-
-
-class UNet(nn.Module):
-    """Two levels, batch normalisation, transposed convolutions, skips by concatenation."""
-
-    def __init__(self, width: int = 8) -> None:
-        super().__init__()
-        self.enter, self.down = self._block(3, width), self._block(width, 2 * width)
-        self.bottom = self._block(2 * width, 4 * width)
-        self.lift = nn.ConvTranspose2d(4 * width, 2 * width, 2, stride=2)
-        self.up = self._block(4 * width, 2 * width)
-        self.rise = nn.ConvTranspose2d(2 * width, width, 4, stride=2, padding=1)
-        self.leave = self._block(2 * width, width)
-        self.out = nn.Conv2d(width, 2, 1)
-
-    @staticmethod
-    def _block(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        fine = self.enter(x)
-        coarse = self.down(nn.functional.max_pool2d(fine, 2))
-        deep = self.lift(self.bottom(nn.functional.max_pool2d(coarse, 2)))
-        deep = self.rise(self.up(torch.cat([deep, coarse], 1)))
-        return self.out(self.leave(torch.cat([deep, fine], 1)))  # type: ignore[no-any-return]
-
-
-class Recurrent(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 12)
-        self.lstm = nn.LSTM(12, 16, num_layers=2, batch_first=True, bidirectional=True)
-        self.head = nn.Linear(32, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(self.embed(x))[0])  # type: ignore[no-any-return]
-
-
-class Encoder(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(VOCABULARY, 16)
-        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
-        self.encoder = nn.TransformerEncoder(layer, 2)
-        self.head = nn.Linear(16, CLASSES)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.encoder(self.embed(x)))  # type: ignore[no-any-return]
 
 
 def _efficientnet() -> nn.Module:
@@ -164,6 +130,34 @@ def _both(model: str, kind: str) -> Callable[[], nn.Module]:
     )
 
 
+def _qwen_vl() -> nn.Module:
+    text = {**CAUSAL, "head_dim": 8, "rope_parameters": {**ROPE, "mrope_section": [2, 1, 1]}}
+    sight = {
+        **{"depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 16},
+        **{"patch_size": 4, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]},
+    }
+    special: dict[str, Any] = {
+        "image_token_id": 39,
+        "vision_start_token_id": 38,
+        "vision_end_token_id": 37,
+        "video_token_id": 36,
+    }
+    config = hf.Qwen3VLConfig(text_config=text, vision_config=sight, **special)
+    model: nn.Module = hf.Qwen3VLForConditionalGeneration(config)
+    return model
+
+
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+_qwen_next: dict[str, Any] = {
+    **{"layer_types": ["linear_attention", "full_attention"], "head_dim": 8, "linear_conv_kernel_dim": 3},
+    **{"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 4, "linear_value_head_dim": 4},
+    **{"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "shared_expert_intermediate_size": 8},
+}
+_deepseek: dict[str, Any] = {
+    **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 8},
+    **{"n_group": 2, "topk_group": 1, "first_k_dense_replace": 1, "kv_lora_rank": 8, "q_lora_rank": 8},
+    **{"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "max_position_embeddings": 16},
+}
 _seq2seq = ids("input_ids", "decoder_input_ids")
 _pair = several(images("pixel_values", 16), ids("input_ids"))
 _whisper: dict[str, Any] = {
@@ -256,6 +250,14 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
         ),
         ids("input_ids"),
     ),
+    "DeepSeek-V3": (
+        transformer("DeepseekV3ForCausalLM", "DeepseekV3Config", **WORDS, num_key_value_heads=2, **_deepseek),
+        ids("input_ids"),
+    ),
+    "Qwen3-Next": (
+        transformer("Qwen3NextForCausalLM", "Qwen3NextConfig", **CAUSAL, **_qwen_next),
+        ids("input_ids"),
+    ),
     "Mamba": (
         transformer(
             "MambaForCausalLM",
@@ -276,6 +278,7 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     ),
     "CLIP": (_both("CLIPModel", "CLIP"), _pair),
     "SigLIP": (_both("SiglipModel", "Siglip"), several(images("pixel_values", 16), ids("input_ids", length=16))),
+    "Qwen3-VL": (_qwen_vl, _text_with_images),
     "ViT": (transformer("ViTForImageClassification", "ViTConfig", **SIGHT), images("pixel_values", 16)),
     "DINOv2": (
         transformer(
@@ -313,6 +316,8 @@ ZOO: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Inputs]]] = {
     "TransformerEncoder": (Encoder, ids("x")),
     "LSTM": (Recurrent, ids("x")),
     "U-Net": (UNet, images("x", 16)),
+    "Diffusion U-Net": (DiffusionUNet, _noisy),
+    "FNO": (FourierOperator, images("x", 16)),
 }
 
 
@@ -343,6 +348,9 @@ REAL: dict[str, Callable[[], nn.Module]] = {
     "Gemma 3": default("Gemma3ForCausalLM", "Gemma3TextConfig"),
     "Phi": default("PhiForCausalLM", "PhiConfig"),
     "Mixtral": default("MixtralForCausalLM", "MixtralConfig"),
+    "DeepSeek-V3": default("DeepseekV3ForCausalLM", "DeepseekV3Config"),
+    "Qwen3-Next": default("Qwen3NextForCausalLM", "Qwen3NextConfig"),
+    "Qwen3-VL": default("Qwen3VLForConditionalGeneration", "Qwen3VLConfig"),
     "Mamba": default("MambaForCausalLM", "MambaConfig"),
     "CLIP vision": default("CLIPVisionModelWithProjection", "CLIPVisionConfig"),
     "CLIP text": default("CLIPTextModelWithProjection", "CLIPTextConfig"),

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from com_lightning.cli import main
+from com_lightning.overlays import overlays
 
 ROOT = Path(__file__).parents[3]
 DOCS = ROOT / "docs"
@@ -109,6 +110,29 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / path).resolve() if path else page
         assert there.is_file(), f"{page.name}: {target}"
         assert not anchor or anchor in anchors(there), f"{page.name}: {target}"
+
+
+def test_configurations_that_are_named_exist() -> None:
+    pages = [ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / "examples").rglob("*.md"), *(ROOT / "configs").glob("*")]
+    given = {
+        name for page in pages if page.is_file() for name in re.findall(r"--config[ =]([\w/.]+)", page.read_text())
+    }
+    named = {name for name in given if "/" not in name and "." not in name}
+    assert len(named) > 30
+    assert named <= {*overlays(), "FILE", "NAME"}
+    assert all((ROOT / name).is_file() for name in given if name.startswith("configs/"))
+
+
+def test_the_glossary_has_words_and_options_that_are_used() -> None:
+    rows = re.findall(r"^\| (.*?) \| (.*) \|$", (DOCS / "glossary.md").read_text(), re.MULTILINE)[2:]
+    assert len(rows) > 30
+    pages = " ".join(p.read_text() for p in [ROOT / "README.md", *DOCS.rglob("*.md")] if p.name != "glossary.md")
+    source = " ".join(path.read_text() for path in (ROOT / "com_lightning").rglob("*.py"))
+    used = re.sub(r"\s+", " ", f"{pages} {source}").lower()
+    assert not [word for row in rows for word in row[0].split(", ") if word.lower() not in used]
+    names = {name for _, meaning in rows for name in re.findall(r"`(\w+)`", meaning)}
+    assert len(names) > 20
+    assert not [name for name in names if not re.search(rf"\b{name}\b", source)]
 
 
 def test_figures_are_those_of_the_results() -> None:

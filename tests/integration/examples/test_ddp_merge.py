@@ -11,5 +11,5 @@ from tests.helpers.running import ROOT
 def test_what_the_readme_names_is_there() -> None:
     text = (EXAMPLE / "README.md").read_text()
     named = set(re.findall(r"(?:configs|examples)/[\w/.]+\w", text))
-    assert {"configs/ddp.yaml", "examples/ddp_merge/torchrun.sh", "examples/ddp_merge/merge.sbatch"} <= named
+    assert {"configs/digits/merge.yaml", "examples/ddp_merge/torchrun.sh", "examples/ddp_merge/merge.sbatch"} <= named
     assert all((ROOT / name).is_file() for name in named)
