@@ -24,7 +24,6 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, collected_warnings
 from com_lightning.experts.adapters import adapter_parameters
 from com_lightning.experts.base_model import load_base
-from com_lightning.experts.construction import meta_tensors
 from com_lightning.experts.hub import local_folders
 from com_lightning.experts.load import ExpertSource, SetUp, complete, lacks, load_expert, take_precision
 from com_lightning.experts.owner import compare_with_owner
@@ -212,10 +211,7 @@ def make_plan(
             if (label := f"expert '{task}'") in local:
                 with _collecting(found):
                     set_up = _set_up(task, data)
-                    expert = load_expert(task, local[label], model, as_stored=True, set_up=set_up, lean=lean)
-                    if without := meta_tensors(expert):
-                        raise MergeError([_without_values(label, without, model)])
-                    experts[task] = expert
+                    experts[task] = load_expert(task, local[label], model, as_stored=True, set_up=set_up, lean=lean)
                     stored[task] = take_precision(experts[task], model)
                     checks += compare_with_owner(label, local[label], experts[task], model)
     built: list[str] = []
@@ -279,12 +275,6 @@ def make_plan(
         copies = f", with {data.augmented_copies} perturbed copies of each" if data.augmented_copies else ""
         plan.data = f"Calibration: up to {data.num_samples:,} samples of each task's {data.split} data{used}{copies}.\n"
     return plan
-
-
-def _without_values(label: str, names: Sequence[str], model: LightningModule) -> str:
-    """What to say of an expert that has no values for some tensors."""
-    message = f"{label}: {some(names, most=3)} are not in its source, and your model has no values for them, either"
-    return f"{message}; build {type(model).__name__} in memory, not on the meta device"
 
 
 def _repeated(sources: Mapping[str, ExpertSource]) -> list[str]:

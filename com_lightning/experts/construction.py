@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.private_torch import takes_device
+from com_lightning.errors import MergeError, some
 from com_lightning.experts.files import LONGEST_JSON
 
 _SOME_VALUES = 2**27
@@ -151,3 +152,19 @@ def meta_tensors(module: nn.Module) -> list[str]:
                 if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
                     found.append(f"{place}.{name}".lstrip("."))
     return found
+
+
+def require_values(expert: nn.Module, model: nn.Module, label: str) -> None:
+    """Make sure that an expert has values for all its tensors.
+
+    Args:
+        expert: the expert, which may have taken tensors from the model.
+        model: a module of its class.
+        label: names the expert in messages.
+
+    Raises:
+        MergeError: naming those without values.
+    """
+    if without := meta_tensors(expert):
+        message = f"{label}: {some(without, most=3)} are not in its source, and your model has no values for them"
+        raise MergeError([f"{message}; build {type(model).__name__} in memory, not on the meta device"])

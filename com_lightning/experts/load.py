@@ -29,6 +29,7 @@ from com_lightning.experts.construction import (
     check_counts,
     empty_parameters,
     meta_tensors,
+    require_values,
 )
 from com_lightning.experts.files import read_checkpoint
 from com_lightning.experts.hyperparameters import check_hyperparameters, restore_hyperparameters
@@ -94,6 +95,7 @@ def load_expert(
     finally:
         _set_up.reset(tokens[0])
         _lean.reset(tokens[1])
+    require_values(expert, model, label)
     _forget_compilation(expert)
     merge_adapter(expert, label)
     _compile_like(expert, model)
