@@ -19,7 +19,7 @@ from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, reason
-from com_lightning.execution import MergeResult, average_shared, execute, load_into, with_shared
+from com_lightning.execution import MergeResult, execute
 from com_lightning.experts.load import ExpertSource
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import ChainOfMerges, MergingMethod
@@ -32,6 +32,7 @@ from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
 from com_lightning.results.loggers import log_layer, log_tasks
 from com_lightning.results.report import MergeReport
+from com_lightning.shared_weights import average_shared, load_into, with_shared
 from com_lightning.strategies import end_on_sigterm, join_parent, peers_of, require_mergeable, together, why_alone
 from com_lightning.validation import borrowed, default_trainer, single_device_trainer, validate_tasks
 

@@ -14,8 +14,9 @@ from com_lightning.core.sweep.distributed import Alike
 from com_lightning.core.tensors.allocator import automatic_budget, free_memory
 from com_lightning.core.tensors.placement import Offload
 from com_lightning.data.datamodule import MergeDataModule
-from com_lightning.execution import average_shared, calibration_tasks
+from com_lightning.execution import calibration_tasks
 from com_lightning.plan import MergePlan
+from com_lightning.shared_weights import average_shared
 from com_lightning.validation import borrowed
 
 

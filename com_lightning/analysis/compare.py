@@ -25,7 +25,7 @@ from com_lightning.core.tensors.digest import digest
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.environment import package_versions
 from com_lightning.errors import MergeError, some
-from com_lightning.execution import average_shared, calibration_tasks, execute
+from com_lightning.execution import calibration_tasks, execute
 from com_lightning.methods import Average, ChainOfMerges, MergeJob, MergingMethod, RegMean
 from com_lightning.methods.base import Need
 from com_lightning.methods.naming import Rule, as_rule
@@ -44,6 +44,7 @@ from com_lightning.results.folder import output_problems
 from com_lightning.results.importance_plot import importance_of
 from com_lightning.results.journal import ResultStore
 from com_lightning.results.report import MergeReport
+from com_lightning.shared_weights import average_shared
 from com_lightning.strategies import peers_of, together
 from com_lightning.validation import borrowed, single_device_trainer, validate_tasks
 
