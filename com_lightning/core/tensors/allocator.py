@@ -32,6 +32,9 @@ KEPT_BYTES = 2**29
 MAX_MMAP_THRESHOLD = 2**25
 """The largest value that glibc accepts for the second parameter."""
 
+_STATM = "/proc/self/statm"
+"""Where Linux tells what memory a process has, in pages."""
+
 SCATTERED_BYTES = 2**28
 """Free bytes between others that a sweep lets be."""
 
@@ -64,7 +67,8 @@ class ScatteredMemory:
 
     def __init__(self) -> None:
         library = _glibc()
-        self._library = library if hasattr(library, "mallinfo2") else None  # since glibc 2.33
+        is_told = hasattr(library, "mallinfo2") and os.access(_STATM, os.R_OK)  # since glibc 2.33, on Linux
+        self._library = library if is_told else None
         if self._library is not None:
             self._library.mallinfo2.restype = _Mallinfo
         self._before = self._unused()
@@ -83,7 +87,7 @@ class ScatteredMemory:
         """Bytes of memory that the process has without having allocated them, and what it has besides the heap."""
         if self._library is None:
             return 0
-        with open("/proc/self/statm", encoding="ascii") as file:
+        with open(_STATM, encoding="ascii") as file:
             _, resident, of_files = map(int, file.read().split()[:3])
         heap = self._library.mallinfo2()
         return (resident - of_files) * os.sysconf("SC_PAGE_SIZE") - int(heap.uordblks) - int(heap.hblkhd)
