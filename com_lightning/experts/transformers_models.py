@@ -26,6 +26,8 @@ from com_lightning.experts.tokenizers import TokenSource, find_tokenizer, rememb
 from com_lightning.extras import check_installed
 
 MODEL_CONFIG = "config.json"
+LARGEST_FILE = "5GB"
+"""Size from which on weights are written to several files, as the Hub advises."""
 _GENERATION_CONFIG = "generation_config.json"
 
 
@@ -336,7 +338,7 @@ def save_model(part: Any, target: Path) -> None:
         part.config, _ = _writable(config)
         if refused:
             part.generation_config = type(generation)()
-        part.save_pretrained(target)
+        part.save_pretrained(target, max_shard_size=LARGEST_FILE)
     finally:
         part.config = config
         if refused:

@@ -35,7 +35,7 @@ from com_lightning import (
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.errors import collected_warnings
 from com_lightning.experts.load import load_expert
-from com_lightning.experts.transformers_models import writing_warnings
+from com_lightning.experts.transformers_models import save_model, writing_warnings
 from com_lightning.plan import make_plan
 from com_lightning.results.folder import load_results
 from tests.helpers import NAMES_OF_5, perturb
@@ -189,6 +189,14 @@ def test_the_merged_model_is_written_as_transformers_reads_it(tmp_path: Path) ->
     assert AutoTokenizer.from_pretrained(written / "a").get_vocab() == tokenizer.get_vocab()
     again = load_expert("a", written / "a", TextModule())
     torch.testing.assert_close(again.state_dict(), callback.modules["a"].state_dict(), rtol=0, atol=0)
+
+
+def test_a_large_result_is_written_to_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("com_lightning.experts.transformers_models.LARGEST_FILE", "5KB")
+    model = perturb(make_bert(), seed=1)
+    save_model(model, tmp_path / "x")
+    assert len(list((tmp_path / "x").glob("*.safetensors"))) > 1
+    same(load_expert("a", tmp_path / "x", TextModule()).net, model)  # type: ignore[arg-type]
 
 
 def test_one_folder_where_nothing_is_private(tmp_path: Path) -> None:
