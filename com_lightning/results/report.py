@@ -188,8 +188,8 @@ class MergeReport:
         """
         metric = metric or self.monitor or ""
         lower = self.lower_is_better if metric == self.monitor else lower_is_better(metric)
-        values = [self.metrics.get(name, {}).get(task, {}).get(metric) for name in (model, "expert")]
-        return share_of_expert(*values, lower=lower)
+        value, expert = (self.metrics.get(name, {}).get(task, {}).get(metric) for name in (model, "expert"))
+        return share_of_expert(value, expert, lower)
 
     def mean_normalized(self, model: str) -> float | None:
         """The mean over tasks of :meth:`normalized`.
