@@ -43,12 +43,11 @@ def headline(report: MergeReport) -> str:
     if share is not None and math.isfinite(share) and not report.lower_is_better:
         beside = f"; the plain average keeps {percent(share_of_average)}" if average is not None else ""
         return f"{model} keeps {percent(share)} of the {report.monitor} of {count} experts{beside}."
+    experts = report.mean("expert")
     sentence = f"{model} for {count} tasks has a mean {report.monitor} of {number(merged)}"
-    if (expert := report.mean("expert")) is not None:
-        sentence += f", the experts have {number(expert)}"
-    if average is not None:
-        sentence += f", and their plain average has {number(average)}"
-    return f"{sentence}; lower is better." if report.lower_is_better else f"{sentence}."
+    sentence += f"; the experts have {number(experts)}" if experts is not None else ""
+    sentence += f", and their plain average {number(average)}" if average is not None else ""
+    return f"{sentence}{' (lower is better)' if report.lower_is_better else ''}."
 
 
 def advice(report: MergeReport) -> str:

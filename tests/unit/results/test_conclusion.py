@@ -48,9 +48,12 @@ def test_the_headline_has_size_share_and_average() -> None:
 @pytest.mark.parametrize(
     ("report", "words"),
     [
-        (report_of(monitor="ppl", expert=10, average=20, merged=12.5), "mean ppl of 12.5000, the experts have 10.0000"),
-        (report_of(monitor="ppl", expert=10, average=20, merged=12.5), "; lower is better."),
-        (report_of(expert=-0.5, average=-0.9, merged=-0.6), "has a mean acc of -0.6000, the experts have -0.5000"),
+        (
+            report_of(monitor="ppl", expert=10, average=20, merged=12.5),
+            "mean ppl of 12.5000; the experts have 10.0000, and",
+        ),
+        (report_of(monitor="ppl", expert=10, average=20, merged=12.5), " 20.0000 (lower is better)."),
+        (report_of(expert=-0.5, average=-0.9, merged=-0.6), "has a mean acc of -0.6000; the experts have -0.5000"),
         (report_of(average=None), "keeps 87.5 % of the acc of 2 experts."),
         (report_of(sizes={"correction": 5}), "One model with corrections for each task of 60,240 values keeps"),
         (report_of(size=ModelSize()), "One model keeps"),
