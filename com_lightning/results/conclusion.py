@@ -113,10 +113,12 @@ def _more_accurate(report: MergeReport) -> str:
         return f"a higher task_rank than {rank} keeps more, and takes more space."
     if method.get("task_share"):
         return f"a higher task_share than {method['task_share']} keeps more, and takes more space."
-    own = "If the task is known in use, task_rank=4 (adapters.yaml) keeps most: a small adapter for each task."
+    own = "If the task is known in use, task_rank=4 (--config adapters) keeps most: a small adapter for each task."
     if method.get("sensitivity"):
         return own
-    return f'sensitivity="probabilities" and balance=True (accurate.yaml) are more accurate, and take more time. {own}'
+    return (
+        f'sensitivity="probabilities" and balance=True (--config accurate) are more accurate, and take more time. {own}'
+    )
 
 
 def _refits(method: Mapping[str, Any]) -> bool:

@@ -81,11 +81,11 @@ ADVICE: dict[str, tuple[MergeReport, str]] = {
     "few samples": (report_of(samples={"a": 32, "b": 64}), "num_samples, now 32"),
     "no samples": (report_of(method={"class": "TIES"}, samples={}), "ChainOfMerges, which reads calibration data"),
     "another rule": (report_of(method={"class": "RegMean"}), "try ChainOfMerges; com-lightning compare"),
-    "the default": (report_of(), 'sensitivity="probabilities" and balance=True (accurate.yaml)'),
-    "accurate": (report_of(method={**CHAIN, "sensitivity": "numbers"}), "task_rank=4 (adapters.yaml)"),
+    "the default": (report_of(), 'sensitivity="probabilities" and balance=True (--config accurate)'),
+    "accurate": (report_of(method={**CHAIN, "sensitivity": "numbers"}), "task_rank=4 (--config adapters)"),
     "adapters": (report_of(method={**CHAIN, "task_rank": 4}), "a higher task_rank than 4"),
     "a share": (report_of(method={**CHAIN, "task_share": 0.05}), "a higher task_share than 0.05"),
-    "a perplexity": (report_of(monitor="ppl", expert=10, average=20, merged=12.5), "accurate.yaml"),
+    "a perplexity": (report_of(monitor="ppl", expert=10, average=20, merged=12.5), "--config accurate"),
 }
 
 
