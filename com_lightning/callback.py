@@ -30,7 +30,7 @@ from com_lightning.progress import drawn, print_below
 from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
-from com_lightning.results.loggers import log_layer, log_tasks
+from com_lightning.results.loggers import log_layer, log_picture, log_settings, task_metrics
 from com_lightning.results.report import MergeReport
 from com_lightning.shared_weights import average_shared, load_into, with_shared
 from com_lightning.strategies import end_on_sigterm, join_parent, peers_of, require_mergeable, together, why_alone
@@ -48,8 +48,9 @@ class ChainOfMergesCallback(Callback):
     Parameters with the same name and shape in the model and all experts are *shared* and merged. The others are
     *private* and stay with their task, for example heads with different numbers of classes. The module given to
     ``trainer.validate`` becomes the merged model of the first task, and Lightning's own validation pass is that of the
-    first task. Another module given to a later ``trainer.validate`` is merged anew, and so is any module after the
-    experts, the method or the options have changed.
+    first task. What ``trainer.validate`` returns, ``trainer.callback_metrics`` and the loggers hold the metrics of all
+    tasks as well, as ``<task>/<metric>``, and their mean as ``merged/mean``. Another module given to a later
+    ``trainer.validate`` is merged anew, and so is any module after the experts, the method or the options have changed.
 
     Args:
         experts: task -> its expert. An expert is a Lightning checkpoint (the model's class is built from its
@@ -234,11 +235,19 @@ class ChainOfMergesCallback(Callback):
             self._overwritten = pl_module
             load_into(pl_module, next(iter(self.modules.values())), self._lend)
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.merged or self._plan is None or self.report.metrics:
             return
         with own_modes(), together(self._peers), drawn(trainer) as progress:
             self._validate(trainer, self._plan, trainer.datamodule, progress)  # type: ignore[attr-defined]
+        pl_module.log_dict(task_metrics(self.report), sync_dist=True)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.merged or self._plan is None or not self.report.metrics:
+            return
+        with own_modes(), together(self._peers):
+            self._warn_of_others(trainer)
+            log_picture(trainer.loggers, self.report, trainer.global_step)
             self._finish()
         self._is_shown = not self.verbose
 
@@ -291,6 +300,7 @@ class ChainOfMergesCallback(Callback):
     def _execute(self, trainer: Trainer, data: MergeDataModule | None, progress: Progress) -> None:
         assert self._plan is not None
         plan, loggers, step = self._plan, trainer.loggers, 0
+        log_settings(loggers, {**plan.method.describe(), **({} if data is None else data.settings)})
         with own_modes(), borrowed(trainer):
 
             def on_layer(record: LayerRecord) -> None:
@@ -322,13 +332,15 @@ class ChainOfMergesCallback(Callback):
             end_on_sigterm(trainer)
         self.report.choose_monitor(self.options.monitor, self.options.mode)
         self.report.compare_with_average()
-        first = next(iter(self.report.metrics["merged"].values()))
-        if others := [name for name in trainer.logged_metrics if name not in first]:
+
+    def _warn_of_others(self, trainer: Trainer) -> None:
+        """Warn of what was logged beside the metrics of the modules."""
+        ours = {*next(iter(self.report.metrics["merged"].values())), *task_metrics(self.report)}
+        if others := [name for name in trainer.logged_metrics if name not in ours]:
             self.report.warnings.append(
                 f"{some(others)}: in no row, because callbacks of the trainer do not run when each task is validated "
                 "with its own module; log it in the module"
             )
-        log_tasks(trainer.loggers, self.report, trainer.global_step)
 
     def _finish(self) -> None:
         """Let go of the experts, and write the result."""

@@ -33,6 +33,7 @@ from com_lightning.results.export import PRECISIONS, export
 from com_lightning.trainer import MergeTrainer
 
 _OURS = {"ChainOfMerges", "ChainOfMergesCallback", "MergeDataModule"}
+_DEFAULT_METHOD = "com_lightning.ChainOfMerges"
 _NEW = {renamed.new for renamed in RENAMED_OPTIONS.values()}
 
 
@@ -133,6 +134,8 @@ class MergeCLI(LightningCLI):
         for action in parser._actions:  # so that a flag can be given without a value: `--dry_run`
             if action.dest in self._subcommand_method_arguments[subcommand] and action.default is False:
                 action.nargs, action.const = "?", True
+        if subcommand == "merge":  # so that its settings can be given alone, and are shown: `--method.ridge 0.1`
+            parser.set_defaults(method={"class_path": _DEFAULT_METHOD})
         # Its own options come first, and Lightning's last.
         parser._action_groups = sorted(parser._action_groups, key=lambda group: "Trainer" in (group.title or ""))
         parser.usage = f"com-lightning {subcommand} [--config FILE] [--OPTION VALUE]"

@@ -82,13 +82,18 @@ def help_of(command: str) -> str:
     here = Path(__file__).parent
     options = _arguments(here / "trainer.py", "MergeTrainer", command)
     options.update(_arguments(here / "options.py", "MergeOptions", None, known=options))
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    rule = ""
+    if command == "merge":
+        settings = _arguments(here / "methods" / "chain.py", "ChainOfMerges", "__init__")
+        rows = {f"method.{name}": _first_sentence(text) for name, text in settings.items()}
+        rule = f"\nsettings of ChainOfMerges, the default method:\n{_rows(rows, width)}"
     if command == "compare":  # the experts are always validated there
         options.pop("baselines", None)
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
     return (
         f"usage: com-lightning {command} [--config FILE] [--OPTION VALUE]\n\n"
         f"{textwrap.fill(COMMANDS[command][0].upper() + COMMANDS[command][1:] + '.', width)}\n\n"
-        f"options of {command}:\n{_rows(options, width)}\nmodel, data and trainer:\n{_rows(_INPUTS, width)}"
+        f"options of {command}:\n{_rows(options, width)}{rule}\nmodel, data and trainer:\n{_rows(_INPUTS, width)}"
     )
 
 
@@ -171,7 +176,7 @@ def _arguments(file: Path, owner: str, method: str | None, known: dict[str, str]
         names = [argument.arg for argument in documented.args.args]
         values = [ast.unparse(default) for default in documented.args.defaults]
         defaults = dict(zip(names[len(names) - len(values) :], values))
-    texts = ast.get_docstring(documented) or ""
+    texts = ast.get_docstring(documented) or ast.get_docstring(body) or ""
     section = re.split(r"\n\n\w+:\n", texts.partition("Args:\n")[2] + "\n\n")[0]
     found = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", section, re.MULTILINE)
     result = {}
@@ -186,6 +191,13 @@ def _arguments(file: Path, owner: str, method: str | None, known: dict[str, str]
         )
         result["experts.TASK" if name == "experts" else name] = plain(" ".join(text.split())) + shown
     return result
+
+
+def _first_sentence(text: str) -> str:
+    """The first sentence of what a docstring says, and the default."""
+    said, found, default = text.partition(" (default: ")
+    said = re.sub(r" \((?:beyond the paper|l above)[^)]*\)", "", said)
+    return re.split(r"\.(?: |$)", said)[0] + "." + found + default
 
 
 def _rows(options: dict[str, str], width: int) -> str:

@@ -226,7 +226,7 @@ class MergeTrainer(Trainer):
         if verbose:
             held = [name for name in data.tasks if stage == "validate" and data.holds_out(name)]
             note = f"\n\nThe calibration samples of {some(held)} were left out." if held else ""
-            print(f"\n{report.monitor}\n\n{report.task_table()}{note}")
+            print(f"\n{report.monitor_label}\n\n{report.task_table()}{note}")
         return list(report.metrics["merged"].values())
 
 

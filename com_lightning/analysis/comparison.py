@@ -12,7 +12,16 @@ from typing import Any, Literal
 
 from com_lightning.results.importance_plot import LayerImportance
 from com_lightning.results.report import MergeReport
-from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
+from com_lightning.results.tables import (
+    finite,
+    labelled,
+    lower_is_better,
+    mean,
+    number,
+    percent,
+    share_column,
+    table,
+)
 
 TaskMetrics = dict[str, dict[str, float]]
 """Task -> metric -> value."""
@@ -62,8 +71,9 @@ class Row:
     Attributes:
         outcomes: one for each seed.
         tried: number of settings that it was chosen from.
-        absolute, normalized: task -> mean over seeds of the metric, and of the metric divided by the expert's.
-        mean_normalized: of the normalised metric, over tasks and seeds. ``None`` if an expert's metric is 0.
+        absolute, normalized: task -> mean over seeds of the metric, and of the share of the expert's, as in
+            :meth:`MergeReport.normalized <com_lightning.results.report.MergeReport.normalized>`.
+        mean_normalized: of the share, over tasks and seeds. ``None`` if a task has none.
         means: of each seed, what rules are ranked by, see :attr:`Comparison.by_share`.
     """
 
@@ -172,7 +182,9 @@ class Comparison:
     def _row(self, outcomes: Sequence[Outcome], split: str, tried: int = 1) -> Row:
         experts = self.experts[split]
         reports = [
-            MergeReport(tasks=self.tasks, monitor=self.monitor, metrics={"expert": experts, "merged": merged})
+            MergeReport(
+                tasks=self.tasks, monitor=self.monitor, mode=self.mode, metrics={"expert": experts, "merged": merged}
+            )
             for merged in (outcome.metrics[split] for outcome in outcomes)
         ]
         values = [report.values("merged") for report in reports]
@@ -193,19 +205,43 @@ class Comparison:
 
     @cached_property
     def by_share(self) -> bool:
-        """Whether rules are ranked by the mean normalised metric.
+        """Whether rules are ranked by the mean share of the experts.
 
-        This is so if the metric of all experts is above 0. If not, rules are ranked by the mean of the metric.
+        This is so if the metric of all experts is above 0, and that of all merges as well if lower values are better.
+        If not, rules are ranked by the mean of the metric.
         """
-        values = [t.get(self.monitor or "") for metrics in self.experts.values() for t in metrics.values()]
-        return all(value is not None and value > 0 for value in values)
+        name, merges = (
+            self.monitor or "",
+            (metrics for outcome in self.outcomes for metrics in outcome.metrics.values()),
+        )
+        experts = [task.get(name) for metrics in self.experts.values() for task in metrics.values()]
+        merged = [task.get(name) for metrics in merges for task in metrics.values()] if self.lower_is_better else []
+        is_above = all(value is not None and value > 0 for value in experts)
+        return is_above and not any(value is not None and value <= 0 for value in merged)
+
+    @property
+    def lower_score_is_better(self) -> bool:
+        """Whether a lower :attr:`Row.score` is better. Of shares, the higher is always better."""
+        return self.lower_is_better and not self.by_share
+
+    @property
+    def monitor_label(self) -> str:
+        """The metric, and whether lower values of it are better."""
+        return labelled(self.monitor, self.lower_is_better)
+
+    @property
+    def score_label(self) -> str:
+        """What rules are ranked by, for the axes of pictures."""
+        if self.by_share:
+            return f"{self.monitor}: {share_column('merged', self.lower_is_better)} (%)"
+        return self.monitor_label
 
     def _sort_key(self, row: Row) -> tuple[bool, float]:
         """The smaller, the better."""
         value = row.score
         if value is None or not math.isfinite(value):
             return True, 0.0
-        return False, value if self.lower_is_better else -value
+        return False, value if self.lower_score_is_better else -value
 
     def table(self) -> str:
         """The rules, best first. Each task has the metric and, in brackets, its share of the expert's."""
@@ -214,7 +250,15 @@ class Comparison:
     def table_rows(self) -> list[list[str]]:
         """The cells of :meth:`table`; the first row is the head."""
         grids = any(row.tried > 1 for row in self.rows)
-        head = ["method", *self.tasks, "mean", "mean / expert", "± between seeds", "seconds", "GiB"]
+        head = [
+            "method",
+            *self.tasks,
+            "mean",
+            share_column("mean", self.lower_is_better),
+            "± between seeds",
+            "seconds",
+            "GiB",
+        ]
         experts = [self.experts["report"].get(task, {}).get(self.monitor or "") for task in self.tasks]
         sized = self.sizes_differ
         rows = [head + ["MB", "of the experts"] * sized + ["best of"] * grids]
@@ -236,7 +280,7 @@ class Comparison:
 
     def settings_rows(self) -> list[list[str]]:
         """The cells of :meth:`settings_table`; the first row is the head."""
-        share = "mean / expert" if self.by_share else "mean"
+        share = share_column("mean", self.lower_is_better) if self.by_share else "mean"
         rows = [["setting", f"{share}, selection split", "± between seeds", "chosen"]]
         chosen = {row.label for row in self.rows}
         for name in dict.fromkeys(outcome.name for outcome in self.outcomes):
@@ -264,9 +308,8 @@ class Comparison:
     def __str__(self) -> str:
         if not self.outcomes:
             return "Nothing has been compared yet."
-        better = ", lower is better" if self.lower_is_better else ""
         notes = self.notes()
-        parts = [f"{self.monitor}{better}", self.table(), self.settings_table(), self.splits, "\n".join(notes)]
+        parts = [self.monitor_label, self.table(), self.settings_table(), self.splits, "\n".join(notes)]
         return "\n\n".join(part for part in parts if part)
 
     def notes(self) -> list[str]:

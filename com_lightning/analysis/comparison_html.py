@@ -8,6 +8,7 @@ from pathlib import Path
 from com_lightning.analysis.comparison import Comparison
 from com_lightning.results.figures import no_pictures
 from com_lightning.results.html import html_table, image, page
+from com_lightning.results.tables import labelled
 
 _PICTURES = {
     "size.png": "accuracy against size",
@@ -28,8 +29,8 @@ def comparison_html(comparison: Comparison, folder: Path) -> str:
         The page.
     """
     heading = f"{len(comparison.rows)} ways to merge {', '.join(comparison.tasks)}"
-    better = ", lower is better" if comparison.lower_is_better else ""
-    parts = [f"<h1>{escape(heading)}</h1>", f"<p><code>{escape(str(comparison.monitor))}</code>{better}</p>"]
+    monitor = labelled(f"<code>{escape(str(comparison.monitor))}</code>", comparison.lower_is_better)
+    parts = [f"<h1>{escape(heading)}</h1>", f"<p>{monitor}</p>"]
     parts += [html_table(comparison.table_rows())]
     parts += [f"<p>{escape(line)}</p>" for line in comparison.splits.splitlines()]
     warns = ["warning" if note.startswith("Warning") else "note" for note in comparison.notes()]

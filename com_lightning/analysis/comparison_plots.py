@@ -45,7 +45,6 @@ def _save(path: Path, size: tuple[float, float], draw: Callable[[Any], None]) ->
 
 def _bars(axes: Any, comparison: Comparison) -> None:
     rows, factor = comparison.rows, 100 if comparison.by_share else 1
-    name = f"mean {comparison.monitor}{' / expert (%)' if comparison.by_share else ''}"
     values = [factor * (row.score or 0.0) for row in rows]
     spreads = [float("nan") if row.spread is None else factor * row.spread for row in rows]
     spread = any(value == value for value in spreads)
@@ -56,7 +55,7 @@ def _bars(axes: Any, comparison: Comparison) -> None:
     axes.invert_yaxis()
     seeds = max(len(row.outcomes) for row in comparison.rows)
     whiskers = f"; standard deviation between {seeds} seeds" if spread else ""
-    axes.set_xlabel(f"{name}{', lower is better' if comparison.lower_is_better else ''}{whiskers}")
+    axes.set_xlabel(f"mean {comparison.score_label}{whiskers}")
 
 
 def _heat_map(axes: Any, comparison: Comparison) -> None:
@@ -64,12 +63,12 @@ def _heat_map(axes: Any, comparison: Comparison) -> None:
     factor = 100 if comparison.by_share else 1
     values = [[(row.normalized if comparison.by_share else row.absolute)[task] for task in tasks] for row in rows]
     cells = [[float("nan") if value is None else factor * value for value in row] for row in values]
-    image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_is_better else "viridis")
-    axes.figure.colorbar(image, ax=axes, label=f"{comparison.monitor}{' / expert (%)' if comparison.by_share else ''}")
+    image = axes.imshow(cells, aspect="auto", cmap="viridis_r" if comparison.lower_score_is_better else "viridis")
+    axes.figure.colorbar(image, ax=axes, label=comparison.score_label)
     middle = sum(image.get_clim()) / 2
     for y, row in enumerate(rows):
         for x, task in enumerate(tasks):
-            light = (cells[y][x] < middle) != comparison.lower_is_better
+            light = (cells[y][x] < middle) != comparison.lower_score_is_better
             text = number(row.absolute[task])
             axes.text(x, y, text, ha="center", va="center", fontsize=8, color="white" if light else "black")
     axes.set_xticks(range(len(tasks)), tasks, rotation=20, ha="right", fontsize=8)

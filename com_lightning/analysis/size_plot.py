@@ -41,7 +41,7 @@ def draw_sizes(axes: Any, comparison: Comparison) -> None:
         bars = spreads if any(spreads) else None
         axes.errorbar(x, y, yerr=bars, color=color, marker="o", markersize=5, capsize=3, label=name)
         # Labels of the best curve are above it, and those of the others below, so that they meet less often.
-        side = (0, 7) if (name == best) != comparison.lower_is_better else (0, -7)
+        side = (0, 7) if (name == best) != comparison.lower_score_is_better else (0, -7)
         style: dict[str, Any] = {
             "textcoords": "offset points",
             "ha": "center",
@@ -54,8 +54,7 @@ def draw_sizes(axes: Any, comparison: Comparison) -> None:
     _label_singles(axes, comparison, singles, factor)
     whole = next((row.outcomes[0].size[1] for row in rows if row.outcomes[0].size), 0)
     seeds = max(len(row.outcomes) for row in comparison.rows)
-    share = "mean of merged / expert (%)" if comparison.by_share else "mean"
-    axes.set_ylabel(f"{comparison.monitor}: {share}{', lower is better' if comparison.lower_is_better else ''}")
+    axes.set_ylabel(f"mean {comparison.score_label}")
     axes.set_xlabel("MB of the merged models of all tasks")
     axes.set_title(
         f"accuracy against size{f'; standard deviation between {seeds} seeds' if seeds > 1 else ''}",
@@ -70,7 +69,7 @@ def draw_sizes(axes: Any, comparison: Comparison) -> None:
         above.set_xlabel("% of the experts as full models", fontsize=8)
         above.tick_params(labelsize=8)
     if curves or comparison.by_share:
-        axes.legend(frameon=False, loc="upper right" if comparison.lower_is_better else "lower right", fontsize=9)
+        axes.legend(frameon=False, loc="upper right" if comparison.lower_score_is_better else "lower right", fontsize=9)
     axes.grid(alpha=0.25)
     axes.spines[["right"]].set_visible(False)
 

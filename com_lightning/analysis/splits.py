@@ -54,6 +54,7 @@ class Splits:
         selection: the samples to choose settings on. No seed calibrates on them. ``None``: there is nothing to choose.
         counts: task -> ``"calibration"`` (of all seeds together, if they come from the val loaders), ``"selection"``
             and ``"report"`` -> number of samples. ``None`` if that is not known.
+        alone: a sentence on what a single merge validates on, if that are other samples than the reported ones.
     """
 
     data: MergeDataModule
@@ -61,6 +62,7 @@ class Splits:
     report: Kept = field(default_factory=dict)
     selection: Kept | None = None
     counts: dict[str, dict[str, int | None]] = field(default_factory=dict)
+    alone: str = ""
 
     def part(self, split: str, seed: int | None = None) -> PartOfData:
         """The data of one split, ``"report"`` or ``"selection"``, with the calibration sample of one seed."""
@@ -82,6 +84,7 @@ class Splits:
         used = ["calibrated"] * (held != "0") + ["chosen"] * (self.selection is not None)
         on = f" that nothing was {' or '.join(used)} on" if used else ""
         lines.append(f"Reported: {reported} samples of each task's val data{on}.")
+        lines += [self.alone] * bool(self.alone)
         return "\n".join(lines)
 
 
@@ -151,7 +154,28 @@ def split(data: MergeDataModule, seeds: Sequence[int], calibrates: bool, selects
     if problems:
         raise MergeError(problems)
     result.report, result.selection = report, selection if selects else None
+    result.alone = _alone(data, report, calibrates)
     return result
+
+
+def _alone(data: MergeDataModule, report: Kept, calibrates: bool) -> str:
+    """What a single merge validates on, if its figures differ from those of a comparison."""
+    whole: dict[str, list[set[int]]] = {}
+    held: dict[str, list[set[int]]] = {}
+    for name in [name for name, kept in report.items() if None not in kept]:
+        whole[name] = held[name] = [set(population(loader) or ()) for loader in data.loaders(name, "val")]
+        if data.holds_out(name):
+            drawn = data.calibration_indices(name)
+            held[name] = [samples - set(taken or ()) for samples, taken in zip(whole[name], drawn)]
+    rules = {"reads data": held} if calibrates else {}
+    others = [
+        f"{_range([sum(map(len, loaders)) for loaders in kept.values()])} of each task with a rule that {reads}"
+        for reads, kept in {**rules, "reads none": whole}.items()
+        if any(loaders != list(report[name]) for name, loaders in kept.items())
+    ]
+    if not others:
+        return ""
+    return f"A single `merge` has other figures, because it validates on other samples: {', '.join(others)}."
 
 
 def _range(counts: Sequence[int | None]) -> str:

@@ -32,6 +32,7 @@ from com_lightning.data.shares import (
     require_same_samples,
     warn_of_different_content,
 )
+from com_lightning.data.stock_cli import with_own_hyperparameters
 from com_lightning.errors import MergeError
 
 TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
@@ -120,11 +121,7 @@ class MergeDataModule(LightningDataModule):
                     f"task '{name}': a {type(data).__name__} is no LightningDataModule; give loaders as "
                     "TaskLoaders(val=loader)"
                 )
-            if str(data.hparams.get("_class_path", "")).endswith("MergeDataModule"):
-                raise TypeError(
-                    f"task '{name}': LightningCLI gave its datamodule the hyperparameters of MergeDataModule in place "
-                    "of its own; use com_lightning.MergeCLI, which does not"
-                )
+        tasks = with_own_hyperparameters(tasks, type(self))
         self.tasks, self.num_samples, self.split, self.holdout = tasks, num_samples, split, holdout
         self.seed, self.batch_size, self.augmented_copies = seed, batch_size, augmented_copies
         self.calibrates = True
@@ -135,6 +132,12 @@ class MergeDataModule(LightningDataModule):
         """The loaders that the tasks' datamodules gave, by task, split and process."""
         if tasks:
             _lend_hooks(next(iter(tasks.values())), self)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The options, without the tasks."""
+        names = ("num_samples", "split", "holdout", "seed", "batch_size", "augmented_copies")
+        return {name: getattr(self, name) for name in names}
 
     def prepare_data(self) -> None:
         if not self._prepared:

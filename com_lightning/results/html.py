@@ -14,12 +14,14 @@ from com_lightning.results.report import (
     SIZE_COLUMNS,
     MergeReport,
     averaged_rows,
+    conclusion,
     layer_rows,
     settings,
     task_rows,
     title,
     versions,
 )
+from com_lightning.results.tables import labelled
 
 _STYLE = """
 :root { color-scheme: light dark; --line: #8884; --accent: #2a6f97; }
@@ -47,11 +49,13 @@ def html_report(report: MergeReport, picture: bytes | None = None, importance: b
     """
     heading, options = title(report), settings(report)
     parts = [f"<h1>{escape(heading)}</h1>"]
+    parts += [f"<p>{escape(line)}</p>" for line in conclusion(report)]
     parts += [f'<p class="note">{escape(options)}</p>'] if options else []
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
     if report.metrics:
         rows = task_rows(report)
-        parts += ["<h2>Tasks</h2>", f"<p><code>{escape(str(report.monitor))}</code></p>", html_table(rows)]
+        monitor = labelled(f"<code>{escape(str(report.monitor))}</code>", report.lower_is_better)
+        parts += ["<h2>Tasks</h2>", f"<p>{monitor}</p>", html_table(rows)]
     if picture:
         description = "each task before and after the merge, and the drift of inputs from layer to layer"
         parts.append(image(picture, description))

@@ -1,8 +1,8 @@
-"""What a merge sends to the trainer's loggers: values of each layer and task, and the picture of the report."""
+"""What a merge sends to the trainer's loggers: settings, values of each layer and task, the picture of the report."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger
@@ -30,23 +30,50 @@ def log_layer(loggers: Sequence[Logger], record: LayerRecord, step: int) -> None
         logger.log_metrics(metrics, step=step)
 
 
-def log_tasks(loggers: Sequence[Logger], report: MergeReport, step: int) -> None:
-    """Log every metric of every task as ``<task>/<metric>``, and the monitored one as a share of the expert's.
+def task_metrics(report: MergeReport) -> dict[str, float]:
+    """The metrics of all tasks under names of their own, for loggers and for ``trainer.callback_metrics``.
 
-    Loggers that accept pictures, such as TensorBoard and Weights & Biases, also get the picture of the report.
+    Args:
+        report: Report of the merge.
+
+    Returns:
+        ``<task>/<metric>`` -> value of the merged model; ``<task>/normalized_<monitor>`` -> its share of the expert's;
+        ``merged/mean``, and if they were validated ``expert/mean`` and ``average/mean`` -> mean of the monitored metric
+        over tasks; ``merged/mean_normalized`` -> mean share.
+    """
+    # Lightning keeps the name `dataloader_idx` for itself.
+    values: dict[str, float | None] = {
+        f"{task}/{metric.replace('/dataloader_idx_', '/loader_')}": value
+        for task, metrics in report.metrics["merged"].items()
+        for metric, value in metrics.items()
+    }
+    values.update({f"{task}/normalized_{report.monitor}": report.normalized("merged", task) for task in report.tasks})
+    values.update({f"{model}/mean": report.mean(model) for model in report.metrics})
+    values["merged/mean_normalized"] = report.mean_normalized("merged")
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any]) -> None:
+    """Log how a merge is made as hyperparameters, under ``merge/``.
+
+    Args:
+        loggers: Loggers of the trainer.
+        settings: Name -> plain value; ``class`` is that of the rule.
+    """
+    names = {"class": "method"}
+    for logger in loggers:
+        logger.log_hyperparams({f"merge/{names.get(name, name)}": value for name, value in settings.items()})
+
+
+def log_picture(loggers: Sequence[Logger], report: MergeReport, step: int) -> None:
+    """Log the picture of the report, if a logger accepts pictures, as TensorBoard and Weights & Biases do.
 
     Args:
         loggers: Loggers of the trainer.
         report: Report of the merge.
         step: Number of merged layers.
     """
-    merged = report.metrics["merged"]
-    values = {f"{task}/{metric}": value for task, metrics in merged.items() for metric, value in metrics.items()}
-    for task in merged:
-        if (ratio := report.normalized("merged", task)) is not None:
-            values[f"{task}/normalized_{report.monitor}"] = ratio
     for logger in loggers:
-        logger.log_metrics(values, step=step)
         _log_picture(logger, report, step)
         logger.save()
 

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from com_lightning.results.report import MergeReport
+from com_lightning.results.tables import labelled
 
 _PAPERS = {
     "ChainOfMerges": ("Chain of Merges", "2508.21421"),
@@ -38,15 +39,16 @@ def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, 
         metadata["model-index"] = [{"name": "merged", "results": results}]  # type: ignore[list-item]
     name, paper = _PAPERS.get(method, (method, ""))
     reference = f"{name} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else name
+    metric = labelled(f"`{report.monitor}`", report.lower_is_better)
     library = f"com_lightning {report.versions.get('com_lightning', '')}".strip()
     parts = [
         f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
         f"# {len(report.tasks)} models in one: {', '.join(report.tasks)}",
-        f"Merged without retraining by {reference} with {library}.",
+        f"Merged without retraining by {reference} with {library}. {report.headline}".strip(),
         "## Experts",
         "\n".join(_expert(report, task, classes.get(task)) for task in report.tasks),
         "## Metrics" if report.metrics else "",
-        f"`{report.monitor}` on validation data:\n\n{report.task_table()}" if report.metrics else "",
+        f"{metric}, on validation data:\n\n{report.task_table()}" if report.metrics else "",
         "## How to load it",
         _loading(report.tasks, files, classes),
         _ADAPTERS if any(file.endswith("/adapter_config.json") for file in files) else "",

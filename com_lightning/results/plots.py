@@ -52,7 +52,7 @@ def _draw_tasks(axes: Any, report: MergeReport) -> None:
         axes.bar(places, heights, width, label=model, color=_COLORS[model])
     crowded = len(report.tasks) > 4 or max(map(len, report.tasks)) > 12
     axes.set_xticks(range(len(report.tasks)), report.tasks, **({"rotation": 20, "ha": "right"} if crowded else {}))
-    axes.set_ylabel(report.monitor or "")
+    axes.set_ylabel(report.monitor_label if report.monitor else "")
     axes.set_title(f"each task before and after the merge ({report.method.get('class')})")
     axes.margins(y=0.2)  # room for the legend above the bars
     axes.legend(loc="upper center", ncols=len(models), frameon=False, columnspacing=1.2)

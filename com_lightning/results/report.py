@@ -8,10 +8,21 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
-from com_lightning.errors import some
-from com_lightning.results.model_size import ModelSize, size_rows, size_sentence
+from com_lightning.results.conclusion import advice, headline
+from com_lightning.results.model_size import ModelSize, size_rows
 from com_lightning.results.outcome import ParameterOutcome
-from com_lightning.results.tables import finite, lower_is_better, mean, number, percent, table
+from com_lightning.results.summary import summarize
+from com_lightning.results.tables import (
+    finite,
+    labelled,
+    lower_is_better,
+    mean,
+    number,
+    percent,
+    share_column,
+    share_of_expert,
+    table,
+)
 
 MODELS = ("expert", "average", "merged")
 """The models that are compared, in the order in which tables and pictures show them."""
@@ -105,6 +116,21 @@ class MergeReport:
         """Whether lower values of the monitored metric are better."""
         return lower_is_better(self.monitor or "") if self.mode is None else self.mode == "min"
 
+    @property
+    def monitor_label(self) -> str:
+        """The monitored metric, and whether lower values of it are better."""
+        return labelled(self.monitor, self.lower_is_better)
+
+    @property
+    def headline(self) -> str:
+        """What the merge has achieved, in one sentence; empty if nothing has been merged."""
+        return headline(self)
+
+    @property
+    def advice(self) -> str:
+        """What to try next, from what is known of this merge; empty if there is nothing to say."""
+        return advice(self)
+
     def choose_monitor(self, name: str | None = None, mode: Literal["min", "max"] | None = None) -> None:
         """Choose the metric that tables show and that models are compared by. A name that was not logged is a warning.
 
@@ -134,21 +160,36 @@ class MergeReport:
         metrics = self.metrics.get(model, {})
         return [metrics.get(task, {}).get(self.monitor or "") for task in self.tasks]
 
+    def mean(self, model: str) -> float | None:
+        """The mean over tasks of the monitored metric, which a sweep can optimise.
+
+        Args:
+            model: ``"expert"``, ``"average"`` or ``"merged"``.
+
+        Returns:
+            The mean, or ``None`` if no task has a value.
+        """
+        return mean(self.values(model))
+
     def normalized(self, model: str, task: str, metric: str | None = None) -> float | None:
-        """A metric of a task divided by its expert's, e.g. ``normalized("merged", "mnist")``.
+        """How much of its expert's metric a model keeps on a task, e.g. ``normalized("merged", "mnist")``.
+
+        1 is as good as the expert, and less is worse: it is the metric divided by the expert's, or the expert's divided
+        by the metric where lower values are better.
 
         Args:
             model: ``"expert"``, ``"average"`` or ``"merged"``.
             task: Name of the task.
-            metric: Name of the metric; by default the monitored one.
+            metric: Name of the metric; by default the monitored one. Whether lower values are better is guessed from
+                the name of any other.
 
         Returns:
-            The ratio, or ``None`` if a value is missing or the expert's is 0.
+            The share, or ``None`` if a value is missing, or not above 0 where that makes a ratio meaningless.
         """
         metric = metric or self.monitor or ""
-        value = self.metrics.get(model, {}).get(task, {}).get(metric)
-        expert = self.metrics.get("expert", {}).get(task, {}).get(metric)
-        return value / expert if value is not None and expert else None
+        lower = self.lower_is_better if metric == self.monitor else lower_is_better(metric)
+        value, expert = (self.metrics.get(name, {}).get(task, {}).get(metric) for name in (model, "expert"))
+        return share_of_expert(value, expert, lower)
 
     def mean_normalized(self, model: str) -> float | None:
         """The mean over tasks of :meth:`normalized`.
@@ -162,18 +203,24 @@ class MergeReport:
         ratios = [self.normalized(model, task) for task in self.tasks]
         return None if None in ratios else mean(ratios)
 
-    def compare_with_average(self) -> None:
-        """Add a warning if the plain average has a better mean of the monitored metric than the merged model."""
-        average, merged = (mean(self.values(model)) for model in ("average", "merged"))
+    @property
+    def is_worse_than_average(self) -> bool:
+        """Whether the plain average has a better mean of the monitored metric than the merged model."""
+        average, merged = self.mean("average"), self.mean("merged")
         if average is None or merged is None or self.method.get("class") == "Average":
-            return
-        if merged > average if self.lower_is_better else merged < average:
+            return False
+        return merged > average if self.lower_is_better else merged < average
+
+    def compare_with_average(self) -> None:
+        """Add a warning if the merged model :attr:`is_worse_than_average`."""
+        if self.is_worse_than_average:
             samples = max(self.samples.values(), default=0)
             ridge = f" (now {self.method['ridge']})" if "ridge" in self.method else ""
             advice = f"Try more calibration samples (now {samples} per task), a higher ridge{ridge}" if samples else ""
             self.warnings.append(
-                f"the merge is worse than the plain average: the mean {self.monitor} is {number(merged)} merged and "
-                f"{number(average)} averaged. {advice or 'Try other settings'}, or the method Average"
+                f"the merge is worse than the plain average: the mean {self.monitor} is "
+                f"{number(self.mean('merged'))} merged and {number(self.mean('average'))} averaged. "
+                f"{advice or 'Try other settings'}, or the method Average"
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -186,6 +233,7 @@ class MergeReport:
         }
         content["share_of_experts"] = self.size.share
         content["mean_normalized"] = {model: self.mean_normalized(model) for model in self.metrics}
+        content["headline"], content["advice"] = self.headline, self.advice
         plain: dict[str, Any] = finite(content)
         return plain
 
@@ -212,9 +260,15 @@ class MergeReport:
     def __str__(self) -> str:
         if not self.tasks:
             return "Nothing has been merged yet."
-        metrics = f"{self.monitor}\n\n{self.task_table()}\n\n" if self.metrics else ""
+        metrics = f"{self.monitor_label}\n\n{self.task_table()}\n\n" if self.metrics else ""
         checks = "".join(f"\nChecked: {check}" for check in self.checks)
-        return f"{metrics}{self.summary()}{checks}" + "".join(f"\nWarning: {warning}" for warning in self.warnings)
+        warned = "".join(f"\nWarning: {warning}" for warning in self.warnings)
+        return f"{metrics}{self.summary()}{checks}{warned}\n\n" + "\n".join(conclusion(self))
+
+
+def conclusion(report: MergeReport) -> list[str]:
+    """The lines that a report ends with: the headline, and the advice if there is some."""
+    return [report.headline, *([f"Next: {report.advice}"] if report.advice else [])]
 
 
 def task_rows(report: MergeReport) -> list[list[str]]:
@@ -223,7 +277,7 @@ def task_rows(report: MergeReport) -> list[list[str]]:
     compared = [model for model in models if model != "expert" and "expert" in models]
     values = [report.values(model) for model in models]
     ratios = [[report.normalized(model, task) for task in report.tasks] for model in compared]
-    rows = [["task", *models, *(f"{model} / expert" for model in compared)]]
+    rows = [["task", *models, *(share_column(model, report.lower_is_better) for model in compared)]]
     for index, task in enumerate(report.tasks):
         rows.append([task, *(number(v[index]) for v in values), *(percent(r[index]) for r in ratios)])
     means = [percent(report.mean_normalized(model)) for model in compared]
@@ -274,46 +328,6 @@ def averaged_rows(report: MergeReport) -> list[list[str]]:
     return [["parameter", "why"], *averaged] if averaged else []
 
 
-def summarize(report: MergeReport) -> str:
-    """Data and cost in two lines, then lines for private layers, the padding of tasks, and skipped batches."""
-    resumed = f"{report.resumed} layers from an interrupted merge, the rest in " if report.resumed else ""
-    cost = f"{resumed}{report.seconds:.1f} s, peak memory {report.peak_memory / 2**30:.2f} GiB"
-    phrases = {"private": f"private to their tasks{_private(report)}", "buffer": "in buffers that are left unchanged"}
-    phrases["correction"] = "in corrections of low rank, one for each task and matrix"
-    sizes = ", ".join(f"{count:,} {phrases.get(what, what)}" for what, count in report.sizes.items() if count)
-    lines = [f"{report.method.get('class', 'merge')}: {_data(report)}; {cost}.", f"Values: {sizes}."]
-    lines += [size_sentence(report.size)] * any(task.bytes for task in report.size.tasks.values())
-    lines += [f"Private layers of {line}." for line in report.private]
-    lines += [f"Padding of {line}." for line in report.padding]
-    return "\n".join([*lines, *(f"Skipped: {batch}." for batch in report.skipped)])
-
-
-def _data(report: MergeReport) -> str:
-    counts = sorted(set(report.samples.values()))
-    if not counts:
-        return "no calibration data"
-    total = sum(overlap or 0 for overlap in report.overlap.values())
-    seen = [task for task, overlap in report.overlap.items() if overlap]
-    whose = "the metrics are" if len(seen) == len(report.overlap) else f"the metrics of {some(seen)} are"
-    overlap = "none of them is validated too"
-    if total:
-        overlap = f"{total} of them in total are validated too, so that {whose} of data that the merge has seen"
-    if None in report.overlap.values():
-        overlap = "it is not known how many of them are validated too"
-    span = str(counts[0]) if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    return f"{span} calibration samples per task ({overlap})"
-
-
-def _private(report: MergeReport) -> str:
-    """The names of a few private parameters, in brackets, and how many biases and norms were solved for each task."""
-    solved = [outcome.status for outcome in report.parameters.values()].count("private, solved for each task")
-    private = ("private", "private, solved for the merged model")
-    names = [name for name, outcome in report.parameters.items() if outcome.status in private]
-    entries = [*names[:4], *["..."] * (len(names) > 4)]
-    entries += [f"{solved} biases and norms solved for each task"] * bool(solved)
-    return f" ({', '.join(entries)})" if entries else ""
-
-
 def title(report: MergeReport) -> str:
     """The heading of a report."""
     return f"Merge of {len(report.tasks)} experts with {report.method.get('class')}"
@@ -336,7 +350,10 @@ def markdown_report(report: MergeReport) -> str:
     parts = [
         f"# {title(report)}",
         f"Settings: {options}." if options else "",
-        f"## Metrics\n\n`{report.monitor}`\n\n{table(task_rows(report))}" if report.metrics else "",
+        *conclusion(report),
+        f"## Metrics\n\n{labelled(f'`{report.monitor}`', report.lower_is_better)}\n\n{table(task_rows(report))}"
+        if report.metrics
+        else "",
         summarize(report),
         "\n".join(f"- **Warning**: {warning}" for warning in report.warnings),
         "## Checked\n\n" + "\n".join(f"- {check}" for check in report.checks) if report.checks else "",

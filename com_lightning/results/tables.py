@@ -73,6 +73,59 @@ def lower_is_better(metric: str) -> bool:
     return any(word in name for word in _ERROR_WORDS) or not _ERROR_ABBREVIATIONS.isdisjoint(re.split("[^a-z]+", name))
 
 
+def labelled(metric: str | None, lower: bool) -> str:
+    """Name a metric, and say so if lower values are better.
+
+    Args:
+        metric: Its name.
+        lower: Whether lower values are better.
+
+    Returns:
+        The words.
+
+    Example::
+
+        >>> labelled("val_ppl", lower=True), labelled("val_acc", lower=False)
+        ('val_ppl, lower is better', 'val_acc')
+    """
+    return f"{metric}, lower is better" if lower else str(metric)
+
+
+def share_of_expert(value: float | None, expert: float | None, lower: bool) -> float | None:
+    """How much of its expert a model keeps: 1 is as good as the expert, less is worse, for every metric.
+
+    Args:
+        value: The model's metric.
+        expert: That of the expert.
+        lower: Whether lower values are better. Then the share is ``expert / value``, else ``value / expert``.
+
+    Returns:
+        The share; ``None`` if a value is missing, or not above 0 where that makes a ratio meaningless.
+
+    Example::
+
+        >>> share_of_expert(0.4, 0.8, lower=False), share_of_expert(12.5, 10.0, lower=True)
+        (0.5, 0.8)
+    """
+    if value is None or expert is None or expert <= 0 or (lower and value <= 0):
+        return None
+    return expert / value if lower else value / expert
+
+
+def share_column(model: str, lower: bool) -> str:
+    """How :func:`share_of_expert` is computed, in words.
+
+    Returns:
+        The head of its column.
+
+    Example::
+
+        >>> share_column("merged", lower=False), share_column("merged", lower=True)
+        ('merged / expert', 'expert / merged')
+    """
+    return f"expert / {model}" if lower else f"{model} / expert"
+
+
 def finite(value: Any) -> Any:
     """Replace NaN and infinity by ``None`` in nested dicts and lists, because JSON has no word for them."""
     if isinstance(value, float) and not math.isfinite(value):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -70,6 +72,32 @@ def test_the_users_trainer_sees_the_first_task_as_merged() -> None:
     trainer = quiet_trainer()
     merger, _ = merged_by(trainer)
     assert float(trainer.callback_metrics["val_acc"]) == pytest.approx(merger.report.metrics["merged"]["a"]["val_acc"])
+
+
+def test_the_users_trainer_has_the_metrics_of_all_tasks_and_their_mean() -> None:
+    trainer, experts = quiet_trainer(), make_experts()
+    merger = ChainOfMergesCallback(dict(zip("ab", experts)))
+    trainer.callbacks.append(merger)  # type: ignore[attr-defined]
+    (returned,) = trainer.validate(Classifier(3), datamodule=make_tasks(), verbose=False)
+    report = merger.report
+    expected = {f"{t}/{name}": v for t, values in report.metrics["merged"].items() for name, v in values.items()}
+    expected.update({f"{model}/mean": report.mean(model) or 0.0 for model in ("expert", "average", "merged")})
+    expected["merged/mean_normalized"] = report.mean_normalized("merged") or 0.0
+    for metrics in (returned, trainer.callback_metrics):
+        assert {name: float(metrics[name]) for name in expected} == pytest.approx(expected)
+    assert {f"{task}/val_acc" for task in "ab"} < set(expected)
+
+
+def test_tasks_with_several_loaders_have_metrics_too() -> None:
+    class Several(Classifier):
+        def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+            super().validation_step(batch, batch_idx)
+
+    two = TaskLoaders(val=[make_data(0).val_dataloader(), make_data(1).val_dataloader()])
+    merger = ChainOfMergesCallback({"a": Several(), "b": Several()}, private=["head"], baselines=False)
+    trainer = quiet_trainer(callbacks=[merger])
+    trainer.validate(Several(), datamodule=MergeDataModule({"a": two, "b": make_data(1)}), verbose=False)
+    assert {"a/val_loss/loader_0", "a/val_loss/loader_1", "b/val_loss"} < set(trainer.callback_metrics)
 
 
 def test_calibration_leaves_no_trace_in_metrics() -> None:
@@ -346,8 +374,17 @@ def test_values_go_to_the_users_logger(tmp_path: Path) -> None:
     rows = list(csv.DictReader((Path(logger.log_dir) / "metrics.csv").read_text().splitlines()))
     layers = [row for row in rows if row["merge/residual"]]
     assert [float(row["merge/residual"]) for row in layers] == pytest.approx([r.residual for r in merger.report.layers])
-    logged = [row["b/val_acc"] for row in rows if row["b/val_acc"]]
-    assert float(logged[-1]) == pytest.approx(merger.report.metrics["merged"]["b"]["val_acc"])
+    (logged,) = [row for row in rows if row["b/val_acc"]]
+    assert float(logged["b/val_acc"]) == pytest.approx(merger.report.metrics["merged"]["b"]["val_acc"])
+    assert float(logged["merged/mean"]) == pytest.approx(merger.report.mean("merged"))
+    settings = yaml.safe_load((Path(logger.log_dir) / "hparams.yaml").read_text())
+    assert settings["merge/method"] == "ChainOfMerges"
+    assert {name: settings[f"merge/{name}"] for name in ("ridge", "num_samples", "seed", "split")} == {
+        "ridge": 0.01,
+        "num_samples": 40,
+        "seed": 0,
+        "split": "val",
+    }
 
 
 def test_the_picture_goes_to_a_logger_that_takes_pictures(tmp_path: Path) -> None:
@@ -387,7 +424,9 @@ def test_limits_are_honoured(option: dict[str, Any]) -> None:
     assert set(merger.report.samples.values()) == {16}
 
 
-def test_a_stock_lightning_cli(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("data", ["PointsData", "SavedPointsData"])
+def test_a_stock_lightning_cli(data: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also with datamodules that save, and read, hyperparameters."""
     for task, expert in zip("ab", make_experts()):
         save_lightning(expert, tmp_path / f"{task}.ckpt")
     config = tmp_path / "config.yaml"
@@ -403,9 +442,18 @@ trainer:
         output_dir: {tmp_path}/merged
         verbose: true
 """)
-    LightningCLI(Classifier, save_config_callback=None, args=["validate", f"--config={config}", *DATA])
-    assert (tmp_path / "merged" / "report.json").is_file()
-    assert "| mean |" in capsys.readouterr().out
+    arguments = [argument.replace("PointsData", data) for argument in DATA]
+    cli = LightningCLI(Classifier, save_config_callback=None, args=["validate", f"--config={config}", *arguments])
+    content = json.loads((tmp_path / "merged" / "report.json").read_text())
+    out = capsys.readouterr().out
+    assert out.index("b/val_acc") < out.index("| mean |")  # Lightning's table has all tasks, and the report comes last
+    assert content["headline"] in out.strip().splitlines()[-2:]
+    assert float(cli.trainer.callback_metrics["b/val_acc"]) == pytest.approx(
+        content["metrics"]["merged"]["b"]["val_acc"]
+    )
+    assert isinstance(cli.datamodule, MergeDataModule)
+    saved = [dict(task.hparams) for task in cli.datamodule.tasks.values()]
+    assert saved == ([{}, {}] if data == "PointsData" else [{"seed": 0, "classes": 3}, {"seed": 1, "classes": 4}])
 
 
 def test_arguments_of_a_wrong_type_are_told() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from com_lightning import MergeOptions
+from com_lightning import ChainOfMerges, MergeOptions
 from com_lightning.cli import main
 from com_lightning.compat import RENAMED_OPTIONS
 from tests.helpers import Classifier, PointsData
@@ -39,7 +40,7 @@ def test_merge_then_validate_and_test(
     out = capsys.readouterr().out
     assert "| mean |" in out
     assert str(folder) in out
-    assert ("(none of them is validated too)" in out) == calibrates
+    assert ("(held out of validation)" in out) == calibrates
     report = json.loads((folder / "report.json").read_text())
     assert report["held_out"] == (dict.fromkeys("ab", True) if calibrates else {})
     main(["validate", *common, f"--merged={folder}"])
@@ -99,6 +100,43 @@ def test_print_config_gives_a_file_that_runs(
     config.write_text(capsys.readouterr().out)
     main(["merge", f"--config={config}"])
     assert (tmp_path / "merged" / "merged.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], {"refit_heads": True, "ridge": 0.01}),
+        (["--method.refit_heads=false"], {"refit_heads": False, "ridge": 0.01}),
+        (["--config={file}"], {"refit_heads": True, "ridge": 0.5}),
+        (["--method=TIES"], {"density": 0.2}),
+        (["--method=TIES", "--method.density=0.1"], {"density": 0.1}),
+    ],
+)
+def test_settings_of_the_default_method_need_no_name(
+    arguments: list[str],
+    expected: dict[str, Any],
+    experts: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "ridge.yaml"
+    file.write_text("method: {init_args: {ridge: 0.5}}")
+    given = [argument.format(file=file) for argument in arguments]
+    with pytest.raises(SystemExit):
+        main(["merge", *MODEL, *DATA, *QUIET, *experts, *given, "--print_config"])
+    method = yaml.safe_load(capsys.readouterr().out)["method"]
+    assert method["class_path"].endswith("TIES" if "density" in expected else "ChainOfMerges")
+    assert {name: method["init_args"][name] for name in expected} == expected
+
+
+def test_the_help_has_the_settings_of_the_default_method(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["merge", "--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    for name in inspect.signature(ChainOfMerges).parameters:
+        assert f"--method.{name} " in words
+    for noise in ("beyond the paper", "``", ".. "):
+        assert noise not in words
 
 
 def test_dry_run_reads_and_writes_nothing(

@@ -406,11 +406,16 @@ def test_the_plan_tells_of_the_calibration_data() -> None:
 
 def test_metrics_of_data_that_the_merge_has_seen_are_told() -> None:
     report = MergeReport(samples={"a": 8, "b": 8}, overlap={"a": 8, "b": 0})
-    assert "(8 of them in total are validated too, so that the metrics of a are of data that" in report.summary()
+    assert "8 calibration samples per task (a: validated on data that the merge has seen, use" in report.summary()
     report.overlap["b"] = 5
-    assert "(13 of them in total are validated too, so that the metrics are of data that" in report.summary()
+    assert "8 calibration samples per task (validated on data that the merge has seen, use" in report.summary()
+    report.overlap["b"] = None
+    for words in ("(a: validated on data that the merge has seen", "; b: perhaps validated on data"):
+        assert words in report.summary()
     report.overlap = {"a": 0, "b": 0}
-    assert "8 calibration samples per task (none of them is validated too)" in report.summary()
+    assert "8 calibration samples per task (none of them is validated)" in report.summary()
+    report.held_out = {"a": True, "b": True}
+    assert "8 calibration samples per task (held out of validation)" in report.summary()
 
 
 def test_the_largest_spikes_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from com_lightning import (
     TaskLoaders,
 )
 from com_lightning.core.tensors.modules import named_tensors
+from com_lightning.results.html import html_report
 from com_lightning.results.model_size import size_rows, size_sentence
 from com_lightning.results.tables import table
 from tests.helpers import Classifier, make_data, make_experts, perturb
@@ -150,7 +152,7 @@ def example(**kwargs: Any) -> MergeReport:
 def test_normalized_metrics() -> None:
     report = example()
     assert report.normalized("merged", "a") == pytest.approx(0.75)
-    assert report.normalized("merged", "a", "loss") == pytest.approx(2.0)
+    assert report.normalized("merged", "a", "loss") == pytest.approx(0.5)  # less is worse, for every metric
     assert report.normalized("expert", "a") == 1.0
     assert report.mean_normalized("merged") == pytest.approx(0.875)
 
@@ -166,6 +168,33 @@ def test_normalized_metrics_that_do_not_exist(kind: str, task: str, metric: str 
     assert report.normalized(kind, task, metric) is None
     assert example(tasks=["a", "b", "c"]).mean_normalized("merged") is None
     assert example(tasks=[]).mean_normalized("merged") is None
+
+
+@pytest.mark.parametrize("monitor", ["ppl", "val_loss", "score"])
+def test_what_is_worse_than_the_expert_is_below_100_per_cent(monitor: str) -> None:
+    values = {"expert": 10.0, "average": 20.0, "merged": 12.5}
+    report = MergeReport(tasks=["a"], metrics={model: {"a": {monitor: value}} for model, value in values.items()})
+    report.choose_monitor(monitor, "min")
+    assert report.normalized("merged", "a") == pytest.approx(0.8)
+    assert report.mean_normalized("average") == pytest.approx(0.5)
+    for text in (str(report), report.to_markdown().replace("`", ""), re.sub("<[^>]*>", " ", html_report(report))):
+        assert f"{monitor}" in text
+        assert "lower is better" in text
+        for words in ("expert / merged", "80.0 %", "50.0 %"):
+            assert words in text
+        assert "merged / expert" not in text
+        assert "125" not in text
+    report.choose_monitor(monitor, "max")
+    assert "lower is better" not in str(report)
+    assert "merged / expert" in str(report)
+
+
+@pytest.mark.parametrize(("merged", "expert"), [(0.0, 0.1), (0.1, 0.0), (0.0, 0.0), (-0.1, 0.2), (0.1, -0.2)])
+def test_a_loss_that_is_not_above_zero_has_no_ratio(merged: float, expert: float) -> None:
+    report = MergeReport(tasks=["a"], metrics={"expert": {"a": {"loss": expert}}, "merged": {"a": {"loss": merged}}})
+    report.choose_monitor()
+    assert report.normalized("merged", "a") is None
+    assert strict_json(report.to_json())["mean_normalized"]["merged"] is None
 
 
 def test_a_merge_without_baselines_shows_its_own_metrics(tmp_path: Path) -> None:
