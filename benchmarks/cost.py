@@ -151,6 +151,8 @@ def _of_lockstep(part: Mapping[str, Any]) -> list[Cost]:
 
 
 def _of_files(part: Mapping[str, Any] | None) -> list[Cost]:
+    if not part:
+        return []
     return [
         Cost(
             f"{part['setting']['experts']} safetensors folders, without data",
@@ -162,7 +164,7 @@ def _of_files(part: Mapping[str, Any] | None) -> list[Cost]:
             found["com_lightning"]["peak"],
             found["mergekit"]["peak"],
         )
-        for rule, found in (part["found"].items() if part else ())
+        for rule, found in part["found"].items()
     ]
 
 

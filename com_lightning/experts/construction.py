@@ -127,7 +127,7 @@ def empty_parameters() -> Iterator[None]:
             parameter = empty[parameter]
         register(module, name, parameter)
 
-    nn.Module.register_parameter = register_empty  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_empty  # type: ignore[assignment,method-assign]
     try:
         yield
     finally:

@@ -14,12 +14,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint import metadata as index_classes
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from com_lightning.core.tensors.mapped import mapped_empty
 from com_lightning.errors import MergeError, reason
@@ -75,15 +76,16 @@ def read_sharded(path: Path, label: str = "") -> dict[str, Any]:
             assert isinstance(entry, TensorStorageMetadata)
             state[key] = mapped_empty(entry.size, entry.properties.dtype)
         # Processes read for themselves, whichever of them reads what.
-        alone: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(dcp.load).parameters else {}
-        dcp.load(state, storage_reader=reader, **alone)
+        alone: dict[str, Any] = {"no_dist": True} if "no_dist" in inspect.signature(load).parameters else {}
+        load(state, storage_reader=reader, **alone)
         extra = torch.load(path / _EXTRA, map_location="cpu", weights_only=True) if (path / _EXTRA).is_file() else {}
     except MergeError:
         raise
     except (Exception, CheckpointException) as error:  # anything can be in a file
-        if isinstance(error, CheckpointException):  # which wraps what a process has raised
-            error = next(iter(error.failures.values()))[0]
-        raise MergeError([f"{label}: not a readable sharded checkpoint ({reason(error)})"]) from error
+        # PyTorch wraps what a process has raised.
+        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        why = reason(cause) if isinstance(cause, Exception) else type(cause).__name__
+        raise MergeError([f"{label}: not a readable sharded checkpoint ({why})"]) from error
     return {**(extra if isinstance(extra, dict) else {}), "state_dict": {names[key]: state[key] for key in names}}
 
 
@@ -106,7 +108,7 @@ class _Unpickler(pickle.Unpickler):
         if module == index_classes.__name__ and name in _INDEX_CLASSES:
             return _INDEX_CLASSES[name]
         if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-            return getattr(dcp.filesystem, name)
+            return getattr(filesystem, name)
         if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
             return getattr(torch, name)
         if (module, name) == ("torch.serialization", "_get_layout"):

@@ -111,9 +111,9 @@ class RunningModel:
             moved: see :class:`~com_lightning.core.tensors.tracked.Target`.
         """
         shared = {name: tensor for name, tensor in merged.items() if name in placement.stored}
-        values = shared if stream == "merged" else {name: placement.stored[name] for name in shared}
+        values = dict(shared) if stream == "merged" else {name: placement.stored[name] for name in shared}
         stays = offload == "layers" or (offload == "experts" and stream == "expert")
-        tensors = {
+        tensors: dict[str, Tensor] = {
             name: tensor
             for name, tensor in values.items()
             if stays and isinstance(tensor, nn.Parameter) and is_trackable(name, tensor)
