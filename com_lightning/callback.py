@@ -18,6 +18,7 @@ from com_lightning.core.sweep.distributed import Peers
 from com_lightning.core.sweep.task import LayerRecord
 from com_lightning.core.tensors.modules import copy_with_tensors
 from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.environment import command_line
 from com_lightning.errors import MergeError, reason
 from com_lightning.execution import MergeResult, execute
 from com_lightning.experts.load import ExpertSource
@@ -31,6 +32,7 @@ from com_lightning.results.atomic import Workplace
 from com_lightning.results.folder import output_problems, space_problems
 from com_lightning.results.journal import FileJournal
 from com_lightning.results.loggers import log_layer, log_picture, log_settings, task_metrics
+from com_lightning.results.origins import origin_of
 from com_lightning.results.report import MergeReport
 from com_lightning.shared_weights import average_shared, load_into, with_shared
 from com_lightning.strategies import end_on_sigterm, join_parent, peers_of, require_mergeable, together, why_alone
@@ -104,6 +106,13 @@ class ChainOfMergesCallback(Callback):
         self._peers = Peers()
         self._workplace: Workplace | None = None
         join_parent()
+
+    def __repr__(self) -> str:
+        """Return the callback as Python code, with those options that differ from their defaults."""
+        sources = {task: repr(s) if isinstance(s, (str, Path)) else "..." for task, s in self.experts.items()}
+        settings = [f"{{{', '.join(f'{task!r}: {source}' for task, source in sources.items())}}}"]
+        settings += [repr(self.method), *["verbose=True"] * self.verbose, *self.options.changed()]
+        return f"{type(self).__name__}({', '.join(settings)})"
 
     @property
     def modules(self) -> dict[str, LightningModule]:
@@ -319,7 +328,15 @@ class ChainOfMergesCallback(Callback):
             except BaseException:
                 self._plan = None  # a second attempt makes a new plan
                 raise
+        report.command = command_line() or self._call(data is not None)
+        for task in report.tasks:
+            report.origins[task] = origin_of(self.experts[task], plan.files.get(f"expert '{task}'"))
         self.result = MergeResult(modules, report, files=options.files)
+
+    def _call(self, has_data: bool) -> str:
+        """The call in Python that does the same merge."""
+        given = ["model", "experts", *["datamodule"] * has_data, f"method={self.method!r}", *self.options.changed()]
+        return f"com_lightning.merge({', '.join(given)})"
 
     def _validate(self, trainer: Trainer, plan: MergePlan, data: MergeDataModule, progress: Progress) -> None:
         evaluator, sets = single_device_trainer(trainer), {"merged": self.modules}

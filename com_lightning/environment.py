@@ -1,11 +1,26 @@
-"""What a merge ran on: peak memory, and versions of packages."""
+"""What a merge ran on: date, command line, peak memory, and versions of packages."""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from datetime import UTC, datetime
 from importlib import metadata
+from pathlib import Path
 
 import torch
+
+
+def date() -> str:
+    """The time now, in UTC, to the minute."""
+    return f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
+
+
+def command_line() -> str | None:
+    """The command line of ``com-lightning``; ``None`` in other programs."""
+    program = Path(sys.argv[0] if sys.argv else "")
+    is_ours = program.stem == "com-lightning" or (program.name == "__main__.py" and program.parent.stem == __package__)
+    return shlex.join(["com-lightning", *sys.argv[1:]]) if is_ours else None
 
 
 def peak_memory(device: torch.device) -> int:

@@ -27,7 +27,7 @@ from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.smaller_batches import smaller_batches
 from com_lightning.data.steps import Batch, CalibrationStep, Prediction, TrainingLoss, samples_in, shortened
 from com_lightning.data.trainer_view import trainer_of_task
-from com_lightning.environment import package_versions, peak_memory
+from com_lightning.environment import date, package_versions, peak_memory
 from com_lightning.errors import MergeError
 from com_lightning.experts.state_dicts import some
 from com_lightning.methods import MergeJob, ParameterRecord
@@ -123,6 +123,10 @@ class MergeResult:
     def __repr__(self) -> str:
         return str(self.report)
 
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        return self.report._repr_html_()
+
 
 def execute(
     plan: MergePlan,
@@ -215,6 +219,7 @@ def execute(
         seed=data.seed if data is not None else None,
         resumed=context.journal.resumed,
         versions=package_versions(),
+        date=date(),
     )
     report.parameters, report.sizes = summarize_parameters(
         plan.experts, plan.parameters, records, bool(plan.layers) and plan.method.merges_layers, job.heads

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from torch import nn
+
 from com_lightning.arguments import argument_problems
 from com_lightning.compat import renamed_options
 from com_lightning.core.tensors.placement import Offload
@@ -68,6 +70,18 @@ class MergeOptions:
             self.private = [self.private]
         if found := self._wrong_types():
             raise MergeError(found)
+
+    def __repr__(self) -> str:
+        """Return those options that differ from their defaults."""
+        return f"{type(self).__name__}({', '.join(self.changed())})"
+
+    def changed(self) -> list[str]:
+        """Return ``name=value`` for each option that differs from its default."""
+        default = vars(type(self)())
+        del default["files"]  # whole texts
+        values = {name: vars(self)[name] for name in default}
+        plain = {name: not isinstance(value, (nn.Module, Mapping)) for name, value in values.items()}
+        return [f"{n}={repr(v) if plain[n] else '...'}" for n, v in values.items() if not plain[n] or v != default[n]]
 
     @property
     def budget(self) -> int | None:

@@ -305,6 +305,12 @@ class Comparison:
                 messages.append(f"{row.label}: no {name} beyond the {end} of the grid was tried")
         return messages
 
+    def _repr_html_(self) -> str:
+        """The comparison in a notebook."""
+        from com_lightning.analysis.comparison_html import comparison_fragment
+
+        return comparison_fragment(self)
+
     def __str__(self) -> str:
         if not self.outcomes:
             return "Nothing has been compared yet."

@@ -1,13 +1,16 @@
-"""A comparison as one web page that works offline."""
+"""A comparison as one web page that works offline, and as the fragment that a notebook shows."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from com_lightning.analysis.comparison import Comparison
+from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.results.figures import no_pictures
-from com_lightning.results.html import html_table, image, page
+from com_lightning.results.html import folded, fragment, html_table, image_grid, page
 from com_lightning.results.tables import labelled
 
 _PICTURES = {
@@ -28,16 +31,43 @@ def comparison_html(comparison: Comparison, folder: Path) -> str:
     Returns:
         The page.
     """
-    heading = f"{len(comparison.rows)} ways to merge {', '.join(comparison.tasks)}"
+    heading = _heading(comparison)
+    return page(heading, [f"<h1>{escape(heading)}</h1>", *_body(comparison, _pictures(folder))])
+
+
+def comparison_fragment(comparison: Comparison) -> str:
+    """The comparison for a notebook, with its pictures if matplotlib is installed.
+
+    Args:
+        comparison: what was measured.
+
+    Returns:
+        The HTML.
+    """
+    if not comparison.outcomes:
+        return f"<p>{escape(str(comparison))}</p>"
+    with TemporaryDirectory() as folder:
+        save_pictures(comparison, Path(folder))
+        drawn = _pictures(Path(folder))
+    return fragment([f"<h3>{escape(_heading(comparison))}</h3>", *_body(comparison, drawn)])
+
+
+def _pictures(folder: Path) -> list[tuple[bytes, str]]:
+    paths = {folder / name: described for name, described in _PICTURES.items()}
+    return [(path.read_bytes(), described) for path, described in paths.items() if path.is_file()]
+
+
+def _heading(comparison: Comparison) -> str:
+    return f"{len(comparison.rows)} ways to merge {', '.join(comparison.tasks)}"
+
+
+def _body(comparison: Comparison, drawn: Sequence[tuple[bytes, str]]) -> list[str]:
     monitor = labelled(f"<code>{escape(str(comparison.monitor))}</code>", comparison.lower_is_better)
-    parts = [f"<h1>{escape(heading)}</h1>", f"<p>{monitor}</p>"]
-    parts += [html_table(comparison.table_rows())]
+    parts = [f"<p>{monitor}</p>", html_table(comparison.table_rows())]
     parts += [f"<p>{escape(line)}</p>" for line in comparison.splits.splitlines()]
     warns = ["warning" if note.startswith("Warning") else "note" for note in comparison.notes()]
     parts += [f'<p class="{kind}">{escape(note)}</p>' for kind, note in zip(warns, comparison.notes())]
-    if len(rows := comparison.settings_rows()) > 1:
-        parts += ["<h2>Settings</h2>", html_table(rows)]
-    pictures = {folder / name: description for name, description in _PICTURES.items()}
-    parts += [image(path.read_bytes(), description) for path, description in pictures.items() if path.is_file()]
+    parts.append(image_grid(drawn))
     parts += [f'<p class="note">{escape(problem)}</p>'] if (problem := no_pictures()) else []
-    return page(heading, parts)
+    rows = comparison.settings_rows()
+    return [*parts, folded(f"Settings that were tried ({len(rows) - 1})", [html_table(rows)]) if len(rows) > 1 else ""]

@@ -227,15 +227,12 @@ def _write_report(
 ) -> None:
     for name, text in {"report.json": report.to_json(), "report.md": report.to_markdown(), **files}.items():
         (folder / name).write_text(text, encoding="utf-8")
-    has_picture = save_figure(report, folder / "report.png")
-    has_importance = save_importance({"": importance_of(report.layers)}, folder / "importance.png")
-    pictures = [(folder / "report.png").read_bytes() if has_picture else None]
-    pictures += [(folder / "importance.png").read_bytes()] if has_importance else []
-    page = html_report(report, *pictures)
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    save_figure(report, folder / "report.png")
+    save_importance({"": importance_of(report.layers)}, folder / "importance.png")
+    classes = {task: f"{type(m).__module__}.{type(m).__qualname__}" for task, m in modules.items()}
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    (folder / "report.html").write_text(html_report(report, names, classes), encoding="utf-8")
     if "README.md" not in names:  # the user's files may include one
-        classes = {task: f"{type(m).__module__}.{type(m).__qualname__}" for task, m in modules.items()}
         (folder / "README.md").write_text(model_card(report, names, classes), encoding="utf-8")
 
 

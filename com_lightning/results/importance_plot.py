@@ -22,25 +22,31 @@ def importance_of(records: Iterable[LayerRecord]) -> list[LayerImportance]:
 
 
 def save_importance(rules: Mapping[str, Sequence[LayerImportance]], path: Path) -> bool:
-    """Draw similarity and importance, and save the picture.
+    """Draw similarity and importance, and save the picture. Returns whether :func:`draw_importance` has drawn one."""
+    figure = draw_importance(rules)
+    if figure is not None:
+        figure.savefig(path, dpi=130)
+    return figure is not None
+
+
+def draw_importance(rules: Mapping[str, Sequence[LayerImportance]]) -> Any:
+    """Draw similarity and importance.
 
     Args:
         rules: name of each rule -> its layers, see :func:`importance_of`. Each rule gets a row of three panels.
-        path: of the PNG.
 
     Returns:
-        Whether there is a picture.
+        A ``matplotlib.figure.Figure``; ``None`` without matplotlib, or if there is nothing to draw.
     """
     drawn = {rule: layers for rule, layers in rules.items() if layers}
     if not drawn or (figure := new_figure(13, 0.4 + 3.8 * len(drawn))) is None:
-        return False
+        return None
     rows = figure.subfigures(len(drawn), 1, squeeze=False)[:, 0]
     for row, (rule, layers) in zip(rows, drawn.items()):
         if len(drawn) > 1:
             row.suptitle(rule, fontsize=9)
         _draw_row(row.subplots(1, 3), layers)
-    figure.savefig(path, dpi=130)
-    return True
+    return figure
 
 
 def _draw_row(panels: Sequence[Any], layers: Sequence[LayerImportance]) -> None:

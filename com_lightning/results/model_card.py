@@ -50,7 +50,7 @@ def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, 
         "## Metrics" if report.metrics else "",
         f"{metric}, on validation data:\n\n{report.task_table()}" if report.metrics else "",
         "## How to load it",
-        _loading(report.tasks, files, classes),
+        f"```python\n{loading_code(report.tasks, files, classes)}\n```",
         _ADAPTERS if any(file.endswith("/adapter_config.json") for file in files) else "",
         "## How it was made",
         report.summary(),
@@ -161,8 +161,17 @@ def _results(report: MergeReport) -> list[dict[str, Any]]:
     return results
 
 
-def _loading(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, str]) -> str:
-    """Code that loads the first task's module, and the transformers model if there is one."""
+def loading_code(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, str]) -> str:
+    """Code that loads the first task's module, and the transformers model if there is one.
+
+    Args:
+        tasks: Names of the tasks.
+        files: Names of the files beside the report.
+        classes: Task -> full name of its module's class.
+
+    Returns:
+        The lines.
+    """
     first = tasks[0]
     module, _, name = classes.get(first, "MyModule").partition(".<locals>")[0].rpartition(".")
     lines = [f"from {module} import {name}", ""] if module and module != "__main__" else []
@@ -172,4 +181,4 @@ def _loading(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, s
     if folders := [file.removesuffix("/config.json") for file in configs]:
         folder = next((folder for folder in folders if first in folder.split("/")), folders[0])
         lines += ["", "from transformers import AutoModel", "", f'network = AutoModel.from_pretrained("{folder}")']
-    return "\n".join(["```python", *lines, "```"])
+    return "\n".join(lines)

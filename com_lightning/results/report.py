@@ -10,6 +10,7 @@ from typing import Any, Literal
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch
 from com_lightning.results.conclusion import advice, headline
 from com_lightning.results.model_size import ModelSize, size_rows
+from com_lightning.results.origins import Origin
 from com_lightning.results.outcome import ParameterOutcome
 from com_lightning.results.summary import summarize
 from com_lightning.results.tables import (
@@ -80,6 +81,9 @@ class MergeReport:
         seed: Seed of the calibration sample.
         versions: Package -> version.
         resumed: How many layers were taken from an earlier merge that was interrupted.
+        date: When the merge ended, as ``2026-01-31 17:05 UTC``.
+        command: The command line, or the call in Python, that the merge was started with.
+        origins: Task -> where its expert comes from.
     """
 
     method: dict[str, Any] = field(default_factory=dict)
@@ -104,6 +108,9 @@ class MergeReport:
     seed: int | None = None
     versions: dict[str, str] = field(default_factory=dict)
     resumed: int = 0
+    date: str = ""
+    command: str = ""
+    origins: dict[str, Origin] = field(default_factory=dict)
 
     @property
     def metric(self) -> str | None:
@@ -257,6 +264,12 @@ class MergeReport:
         """The whole report as Markdown."""
         return markdown_report(self)
 
+    def _repr_html_(self) -> str:
+        """The report in a notebook."""
+        from com_lightning.results.html import html_fragment
+
+        return html_fragment(self)
+
     def __str__(self) -> str:
         if not self.tasks:
             return "Nothing has been merged yet."
@@ -322,6 +335,12 @@ def _notes(layer: LayerRecord, start: str) -> list[str]:
     return notes
 
 
+def origin_rows(report: MergeReport) -> list[list[str]]:
+    """A head, and a row per task with the source of its expert; an empty list if it is not known."""
+    rows = [[task, origin.source] for task, origin in report.origins.items()]
+    return [["task", "expert"], *rows] if rows else []
+
+
 def averaged_rows(report: MergeReport) -> list[list[str]]:
     """A head, and a row per parameter that was averaged, with the reason; an empty list if none was."""
     averaged = [[n, outcome.detail or ""] for n, outcome in report.parameters.items() if outcome.status == "averaged"]
@@ -339,9 +358,10 @@ def settings(report: MergeReport) -> str:
 
 
 def versions(report: MergeReport) -> str:
-    """The seed of the calibration sample and the versions of packages in one line."""
-    seed = f"Calibration seed {report.seed}; " if report.seed is not None else ""
-    return f"{seed}{', '.join(f'{name} {version}' for name, version in report.versions.items())}."
+    """The date, the seed of the calibration sample and the versions of packages in one line."""
+    date = f"{report.date}; " if report.date else ""
+    seed = f"calibration seed {report.seed}; " if report.seed is not None else ""
+    return f"{date}{seed}{', '.join(f'{name} {version}' for name, version in report.versions.items())}."
 
 
 def markdown_report(report: MergeReport) -> str:
@@ -360,6 +380,8 @@ def markdown_report(report: MergeReport) -> str:
         f"## Size\n\n{SIZE_COLUMNS}\n\n{table(size_rows(report.size))}" if report.size.tasks else "",
         f"## Layers\n\n{LAYER_COLUMNS}\n\n{table(layer_rows(report))}" if report.layers else "",
         f"## Averaged parameters\n\n{table(averaged)}" if averaged else "",
+        f"## Experts\n\n{table(origin_rows(report))}" if report.origins else "",
+        f"Made with `{report.command}`." if report.command else "",
         versions(report),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

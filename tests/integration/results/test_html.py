@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from com_lightning import ChainOfMergesCallback, MergeDataModule
+from com_lightning import TIES, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeOptions, MergeReport
 from com_lightning.results.html import html_report
+from com_lightning.results.origins import Origin
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 VOID = {"meta", "img", "br"}
@@ -39,12 +40,18 @@ class Page(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merger(tmp_path_factory: pytest.TempPathFactory) -> ChainOfMergesCallback:
     made = tmp_path_factory.mktemp("result") / "merged"
     merger = ChainOfMergesCallback(dict(zip("ab", make_experts())), output_dir=str(made))
     tasks = MergeDataModule({"a": make_data(0), "b": make_data(1)}, num_samples=16)
     quiet_trainer(callbacks=[merger]).validate(Classifier(), datamodule=tasks, verbose=False)
-    return made
+    return merger
+
+
+@pytest.fixture
+def folder(merger: ChainOfMergesCallback) -> Path:
+    assert merger.options.output_dir is not None
+    return Path(merger.options.output_dir)
 
 
 def test_a_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
@@ -52,19 +59,50 @@ def test_a_page_is_whole_and_needs_nothing_else(folder: Path) -> None:
     page.feed((folder / "report.html").read_text(encoding="utf-8"))
     assert page.open == []
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
-    assert len(page.sources) == 1
-    for told in ("Merge of 2 experts with ChainOfMerges", "merged / expert", "body.0", "calibration samples"):
+    assert len(page.sources) == 2  # so that a phone shows them one below the other
+    for told in (
+        "Merge of 2 experts with ChainOfMerges",
+        "One model of",
+        "merged / expert",
+        "body.0",
+        "calibration samples",
+        'Classifier.load_from_checkpoint("a.ckpt", weights_only=True)',
+        "com_lightning.merge(model, experts, datamodule, method=ChainOfMerges(), output_dir=",
+        "Classifier in memory",
+    ):
         assert told in page.text
 
 
-def test_what_is_not_ours_is_escaped(folder: Path) -> None:
+def test_a_notebook_shows_the_report_without_scripts(merger: ChainOfMergesCallback) -> None:
+    page = Page()
+    text = merger.result._repr_html_()
+    page.feed(text)
+    assert page.open == []
+    assert "<script" not in text
+    assert merger.report.headline in page.text
+    assert text.index(merger.report.headline) < text.index("<table") < text.index("<img") < text.index("<details")
+    assert "body.0" in text.partition("<details")[2]
+    assert MergeReport()._repr_html_() == "<p>Nothing has been merged yet.</p>"
+
+
+def test_everything_prints_its_settings() -> None:
+    assert repr(ChainOfMerges(task_rank=4)) == "ChainOfMerges(task_rank=4)"
+    callback = ChainOfMergesCallback({"a": "a.ckpt", "b": Classifier()}, TIES(density=0.1), output_dir="out")
+    expected = "ChainOfMergesCallback({'a': 'a.ckpt', 'b': ...}, TIES(density=0.1), output_dir='out')"
+    assert repr(callback) == expected
+    assert repr(MergeOptions()) == "MergeOptions()"
+
+
+def test_what_is_not_ours_is_escaped() -> None:
     merger = ChainOfMergesCallback({})
     merger.report.tasks = ["<script>alert(1)</script>"]
     merger.report.warnings = ["a < b & c"]
+    merger.report.command = "<script>alert(2)</script>"
+    merger.report.origins = {"a": Origin("<script>alert(3)</script>")}
     merger.report.metrics = {"merged": {merger.report.tasks[0]: {"val_acc": 1.0}}}
     merger.report.choose_monitor()
     text = html_report(merger.report)
-    assert "<script>" not in text
+    assert "<script>alert" not in text
     assert "a &lt; b &amp; c" in text
 
 
