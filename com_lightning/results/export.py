@@ -78,7 +78,9 @@ def export(
             for warning in write_tokenizer({"the model": find_tokenizer(model, model)}, made):
                 rank_zero_warn(warning)
         classes = architectures(read_json(made / MODEL_CONFIG)) or ["AutoModel"]
-        card = pretrained_card(classes[0], source.name, history)
+        stem = source.stem if source.is_file() and (source.parent / "report.json").is_file() else None
+        own = task if task in folder.parts else stem if stem != "merged" else None
+        card = pretrained_card(classes[0], source.name, history, own)
         (made / "README.md").write_text(card, encoding="utf-8")
 
     publish(output_dir, write)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,12 @@ _PAPERS = {
     "TIES": ("TIES-Merging", "2306.01708"),
 }
 
+_CARRIED = ("base_model", "base_model_relation", "license", "pipeline_tag")
+_PICTURE = re.compile(r"\n!\[[^\]]*\]\(report\.png\)\n")
+"""Is not exported."""
+
 _ADAPTERS = "`adapters` has one base and an adapter of PEFT for each task. Their READMEs show how to load them."
+_LICENSE = "No license is set: those of the experts, and of what they were fine-tuned from, say what is allowed."
 _FULL_REPORT = "Full report: `report.md`, `report.html`, `report.json`."
 
 
@@ -34,25 +39,26 @@ def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, 
         The text.
     """
     method = str(report.method.get("class"))
-    metadata = {"library_name": "lightning", "tags": ["merge", "model-merging", method.lower()]}
-    if results := _results(report):
-        metadata["model-index"] = [{"name": "merged", "results": results}]  # type: ignore[list-item]
+    metadata = _metadata("lightning", report)
     name, paper = _PAPERS.get(method, (method, ""))
     reference = f"{name} ([arXiv {paper}](https://arxiv.org/abs/{paper}))" if paper else name
     metric = labelled(f"`{report.monitor}`", report.lower_is_better)
     library = f"com_lightning {report.versions.get('com_lightning', '')}".strip()
     parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
+        _front(metadata),
         f"# {len(report.tasks)} models in one: {', '.join(report.tasks)}",
         f"Merged without retraining by {reference} with {library}. {report.headline}".strip(),
         "## Experts",
         "\n".join(_expert(report, task, classes.get(task)) for task in report.tasks),
+        "" if "license" in metadata else _LICENSE,
         "## Metrics" if report.metrics else "",
         f"{metric}, on validation data:\n\n{report.task_table()}" if report.metrics else "",
+        "![each task before and after the merge, and the drift of inputs](report.png)" if "report.png" in files else "",
         "## How to load it",
         f"```python\n{loading_code(report.tasks, files, classes)}\n```",
         _ADAPTERS if any(file.endswith("/adapter_config.json") for file in files) else "",
         "## How it was made",
+        f"```text\n{report.command}\n```" if report.command else "",
         report.summary(),
         "\n".join(f"- `{name}`: {value}" for name, value in report.method.items() if name != "class"),
         "\n".join(f"> {warning}" for warning in report.warnings),
@@ -61,24 +67,31 @@ def model_card(report: MergeReport, files: Sequence[str], classes: Mapping[str, 
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def pretrained_card(model_class: str, source: str, merge_card: str = "") -> str:
+def pretrained_card(model_class: str, source: str, merge_card: str = "", task: str | None = None) -> str:
     """The model card of an exported transformers model.
 
     Args:
         model_class: Name of its class.
         source: What it was exported from.
         merge_card: The card of the merge if it is known. Everything but how to load it is taken over.
+        task: The task that the model is for, if there is one for each.
 
     Returns:
         The text.
     """
-    metadata = {"library_name": "transformers", "tags": ["merge", "model-merging"]}
+    front = yaml.safe_load(merge_card.split("---\n")[1]) if merge_card.startswith("---\n") else {}
+    known = {name: front[name] for name in _CARRIED if name in front} if isinstance(front, dict) else {}
+    metadata = {"library_name": "transformers", **known, "tags": ["merge", "model-merging"]}
     _, _, rest = merge_card.partition("\n# ")
     about, _, rest = rest.partition("\n## How to load it\n")
+    about = _PICTURE.sub("", about)
+    if task and about:
+        heading, _, told = about.partition("\n")
+        about = f"{task}: the model of one task, from {heading}\n{told}"
     _, _, history = rest.partition("\n## How it was made\n")
     code = f'from transformers import {model_class}\n\nmodel = {model_class}.from_pretrained(".")'
     parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False).strip()}\n---",
+        _front(metadata),
         f"# {about.strip()}" if about else f"# {model_class}, exported from {source}",
         "## How to load it",
         f"```python\n{code}\n```",
@@ -107,7 +120,7 @@ def adapter_card(name: str, model_class: str, base: str, notes: Sequence[str] = 
     lines = ["from peft import PeftModel", *[f"from transformers import {model_class}"] * (not is_checkpoint), ""]
     lines += [f"base = {model_class}.{load}", f'model = PeftModel.from_pretrained(base, "{name}").eval()']
     parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True).strip()}\n---",
+        _front(metadata),
         f"# {name.rpartition('/')[2]}: an adapter of PEFT",
         *notes,
         "## How to load it",
@@ -145,20 +158,32 @@ def adapters_card(model_class: str, tasks: Sequence[str], rank: int, is_plain: b
 
 
 def _expert(report: MergeReport, task: str, module_class: str | None) -> str:
-    samples = report.samples.get(task)
-    described = f" `{module_class}`" if module_class else ""
-    return f"- **{task}**{described}{f', {samples} calibration samples' if samples else ''}"
+    samples, origin = report.samples.get(task), report.origins.get(task)
+    source = origin.source if origin else ""
+    if origin and origin.hub_name:
+        source = f"[{origin.hub_name}](https://huggingface.co/{origin.hub_name})"
+    elif source and not source.endswith(" in memory"):
+        source = f"`{source}`"
+    notes = [source, f"`{module_class}`" if module_class else "", f"{samples} calibration samples" if samples else ""]
+    notes += [f"fine-tuned from {origin.base}" if origin and origin.base else ""]
+    notes += [f"license {origin.license}" if origin and origin.license else ""]
+    return f"- **{task}**: {', '.join(filter(None, notes))}".removesuffix(": ")
 
 
-def _results(report: MergeReport) -> list[dict[str, Any]]:
-    """The metrics of the merged model, in the form of the Hub's ``model-index``."""
-    results = []
-    for task, value in zip(report.tasks, report.values("merged")):
-        if value is not None and math.isfinite(value):
-            metric = {"name": report.monitor, "type": report.monitor, "value": round(float(value), 6)}
-            dataset = {"name": task, "type": task}
-            results.append({"task": {"type": "other", "name": task}, "dataset": dataset, "metrics": [metric]})
-    return results
+def _metadata(library: str, report: MergeReport) -> dict[str, Any]:
+    """What the Hub reads: only what the experts' own cards and names say, and what they agree on."""
+    origins = [report.origins.get(task) for task in report.tasks]
+    bases = dict.fromkeys(name for o in origins if o for name in [o.hub_name or o.base] if name)
+    licenses, tags = ({getattr(origin, name, None) for origin in origins} for name in ("license", "pipeline_tag"))
+    found: dict[str, Any] = {"library_name": library}
+    found.update({"base_model": list(bases), "base_model_relation": "merge"} if bases else {})
+    found.update({"license": licenses.pop()} if len(licenses) == 1 and None not in licenses else {})
+    found.update({"pipeline_tag": tags.pop()} if len(tags) == 1 and None not in tags else {})
+    return {**found, "tags": ["merge", "model-merging", str(report.method.get("class")).lower()]}
+
+
+def _front(metadata: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(metadata), sort_keys=False, allow_unicode=True).strip()}\n---"
 
 
 def loading_code(tasks: Sequence[str], files: Sequence[str], classes: Mapping[str, str]) -> str:

@@ -81,19 +81,22 @@ def _figure(panels: Sequence[Callable[[Any], None]]) -> Any:
 
 def _draw_tasks(axes: Any, report: MergeReport) -> None:
     """Bars for each task: shares of the expert's metric if all tasks have one, else the metric itself."""
+    from matplotlib.patheffects import withStroke
+
     compared = [model for model in ("average", "merged") if model in report.metrics]
     shares = {model: [report.normalized(model, task) for task in report.tasks] for model in compared}
     by_share = bool(shares) and not any(value is None for values in shares.values() for value in values)
     values = shares if by_share else {model: report.values(model) for model in MODELS if model in report.metrics}
     factor, places = (100 if by_share else 1), range(len(report.tasks))
     width = 0.8 / len(values)
+    halo = [withStroke(linewidth=3, foreground="white")]  # the line at 100 % may cross a label
     small = {"fontsize": 7 if len(report.tasks) * len(values) > 8 else 8}
     for index, (model, column) in enumerate(values.items()):
         heights = [factor * (value or 0.0) for value in column]
         labels = ["" if value is None else f"{factor * value:.{0 if by_share else 2}f}" for value in column]
         across = [place + (index - (len(values) - 1) / 2) * width for place in places]
         bars = axes.bar(across, heights, width * 0.94, label=model, color=_COLORS[model])
-        axes.bar_label(bars, labels, padding=1, **small)
+        axes.bar_label(bars, labels, padding=1, path_effects=halo, **small)
     if by_share:
         axes.axhline(100, color="#4b5563", linestyle="--", linewidth=1, zorder=0, label="expert")
         axes.set_ylabel(f"{report.monitor}: share of the expert's (%)")

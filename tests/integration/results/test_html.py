@@ -12,7 +12,8 @@ import yaml
 
 from com_lightning import TIES, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeOptions, MergeReport
 from com_lightning.results.html import html_report
-from com_lightning.results.origins import Origin
+from com_lightning.results.model_card import model_card, pretrained_card
+from com_lightning.results.origins import Origin, origin_of
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
 
 VOID = {"meta", "img", "br"}
@@ -109,13 +110,47 @@ def test_what_is_not_ours_is_escaped() -> None:
 def test_the_card_tells_the_hub_and_people(folder: Path) -> None:
     _, front, body = (folder / "README.md").read_text(encoding="utf-8").split("---\n", 2)
     about = yaml.safe_load(front)
-    results = about["model-index"][0]["results"]
     assert "merge" in about["tags"]
-    assert [result["dataset"]["name"] for result in results] == ["a", "b"]
-    assert all(0 <= result["metrics"][0]["value"] <= 1 for result in results)
+    assert {"base_model", "license", "pipeline_tag", "model-index"}.isdisjoint(about)  # nothing is invented
+    assert "No license is set" in body
+    assert "](report.png)" in body
+    assert "- **a**: Classifier in memory, `tests.helpers.classifier.Classifier`, 16 calibration samples" in body
     assert 'Classifier.load_from_checkpoint("a.ckpt", weights_only=True)' in body
     assert "from tests.helpers.classifier import Classifier" in body
     assert "2508.21421" in body
+
+
+def test_the_card_says_what_the_experts_cards_agree_on(tmp_path: Path) -> None:
+    """As the Hub's own library reads it."""
+    report = MergeReport({"class": "TIES"}, ["a", "b", "c"])
+    for task, pipeline in {"a": "text-classification", "b": "text-generation"}.items():
+        (tmp_path / task).mkdir()
+        card = f"---\nbase_model: owner/base\nlicense: mit\npipeline_tag: {pipeline}\n---\n# {task}\n"
+        (tmp_path / task / "README.md").write_text(card)
+    report.origins = {task: origin_of(tmp_path / task, tmp_path / task) for task in "ab"}
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n")
+    report.origins["c"] = origin_of("hf://owner/expert@main", tmp_path)
+    text = model_card(report, ["report.png"], {})
+    about = yaml.safe_load(text.split("---\n")[1])
+    assert about["base_model"] == ["owner/base", "owner/expert"]
+    assert about["base_model_relation"] == "merge"
+    assert about["license"] == "mit"
+    assert "pipeline_tag" not in about
+    assert "[owner/expert](https://huggingface.co/owner/expert)" in text
+    assert str(tmp_path / "a") in text
+    hub = pytest.importorskip("huggingface_hub")
+    assert hub.ModelCard(text).data.to_dict() == about
+    exported = pretrained_card("BertModel", "a", text, task="a")
+    assert "# a: the model of one task, from 3 models in one: a, b, c\n" in exported
+    assert "report.png" not in exported
+    assert hub.ModelCard(exported).data.base_model == about["base_model"]
+
+
+@pytest.mark.parametrize("text", ["", "---\n", "---\n- 1\n---\n", "---\na: [\n---\n", "---\nlicense: [a]\n---\n", "\0"])
+def test_odd_cards_of_experts_say_nothing(text: str, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text(text)
+    (tmp_path / "adapter_config.json").write_text("[]")
+    assert origin_of(tmp_path, tmp_path) == Origin(str(tmp_path))
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="no browser")
