@@ -28,6 +28,8 @@ from com_lightning.results.atomic import write_text, write_whole
 from com_lightning.results.figures import new_figure
 from com_lightning.results.tables import table
 
+_QUANTILE = 0.95
+"""Share of distances that the colours of the picture tell apart."""
 MOST = 12
 """How many layers the command prints."""
 
@@ -133,6 +135,11 @@ class Inspection:
             total.add(layer)
         return total
 
+    @cached_property
+    def furthest(self) -> list[LayerDistance]:
+        """The layers, those first in which an expert is furthest from the base or the mean."""
+        return sorted(self.layers, key=lambda layer: max(layer.distances), reverse=True)
+
     def to_json(self) -> str:
         """Everything as JSON text."""
 
@@ -156,7 +163,7 @@ class Inspection:
         """Everything as Markdown.
 
         Args:
-            most: How many layers to show, those in which the experts are furthest apart; by default all.
+            most: How many layers to show, of those in which the experts are furthest away; by default all.
 
         Returns:
             The text.
@@ -188,15 +195,12 @@ class Inspection:
         return [table(rows), "With a base (--base), the directions of the experts are compared too."]
 
     def _layers(self, most: int | None) -> list[str]:
-        def apart(layer: LayerDistance) -> float:
-            return layer.conflict if self.from_base else max(layer.distances)
-
-        layers = self.layers if most is None else sorted(self.layers, key=apart, reverse=True)[:most]
+        layers = self.furthest[:most]
         rows = [["layer", "values", *self.experts, *["sign conflict"] * self.from_base]]
         for layer in layers:
             conflict = [f"{100 * layer.conflict:.1f} %"] * self.from_base
             rows.append([layer.name, f"{layer.values:,}", *(f"{d:.4f}" for d in layer.distances), *conflict])
-        which = "" if len(layers) == len(self.layers) else f", the {len(layers)} furthest apart of {len(self.layers)}"
+        which = "" if len(layers) == len(self.layers) else f", the {len(layers)} furthest of {len(self.layers)}"
         origin = "base" if self.from_base else "mean"
         return [f"Distances by layer{which}:", table(rows), f"Distances are relative to the norm of the {origin}."]
 
@@ -325,7 +329,7 @@ def draw(inspection: Inspection) -> Any:
     _draw_distances(panels[-1 - inspection.from_base], inspection)
     if inspection.from_base:
         _draw_cosines(panels[0], inspection)
-        axes, layers = panels[-1], inspection.layers
+        axes, layers = panels[-1], inspection.furthest
         axes.barh(range(len(layers)), [100 * layer.conflict for layer in layers], color="#c1553b")
         axes.set_ylim(len(layers) - 0.5, -0.5)
         axes.set_yticks([])
@@ -334,10 +338,14 @@ def draw(inspection: Inspection) -> Any:
 
 
 def _draw_distances(axes: Any, inspection: Inspection) -> None:
-    names, layers = inspection.experts, inspection.layers
-    image = axes.imshow([layer.distances for layer in layers], aspect="auto", cmap="viridis")
-    axes.figure.colorbar(image, ax=axes)
-    axes.set_title(f"distance from the {'base' if inspection.from_base else 'mean'}", fontsize="medium")
+    names, layers = inspection.experts, inspection.furthest
+    values = [layer.distances for layer in layers]
+    # One layer far from all others, such as a head, must not make them all dark.
+    ordered = sorted(value for row in values for value in row)
+    top = ordered[min(int(_QUANTILE * len(ordered)), len(ordered) - 1)]
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0.0, vmax=top or None)
+    axes.figure.colorbar(image, ax=axes, extend="max" if top < ordered[-1] else "neither")
+    axes.set_title(f"distance from the {'base' if inspection.from_base else 'mean'}, by layer", fontsize="medium")
     axes.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     step = max(len(layers) // 60, 1)
     axes.set_yticks(range(0, len(layers), step), [layer.name for layer in layers[::step]], fontsize=6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from com_lightning.analysis.inspection import LayerDistance, inspect, save
+from com_lightning.analysis.inspection import Inspection, LayerDistance, draw, inspect, save
 from com_lightning.cli import main
 from com_lightning.errors import MergeError
 
@@ -134,6 +135,19 @@ def test_tensors_that_cannot_be_compared_are_told(odd: Any, tmp_path: Path) -> N
         torch.save({"weight": value}, tmp_path / f"{name}.pt")
     with pytest.raises(MergeError, match=r"weight is (sparse_coo|nested|meta); give plain tensors"):
         inspect({name: tmp_path / f"{name}.pt" for name in "ab"})
+
+
+def test_the_furthest_layers_come_first_and_one_of_them_does_not_darken_the_others() -> None:
+    pytest.importorskip("matplotlib")
+    distances = [0.1 + 0.001 * number for number in range(40)]
+    distances[7] = 50.0
+    layers = [LayerDistance(f"layer{n}", [[d**2, 0.0], [0.0, d**2]], 1.0) for n, d in enumerate(distances)]
+    found = Inspection(["a", "b"], layers, False, [])
+    assert [layer.name for layer in found.furthest[:2]] == ["layer7", "layer39"]
+    assert re.findall(r"layer\d+", found.to_markdown(2)) == ["layer7", "layer39"]
+    image = draw(found).axes[0].images[0]
+    assert image.get_array()[0][0] == 50.0
+    assert image.norm.vmax < 0.2
 
 
 def test_a_file_in_the_place_of_the_folder_is_told(tmp_path: Path) -> None:
