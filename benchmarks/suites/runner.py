@@ -189,7 +189,7 @@ class _Bench:
 class _Merger(ChainOfMergesCallback):
     """A callback that only merges; :func:`evaluate` measures the result."""
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         pass
 
 
