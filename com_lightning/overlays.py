@@ -41,7 +41,11 @@ def config_path(given: str) -> str:
         MergeError: for a path that does not exist and is no name, with the names that there are.
     """
     path = Path(given)
-    if not _NAME.fullmatch(given) or "\0" in given or (path.exists() and not path.is_dir()):
+    try:
+        is_file = path.exists() and not path.is_dir()
+    except OSError:  # no file can have this name: whoever opens it says so
+        return given
+    if not _NAME.fullmatch(given) or "\0" in given or is_file:
         return given
     if named := _named(given):
         return str(named)

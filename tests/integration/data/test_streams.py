@@ -55,7 +55,7 @@ def test_a_stream_in_a_merge() -> None:
     callback, _ = merge(MergeDataModule(tasks, num_samples=16))
     assert callback.report.samples == {"a": 16, "b": 16}
     assert callback.report.overlap == {"a": None, "b": None}
-    assert "not known" in callback.report.summary()
+    assert "perhaps validated on data that the merge has seen" in callback.report.summary()
 
 
 # Settings
@@ -127,7 +127,7 @@ def test_persistent_workers_lose_no_batch(kind: str) -> None:
     with_workers, logged_with_workers = run(num_workers=1, persistent_workers=True)
     assert with_workers == metrics
     assert logged_with_workers == logged
-    assert logged[0] == metrics["merged"]["a"]
+    assert metrics["merged"]["a"].items() <= logged[0].items()
 
 
 # Transfer hooks
@@ -182,7 +182,8 @@ def test_hooks_of_a_task_are_used_throughout(raw: str) -> None:
     callback, logged_with_hooks = merge(data)
     same_merge(callback, expected)
     assert logged_with_hooks[0] == pytest.approx(logged[0], rel=1e-4)
-    assert logged[0] == pytest.approx(expected.report.metrics["merged"]["a"])
+    metrics = expected.report.metrics["merged"]["a"]
+    assert {name: logged[0][name] for name in metrics} == pytest.approx(metrics)
     for name in raw:
         own = data.tasks[name]
         assert isinstance(own, Raw)
@@ -214,7 +215,8 @@ def test_hooks_of_the_module_are_used_throughout() -> None:
     Normalising.calls = 0
     callback, logged = merge(tasks, Normalising(), experts)
     same_merge(callback, expected)
-    assert logged[0] == pytest.approx(expected.report.metrics["merged"]["a"], rel=1e-4)
+    metrics = expected.report.metrics["merged"]["a"]
+    assert {name: logged[0][name] for name in metrics} == pytest.approx(metrics, rel=1e-4)
     assert Normalising.calls == 2 * 2 + 4 + 2 * 3 * 4
 
 
