@@ -41,16 +41,17 @@ def task_metrics(report: MergeReport) -> dict[str, float]:
         ``merged/mean``, and if they were validated ``expert/mean`` and ``average/mean`` -> mean of the monitored metric
         over tasks; ``merged/mean_normalized`` -> mean share.
     """
-    # Lightning keeps the name `dataloader_idx` for itself.
     values: dict[str, float | None] = {
-        f"{task}/{metric.replace('/dataloader_idx_', '/loader_')}": value
+        f"{task}/{metric}": value
         for task, metrics in report.metrics["merged"].items()
         for metric, value in metrics.items()
     }
     values.update({f"{task}/normalized_{report.monitor}": report.normalized("merged", task) for task in report.tasks})
     values.update({f"{model}/mean": report.mean(model) for model in report.metrics})
     values["merged/mean_normalized"] = report.mean_normalized("merged")
-    return {name: value for name, value in values.items() if value is not None}
+    # Lightning keeps the name `dataloader_idx` for itself.
+    known = {name: value for name, value in values.items() if value is not None}
+    return {name.replace("/dataloader_idx_", "/loader_"): value for name, value in known.items()}
 
 
 def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any]) -> None:
