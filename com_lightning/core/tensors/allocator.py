@@ -35,8 +35,8 @@ MAX_MMAP_THRESHOLD = 2**25
 _STATM = "/proc/self/statm"
 """Where Linux tells what memory a process has, in pages."""
 
-SCATTERED_BYTES = 2**28
-"""Free bytes between others that a sweep lets be."""
+SCATTERED_BYTES = 2**29
+"""By how many bytes a process grows in a sweep before what is free of them is returned."""
 
 DEFAULT_THRESHOLD = 2**17
 """The value of both parameters in a new process."""
@@ -60,52 +60,39 @@ def return_freed_memory() -> None:
 
 
 class ScatteredMemory:
-    """Returns memory that was freed between memory in use, whenever much of it has come together.
+    """Returns memory that was freed between memory in use, each time the process has grown by much.
 
-    To return it at once would cost more: what is allocated next would have to be filled with zeros again.
+    To return it at once would cost more: what is allocated next would have to be filled with zeros again. To ask glibc
+    how much is free takes as long as to return it, as both go through all free pieces of the heap.
     """
 
     def __init__(self) -> None:
-        library = _glibc()
-        is_told = hasattr(library, "mallinfo2") and os.access(_STATM, os.R_OK)  # since glibc 2.33, on Linux
-        self._library = library if is_told else None
-        if self._library is not None:
-            self._library.mallinfo2.restype = _Mallinfo
-        self._before = self._unused()
+        self._library = _glibc() if os.access(_STATM, os.R_OK) else None
+        self._before = self._resident()
 
     def tidy(self) -> None:
-        """Return it, if the process holds much more than it uses since the last time. This is fast."""
+        """Return it, if the process has grown by :data:`SCATTERED_BYTES` since the last time. This is fast."""
         if self._library is None:
             return
-        now = self._unused()
+        now = self._resident()
         self._before = min(self._before, now)
         if now - self._before > SCATTERED_BYTES:
             self._library.malloc_trim(0)
-            self._before = self._unused()
+            self._before = self._resident()
 
-    def _unused(self) -> int:
-        """Bytes of memory that the process has without having allocated them, and what it has besides the heap."""
+    def _resident(self) -> int:
+        """Bytes of memory that the process has, mapped files apart."""
         if self._library is None:
             return 0
         with open(_STATM, encoding="ascii") as file:
             _, resident, of_files = map(int, file.read().split()[:3])
-        heap = self._library.mallinfo2()
-        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE") - int(heap.uordblks) - int(heap.hblkhd)
+        return (resident - of_files) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _set(mmap_threshold: int, trim_threshold: int) -> None:
     if library := _glibc():
         library.mallopt(_MMAP_THRESHOLD, mmap_threshold)
         library.mallopt(_TRIM_THRESHOLD, trim_threshold)
-
-
-class _Mallinfo(ctypes.Structure):
-    """What glibc's ``mallinfo2`` returns."""
-
-    _fields_ = [
-        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
-        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
-    ]
 
 
 def _glibc() -> Any:
