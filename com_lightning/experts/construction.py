@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.private_torch import takes_device
+from com_lightning.core.tensors.tracked import tensors_in
 from com_lightning.errors import MergeError, some
 from com_lightning.experts.files import LONGEST_JSON
 
@@ -148,8 +149,8 @@ def meta_tensors(module: nn.Module) -> list[str]:
     for place, part in module.named_modules():
         for name, value in vars(part).items():
             if name not in ("_parameters", "_buffers", "_modules"):
-                leaves = torch.utils._pytree.tree_leaves(value)
-                if any(isinstance(leaf, Tensor) and leaf.is_meta for leaf in leaves):
+                inside = list(value.values()) if isinstance(value, dict) else value
+                if any(tensor.is_meta for tensor in tensors_in(inside)):
                     found.append(f"{place}.{name}".lstrip("."))
     return found
 

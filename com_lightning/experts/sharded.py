@@ -15,30 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint import filesystem
-from torch.distributed.checkpoint import metadata as index_classes
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from com_lightning.core.tensors.mapped import mapped_empty
+from com_lightning.core.tensors.private_torch import index_class
 from com_lightning.errors import MergeError, reason
 
 INDEX = ".metadata"
 """The file that makes a folder a sharded checkpoint."""
 _EXTRA = "meta.pt"
 """The file with all that a Lightning checkpoint holds beside tensors."""
-_INDEX_CLASSES = {
-    "ChunkStorageMetadata": index_classes.ChunkStorageMetadata,
-    "_MEM_FORMAT_ENCODING": index_classes._MEM_FORMAT_ENCODING,
-    "TensorProperties": index_classes.TensorProperties,
-    "TensorStorageMetadata": TensorStorageMetadata,
-    "BytesStorageMetadata": index_classes.BytesStorageMetadata,
-    "StorageMeta": index_classes.StorageMeta,
-    "Metadata": Metadata,
-    "MetadataIndex": index_classes.MetadataIndex,
-}
 _SLACK = 2**24
 """Bytes that tensors may have more than their files."""
 
@@ -98,22 +87,16 @@ class _Reader(FileSystemReader):
         if not isinstance(index, Metadata):
             raise ValueError(f"{INDEX} holds a {type(index).__name__}")
         if index.storage_meta is None:
-            index.storage_meta = index_classes.StorageMeta()
+            index.storage_meta = StorageMeta()
         index.storage_meta.load_id = self.load_id
         return index
 
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if module == index_classes.__name__ and name in _INDEX_CLASSES:
-            return _INDEX_CLASSES[name]
-        if (module, name) == ("torch.distributed.checkpoint.filesystem", "_StorageInfo"):
-            return getattr(filesystem, name)
-        if module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype)):
-            return getattr(torch, name)
-        if (module, name) == ("torch.serialization", "_get_layout"):
-            return torch.serialization._get_layout
-        if module == "collections" and name == "OrderedDict":
+        if (known := index_class(module, name)) is not None:
+            return known
+        if (module, name) == ("collections", "OrderedDict"):
             return dict
         if module.partition(".")[0] == "pathlib":
             return PurePosixPath

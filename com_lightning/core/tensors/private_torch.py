@@ -191,3 +191,27 @@ def loader_copy(loader: Loader, **changes: Any) -> Loader:
     copied = copy.copy(loader)
     vars(copied).update({"_iterator": None, "persistent_workers": False, **changes})
     return copied
+
+
+# Sharded checkpoints.
+
+
+def index_class(module: str, name: str) -> Any:
+    """What the index of a sharded checkpoint may name in a module; ``None`` for all that no index needs."""
+    metadata = dist.checkpoint.metadata
+    allowed: dict[str, Mapping[str, Any]] = {
+        metadata.__name__: {
+            "ChunkStorageMetadata": metadata.ChunkStorageMetadata,
+            "_MEM_FORMAT_ENCODING": metadata._MEM_FORMAT_ENCODING,
+            "TensorProperties": metadata.TensorProperties,
+            "TensorStorageMetadata": metadata.TensorStorageMetadata,
+            "BytesStorageMetadata": metadata.BytesStorageMetadata,
+            "StorageMeta": metadata.StorageMeta,
+            "Metadata": metadata.Metadata,
+            "MetadataIndex": metadata.MetadataIndex,
+        },
+        dist.checkpoint.filesystem.__name__: {"_StorageInfo": dist.checkpoint.filesystem._StorageInfo},
+        "torch": {"Size": torch.Size, **{n: v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}},
+        "torch.serialization": {"_get_layout": torch.serialization._get_layout},
+    }
+    return allowed.get(module, {}).get(name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import gc
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
@@ -190,6 +192,23 @@ def test_the_copy_of_a_loader_reads_by_itself() -> None:
     assert [batch.tolist() for batch in copied] == [[5, 0]]
     assert [batch.tolist() for batch in live] == [[0, 1], [2, 3], [4, 5]]
     assert [batch.tolist() for batch in loader] == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_the_classes_of_the_index_of_a_sharded_checkpoint(tmp_path: Path) -> None:
+    save({"a": torch.ones(2), "b": [1]}, checkpoint_id=tmp_path / "x", no_dist=True)
+    named: set[tuple[str, str]] = set()
+
+    class Recorder(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            named.add((module, name))
+            return super().find_class(module, name)
+
+    with open(tmp_path / "x" / ".metadata", "rb") as file:
+        Recorder(file).load()
+    plain = {entry for entry in named if entry[0].partition(".")[0] in ("pathlib", "collections")}
+    assert all(private.index_class(*entry) is not None for entry in named - plain)
+    assert private.index_class("torch", "load") is None
+    assert private.index_class("builtins", "eval") is None
 
 
 def test_nothing_private_is_called_elsewhere() -> None:
