@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, UntypedStorage
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.distributed.checkpoint import filesystem, metadata
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils.data import DataLoader
@@ -198,7 +199,6 @@ def loader_copy(loader: Loader, **changes: Any) -> Loader:
 
 def index_class(module: str, name: str) -> Any:
     """What the index of a sharded checkpoint may name in a module; ``None`` for all that no index needs."""
-    metadata = dist.checkpoint.metadata
     allowed: dict[str, Mapping[str, Any]] = {
         metadata.__name__: {
             "ChunkStorageMetadata": metadata.ChunkStorageMetadata,
@@ -210,7 +210,7 @@ def index_class(module: str, name: str) -> Any:
             "Metadata": metadata.Metadata,
             "MetadataIndex": metadata.MetadataIndex,
         },
-        dist.checkpoint.filesystem.__name__: {"_StorageInfo": dist.checkpoint.filesystem._StorageInfo},
+        filesystem.__name__: {"_StorageInfo": filesystem._StorageInfo},
         "torch": {"Size": torch.Size, **{n: v for n, v in vars(torch).items() if isinstance(v, torch.dtype)}},
         "torch.serialization": {"_get_layout": torch.serialization._get_layout},
     }
