@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -41,19 +42,17 @@ def config_path(given: str) -> str:
         MergeError: for a path that does not exist and is no name, with the names that there are.
     """
     path = Path(given)
-    try:
-        is_file = path.exists() and not path.is_dir()
-    except OSError:  # no file can have this name: whoever opens it says so
-        return given
-    if not _NAME.fullmatch(given) or "\0" in given or is_file:
+    # Unlike pathlib's, these functions take any text: a name may be too long for a file.
+    if not _NAME.fullmatch(given) or "\0" in given or (os.path.exists(given) and not os.path.isdir(given)):
         return given
     if named := _named(given):
         return str(named)
-    problem = f"{given} is a folder, not a file" if path.is_dir() else f"there is no file {given}"
+    is_folder = os.path.isdir(given)
+    problem = f"{given} is a folder, not a file" if is_folder else f"there is no file {given}"
     names = list(overlays())
     if nearest := difflib.get_close_matches(path.stem, names, 1):
         problem += f"; did you mean the configuration {nearest[0]!r}?"
-    elif path.name == given or path.is_dir():
+    elif path.name == given or is_folder:
         problem += f"; configurations with a name are {', '.join(names)}"
     raise MergeError([f"config: {problem}"])
 
@@ -76,7 +75,7 @@ def with_config_paths(args: Sequence[str]) -> list[str]:
 def given_configs(args: Sequence[str]) -> list[Path]:
     """The files of the configurations that arguments give; they need not exist."""
     given = [value for is_config, _, value in _split(args) if is_config]
-    return [Path(value) if Path(value).is_file() else _named(value) or Path(value) for value in given]
+    return [Path(value) if os.path.isfile(value) else _named(value) or Path(value) for value in given]
 
 
 def _named(given: str) -> Path | None:
