@@ -40,7 +40,8 @@ class Models:
         running: task and stream -> the model that the forwards run in.
         computed: name -> tensor that merged models compute with: the merged tensor, or a copy on another device or in
             another precision.
-        moved: weights that were moved to the device for the forwards that pass the present layer.
+        moved: weights that were moved to the device for the forwards that pass the present layer, see
+            :class:`~com_lightning.core.tensors.tracked.Target`.
         device: the device on which statistics are gathered.
         tied: see :func:`~com_lightning.core.tensors.modules.tied_names`.
         positions: name of each module -> its position. A module comes after all modules within it.
@@ -96,7 +97,7 @@ class Models:
         converted: dict[int, Tensor] = {}
         self.running: dict[tuple[int, Stream], RunningModel] = {}
         self.computed: dict[str, Tensor] = {}
-        self.moved: dict[Hashable, Tensor] = {}
+        self.moved: dict[Hashable, tuple[Tensor, Tensor]] = {}
         for number, placement in enumerate(placements):
             values = {**(fixed or {}), **merged, **{name: tensors[number] for name, tensors in tensors_by_task.items()}}
             for stream in streams:

@@ -98,7 +98,7 @@ class RunningModel:
         merged: Mapping[str, Tensor],
         offload: Offload,
         converted: dict[int, Tensor],
-        moved: dict[Hashable, Tensor],
+        moved: dict[Hashable, tuple[Tensor, Tensor]],
     ) -> RunningModel:
         """Return the merged model of a task, or its expert.
 

@@ -116,13 +116,14 @@ class Target:
 
     Attributes:
         device, dtype: where to, and in which precision.
-        moved: the tensors that were moved, so that several forwards can use them. It may serve several targets, and is
-            emptied by whoever made it.
+        moved: the tensors that were moved, so that several forwards can use them, each after what it was moved from,
+            whose address nothing else may have meanwhile. It may serve several targets, and is emptied by whoever made
+            it.
     """
 
     device: torch.device
     dtype: torch.dtype
-    moved: dict[Hashable, Tensor] = field(default_factory=dict)
+    moved: dict[Hashable, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def move(self, tensor: Tensor, writes: int = 0) -> Tensor:
         """Return a tensor there. It is the tensor itself if it is there already.
@@ -134,11 +135,11 @@ class Target:
         if (tensor.device, tensor.dtype) == (self.device, self.dtype):
             return tensor
         view = tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
-        key = (*view, self.device, self.dtype, writes)
+        key = (*view, self.device, self.dtype, writes, private_torch.version(tensor))
         if key not in self.moved:
             with private_torch.no_torch_dispatch():  # it belongs to no forward, so that no pager may move it
-                self.moved[key] = tensor.to(self.device, self.dtype)
-        return self.moved[key]
+                self.moved[key] = tensor, tensor.to(self.device, self.dtype)
+        return self.moved[key][1]
 
 
 class Tracked(Tensor):

@@ -22,6 +22,7 @@ from com_lightning.core.tensors.mapped import mapped_copy
 from com_lightning.core.tensors.modules import tied_names
 from com_lightning.core.tensors.placement import Offload
 from com_lightning.core.tensors.private_torch import WeakStorage
+from com_lightning.core.tensors.tracked import Target
 from com_lightning.experts import load
 from com_lightning.experts.construction import empty_parameters, meta_tensors
 from com_lightning.experts.load import load_expert
@@ -221,6 +222,17 @@ def test_a_parameter_with_several_names_stays_one() -> None:
     assert net.get_buffer("table").tolist() == [0, 1, 2]
     assert tied_names(net) == tied_names(build())
     assert not any(parameter.is_meta for parameter in nn.Linear(2, 2).parameters())
+
+
+def test_what_has_the_address_of_another_tensor_is_moved_anew() -> None:
+    """A forward frees copies that it has selected, and the next ones may lie where they were, or be written to."""
+    target = Target(torch.device("cpu"), torch.float64)
+    for number in range(20):
+        tensor = torch.full((1000,), float(number))
+        assert target.move(tensor)[0] == number
+        tensor += 0.5
+        assert target.move(tensor)[0] == number + 0.5
+        del tensor
 
 
 # Mapped copies
