@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import sys
 import traceback
@@ -15,7 +16,7 @@ import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, _InstantiatorFn
 
 from com_lightning import __version__
 from com_lightning.analysis.inspection import MOST, inspect, save
@@ -25,6 +26,7 @@ from com_lightning.core.sweep.task import NonFiniteError
 from com_lightning.core.tensors.allocator import keep_freed_memory
 from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, paths_told, reason
+from com_lightning.experts.construction import without_memory
 from com_lightning.experts.files import LONGEST_JSON
 from com_lightning.help import answer, explained, plain
 from com_lightning.overlays import given_configs, with_config_paths
@@ -146,6 +148,9 @@ class MergeCLI(LightningCLI):
         # to keep their own, and MergeDataModule saves none.
         if isinstance(data := self._get(self.config, "data"), Namespace) and _is_merge_data(data.get("class_path")):
             self.parser.add_instantiator(_plainly, LightningDataModule, subclasses=True, prepend=True)
+        if self._get(self.config, "offload") == "layers":  # only the model's class and shapes are needed
+            lean = _WithoutMemory(cli=self, key="model")
+            self.parser.add_instantiator(lean, LightningModule, subclasses=True, prepend=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -177,6 +182,15 @@ class MergeCLI(LightningCLI):
     def _config_file(self, subcommand: str) -> dict[str, str]:
         config = yaml.safe_load(self.parser.dump(self.config))[subcommand]
         return {"config.yaml": yaml.safe_dump(config, sort_keys=False)}
+
+
+class _WithoutMemory(_InstantiatorFn):
+    """Builds the model as LightningCLI does, but without memory for its parameters."""
+
+    # The parser gives the links only to what names them.
+    def __call__(self, class_type: Any, *args: Any, applied_instantiation_links: Any, **kwargs: Any) -> Any:
+        build = functools.partial(super().__call__, applied_instantiation_links=applied_instantiation_links)
+        return without_memory(lambda: build(class_type, *args, **kwargs), class_type.__name__)
 
 
 def _is_merge_data(class_path: str | None) -> bool:

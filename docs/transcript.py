@@ -1,7 +1,8 @@
 """Record what a newcomer sees: ``python docs/transcript.py SOURCE`` writes ``docs/transcript.md``.
 
 SOURCE is the folder or address to clone. The script works in an empty folder, which takes 7 GB and is deleted at the
-end. It clones, runs ``make demo`` with a new virtual environment, and then the files and commands of ``tutorial.md``.
+end. It clones, runs ``make demo`` with a new virtual environment, then the files and commands of ``tutorial.md``, those
+of the example of an existing project with a stock LightningCLI, and the notebook.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from pathlib import Path
 
 PAGE = Path(__file__).with_name("tutorial.md")
+EXISTING = Path(__file__).parents[1] / "examples" / "existing_project" / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOISE = re.compile(
     r"\d+%\||\bit/s|\dit \[|━━|💡 Tip|(GPU|TPU|HPU) available: |is deprecated|[Ss]eed set to|Checkpoint directory"
@@ -29,7 +31,8 @@ ABOUT = """\
 
 This page records the way from a clone to a merged model of your own project, loaded in a fresh process. It shows every
 command, the seconds it took, and what it printed, without progress bars and messages of Lightning about itself and the
-machine. The project is that of [five minutes](tutorial.md).
+machine. The first project is that of [five minutes](tutorial.md), the second one is [an existing
+project](../examples/existing_project/README.md) with a stock LightningCLI.
 Recorded by `python docs/transcript.py` {when}, on {where}.
 """
 
@@ -71,23 +74,32 @@ def record(source: str) -> str:
     """The text of the page."""
     page, total = [], 0.0
     with tempfile.TemporaryDirectory() as home:
-        steps: list[tuple[str, str, str]] = [
-            ("clone", "bash", f"git clone --quiet {source} com_lightning"),
-            ("demo", "bash", "cd com_lightning && make demo"),
-        ]
-        steps += [("project", *block) for block in BLOCK.findall(PAGE.read_text()) if block[0] != "text"]
-        project = Path(home) / "my_project"
+        clone, project = Path(home) / "com_lightning", Path(home) / "my_project"
         project.mkdir()
-        for step, language, block in steps:
+        steps: list[tuple[Path, str, str]] = [
+            (Path(home), "bash", f"git clone --quiet {source} com_lightning"),
+            (clone, "bash", "make demo"),
+            *((project, *block) for block in BLOCK.findall(PAGE.read_text())),
+            *((clone, *block) for block in BLOCK.findall(EXISTING.read_text())),
+            (clone, "bash", "python -m examples.notebook.build"),
+        ]
+        before = Path(home)
+        for folder, language, block in steps:
+            if language in ("text", "diff"):
+                continue
             if name := re.match(r"# (\S+\.\w+)\n", block):
-                (project / name[1]).write_text(block)
+                (folder / name[1]).write_text(block)
                 page.append(f"`{name[1]}`, {len(block.splitlines())} lines: see [that page](tutorial.md).")
                 continue
-            assert language == "bash"
-            output, seconds = run(block, project if step == "project" else Path(home), home)
+            assert language == "bash", block
+            output, seconds = run(block, folder, home)
             total += seconds
             command = block.strip().replace(source, "https://.../com_lightning.git")
-            page.append(f"```bash\n{command}  # {seconds:.0f} s\n```")
+            if folder != before:
+                command = f"cd ~/{folder.name}\n{command}"
+            before = folder
+            lines = f", {len(output.splitlines())} lines" if output else ""
+            page.append(f"```bash\n{command}  # {seconds:.0f} s{lines}\n```")
             if output:
                 page.append(f"```text\n{output}\n```")
     where = f"{platform.machine()}, {os.cpu_count()} cores, no GPU, Python {platform.python_version()}"

@@ -24,6 +24,7 @@ import com_lightning as com
 from benchmarks.memory import Watch
 from benchmarks.speed.files import DENSITY, Language, Models
 from benchmarks.speed.timing import in_a_process
+from com_lightning.experts.construction import without_memory
 
 BUDGET = 1.0
 """GiB that the paused forwards of the two-sided merge may hold."""
@@ -32,6 +33,7 @@ METHODS: dict[str, Callable[[], com.MergingMethod]] = {
     "TIES": lambda: com.TIES(density=DENSITY, scale=1.0, trim="parameter"),
     "chain, one-sided": lambda: com.ChainOfMerges(target="merged"),
     "chain, two-sided": com.ChainOfMerges,
+    "chain, two-sided, offload=layers": com.ChainOfMerges,
 }
 SIZES = Models(experts=8, width=2048, blocks=16, vocabulary=128256, tied=True)
 TINY = Models(experts=2, width=64, blocks=1, vocabulary=100, tied=True)
@@ -56,17 +58,20 @@ def merge(name: str, folder: Path, experts: int, samples: int, length: int) -> d
     loader = DataLoader(texts, 2)
     tasks = com.MergeDataModule({task: com.TaskLoaders(val=loader) for task in sources}, num_samples=samples)
     trainer = com.MergeTrainer(accelerator="cpu", precision="bf16-true", logger=False, enable_progress_bar=False)
+    is_lean = name.endswith("offload=layers")
     watch = Watch()
+    model = without_memory(lambda: Calibrated(base), "the model") if is_lean else Calibrated(base)
     with tempfile.TemporaryDirectory(dir=folder) as output:
         report = trainer.merge(
-            Calibrated(base),
+            model,
             tasks if "data" in method.needs else None,
             sources,
             method,
             baselines=False,
             output_dir=f"{output}/merged",
             base=base if "base" in method.needs else None,
-            memory_budget=BUDGET if name == "chain, two-sided" else None,
+            memory_budget=BUDGET if "two-sided" in name else None,
+            offload="layers" if is_lean else None,
         )
     return {"seconds": report.seconds, "anonymous": watch.anonymous, "file": watch.file}
 
@@ -92,7 +97,7 @@ def rows(measured: Measured) -> list[list[str]]:
     """The rows of a table."""
     lines = [["rule", "seconds", "memory, GiB", "mapped files, GiB"]]
     for name, result in measured.items():
-        budget = f", memory_budget={BUDGET:g}" if name == "chain, two-sided" else ""
+        budget = f", memory_budget={BUDGET:g}" if "two-sided" in name else ""
         sizes = [f"{result[kind] / 2**30:.1f}" for kind in ("anonymous", "file")]
         lines.append([name + budget, f"{result['seconds']:.0f}", *sizes])
     return lines

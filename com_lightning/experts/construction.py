@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.private_torch import takes_device
 from com_lightning.core.tensors.tracked import tensors_in
-from com_lightning.errors import MergeError, some
+from com_lightning.errors import MergeError, MergeWarning, reason, some
 from com_lightning.experts.files import LONGEST_JSON
+
+Built = TypeVar("Built", bound=nn.Module)
 
 _SOME_VALUES = 2**27
 """Values that are never too many: half a GiB in float32, for masks and tables that are not in the file."""
@@ -135,6 +138,29 @@ def empty_parameters() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
+def without_memory(build: Callable[[], Built], name: str) -> Built:
+    """Build a model without memory for its parameters. If its class does not allow it, they get memory, with a warning.
+
+    Args:
+        build: builds the model.
+        name: names it in the warning.
+
+    Returns:
+        The model.
+    """
+    try:
+        with empty_parameters():
+            model = build()
+        parameters = {parameter for parameter, _ in model.named_parameters(remove_duplicate=False)}
+        if not (without := [tensor for tensor in meta_tensors(model) if tensor not in parameters]):
+            return model
+        why = f"{some(without, most=3)} are computed from its parameters"
+    except Exception as error:  # code of the class runs here, which may need the values
+        why = reason(error)
+    warnings.warn(f"offload: {name} is built with memory for its parameters ({why})", MergeWarning, stacklevel=2)
+    return build()
+
+
 def meta_tensors(module: nn.Module) -> list[str]:
     """Find what a module has no values for.
 
@@ -168,4 +194,5 @@ def require_values(expert: nn.Module, model: nn.Module, label: str) -> None:
     """
     if without := meta_tensors(expert):
         message = f"{label}: {some(without, most=3)} are not in its source, and your model has no values for them"
-        raise MergeError([f"{message}; build {type(model).__name__} in memory, not on the meta device"])
+        told = f"{message}; build {type(model).__name__} in memory, not on the meta device or with --offload=layers"
+        raise MergeError([told])

@@ -11,10 +11,21 @@ step() { printf '\n== %s (%s s since the start)\n' "$1" "$SECONDS"; }
 step "base model, on a proxy task: how far has a digit been turned?"
 com-lightning fit --config $configs/base.yaml
 
-for task in mnist mnist-rotated mnist-rolled digits digits-rotated; do
-    step "expert for $task"
-    com-lightning fit --config $configs/expert.yaml --data.task "$task" --trainer.callbacks.init_args.filename "$task"
-done
+# Two at a time, as one expert keeps one core busy. Each writes what it prints to a file.
+train() {
+    local log="outputs/digits/$1.log"
+    if ! com-lightning fit --config $configs/expert.yaml --data.task "$1" --trainer.callbacks.init_args.filename "$1" \
+        > "$log" 2>&1; then
+        cat "$log" >&2
+        return 1
+    fi
+    echo "$1: $(tr '\r' '\n' < "$log" | grep -o 'val_acc=[0-9.]*' | tail -1)"
+}
+export -f train
+export configs
+
+step "an expert for each of five tasks, two at a time; outputs/digits/<task>.log has their progress"
+printf '%s\n' mnist mnist-rotated mnist-rolled digits digits-rotated | xargs -P 2 -I{} bash -c 'train {}'
 
 merge() { com-lightning merge --config $configs/tasks.yaml --config $configs/merge.yaml --overwrite "$@"; }
 

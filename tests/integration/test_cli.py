@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import json
 import os
@@ -18,6 +19,7 @@ import yaml
 from com_lightning import ChainOfMerges, MergeOptions
 from com_lightning.cli import main
 from com_lightning.compat import RENAMED_OPTIONS
+from com_lightning.trainer import MergeTrainer
 from tests.helpers import Classifier, PointsData
 from tests.helpers.commands import DATA, MODEL, QUIET, expert_files
 
@@ -50,6 +52,28 @@ def test_merge_then_validate_and_test(
         assert f"{report['metrics']['merged'][task]['val_acc']:.4f}" in shown
     main(["test", *common, f"--merged={folder}"])
     assert "test_acc" in capsys.readouterr().out
+
+
+def test_with_offloaded_layers_the_model_is_built_without_memory(
+    experts: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result is the same, and so are its hyperparameters. Other commands build the model as usual."""
+    built, common = list[Any](), [*MODEL, *DATA, *QUIET]
+    original = MergeTrainer.merge
+
+    @functools.wraps(original)
+    def merge(self: MergeTrainer, model: Any, *args: Any, **kwargs: Any) -> Any:
+        built.append({parameter.is_meta for parameter in model.parameters()})
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(MergeTrainer, "merge", merge)
+    for name in ("null", "layers"):
+        main(["merge", *common, *experts, f"--offload={name}", f"--output_dir={tmp_path / name}"])
+    assert built == [{False}, {True}]
+    one, other = (torch.load(tmp_path / name / "a.ckpt", weights_only=True) for name in ("null", "layers"))
+    assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
+    assert one["hyper_parameters"] == other["hyper_parameters"]
+    main(["validate", *common, f"--merged={tmp_path / 'layers'}"])
 
 
 def test_datamodules_of_tasks_keep_their_own_hyperparameters(

@@ -23,8 +23,9 @@ from com_lightning.core.tensors.modules import tied_names
 from com_lightning.core.tensors.placement import Offload
 from com_lightning.core.tensors.private_torch import WeakStorage
 from com_lightning.core.tensors.tracked import Target
+from com_lightning.errors import MergeWarning
 from com_lightning.experts import load
-from com_lightning.experts.construction import empty_parameters, meta_tensors
+from com_lightning.experts.construction import empty_parameters, meta_tensors, without_memory
 from com_lightning.experts.load import load_expert
 from com_lightning.memory_estimate import offload_advice
 from com_lightning.plan import make_plan
@@ -205,6 +206,16 @@ def test_a_class_that_needs_values_gets_them(
     assert len(calls) == (1 if is_lean else 2)
     assert not meta_tensors(loaded)
     assert all(torch.equal(value, expert.state_dict()[name]) for name, value in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("how", "why"), [("number", "meta"), ("list", "anchors are computed"), ("buffer", "anchor are computed")]
+)
+def test_a_model_that_needs_values_is_built_with_memory(how: str, why: str) -> None:
+    assert all(p.is_meta for p in without_memory(lambda: Fixed(3), "Fixed").parameters())
+    with pytest.warns(MergeWarning, match=f"offload: Fixed is built with memory for its parameters.*{why}"):
+        model = without_memory(lambda: Fixed(3, how=how), "Fixed")
+    assert not meta_tensors(model)
 
 
 def test_a_parameter_with_several_names_stays_one() -> None:
