@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "show how far apart experts are, before anything is merged",
     "export": "write a result as a folder for transformers' from_pretrained",
     "configs": "list the configurations that --config finds by name",
+    "completion": "print a script that completes commands and options in bash and zsh",
     "fit": "train a model, as in Lightning",
     "validate": "validate a model, or with --merged FOLDER every task of a merge",
     "test": "test a model, or with --merged FOLDER every task of a merge",
@@ -54,12 +55,16 @@ def answer(args: Sequence[str], version: str) -> str | None:
         return help_of(args[0])
     if args[0] == "configs":
         return configurations()
+    if args[0] == "completion":
+        from com_lightning.completion import completion  # which needs this module
+
+        return completion()
     return None
 
 
 def overview() -> str:
     """The help of ``com-lightning`` itself."""
-    rows = "".join(f"  {command:<10}{about}\n" for command, about in COMMANDS.items())
+    rows = "".join(f"  {command:<12}{about}\n" for command, about in COMMANDS.items())
     return (
         "usage: com-lightning COMMAND [options]\n\n"
         "Merges fine-tuned checkpoints into one model, with PyTorch Lightning.\n\n"
@@ -79,22 +84,36 @@ def configurations() -> str:
 
 def help_of(command: str) -> str:
     """The help of ``merge`` or ``compare``: its own options, then what it is given."""
-    here = Path(__file__).parent
-    options = _arguments(here / "trainer.py", "MergeTrainer", command)
-    options.update(_arguments(here / "options.py", "MergeOptions", None, known=options))
+    own, settings = _own_options(command), _settings(command)
     width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
-    rule = ""
-    if command == "merge":
-        settings = _arguments(here / "methods" / "chain.py", "ChainOfMerges", "__init__")
-        rows = {f"method.{name}": _first_sentence(text) for name, text in settings.items()}
-        rule = f"\nsettings of ChainOfMerges, the default method:\n{_rows(rows, width)}"
-    if command == "compare":  # the experts are always validated there
-        options.pop("baselines", None)
+    rule = f"\nsettings of ChainOfMerges, the default method:\n{_rows(settings, width)}" if settings else ""
     return (
         f"usage: com-lightning {command} [--config FILE] [--OPTION VALUE]\n\n"
         f"{textwrap.fill(COMMANDS[command][0].upper() + COMMANDS[command][1:] + '.', width)}\n\n"
-        f"options of {command}:\n{_rows(options, width)}{rule}\nmodel, data and trainer:\n{_rows(_INPUTS, width)}"
+        f"options of {command}:\n{_rows(own, width)}{rule}\nmodel, data and trainer:\n{_rows(_INPUTS, width)}"
     )
+
+
+def options_of(command: str) -> list[str]:
+    """Names of all options that the help of ``merge`` or ``compare`` explains."""
+    return [*_own_options(command), *_settings(command), *_INPUTS]
+
+
+def _own_options(command: str) -> dict[str, str]:
+    here = Path(__file__).parent
+    options = _arguments(here / "trainer.py", "MergeTrainer", command)
+    options.update(_arguments(here / "options.py", "MergeOptions", None, known=options))
+    if command == "compare":  # the experts are always validated there
+        options.pop("baselines", None)
+    return options
+
+
+def _settings(command: str) -> dict[str, str]:
+    """The settings of the default method. ``compare`` takes rules as a list."""
+    if command == "compare":
+        return {}
+    settings = _arguments(Path(__file__).parent / "methods" / "chain.py", "ChainOfMerges", "__init__")
+    return {f"method.{name}": _first_sentence(text) for name, text in settings.items()}
 
 
 def plain(text: str) -> str:

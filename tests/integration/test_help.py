@@ -10,6 +10,7 @@ import pytest
 
 from com_lightning import __version__
 from com_lightning.cli import MergeCLI, main
+from com_lightning.completion import completion
 from com_lightning.help import COMMANDS, explained, help_of, plain
 from tests.helpers.commands import MODEL
 
@@ -22,6 +23,7 @@ from tests.helpers.commands import MODEL
         (["merge", "--help"], "--output_dir"),
         (["compare", "-h"], "--methods"),
         (["configs"], "\n  accurate  "),
+        (["completion"], "complete -o default -F _com_lightning com-lightning"),
     ],
 )
 def test_help_needs_neither_pytorch_nor_lightning(arguments: list[str], shown: str) -> None:
@@ -38,11 +40,34 @@ def test_the_overview_has_every_command(capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(SystemExit):
         main(["--help"])
     shown = capsys.readouterr().out
-    assert set(COMMANDS) == {*MergeCLI.subcommands(), "inspect", "export", "configs"}
+    assert set(COMMANDS) == {*MergeCLI.subcommands(), "inspect", "export", "configs", "completion"}
     assert all(f"\n  {command} " in shown for command in COMMANDS)
     with pytest.raises(SystemExit):
         main(["--version"])
     assert capsys.readouterr().out == f"com_lightning {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        ("com", {"compare", "completion"}),
+        ("merge --off", {"--offload"}),
+        ("merge --method.rid", {"--method.ridge"}),
+        ("compare --method", {"--method", "--method.help", "--methods"}),
+        ("merge --exp", {"--experts"}),
+        ("merge --config acc", {"accurate"}),
+        ("inspect --pri", {"--private"}),
+        ("export --ran", {"--rank"}),
+        ("validate --mer", {"--merged"}),
+        ("fit --mer", set()),
+    ],
+)
+def test_completion(typed: str, completed: set[str]) -> None:
+    words = " ".join(["com-lightning", typed])
+    ask = f'COMP_WORDS=({words}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _com_lightning; echo "${{COMPREPLY[@]}}"'
+    done = subprocess.run(["bash", "-c", f"{completion()}\n{ask}"], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) == completed
+    assert not done.stderr
 
 
 @pytest.mark.parametrize("command", ["merge", "compare"])
