@@ -1,4 +1,4 @@
-"""How fast a merge is: ``python -m benchmarks.speed [--parts merges breakdown scaling files large] [--repeats 5]``.
+"""How fast a merge is: ``python -m benchmarks.speed [--parts merges breakdown files] [--repeats 5]``.
 
 All contenders of a part are timed in turn within one run, and compared with what was timed beside them. Ctrl-C ends a
 part and keeps its complete repeats. The results are written to ``benchmarks/results/speed.{json,md,png}``; parts that
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.lockstep import environment
-from benchmarks.speed import breakdown, files, large, merges, scaling
+from benchmarks.speed import breakdown, candidates, files, large, merges, scaling
 from benchmarks.speed.tower import Tower
 from com_lightning.results.tables import table
 
@@ -28,6 +28,7 @@ TINY = Tower(tasks=2, samples=4, batch_size=2, blocks=1, width=64, image=32, pat
 TITLES = {
     "merges": "Against the floor, and against FusionBench",
     "breakdown": "Where the time goes",
+    "candidates": "What might be faster",
     "scaling": "Against size",
     "files": "Against mergekit, without data",
     "large": "Eight experts of 1B parameters",
@@ -35,6 +36,7 @@ TITLES = {
 ABOUT = {
     "merges": merges.__doc__,
     "breakdown": breakdown.__doc__,
+    "candidates": candidates.__doc__,
     "scaling": scaling.__doc__,
     "files": files.__doc__,
     "large": large.__doc__,
@@ -53,6 +55,13 @@ def run_breakdown(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
     measured = breakdown.run(tower, options.repeats, options.threads)
     repeats = len(next(iter(measured.values()))["all"])
     return {"setting": {**asdict(tower), "repeats": repeats}, "found": measured, "rows": breakdown.rows(measured)}
+
+
+def run_candidates(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
+    """See :mod:`benchmarks.speed.candidates`."""
+    measured = candidates.run(tower, options.repeats)
+    repeats = len(next(iter(measured.values()))["other"])
+    return {"setting": {**asdict(tower), "repeats": repeats}, "found": measured, "rows": candidates.rows(measured)}
 
 
 def run_scaling(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
@@ -86,6 +95,7 @@ def run_large(tower: Tower, options: argparse.Namespace) -> dict[str, Any]:
 PARTS: dict[str, Callable[[Tower, argparse.Namespace], dict[str, Any]]] = {
     "merges": run_merges,
     "breakdown": run_breakdown,
+    "candidates": run_candidates,
     "scaling": run_scaling,
     "files": run_files,
     "large": run_large,

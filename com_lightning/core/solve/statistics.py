@@ -210,7 +210,7 @@ class InputSums:
         merged = merged.to(torch.promote_types(merged.dtype, torch.float32))
         expert = None if expert is None else expert.to(merged.dtype)
         features = merged.shape[2]
-        root = merged.new_ones(len(merged))
+        root: Tensor | None = None
         length = torch.linalg.vector_norm(merged, dim=(1, 2))
         expert_length = length if expert is None else torch.linalg.vector_norm(expert, dim=(1, 2))
         if self.normalize:
@@ -225,7 +225,8 @@ class InputSums:
             root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(is_inexact, torch.nan)
         self.rows += len(merged)
         if features == 1:
-            self.gram = _add(self.gram, _gram_of_channels(merged, root.square(), self.bias))
+            row_weights = merged.new_ones(len(merged)) if root is None else root.square()
+            self.gram = _add(self.gram, _gram_of_channels(merged, row_weights, self.bias))
         else:
             scaled = self._fast_layout("rows", self._scaled(merged, root))
             self.gram = add_product(self.gram, scaled, scaled, symmetric=True)
@@ -242,9 +243,10 @@ class InputSums:
             if offset is not None:
                 drift += offset
         if features == 1:
-            self.drift = _add(self.drift, _sums_of_channels(drift, merged, root.square(), self.bias))
+            self.drift = _add(self.drift, _sums_of_channels(drift, merged, row_weights, self.bias))
         else:
-            drift = self._fast_layout("drift rows", drift.mul_(root[:, None, None]))
+            drift = drift if root is None else drift.mul_(root[:, None, None])
+            drift = self._fast_layout("drift rows", drift)
             self.drift = add_product(self.drift, drift, scaled)
 
     def add(self, gram: Tensor, drift: Tensor | None, rows: int) -> None:
@@ -305,13 +307,18 @@ class InputSums:
         self.unit_gram = add_product(self.unit_gram, unit, unit, symmetric=True)
         self.unit_rows = _add(self.unit_rows, (length[..., 0] > 0).sum(0, dtype=torch.float64))
 
-    def _scaled(self, rows: Tensor, root: Tensor) -> Tensor:
+    def _scaled(self, rows: Tensor, root: Tensor | None) -> Tensor:
         """``rows * root``, or ``[rows, 1] * root`` with a bias: ``(n, g, f)`` -> ``(n, g, k)``."""
+        if root is None and not self.bias:
+            return rows
         n, groups, features = rows.shape
         length = features + int(self.bias)
         scaled = self.scratch.empty("scaled", rows, n, groups, aligned_length(length))[..., :length]
-        torch.mul(rows, root[:, None, None], out=scaled[..., :features])
-        scaled[..., features:] = root[:, None, None]
+        if root is None:
+            scaled[..., :features], scaled[..., features:] = rows, 1.0
+        else:
+            torch.mul(rows, root[:, None, None], out=scaled[..., :features])
+            scaled[..., features:] = root[:, None, None]
         return scaled
 
     def _fast_layout(self, name: str, rows: Tensor) -> Tensor:

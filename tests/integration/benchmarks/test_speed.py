@@ -8,9 +8,10 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from torch import Tensor
 
-from benchmarks.speed import breakdown, contenders, floor, merges, scaling, timing
+from benchmarks.speed import breakdown, candidates, contenders, floor, merges, scaling, timing
 from benchmarks.speed.__main__ import TINY, main
 from com_lightning.core.solve.statistics import InputSums
 
@@ -50,6 +51,18 @@ def test_a_breakdown_has_all_parts_and_adds_up(monkeypatch: pytest.MonkeyPatch) 
         *parts, total = (seconds for [seconds] in own.values())
         assert sum(parts) == pytest.approx(total)
         assert all(seconds > 0 for seconds in parts)
+
+
+def test_the_other_way_of_each_candidate_computes_the_same() -> None:
+    """One product has the Gram matrix and the drift, and a drift can be multiplied before or after."""
+    rows = candidates.Rows.random(20, 6, 4)
+    x, drift, weight = rows.scaled[:, 0], rows.drift[:, 0], rows.weight[0]
+    both = torch.cat([x, drift], 1).T @ x
+    torch.testing.assert_close(both[:7], x.T @ x)
+    torch.testing.assert_close(weight @ both[7:], (drift @ weight.T).T @ x)
+    found = candidates.run(TINY, 1)
+    assert all(seconds > 0 for values in found.values() for [seconds] in values.values())
+    assert len(candidates.rows(found)) == 1 + len(found) == 9
 
 
 def test_timers_do_not_count_what_is_within_twice() -> None:
