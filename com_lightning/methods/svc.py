@@ -12,6 +12,10 @@ from com_lightning.methods.on_top import OnTop
 from com_lightning.methods.parameterwise import Combine, SharedParameter
 
 
+_ROUNDING = 1e3
+"""Answers below this many units of rounding of a task's matrix are taken for zero."""
+
+
 class SVC(OnTop):
     """SVC, singular value calibration: what tasks share counts once in the merged matrix, not once for each task.
 
@@ -60,9 +64,12 @@ class SVC(OnTop):
         answers = values[:, None] * right
         divisor = torch.zeros_like(values)
         for task in parameter.tasks:
-            own = left.T @ parameter.vector(task)
+            vector = parameter.vector(task)
+            own = left.T @ vector
             size = own.square().sum(1)
-            coefficient = ((answers * own).sum(1) / size).where(size > 0, 0.0)
+            # What is rounding alone is no answer, and to divide by its square would leave nothing of the direction.
+            smallest = _ROUNDING * torch.finfo(own.dtype).eps * torch.linalg.vector_norm(vector)
+            coefficient = ((answers * own).sum(1) / size).where(size > smallest.square(), 0.0)
             divisor.add_(coefficient.clamp_(min=floor), alpha=parameter.weights[task])
         result: Tensor = (left * (values / divisor)) @ right
         return result

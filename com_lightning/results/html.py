@@ -33,7 +33,7 @@ _STYLE = """
 .com-page { font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 .com-page h1, .com-page h2, .com-page h3 { line-height: 1.25; margin: 1.6em 0 .5em; }
 .com-page h1 { font-size: 1.6em; margin-top: 0; } .com-page h2 { font-size: 1.2em; }
-.com-page p { margin: .5em 0; }
+.com-page p { margin: .5em 0; } .com-page p code { white-space: nowrap; }
 .com-page .headline { font-size: 1.2em; }
 .com-page table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0; overflow-wrap: normal; }
 .com-page th, .com-page td { border-bottom: 1px solid #8884; padding: .3em .7em; text-align: left; }
@@ -59,7 +59,10 @@ th[data-sort] { cursor: pointer; }
 th[data-sort="1"]::after { content: " ▲"; }
 th[data-sort="-1"]::after { content: " ▼"; }
 @media (prefers-color-scheme: dark) { .com-page img { filter: invert(.9) hue-rotate(180deg); } }
-@media (max-width: 30rem) { body { margin: 1rem auto; } .com-page th, .com-page td { padding: .3em .4em; } }
+@media (max-width: 30rem) {
+  body { margin: 1rem auto; }
+  .com-page table { font-size: .85em; } .com-page th, .com-page td { padding: .3em .25em; }
+}
 @media print { .com-page details > * { display: block; } }
 """
 
@@ -115,9 +118,14 @@ def html_fragment(report: MergeReport) -> str:
     return fragment([f"<h3>{escape(title(report))}</h3>", *_body(report)])
 
 
+def _with_code(text: str) -> str:
+    """Escaped, with options of the command line as code, which is not broken at their hyphens."""
+    return re.sub(r"--\w+(?: \w+)?", r"<code>\g<0></code>", escape(text))
+
+
 def _body(report: MergeReport, loading: str = "") -> list[str]:
     achieved, *advice = conclusion(report)
-    parts = [f'<p class="headline">{escape(achieved)}</p>', *(f"<p>{escape(line)}</p>" for line in advice)]
+    parts = [f'<p class="headline">{escape(achieved)}</p>', *(f"<p>{_with_code(line)}</p>" for line in advice)]
     if report.date:
         parts.append(f'<p class="note">{escape(report.date)}</p>')
     parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
