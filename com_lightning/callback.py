@@ -79,6 +79,9 @@ class ChainOfMergesCallback(Callback):
         print(merger.report)
     """
 
+    merges_tasks = True
+    """With this callback, a trainer that is given the data of all tasks merges and validates all of them."""
+
     def __init__(
         self,
         experts: Mapping[str, ExpertSource],

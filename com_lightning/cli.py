@@ -20,6 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from com_lightning import __version__
 from com_lightning.analysis.inspection import MOST, inspect, save
+from com_lightning.answers import answer
 from com_lightning.compat import RENAMED_OPTIONS, with_new_names
 from com_lightning.core.sweep.distributed import PeerError
 from com_lightning.core.sweep.task import NonFiniteError
@@ -28,7 +29,7 @@ from com_lightning.data.datamodule import MergeDataModule
 from com_lightning.errors import MergeError, paths_told, reason
 from com_lightning.experts.construction import without_memory
 from com_lightning.experts.files import LONGEST_JSON
-from com_lightning.help import answer, explained, plain
+from com_lightning.help import explained, plain
 from com_lightning.overlays import given_configs, with_config_paths
 from com_lightning.results.adapter_export import export_adapters, export_lora
 from com_lightning.results.export import PRECISIONS, export

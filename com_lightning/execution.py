@@ -21,7 +21,8 @@ from com_lightning.core.sweep.task import Task
 from com_lightning.core.tensors.allocator import automatic_budget, free_memory
 from com_lightning.core.tensors.modules import named_tensors
 from com_lightning.core.tensors.placement import Offload, Placement
-from com_lightning.data.datamodule import TRANSFER_HOOKS, MergeDataModule
+from com_lightning.data.datamodule import MergeDataModule
+from com_lightning.data.one_task import TRANSFER_HOOKS
 from com_lightning.data.padding import count_padding, describe_padding, padding_masks
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.smaller_batches import smaller_batches

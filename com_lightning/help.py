@@ -45,23 +45,6 @@ _NOISE = (
 _ONLY_IN_PYTHON = {"model", "datamodule", "files", "self", "verbose", "experts_device"}
 
 
-def answer(args: Sequence[str], version: str) -> str | None:
-    """What is answered at once: help, version and names. ``None``: these arguments ask for something else."""
-    if list(args) in ([], ["--help"], ["-h"]):
-        return overview()
-    if list(args) == ["--version"]:
-        return f"com_lightning {version}\n"
-    if args[0] in ("merge", "compare") and list(args[1:]) in (["--help"], ["-h"]):
-        return help_of(args[0])
-    if args[0] == "configs":
-        return configurations()
-    if args[0] == "completion":
-        from com_lightning.completion import completion  # which needs this module
-
-        return completion()
-    return None
-
-
 def overview() -> str:
     """The help of ``com-lightning`` itself."""
     rows = "".join(f"  {command:<12}{about}\n" for command, about in COMMANDS.items())

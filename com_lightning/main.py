@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from com_lightning import __version__
-from com_lightning.help import answer
+from com_lightning.answers import answer
 
 
 def main() -> None:

@@ -169,9 +169,6 @@ class MergeTrainer(Trainer):
             As ``Trainer.validate``; with ``merged`` one dictionary of metrics per task.
         """
         if merged is None:
-            merges = any(isinstance(callback, ChainOfMergesCallback) for callback in self.callbacks)  # type: ignore[attr-defined]
-            if isinstance(datamodule, MergeDataModule) and not merges:
-                rank_zero_warn("only the first task is validated; to validate a merge on every task, give `merged`")
             options: dict[str, Any] = {} if weights_only is None else {"weights_only": weights_only}  # Lightning 2.6
             return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, **options)
         return self._evaluate_merged(model, datamodule, merged, verbose, "validate")

@@ -14,8 +14,7 @@ import numpy
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, LightningModule
-from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities import CombinedLoader, rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from com_lightning.arguments import checked
@@ -23,6 +22,7 @@ from com_lightning.compat import of_other_package, renamed_options
 from com_lightning.core.sweep.distributed import Peers
 from com_lightning.data import sampling
 from com_lightning.data.augmentation import with_copies
+from com_lightning.data.one_task import OneTask, UnpreparedTask, lend_hooks
 from com_lightning.data.sampling import CalibrationSample
 from com_lightning.data.shares import (
     deal_out,
@@ -34,8 +34,6 @@ from com_lightning.data.shares import (
 )
 from com_lightning.data.stock_cli import with_own_hyperparameters
 from com_lightning.errors import MergeError
-
-TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
 class TaskLoaders(LightningDataModule):
@@ -69,7 +67,8 @@ class MergeDataModule(LightningDataModule):
     validation is not touched.
 
     Note:
-        Given to ``trainer.validate``, it stands for its first task; :meth:`task` gives each of them.
+        Given to ``trainer.validate`` without a merge, it stands for its first task, with a warning; :meth:`task` gives
+        each of them.
 
     Args:
         tasks: task name -> its datamodule (:class:`TaskLoaders` if there are only loaders).
@@ -131,7 +130,7 @@ class MergeDataModule(LightningDataModule):
         self._given: dict[tuple[str, str, int, bool], Any] = {}
         """The loaders that the tasks' datamodules gave, by task, split and process."""
         if tasks:
-            _lend_hooks(next(iter(tasks.values())), self)
+            lend_hooks(next(iter(tasks.values())), self)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -169,13 +168,24 @@ class MergeDataModule(LightningDataModule):
             prepared: whether the data have been prepared already. With several processes, ``prepare_data`` makes each
                 wait for all others, including those that validate fewer tasks.
         """
-        return _Task(self, name) if prepared else _UnpreparedTask(self, name)
+        return OneTask(self, name) if prepared else UnpreparedTask(self, name)
 
     def val_dataloader(self) -> Any:
-        return self.task(next(iter(self.tasks))).val_dataloader()
+        return self._first("validated").val_dataloader()
 
     def test_dataloader(self) -> Any:
-        return self.task(next(iter(self.tasks))).test_dataloader()
+        return self._first("tested").test_dataloader()
+
+    def _first(self, what: str) -> LightningDataModule:
+        """The first task. Who asks for it in a trainer that merges nothing may have meant all of them."""
+        callbacks: Any = self.trainer.callbacks if self.trainer else []  # type: ignore[attr-defined]
+        first = next(iter(self.tasks))
+        if self.trainer and len(self.tasks) > 1 and not any(hasattr(each, "merges_tasks") for each in callbacks):
+            rank_zero_warn(
+                f"only the first task, '{first}', is {what}. `datamodule=tasks.task(NAME)` gives each of them, and "
+                "`MergeTrainer().validate(model, datamodule=tasks, merged=FOLDER)` goes through a merge on all tasks"
+            )
+        return self.task(first)
 
     def train_dataloader(self) -> Any:
         raise TypeError("a MergeDataModule holds tasks to merge; fit each expert with its own datamodule")
@@ -366,41 +376,3 @@ class MergeDataModule(LightningDataModule):
 
     def _generator(self, name: str) -> torch.Generator:
         return torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
-
-
-class _Task(LightningDataModule):
-    """One task of a :class:`MergeDataModule`, with the transfer hooks that the task's own datamodule overrides."""
-
-    def __init__(self, tasks: MergeDataModule, name: str) -> None:
-        super().__init__()
-        self._tasks, self._name = tasks, name
-        _lend_hooks(tasks.tasks[name], self)
-
-    def __getattr__(self, name: str) -> Any:
-        """Attributes of the task's own datamodule, which modules read as ``self.trainer.datamodule``."""
-        if name.startswith("_") or "_name" not in vars(self):
-            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
-        return getattr(self._tasks.tasks[self._name], name)
-
-    def setup(self, stage: str) -> None:
-        self._tasks.trainer = self._tasks.trainer or self.trainer
-        self._tasks.setup(stage)
-
-    def val_dataloader(self) -> Any:
-        return self._tasks.validation_loaders(self._name)
-
-    def test_dataloader(self) -> Any:
-        return self._tasks.given(self._name, "test")
-
-
-class _UnpreparedTask(_Task):
-    def prepare_data(self) -> None:
-        self._tasks.trainer = self._tasks.trainer or self.trainer
-        self._tasks.prepare_data()
-
-
-def _lend_hooks(lender: LightningDataModule, borrower: LightningDataModule) -> None:
-    for hook in TRANSFER_HOOKS:
-        # Only hooks that are overridden: for the others Lightning uses those of the module.
-        if is_overridden(hook, lender):
-            setattr(borrower, hook, getattr(lender, hook))

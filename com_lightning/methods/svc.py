@@ -11,7 +11,6 @@ from com_lightning.methods.base import MergingMethod
 from com_lightning.methods.on_top import OnTop
 from com_lightning.methods.parameterwise import Combine, SharedParameter
 
-
 _ROUNDING = 1e3
 """Answers below this many units of rounding of a task's matrix are taken for zero."""
 

@@ -19,7 +19,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
-from com_lightning.help import answer
+from com_lightning.answers import answer
 
 os.environ["COLUMNS"] = "80"  # how wide the help of the command line is
 ROOT = Path(__file__).parents[2]

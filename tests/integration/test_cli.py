@@ -86,7 +86,7 @@ def test_datamodules_of_tasks_keep_their_own_hyperparameters(
 
 
 def test_validating_tasks_without_a_merge_is_warned_of() -> None:
-    with pytest.warns(UserWarning, match="only the first task is validated"):
+    with pytest.warns(UserWarning, match="only the first task, 'a', is validated"):
         main(["validate", *MODEL, *DATA, *QUIET])
 
 

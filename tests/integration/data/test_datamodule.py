@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -21,7 +22,7 @@ from torch.utils.data import (
 )
 
 from com_lightning import MergeDataModule, TaskLoaders
-from tests.helpers import FEATURES, Classifier
+from tests.helpers import FEATURES, Classifier, PointsData, quiet_trainer
 from tests.helpers.calibration import COUNT, Stream, loader, merge, numbers, ready, values
 
 
@@ -355,3 +356,14 @@ def test_old_names_of_options_work_with_a_warning() -> None:
     with pytest.warns(FutureWarning, match=r"samples=3 is now num_samples=3|source='train' is now split='train'"):
         tasks = MergeDataModule({"a": TaskLoaders(val=loader())}, **old)
     assert (tasks.num_samples, tasks.split) == (3, "train")
+
+
+@pytest.mark.parametrize("stage", ["validate", "test"])
+def test_a_trainer_that_merges_nothing_is_told_that_it_gets_the_first_task(stage: str) -> None:
+    tasks = MergeDataModule({"a": PointsData(), "b": PointsData()})
+    with pytest.warns(UserWarning, match="only the first task, 'a', is (validated|tested)"):
+        getattr(quiet_trainer(), stage)(Classifier(3), datamodule=tasks, verbose=False)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="only the first task")
+        getattr(quiet_trainer(), stage)(Classifier(3), datamodule=tasks.task("b"), verbose=False)
+        getattr(quiet_trainer(), stage)(Classifier(3), datamodule=MergeDataModule({"a": PointsData()}), verbose=False)
