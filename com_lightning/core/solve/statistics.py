@@ -225,7 +225,7 @@ class InputSums:
             root = torch.where(norm > 0, 1.0 / norm, 0.0).masked_fill(is_inexact, torch.nan)
         self.rows += len(merged)
         if features == 1:
-            row_weights = merged.new_ones(len(merged)) if root is None else root.square()
+            row_weights = None if root is None else root.square()
             self.gram = _add(self.gram, _gram_of_channels(merged, row_weights, self.bias))
         else:
             scaled = self._fast_layout("rows", self._scaled(merged, root))
@@ -363,7 +363,7 @@ def _add(total: Tensor | None, sums: Tensor) -> Tensor:
     return sums if total is None else total.add_(sums)
 
 
-def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+def _gram_of_channels(rows: Tensor, weight: Tensor | None, bias: bool) -> Tensor:
     """Return Gram matrices of groups with one input: rows ``(n, g, 1)``, row weights ``(n,)`` -> ``(g, k, k)``.
 
     Normalisations have such groups, and matrix products are slow for them.
@@ -371,11 +371,12 @@ def _gram_of_channels(rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
     sums = _sums_of_channels(rows, rows, weight, bias)
     if not bias:
         return sums
-    return torch.cat([sums, torch.stack([sums[..., 1], weight.sum().expand(sums.shape[:2])], -1)], 1)
+    count = rows.new_tensor(float(len(rows))) if weight is None else weight.sum()
+    return torch.cat([sums, torch.stack([sums[..., 1], count.expand(sums.shape[:2])], -1)], 1)
 
 
-def _sums_of_channels(left: Tensor, rows: Tensor, weight: Tensor, bias: bool) -> Tensor:
+def _sums_of_channels(left: Tensor, rows: Tensor, weight: Tensor | None, bias: bool) -> Tensor:
     """``sum weight left [rows, 1]ᵀ`` for groups with one input: ``(n, g, a)``, ``(n, g, 1)`` -> ``(g, a, k)``."""
-    left = left * weight[:, None, None]
+    left = left if weight is None else left * weight[:, None, None]
     sums = (left * rows).sum(0)
     return torch.stack([sums, left.sum(0)], -1) if bias else sums[..., None]
