@@ -15,7 +15,6 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch._dynamo import OptimizedModule
-from torch.optim.swa_utils import AveragedModel
 
 from com_lightning.compat import load_module, of_other_package
 from com_lightning.core.tensors.modules import copy_with_tensors, named_tensors
@@ -23,6 +22,7 @@ from com_lightning.errors import MergeError, MergeWarning, reason
 from com_lightning.experts.adapter_config import ADAPTER_CONFIG
 from com_lightning.experts.adapter_files import load_adapter
 from com_lightning.experts.adapters import merge_adapter, merge_and_unload
+from com_lightning.experts.compiled import compile_like, compiled_like, copy_of, forget_compilation, unwrapped
 from com_lightning.experts.construction import (
     BoundedConstruction,
     TooLargeError,
@@ -41,7 +41,6 @@ ExpertSource = str | Path | nn.Module | Mapping[str, Tensor]
 """A checkpoint, state dict or safetensors file; a folder of ``save_pretrained`` (transformers or PEFT), or the name of
 one on the Hub (``hf://owner/name``, see :mod:`com_lightning.experts.hub`); a module or a state dict in memory."""
 
-_WRAPPERS = (nn.parallel.DistributedDataParallel, nn.DataParallel, AveragedModel)
 _log = logging.getLogger(__name__)
 
 
@@ -96,9 +95,9 @@ def load_expert(
         _set_up.reset(tokens[0])
         _lean.reset(tokens[1])
     require_values(expert, model, label)
-    _forget_compilation(expert)
+    forget_compilation(expert)
     merge_adapter(expert, label)
-    _compile_like(expert, model)
+    compile_like(expert, model)
     if not as_stored:
         take_precision(expert, model)
         expert.eval()
@@ -107,7 +106,7 @@ def load_expert(
 
 def _loaded(source: ExpertSource, model: LightningModule, label: str) -> LightningModule:
     if isinstance(source, nn.Module):
-        source = _unwrapped(source)
+        source = unwrapped(source)
         if absent := [name for name, tensor, _ in named_tensors(source) if tensor.is_meta]:
             raise MergeError(
                 [
@@ -196,7 +195,7 @@ def take_precision(expert: nn.Module, model: nn.Module) -> dict[str, torch.dtype
 
 def _from_path(path: Path, model: LightningModule, label: str) -> LightningModule:
     if (path / ADAPTER_CONFIG).is_file():
-        expert = _copy(model)
+        expert = copy_of(model)
         with BoundedConstruction(path, model):
             load_adapter(path, expert, label)
         _warn_of_differences(expert, model, label)
@@ -310,7 +309,7 @@ def _rebuilt_from(
 
 def _filled(model: LightningModule, state: Mapping[str, Tensor], label: str, assign: bool = True) -> LightningModule:
     """A copy of ``model`` with a state dict in the part that it fits."""
-    expert = _copy(model)
+    expert = copy_of(model)
     _complete(expert, state, label)
     _warn_of_rest(expert, fill(expert, state, label, assign), label)
     return expert
@@ -341,7 +340,7 @@ def _replaced(model: LightningModule, part: nn.Module, label: str) -> LightningM
         raise MergeError([f"{label}: {model_name} uses {place} also as {others[0]}. Give a LightningModule"])
     part = part.to("cpu" if (device := next(model.parameters()).device).type == "meta" else device)
     # The copy never holds the weights that are replaced.
-    expert = _copy(model, {id(old): _compiled(part, old) if isinstance(old, OptimizedModule) else part})
+    expert = copy_of(model, {id(old): compiled_like(part, old) if isinstance(old, OptimizedModule) else part})
     _warn_of_rest(expert, place, label)
     _warn_of_differences(expert, model, label)
     return expert
@@ -375,44 +374,3 @@ def _warn_of_differences(expert: LightningModule, model: LightningModule, label:
             MergeWarning,
             stacklevel=2,
         )
-
-
-def _unwrapped(module: nn.Module) -> nn.Module:
-    if isinstance(module, OptimizedModule):
-        return _unwrapped(module._orig_mod)
-    return _unwrapped(module.module) if isinstance(module, (*_WRAPPERS,)) else module
-
-
-def _compiled(module: nn.Module, like: OptimizedModule) -> nn.Module:
-    """The module, compiled with the options (backend, mode, ...) of another compiled module."""
-    compiled: Any = like.dynamo_ctx(module)
-    assert isinstance(compiled, nn.Module)
-    return compiled
-
-
-def _copy(model: LightningModule, instead: dict[int, nn.Module] | None = None) -> LightningModule:
-    """A copy; ``instead`` maps the ``id`` of a submodule to what takes its place."""
-    model = copy_with_tensors(model, instead)
-    _forget_compilation(model)
-    return model
-
-
-def _forget_compilation(module: LightningModule) -> None:
-    """Undo what ``trainer.validate(torch.compile(module))`` does: it makes methods call those of the compiled module,
-    which a copy would call too."""
-    if module._compiler_ctx is not None:
-        module._compiler_ctx = None
-        for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
-            vars(module).pop(name, None)
-
-
-def _compile_like(expert: LightningModule, model: LightningModule) -> None:
-    """Compile the same submodules as in ``model``, so that names fit."""
-    compiled = {plain(name): part for name, part in model.named_modules() if isinstance(part, OptimizedModule)}
-    for name, part in reversed(list(expert.named_modules())):  # inner modules before those around them
-        if isinstance(part, OptimizedModule) and plain(name) not in compiled:
-            expert.set_submodule(name, part._orig_mod)
-    for place in sorted(compiled, key=len, reverse=True):
-        match = next(((n, p) for n, p in expert.named_modules() if plain(n) == place), None)
-        if match and not isinstance(match[1], OptimizedModule):
-            expert.set_submodule(match[0], _compiled(match[1], compiled[place]))
