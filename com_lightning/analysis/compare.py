@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -213,6 +213,7 @@ class Compare(Callback):
         options: as for a merge.
     """
 
+    merges_tasks: ClassVar[bool] = True
     plan: MergePlan
     rules: Sequence[MergingMethod]
     splits: Splits

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from com_lightning.analysis.comparison import Comparison
 from com_lightning.analysis.comparison_plots import save_pictures
 from com_lightning.results.figures import no_pictures
-from com_lightning.results.html import folded, fragment, html_table, image_grid, page
+from com_lightning.results.html import folded, fragment, html_table, image_grid, page, with_code
 from com_lightning.results.tables import labelled
 
 _PICTURES = {
@@ -63,11 +63,18 @@ def _heading(comparison: Comparison) -> str:
 
 def _body(comparison: Comparison, drawn: Sequence[tuple[bytes, str]]) -> list[str]:
     monitor = labelled(f"<code>{escape(str(comparison.monitor))}</code>", comparison.lower_is_better)
-    parts = [f"<p>{monitor}</p>", html_table(comparison.table_rows())]
-    parts += [f"<p>{escape(line)}</p>" for line in comparison.splits.splitlines()]
+    parts = [f"<p>{monitor}</p>", html_table(_means_first(comparison))]
+    parts += [f"<p>{with_code(line)}</p>" for line in comparison.splits.splitlines()]
     warns = ["warning" if note.startswith("Warning") else "note" for note in comparison.notes()]
-    parts += [f'<p class="{kind}">{escape(note)}</p>' for kind, note in zip(warns, comparison.notes())]
+    parts += [f'<p class="{kind}">{with_code(note)}</p>' for kind, note in zip(warns, comparison.notes())]
     parts.append(image_grid(drawn))
     parts += [f'<p class="note">{escape(problem)}</p>'] if (problem := no_pictures()) else []
     rows = comparison.settings_rows()
     return [*parts, folded(f"Settings that were tried ({len(rows) - 1})", [html_table(rows)]) if len(rows) > 1 else ""]
+
+
+def _means_first(comparison: Comparison) -> list[list[str]]:
+    """The cells of the table with means before tasks, which may be too many for a screen."""
+    count = len(comparison.tasks)
+    order = [0, count + 2, count + 1, *range(1, count + 1)]
+    return [[*(row[column] for column in order), *row[count + 3 :]] for row in comparison.table_rows()]

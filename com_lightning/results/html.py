@@ -118,17 +118,17 @@ def html_fragment(report: MergeReport) -> str:
     return fragment([f"<h3>{escape(title(report))}</h3>", *_body(report)])
 
 
-def _with_code(text: str) -> str:
-    """Escaped, with options of the command line as code, which is not broken at their hyphens."""
-    return re.sub(r"--\w+(?: \w+)?", r"<code>\g<0></code>", escape(text))
+def with_code(text: str) -> str:
+    """Escaped text. Options of the command line, and what is between backticks, are code, which is not broken."""
+    return re.sub(r"`([^`]+)`|(--\w+(?: \w+)?)", lambda m: f"<code>{m[1] or m[2]}</code>", escape(text))
 
 
 def _body(report: MergeReport, loading: str = "") -> list[str]:
     achieved, *advice = conclusion(report)
-    parts = [f'<p class="headline">{escape(achieved)}</p>', *(f"<p>{_with_code(line)}</p>" for line in advice)]
+    parts = [f'<p class="headline">{escape(achieved)}</p>', *(f"<p>{with_code(line)}</p>" for line in advice)]
     if report.date:
         parts.append(f'<p class="note">{escape(report.date)}</p>')
-    parts += [f'<p class="warning">{escape(warning)}</p>' for warning in report.warnings]
+    parts += [f'<p class="warning">{with_code(warning)}</p>' for warning in report.warnings]
     if report.metrics:
         monitor = labelled(f"<code>{escape(str(report.monitor))}</code>", report.lower_is_better)
         parts += [f"<p>Each task's {monitor}:</p>", html_table(task_rows(report), total=True)]

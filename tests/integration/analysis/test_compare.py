@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from com_lightning import (
     TaskLoaders,
 )
 from com_lightning.analysis.comparison import Comparison, Outcome
+from com_lightning.analysis.comparison_html import comparison_fragment
 from com_lightning.analysis.splits import Splits, split
 from com_lightning.cli import main
 from com_lightning.core.chain.chain import merge_layers
@@ -86,6 +88,7 @@ def untimed(comparison: Comparison) -> dict[str, Any]:
 # -- on the command line -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("error:only the first task")
 def test_a_comparison(files: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "out"
     main(["compare", *COMMON, *files, f"--methods={GRID}", "--seeds=[0,1]", f"--output_dir={folder}"])
@@ -466,6 +469,19 @@ def test_settings_that_change_the_size_are_rows_of_their_own(files: list[str], t
         assert "of the experts" in text
         assert all(share in text for share in shares)
     assert ('alt="accuracy against size"' in text) == bool(importlib.util.find_spec("matplotlib"))
+
+
+def test_the_page_has_means_before_tasks() -> None:
+    comparison = found([outcome("m", "m", 0.9), outcome("n", "n", 0.8)])
+    heads, cells = (
+        re.findall(f"<{tag}(?: [^>]*)?>(.*?)</{tag}>", comparison_fragment(comparison)) for tag in ("th", "td")
+    )
+    means = ["method", "mean / expert", "mean"]
+    assert heads[: 3 + len(comparison.tasks)] == [*means, *comparison.tasks]
+    assert sorted(heads) == sorted(comparison.table_rows()[0])
+    for row in comparison.table_rows()[1:]:
+        start = cells.index(row[0])
+        assert sorted(cells[start : start + len(row)]) == sorted(row)
 
 
 def test_models_of_one_size_need_no_column_and_no_picture() -> None:
