@@ -20,7 +20,7 @@ PAGE = Path(__file__).with_name("tutorial.md")
 EXISTING = Path(__file__).parents[1] / "examples" / "existing_project" / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 NOISE = re.compile(
-    r"\d+%\||\bit/s|\dit \[|━━|💡 Tip|(GPU|TPU|HPU) available: |is deprecated|[Ss]eed set to|Checkpoint directory"
+    r"\d+%\||\bit/s|\dit \[|━━|^└─|💡 Tip|(GPU|TPU|HPU) available: |is deprecated|[Ss]eed set to|Checkpoint directory"
     r"|stopped: `max_"
 )
 """Progress bars, and messages of Lightning about the machine, about itself and about other products."""
