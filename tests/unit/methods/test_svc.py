@@ -55,6 +55,14 @@ def test_tasks_that_do_not_overlap_are_left_alone() -> None:
     assert relative(merge(SVC(TaskArithmetic(1.0), floor=1.0), base, experts)["w"], total) < 1e-9
 
 
+def test_an_answer_that_is_rounding_alone_counts_as_none() -> None:
+    """Divided by its square, it would leave nothing of the other task's direction."""
+    one, two = torch.diag(torch.tensor([5.0, 0.0]).double()), torch.diag(torch.tensor([1e-17, 3.0]).double())
+    base = {"w": torch.zeros(2, 2).double()}
+    merged = merge(SVC(TaskArithmetic(1.0), floor=1.0), base, named([{"w": one}, {"w": two}]))
+    assert relative(merged["w"], one + two) < 1e-9
+
+
 def test_the_scale_below_does_not_matter_above_the_floor() -> None:
     base, (one, *_) = make_values(1)
     two = {name: base[name] + 2 * (one[name] - base[name]) for name in SHAPES}  # all coefficients are positive
