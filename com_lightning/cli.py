@@ -150,8 +150,11 @@ class MergeCLI(LightningCLI):
         if isinstance(data := self._get(self.config, "data"), Namespace) and _is_merge_data(data.get("class_path")):
             self.parser.add_instantiator(_plainly, LightningDataModule, subclasses=True, prepend=True)
         if self._get(self.config, "offload") == "layers":  # only the model's class and shapes are needed
-            lean = _WithoutMemory(cli=self, key="model")
-            self.parser.add_instantiator(lean, LightningModule, subclasses=True, prepend=True)
+            path = self._get(self.config, "model").class_path if self.subclass_mode_model else None
+            kind = _imported(path) if path else self._model_class
+            if isinstance(kind, type):  # and no other modules, such as one that the data are computed by
+                lean = _WithoutMemory(cli=self, key="model")
+                self.parser.add_instantiator(lean, kind, subclasses=False, prepend=True)
 
     def instantiate_classes(self) -> None:
         try:
@@ -194,9 +197,13 @@ class _WithoutMemory(_InstantiatorFn):
         return without_memory(lambda: build(class_type, *args, **kwargs), class_type.__name__)
 
 
-def _is_merge_data(class_path: str | None) -> bool:
+def _imported(class_path: str | None) -> Any:
     module, _, name = (class_path or "").rpartition(".")
-    kind = getattr(import_module(module), name, None) if module else None
+    return getattr(import_module(module), name, None) if module else None
+
+
+def _is_merge_data(class_path: str | None) -> bool:
+    kind = _imported(class_path)
     return isinstance(kind, type) and issubclass(kind, MergeDataModule)
 
 

@@ -33,7 +33,7 @@ _STYLE = """
 .com-page { font: 15px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 .com-page h1, .com-page h2, .com-page h3 { line-height: 1.25; margin: 1.6em 0 .5em; }
 .com-page h1 { font-size: 1.6em; margin-top: 0; } .com-page h2 { font-size: 1.2em; }
-.com-page p { margin: .5em 0; } .com-page p code { white-space: nowrap; }
+.com-page p { margin: .5em 0; } .com-page .option { white-space: nowrap; }
 .com-page .headline { font-size: 1.2em; }
 .com-page table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 0; overflow-wrap: normal; }
 .com-page th, .com-page td { border-bottom: 1px solid #8884; padding: .3em .7em; text-align: left; }
@@ -119,8 +119,9 @@ def html_fragment(report: MergeReport) -> str:
 
 
 def with_code(text: str) -> str:
-    """Escaped text. Options of the command line, and what is between backticks, are code, which is not broken."""
-    return re.sub(r"`([^`]+)`|(--\w+(?: \w+)?)", lambda m: f"<code>{m[1] or m[2]}</code>", escape(text))
+    """Escaped text with code: what is between backticks, and options of the command line, which lines do not break."""
+    text = re.sub(r"`([^`]+)`", r"<code>\1</code>", escape(text))
+    return re.sub(r"--config \w+|--\w+", r'<code class="option">\g<0></code>', text)
 
 
 def _body(report: MergeReport, loading: str = "") -> list[str]:

@@ -17,7 +17,7 @@ import torch
 import yaml
 
 from com_lightning import ChainOfMerges, MergeOptions
-from com_lightning.cli import main
+from com_lightning.cli import MergeCLI, main
 from com_lightning.compat import RENAMED_OPTIONS
 from com_lightning.trainer import MergeTrainer
 from tests.helpers import Classifier, PointsData
@@ -69,7 +69,8 @@ def test_with_offloaded_layers_the_model_is_built_without_memory(
     monkeypatch.setattr(MergeTrainer, "merge", merge)
     for name in ("null", "layers"):
         main(["merge", *common, *experts, f"--offload={name}", f"--output_dir={tmp_path / name}"])
-    assert built == [{False}, {True}]
+    MergeCLI(Classifier, args=["merge", *MODEL[1:], *DATA, *QUIET, *experts, "--offload=layers"])
+    assert built == [{False}, {True}, {True}]
     one, other = (torch.load(tmp_path / name / "a.ckpt", weights_only=True) for name in ("null", "layers"))
     assert all(torch.equal(value, other["state_dict"][name]) for name, value in one["state_dict"].items())
     assert one["hyper_parameters"] == other["hyper_parameters"]

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from com_lightning import TIES, ChainOfMerges, ChainOfMergesCallback, MergeDataModule, MergeOptions, MergeReport
-from com_lightning.results.html import html_report
+from com_lightning.results.html import html_report, with_code
 from com_lightning.results.model_card import model_card, pretrained_card
 from com_lightning.results.origins import Origin, origin_of
 from tests.helpers import Classifier, make_data, make_experts, quiet_trainer
@@ -84,6 +84,14 @@ def test_a_notebook_shows_the_report_without_scripts(merger: ChainOfMergesCallba
     assert text.index(merger.report.headline) < text.index("<table") < text.index("<img") < text.index("<details")
     assert "body.0" in text.partition("<details")[2]
     assert MergeReport()._repr_html_() == "<p>Nothing has been merged yet.</p>"
+
+
+def test_options_and_what_is_between_backticks_are_code() -> None:
+    told = with_code("a < b: `merge(x)` (--config accurate), or give --overwrite to it")
+    assert told == (
+        'a &lt; b: <code>merge(x)</code> (<code class="option">--config accurate</code>), '
+        'or give <code class="option">--overwrite</code> to it'
+    )
 
 
 def test_everything_prints_its_settings() -> None:
