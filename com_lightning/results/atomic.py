@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import os
 import shutil
+import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from com_lightning.errors import MergeError
+from com_lightning.errors import MergeError, MergeWarning
 
 
 class Workplace:
@@ -39,8 +39,13 @@ class Workplace:
         self._lock = FileLock(self.path / "lock", timeout=0)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            with suppress(NotImplementedError):  # this file system has no locks
+            try:
                 self._lock.acquire()
+            except NotImplementedError:
+                told = (
+                    f"output_dir: the file system of {folder.parent} has no locks; see that no other merge writes there"
+                )
+                warnings.warn(told, MergeWarning, stacklevel=2)
             self._recover()
             if discard_journal:
                 shutil.rmtree(self.journal, ignore_errors=True)

@@ -37,6 +37,7 @@ from com_lightning.core.chain.options import ChainOptions
 from com_lightning.core.sweep.context import Context, Solved
 from com_lightning.core.sweep.task import LayerRecord, SkippedBatch, Task
 from com_lightning.core.tensors.digest import digest
+from com_lightning.errors import MergeWarning
 from com_lightning.results.atomic import Workplace, write_whole
 from com_lightning.results.fingerprint import combined, fingerprint_of_data, fingerprint_of_experts
 from com_lightning.results.journal import FileJournal
@@ -272,6 +273,15 @@ def test_other_hyperparameters_of_an_expert_are_another_merge() -> None:
 
     assert fingerprint(activation="gelu") == fingerprint(activation="gelu")
     assert fingerprint(activation="gelu") != fingerprint(activation="relu")
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def acquire(lock: Any) -> None:
+        raise NotImplementedError
+
+    monkeypatch.setattr("com_lightning.results.atomic.FileLock.acquire", acquire)
+    with pytest.warns(MergeWarning, match="output_dir: the file system of .* has no locks"):
+        Workplace(tmp_path / "out")
 
 
 def test_one_merge_at_a_time(tmp_path: Path) -> None:
